@@ -1,0 +1,1 @@
+"""Hydra's configs: one primary file per stage, and the groups they choose from."""

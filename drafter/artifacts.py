@@ -1,0 +1,206 @@
+"""One directory per artifact, and a manifest.json that is written last: its presence means 'complete'.
+
+A stage's identity is what determines its content: the stage's name, its settings, and the fingerprints of the
+directories that it reads. `Stage` compares the identity asked for with the one on disk, so that a complete
+directory is skipped, an interrupted one is resumed, and one made differently is refused and left untouched.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+LOGGED_VERSIONS = ("torch", "transformers", "lightning", "datasets", "tokenizers", "numpy")
+
+
+class ArtifactError(ValueError):
+    """A directory that is missing, unfinished, or made from something else than what was asked for."""
+
+
+class Stage:
+    """The claim of one stage on its output directory.
+
+    Constructing it checks the directory and records the identity in started.json; `complete` says that there is
+    nothing left to do; `finish` checksums the files and writes the manifest.
+
+    Args:
+        directory: where the stage writes.
+        name: the stage's name, e.g. "respond".
+        settings: JSON-like values that determine the content.
+        inputs: name -> fingerprint of each upstream artifact (see `fingerprint`).
+
+    Raises:
+        ArtifactError: the directory holds another identity; nothing in it is changed.
+    """
+
+    def __init__(self, directory: str | Path, name: str, settings: dict[str, Any], inputs: dict[str, str]):
+        self.directory = Path(directory)
+        self.identity = json.loads(json.dumps({"stage": name, "settings": settings, "inputs": inputs}))
+        self.began = time.time()
+        self.complete = (self.directory / MANIFEST).exists()
+        record = self.directory / (MANIFEST if self.complete else STARTED)
+        # A claim that never got to write anything binds nobody.
+        if record.exists() and (self.complete or any(path != record for path in self.directory.iterdir())):
+            _refuse_other_identity(self.directory, _read_json(record), self.identity)
+        if not self.complete:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / STARTED, self.identity)
+
+    def finish(self, files: list[str] | None = None, counts: dict[str, Any] | None = None) -> None:
+        """Write the manifest: identity, SHA-256 of each file (default: all but logs), counts, environment."""
+        names = files if files is not None else _content_files(self.directory)
+        write_json(
+            self.directory / MANIFEST,
+            {
+                **self.identity,
+                "files": {name: sha256(self.directory / name) for name in sorted(names)},
+                "counts": counts or {},
+                "environment": environment(),
+                "seconds": round(time.time() - self.began, 1),
+            },
+        )
+        (self.directory / STARTED).unlink(missing_ok=True)
+
+
+def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
+    """The manifest of a complete artifact of that stage.
+
+    Raises:
+        ArtifactError: no manifest (the stage did not finish or the path is wrong), or one of another stage.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.exists():
+        raise ArtifactError(
+            f"{directory} holds no finished '{stage}' (no {MANIFEST}): run `python -m experiments.{stage}` first, "
+            f"or correct the path"
+        )
+    manifest = _read_json(path)
+    if manifest["stage"] != stage:
+        raise ArtifactError(f"{directory} was written by the stage '{manifest['stage']}', wanted '{stage}'")
+    return manifest
+
+
+def fingerprint(directory: str | Path, stage: str) -> str:
+    """16 hexadecimal digits that change with the identity or any file of a complete artifact."""
+    manifest = read_manifest(directory, stage)
+    return _digest({key: manifest[key] for key in ("stage", "settings", "inputs", "files")})
+
+
+def model_fingerprint(path: str, revision: str | None = None) -> str:
+    """16 hexadecimal digits that identify a model: its files' content, or its hub name and revision."""
+    return _files_digest(path, revision, lambda file: file.suffix in {".json", ".safetensors", ".jinja", ".model"})
+
+
+def tokenizer_fingerprint(path: str, revision: str | None = None) -> str:
+    """16 hexadecimal digits that identify a model's tokenizer and chat template."""
+    kept = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"}
+    return _files_digest(path, revision, lambda file: file.name in kept or file.suffix == ".jinja")
+
+
+def require(directory: str | Path, name: str, found: str | None, wanted: str) -> None:
+    """Refuse an upstream artifact that was made from another input than this run's.
+
+    Raises:
+        ArtifactError: names both sides.
+    """
+    if found != wanted:
+        raise ArtifactError(
+            f"{directory} was made with the {name} {found}, but this run's {name} is {wanted}: "
+            f"make it again with this {name} (in another root), or give the {name} it was made with"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read what `write_jsonl` wrote."""
+    with Path(path).open() as file:
+        return [json.loads(line) for line in file]
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """What a result is traced by: command line, git commit, versions of the packages that compute, machine."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "argv": sys.argv,
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in LOGGED_VERSIONS},
+        "cpus": os.cpu_count(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _content_files(directory: Path) -> list[str]:
+    kept = (".json", ".jsonl", ".safetensors", ".npy", ".parquet", ".jinja")
+    names = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.suffix in kept)
+    return [name for name in names if name not in {MANIFEST, STARTED} and not name.startswith("logs/")]
+
+
+def _refuse_other_identity(directory: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for part in ("stage", "settings", "inputs"):
+        if found[part] == wanted[part]:
+            continue
+        if part == "stage":
+            difference = f"stage: there '{found[part]}', asked for '{wanted[part]}'"
+        else:
+            keys = [key for key in found[part] | wanted[part] if found[part].get(key) != wanted[part].get(key)]
+            difference = "; ".join(
+                f"{part}.{key}: there {found[part].get(key)!r}, asked for {wanted[part].get(key)!r}" for key in keys
+            )
+        raise ArtifactError(
+            f"{directory} was made differently ({difference}). Nothing was changed: "
+            f"give another directory, or remove this one to make it again"
+        )
+
+
+def _files_digest(path: str, revision: str | None, wanted: Callable[[Path], bool]) -> str:
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        return _digest({"hub": path, "revision": revision})
+    files = sorted(file for file in directory.iterdir() if wanted(file) and file.name not in {MANIFEST, STARTED})
+    return _digest({file.name: sha256(file) for file in files})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

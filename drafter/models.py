@@ -1,0 +1,127 @@
+"""The frozen target, the trainable drafter, and the check that the two share one vocabulary."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class VocabularyError(ValueError):
+    """Target and drafter do not give the same meaning to the same token id."""
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or a hub model."""
+    return AutoTokenizer.from_pretrained(_existing(path), revision=revision)
+
+
+def load_target(
+    path: str, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The target: any Hugging Face causal LM, frozen, in eval mode.
+
+    Raises:
+        OSError: the path is neither a local model directory nor a reachable hub model.
+    """
+    model = load_model(path, revision, dtype, trust_remote_code)
+    return model.requires_grad_(False).eval()
+
+
+def load_model(
+    path: str, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal LM from a local directory or the hub, with trainable weights in `dtype`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        _existing(path), revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+    )
+    return model.train()
+
+
+def build_drafter(config: dict[str, Any], vocab_size: int, special_ids: dict[str, int | None]) -> PreTrainedModel:
+    """A drafter with random weights and the target's vocabulary.
+
+    Args:
+        config: fields of the architecture's Hugging Face config; `model_type` chooses the architecture.
+        vocab_size: rows of the embedding: the target's own, its padding included.
+        special_ids: bos/eos/pad token ids, as in the target's tokenizer.
+    """
+    fields = dict(config)
+    model_type = fields.pop("model_type")
+    drafter_config = AutoConfig.for_model(model_type, **fields, vocab_size=vocab_size, **special_ids)
+    return AutoModelForCausalLM.from_config(drafter_config)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The config fields that name a tokenizer's special tokens."""
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def check_same_vocabulary(target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBase) -> None:
+    """Every id has the same piece in both.
+
+    Raises:
+        VocabularyError: names the sizes or the first id that differs.
+    """
+    ours, theirs = target.get_vocab(), drafter.get_vocab()
+    if ours == theirs:
+        return
+    if len(ours) != len(theirs):
+        what = f"the target has {len(ours)} tokens, the drafter {len(theirs)}"
+    else:
+        piece = min(
+            (piece for piece in ours | theirs if ours.get(piece) != theirs.get(piece)),
+            key=lambda piece: ours.get(piece, len(ours)),
+        )
+        what = f"{piece!r} is id {ours.get(piece)} in the target and {theirs.get(piece)} in the drafter"
+    raise VocabularyError(f"target and drafter have different vocabularies: {what}. Train a drafter for this target")
+
+
+def check_same_width(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
+    """Both models score the same number of tokens.
+
+    Raises:
+        VocabularyError: they do not.
+    """
+    ours, theirs = (model.get_output_embeddings().weight.shape[0] for model in (target, drafter))
+    if ours != theirs:
+        raise VocabularyError(
+            f"target and drafter have different vocabularies: the target scores {ours} tokens, the drafter {theirs}. "
+            f"Train a drafter for this target"
+        )
+
+
+def vocabulary_width(path: str, revision: str | None = None) -> int:
+    """How many tokens a model scores: its embedding's rows, padding included, read from its config alone."""
+    config = AutoConfig.from_pretrained(_existing(path), revision=revision)
+    return int(config.get_text_config().vocab_size)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The longest sequence that the model was made for, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, a tied one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The last hidden states, shape (B, T, hidden): what the output embedding turns into logits.
+
+    The mask is 1 at real tokens; padding stands on the right, so that positions count from the first token.
+    """
+    return model.base_model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+
+
+def _existing(path: str) -> str:
+    """The path itself; a local-looking one that is not there is named instead of being asked of the hub."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if looks_local and "/" in path:
+        raise OSError(f"no model at '{path}': the directory does not exist")
+    return path

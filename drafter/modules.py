@@ -1,0 +1,177 @@
+"""The two LightningModules: Pretraining (next-token loss) and Distillation (pull the drafter to the target).
+
+Shapes: B sequences, T tokens, N predicted positions of a batch, V vocabulary, H hidden size.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from drafter.batches import Batch
+from drafter.losses import kld, tvd
+from drafter.models import hidden_states
+
+
+class Pretraining(lightning.LightningModule):
+    """Next-token prediction from scratch (paper, section 2.1).
+
+    Args:
+        model: the trainable causal LM.
+        learning_rate: AdamW's peak, reached after 2% of the steps and decayed by a cosine to a tenth.
+        weight_decay: of matrices; vectors have none.
+    """
+
+    def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1):
+        super().__init__()
+        self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        loss = next_token_loss(self.model, batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        loss = next_token_loss(self.model, batch)
+        count = int(batch.target_mask_BT.sum())
+        self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps = int(self.trainer.estimated_stepping_batches)
+        return adamw(self.model, self.learning_rate, self.weight_decay, steps)
+
+
+class Distillation(lightning.LightningModule):
+    """Pull the drafter's distribution to the frozen target's at every response token (paper, section 2.3).
+
+    The loss is (1 - text_share) x the distillation loss over response tokens + text_share x the next-token loss over
+    packed text, each averaged over its own tokens (of all ranks), so that the mix is 9:1 whatever the lengths. Target
+    distributions come from the batch's cached hidden states where it has any, else from a forward of the target.
+
+    Args:
+        target: frozen, in eval mode; with a cache its output embedding alone is used.
+        drafter: the trainable model.
+        loss: (logits_p_NV, logits_q_NV) -> values (N,); see losses.
+        text_share: weight of the next-token loss where a batch has both kinds.
+        learning_rate, weight_decay: see `adamw`.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: PreTrainedModel,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        text_share: float,
+        learning_rate: float,
+        weight_decay: float = 0.1,
+    ):
+        super().__init__()
+        self.drafter, self.loss, self.text_share = drafter, loss, text_share
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        # In a tuple the target is no submodule: it is in no checkpoint, no optimizer and no gradient all-reduce.
+        self._frozen = (target,)
+        self._yardsticks: list[torch.Tensor] = []
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """The frozen target."""
+        return self._frozen[0]
+
+    def on_fit_start(self) -> None:
+        self.target.to(self.device)
+
+    on_validation_start = on_fit_start
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        hidden_BTH = hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)
+        head = self.drafter.get_output_embeddings()
+        responses_BT, text_BT = response_mask(batch), batch.target_mask_BT & batch.is_text_B[:, None]
+        distilled = self.loss(head(hidden_BTH[responses_BT]), target_logits(self.target, batch))
+        text = F.cross_entropy(head(hidden_BTH[text_BT]).float(), next_tokens(batch)[text_BT], reduction="none")
+        loss = (1 - self.text_share) * self._global_mean(distilled) + self.text_share * self._global_mean(text)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        logits_p_NV = self.drafter.get_output_embeddings()(
+            hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)[response_mask(batch)]
+        )
+        logits_q_NV = target_logits(self.target, batch)
+        agreement_N = (logits_p_NV.argmax(-1) == logits_q_NV.argmax(-1)).float()
+        measured = (kld(logits_p_NV, logits_q_NV), tvd(logits_p_NV, logits_q_NV), agreement_N)
+        self._yardsticks.append(torch.stack([torch.ones_like(agreement_N), *measured]).double().sum(-1))
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
+        self._yardsticks.clear()
+        count, kld_sum, tvd_sum, agreement = sums.tolist()
+        self.log("val/kld", kld_sum / count, prog_bar=True, rank_zero_only=True)
+        self.log("val/tvd", tvd_sum / count, rank_zero_only=True)
+        self.log("val/acceptance_rate", 1 - tvd_sum / count, prog_bar=True, rank_zero_only=True)
+        self.log("val/argmax_agreement", agreement / count, rank_zero_only=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps = int(self.trainer.estimated_stepping_batches)
+        return adamw(self.drafter, self.learning_rate, self.weight_decay, steps)
+
+    def _global_mean(self, values_N: torch.Tensor) -> torch.Tensor:
+        """The mean over the values of all ranks, scaled so that DDP's average of gradients is its gradient.
+
+        Zero, with a gradient of zero, where no rank has any value.
+        """
+        count = torch.tensor(float(len(values_N)), device=values_N.device)
+        total = self.trainer.strategy.reduce(count, reduce_op="sum")
+        return values_N.sum() * self.trainer.world_size / total.clamp_min(1)
+
+
+def response_mask(batch: Batch) -> torch.Tensor:
+    """The places whose next token is a response's, shape (B, T)."""
+    return batch.target_mask_BT & ~batch.is_text_B[:, None]
+
+
+@torch.no_grad()
+def target_logits(target: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """The target's logits at the places of `response_mask`, shape (N, V): from the cache, else by a forward."""
+    if batch.hidden_NH is not None:
+        head = target.get_output_embeddings()
+        return head(batch.hidden_NH.to(head.weight.dtype))
+    rows_B = ~batch.is_text_B
+    output = target(
+        input_ids=batch.input_ids_BT[rows_B], attention_mask=batch.attention_mask_BT[rows_B], use_cache=False
+    )
+    return output.logits[batch.target_mask_BT[rows_B]]
+
+
+def next_token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy in nats over the predicted positions; logits are made at those positions alone."""
+    hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT)
+    logits_NV = model.get_output_embeddings()(hidden_BTH[batch.target_mask_BT])
+    return F.cross_entropy(logits_NV.float(), next_tokens(batch)[batch.target_mask_BT])
+
+
+def next_tokens(batch: Batch) -> torch.Tensor:
+    """The token after each position, shape (B, T); the last column is arbitrary, and never predicted."""
+    return batch.input_ids_BT.roll(-1, dims=1)
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> dict[str, Any]:
+    """AdamW with a linear warm-up over 2% of the steps and a cosine decay to a tenth, in Lightning's form."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    warmup = max(1, round(0.02 * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,60 @@
+"""User messages -> token ids in the target's own chat template.
+
+The response mask of everything downstream comes from the length of these ids, never from tokenizing text again:
+a response's tokens are the ones that the target produced after them.
+"""
+
+import hashlib
+
+from transformers import PreTrainedTokenizerBase
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    """The ids that the target continues: its chat template with the message as the user's turn.
+
+    A tokenizer without a chat template belongs to a base model; its prompt is the message itself.
+    """
+    if tokenizer.chat_template is None:
+        return list(tokenizer(message)["input_ids"])
+    turns = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, messages: list[str], max_new_tokens: int, context: int
+) -> list[list[int]]:
+    """`encode_prompt` of each message, checked before any compute is spent.
+
+    Raises:
+        ValueError: there are no messages; or prompt + max_new_tokens exceeds the model's context.
+    """
+    if not messages:
+        raise ValueError("there are no prompts: the instruction or task file is empty")
+    prompts = [encode_prompt(tokenizer, message) for message in messages]
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) + max_new_tokens > context:
+        raise ValueError(
+            f"prompt {longest} has {len(prompts[longest])} tokens; with max_new_tokens={max_new_tokens} it exceeds the "
+            f"context of {context} tokens. Shorten or drop it, or lower max_new_tokens. It begins: "
+            f"{messages[longest][:80]!r}"
+        )
+    return prompts
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> list[int]:
+    """The ids that end a response: those of the target's generation config, else the tokenizer's end of text."""
+    if generation_eos is None:
+        return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return [generation_eos] if isinstance(generation_eos, int) else list(generation_eos)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hexadecimal digits that change with any id -> piece, or with the chat template."""
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr((pieces, tokenizer.chat_template)).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""One short script per stage: config -> objects -> one call. `python -m experiments.<stage> --help`."""

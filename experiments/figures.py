@@ -1,0 +1,92 @@
+"""The figures of the report: block efficiency by task and loss, and validation curves. Each as PNG and SVG."""
+
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+if TYPE_CHECKING:
+    from experiments.tables import Row
+
+# Okabe and Ito's palette, which colour-blind readers tell apart; the pretrained drafter is grey.
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+YARDSTICKS = {
+    "val/acceptance_rate": "acceptance rate α (higher is better)",
+    "val/kld": "KLD, nats (lower is better)",
+    "val/argmax_agreement": "argmax agreement (higher is better)",
+}
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+def colours(losses: Sequence[str]) -> dict[str, str]:
+    """One colour a loss, the same in every figure."""
+    trained = sorted(loss for loss in losses if loss != "pretrained")
+    return {"pretrained": "#999999"} | {loss: PALETTE[i % len(PALETTE)] for i, loss in enumerate(trained)}
+
+
+def draw_efficiency(rows: Sequence["Row"], path: Path) -> str:
+    """Bars of block efficiency with 95% intervals, a panel for each gamma; the SVG's text."""
+    losses, tasks = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("loss", "task"))
+    gammas = sorted({row.gamma for row in rows})
+    colour, width = colours(losses), 0.8 / len(losses)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(gammas), figsize=(5.2 * len(gammas), 3.6), sharey=True, squeeze=False)
+        for axis, gamma in zip(axes[0], gammas, strict=True):
+            axis.grid(axis="x", visible=False)
+            for offset, loss in enumerate(losses):
+                of_loss = {row.task: row.block_efficiency for row in rows if (row.loss, row.gamma) == (loss, gamma)}
+                shown = [i for i, task in enumerate(tasks) if task in of_loss]
+                values = np.array([of_loss[tasks[i]] for i in shown])
+                errors = np.abs(values[:, 1:] - values[:, :1]).T
+                places = np.array(shown) + (offset - (len(losses) - 1) / 2) * width
+                axis.bar(places, values[:, 0], width * 0.92, label=loss, color=colour[loss])
+                axis.errorbar(places, values[:, 0], errors, fmt="none", ecolor="#333333", elinewidth=1)
+            axis.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
+            axis.set_title(f"γ = {gamma}")
+            axis.axhline(1, color="#333333", linewidth=0.8)
+        axes[0][0].set_ylabel("block efficiency τ")
+        figure.legend(
+            *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(losses), frameon=False
+        )
+        return _save(figure, path)
+
+
+def draw_curves(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> str:
+    """Each yardstick along finetuning: a line a loss (the mean of its seeds), a band from the least to the most."""
+    colour = colours(list(curves))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(YARDSTICKS), figsize=(4 * len(YARDSTICKS), 3.4))
+        for axis, (key, title) in zip(axes, YARDSTICKS.items(), strict=True):
+            for loss, seeds in curves.items():
+                shared = min(len(rows) for rows in seeds.values())
+                steps = [row["step"] for row in next(iter(seeds.values()))[:shared]]
+                values = np.array([[row[key] for row in rows[:shared]] for rows in seeds.values()])
+                axis.plot(steps, values.mean(0), color=colour[loss], label=loss, linewidth=1.8)
+                axis.fill_between(steps, values.min(0), values.max(0), color=colour[loss], alpha=0.2, linewidth=0)
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("finetuning step")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+        return _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> str:
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.savefig(path.with_suffix(".svg"))
+    text = StringIO()
+    figure.savefig(text, format="svg")
+    plt.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]

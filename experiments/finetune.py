@@ -1,0 +1,68 @@
+"""Stage 3: pull the drafter's distribution to the target's. Config: conf/finetune.yaml."""
+
+import logging
+from pathlib import Path
+
+import hydra
+import lightning
+import torch
+from omegaconf import DictConfig
+
+from drafter.artifacts import Stage, fingerprint, model_fingerprint, read_manifest, require
+from drafter.datamodules import PackedText, Responses, SequenceData, mixture
+from drafter.logit_cache import StateReader
+from drafter.models import check_same_vocabulary, check_same_width, load_model, load_target, load_tokenizer
+from drafter.modules import Distillation
+from drafter.responses import read_responses
+from experiments.inputs import data_fingerprint, plain, responses_fingerprint, target_fingerprint
+from experiments.training import save, train
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
+def main(cfg: DictConfig) -> None:
+    """Load target, drafter, responses and cache, all checked against each other; train; save."""
+    loss = hydra.utils.instantiate(cfg.loss)
+    loss(torch.zeros(1, 2), torch.zeros(1, 2))  # a wrong switch fails here, before compute is spent
+    inputs = checked_inputs(cfg)
+    settings = {**plain(cfg.finetune), "loss": plain(cfg.loss), "name": cfg.name, "seed": cfg.seed}
+    stage = Stage(cfg.out, "finetune", settings, inputs)
+    if stage.complete:
+        return log.info("%s is up to date", cfg.out)
+    lightning.seed_everything(cfg.seed, verbose=False)
+    target, drafter = load_target(**cfg.target), load_model(cfg.inputs.drafter)
+    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    check_same_vocabulary(tokenizer, load_tokenizer(cfg.inputs.drafter))
+    check_same_width(target, drafter)
+    rows = read_responses(cfg.inputs.responses)
+    states = cfg.inputs.cache and StateReader(
+        cfg.inputs.cache,
+        [len(row["response_ids"]) for row in rows],
+        read_manifest(cfg.inputs.cache, "cache")["settings"]["shard_size"],
+    )
+    text = PackedText(Path(cfg.inputs.data) / "train.npy", cfg.finetune.sequence_length)
+    training = mixture(Responses(rows, "train", states), text, cfg.finetune.text_share, cfg.seed)
+    data = SequenceData(training, Responses(rows, "validation", states), cfg.finetune.batch_size, cfg.seed)
+    module = Distillation(target, drafter, loss, cfg.finetune.text_share, cfg.finetune.learning_rate)
+    trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name)
+    save(drafter, tokenizer, stage, trainer)
+
+
+def checked_inputs(cfg: DictConfig) -> dict[str, str]:
+    """Fingerprints of what the run reads; refuses parts that were not made from one another."""
+    inputs = {
+        "data": data_fingerprint(cfg),
+        "responses": responses_fingerprint(cfg),
+        "target": target_fingerprint(cfg),
+        "drafter": model_fingerprint(cfg.inputs.drafter),
+        "cache": fingerprint(cfg.inputs.cache, "cache") if cfg.inputs.cache else "live target",
+    }
+    if cfg.inputs.cache:
+        cache = read_manifest(cfg.inputs.cache, "cache")
+        require(cfg.inputs.cache, "responses", cache["inputs"]["responses"], inputs["responses"])
+    return inputs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Stage 1: a drafter from scratch by next-token prediction. Config: conf/pretrain.yaml."""
+
+import logging
+from pathlib import Path
+
+import hydra
+import lightning
+from omegaconf import DictConfig
+
+from drafter.artifacts import Stage
+from drafter.datamodules import PackedText, SequenceData
+from drafter.models import build_drafter, load_tokenizer, special_ids, vocabulary_width
+from drafter.modules import Pretraining
+from experiments.inputs import data_fingerprint, plain
+from experiments.training import save, train
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
+def main(cfg: DictConfig) -> None:
+    """Build the drafter for the target's vocabulary, train it on packed text, save it."""
+    settings = {**plain(cfg.pretrain), "drafter": plain(cfg.drafter), "seed": cfg.seed}
+    stage = Stage(cfg.out, "pretrain", settings, {"data": data_fingerprint(cfg)})
+    if stage.complete:
+        return log.info("%s is up to date", cfg.out)
+    lightning.seed_everything(cfg.seed, verbose=False)
+    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    width = vocabulary_width(cfg.target.path, cfg.target.revision)
+    drafter = build_drafter(plain(cfg.drafter), width, special_ids(tokenizer))
+    folder, length = Path(cfg.inputs.data), cfg.pretrain.sequence_length
+    text, heldout = (PackedText(folder / name, length) for name in ("train.npy", "heldout.npy"))
+    data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed)
+    trainer = train(Pretraining(drafter, cfg.pretrain.learning_rate), data, stage, cfg.pretrain, cfg, "pretrain")
+    save(drafter, tokenizer, stage, trainer)
+
+
+if __name__ == "__main__":
+    main()

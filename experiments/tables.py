@@ -1,0 +1,205 @@
+"""Stage 5: counts -> Markdown tables, figures and the HTML report. Config: conf/tables.yaml. No torch here.
+
+Every figure is computed from the counts of the evaluations, summed over prompts and seeds; intervals are bootstrap 95%
+intervals over prompts. A cell that was not run is left blank.
+"""
+
+import csv
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig
+
+from drafter.artifacts import MANIFEST, ArtifactError, environment, read_jsonl, read_manifest
+from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference
+from experiments.figures import draw_curves, draw_efficiency
+from experiments.report import write_html
+
+log = logging.getLogger(__name__)
+BASE = "pretrained"
+CONVENTION = (
+    "τ is tokens per target call and counts the target's own token of each block (1: autoregressive; at most γ + 1). "
+    "MBSU is τ / (cγ + 1), c drafter / target parameters. Token rate is tokens per second with the drafter / without, "
+    "same prompts, same machine, one run. In brackets: 95% bootstrap intervals over prompts."
+)
+
+
+class Evaluation(NamedTuple):
+    """One drafter's counts: its loss and seed, c, and (task, gamma, prompt) -> Counts."""
+
+    loss: str
+    seed: int
+    size_ratio: float
+    counts: dict[tuple[str, int, str], Counts]
+    directory: Path
+
+
+class Row(NamedTuple):
+    """One line of the results: a loss on a task at a gamma, over all its seeds."""
+
+    loss: str
+    task: str
+    gamma: int
+    seeds: int
+    prompts: int
+    block_efficiency: Estimate
+    gain: Estimate | None
+    speedup: Estimate
+    token_rate_ratio: Estimate
+    acceptance_rate: Estimate
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="tables")
+def main(cfg: DictConfig) -> None:
+    """Read every finished evaluation under the root, write results.md, figures/ and report.html."""
+    out = Path(cfg.out)
+    evaluations = read_evaluations(Path(cfg.root) / "evaluate")
+    rows = summarise(evaluations)
+    curves = read_curves(Path(cfg.root) / "finetune")
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    figures = {
+        "block_efficiency": draw_efficiency(rows, out / "figures" / "block_efficiency"),
+        "curves": draw_curves(curves, out / "figures" / "curves"),
+    }
+    notes = [CONVENTION, describe(evaluations), f"Measured on {machine()}, commit {environment()['commit']}."]
+    tables = {f"γ = {gamma}": markdown([row for row in rows if row.gamma == gamma]) for gamma in gammas(rows)}
+    sections = [f"### {title}\n\n{table}\n" for title, table in tables.items()]
+    (out / "results.md").write_text("\n".join([*sections, *(f"{note}\n" for note in notes)]))
+    samples = {
+        evaluation.directory.name: read_jsonl(evaluation.directory / "samples.jsonl")
+        for evaluation in evaluations
+        if evaluation.seed == min(other.seed for other in evaluations if other.loss == evaluation.loss)
+    }
+    write_html(out / "report.html", rows, figures, samples, notes)
+    print("\n".join([*sections, *notes, f"report: {out / 'report.html'}"]))
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """Every finished evaluation, the pretrained drafter first.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    found = []
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        summary = read_manifest(path.parent, "evaluate")["counts"]
+        counts = {
+            (row["task"], row["gamma"], row["prompt"]): Counts(*(row[field] for field in Counts._fields))
+            for row in read_jsonl(path.parent / "counts.jsonl")
+        }
+        ratio = summary["drafter_parameters"] / summary["target_parameters"]
+        found.append(Evaluation(summary["loss"], summary["seed"], ratio, counts, path.parent))
+    if not found:
+        raise ArtifactError(f"no finished evaluation under {folder}: run `python -m experiments.evaluate` first")
+    return sorted(found, key=lambda evaluation: (evaluation.loss != BASE, evaluation.loss, evaluation.seed))
+
+
+def summarise(evaluations: list[Evaluation]) -> list[Row]:
+    """A row for each loss, task and gamma that was run."""
+    rows = []
+    for loss in dict.fromkeys(evaluation.loss for evaluation in evaluations):
+        of_loss = [evaluation for evaluation in evaluations if evaluation.loss == loss]
+        for task, gamma in dict.fromkeys((key[0], key[1]) for key in of_loss[0].counts):
+            counts = cell(of_loss, task, gamma)
+            base = cell([evaluation for evaluation in evaluations if evaluation.loss == BASE], task, gamma)
+            efficiency = estimate(counts, "block_efficiency")
+            speedup = [memory_bound_speedup(value, of_loss[0].size_ratio, gamma) for value in efficiency]
+            comparable = loss != BASE and base.keys() == counts.keys()
+            rows.append(
+                Row(
+                    loss,
+                    task,
+                    gamma,
+                    len(of_loss),
+                    len(counts),
+                    efficiency,
+                    paired_difference(counts, base, "block_efficiency") if comparable else None,
+                    Estimate(*speedup),
+                    estimate(counts, "token_rate_ratio"),
+                    estimate(counts, "acceptance_rate"),
+                )
+            )
+    return rows
+
+
+def cell(evaluations: Iterable[Evaluation], task: str, gamma: int) -> dict[str, np.ndarray]:
+    """Counts by prompt of one task and gamma, summed over the evaluations (seeds)."""
+    picked = [
+        (prompt, counts)
+        for evaluation in evaluations
+        for (of_task, of_gamma, prompt), counts in evaluation.counts.items()
+        if (of_task, of_gamma) == (task, gamma)
+    ]
+    return by_prompt([prompt for prompt, _ in picked], [counts for _, counts in picked])
+
+
+def markdown(rows: list[Row]) -> str:
+    """One line a task and loss."""
+    lines = [
+        "| task | drafter | τ | τ − pretrained | MBSU | token rate | acceptance rate |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task in dict.fromkeys(row.task for row in rows):
+        for row in (row for row in rows if row.task == task):
+            gain = with_interval(row.gain, signed=True) if row.gain else ""
+            cells = [task, row.loss, with_interval(row.block_efficiency), gain, with_interval(row.speedup)]
+            cells += [with_interval(row.token_rate_ratio), with_interval(row.acceptance_rate)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def with_interval(value: Estimate, signed: bool = False) -> str:
+    """2.31 [2.20, 2.44]"""
+    sign = "+" if signed else ""
+    return f"{value.value:{sign}.2f} [{value.low:{sign}.2f}, {value.high:{sign}.2f}]"
+
+
+def describe(evaluations: list[Evaluation]) -> str:
+    """Prompts, seeds, c, and whether greedy text was the target's own."""
+    manifests = [read_manifest(evaluation.directory, "evaluate")["counts"] for evaluation in evaluations]
+    unlike = sum(counts["greedy_outputs_unlike_the_target"] for counts in manifests)
+    greedy = sum(counts["greedy_outputs"] for counts in manifests)
+    prompts = {(key[0], key[2]) for evaluation in evaluations for key in evaluation.counts}
+    seeds = {evaluation.seed for evaluation in evaluations if evaluation.loss != BASE}
+    return (
+        f"{len(prompts)} prompts, {len(seeds)} seed{'s' * (len(seeds) != 1)} a loss, "
+        f"c = {evaluations[0].size_ratio:.4f}. Greedy text equal to the target's own in {greedy - unlike} of {greedy} "
+        f"decodings."
+    )
+
+
+def gammas(rows: list[Row]) -> list[int]:
+    """Every gamma that was run, ascending."""
+    return sorted({row.gamma for row in rows})
+
+
+def read_curves(folder: Path) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """loss -> seed -> the validation rows (step and val/*) of its finetuning."""
+    curves: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        settings = read_manifest(path.parent, "finetune")["settings"]
+        with (path.parent / "logs" / "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row.get("val/kld")]
+        kept = [{key: float(row[key]) for key in row if key == "step" or key.startswith("val/")} for row in rows]
+        curves.setdefault(settings["name"].rsplit("-seed", 1)[0], {})[settings["seed"]] = kept
+    return curves
+
+
+def machine() -> str:
+    """The processor's name and cores."""
+    description: dict[str, Any] = environment()
+    info = Path("/proc/cpuinfo")
+    model = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return f"{description['cpus']} CPU cores" + (f" ({model[0]})" if model else "")
+
+
+if __name__ == "__main__":
+    main()

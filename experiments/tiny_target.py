@@ -1,0 +1,148 @@
+"""Make assets/tiny-target, the embedded default's chat model, with this project's own Pretraining module.
+
+`python -m experiments.tiny_target` (or `make tiny-target`). Killed and started again, it goes on from the last
+checkpoint of the stage it was in. Nothing else in the project depends on this script: its product is in the repository.
+"""
+
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import hydra
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from drafter.batches import Sequence
+from drafter.corpus import Doc, extract, is_heldout, pack, pretraining_texts
+from drafter.datamodules import PackedText, SequenceData
+from drafter.instructions import derive
+from drafter.models import build_drafter, load_model, load_tokenizer, special_ids
+from drafter.modules import Pretraining
+from drafter.prompts import CHATML, encode_prompt
+from experiments.inputs import plain
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="tiny_target")
+def main(cfg: DictConfig) -> None:
+    """Tokenizer, packed text, pretraining, chat finetuning, export."""
+    work = Path(cfg.work)
+    torch.set_float32_matmul_precision("high")
+    docs = extract(list(cfg.data.packages), workers=2)
+    parts = {
+        "train": [doc for doc in docs if not is_heldout(doc.name, cfg.data.heldout_percent)],
+        "heldout": [doc for doc in docs if is_heldout(doc.name, cfg.data.heldout_percent)],
+    }
+    if not (work / "base" / "tokenizer.json").exists():
+        texts = list(pretraining_texts(parts["train"], cfg.data.code_share))
+        train_tokenizer(texts, cfg.vocab_size, cfg.context).save_pretrained(work / "base")
+    tokenizer = load_tokenizer(str(work / "base"))
+    text, heldout = packed(parts, tokenizer, cfg)
+    if not (work / "base" / "model.safetensors").exists():
+        lightning.seed_everything(cfg.seed)
+        fields = plain(cfg.model)
+        model = build_drafter(fields, len(tokenizer), special_ids(tokenizer))
+        train(model, SequenceData(text, heldout, cfg.batch_size, cfg.seed), "pretrain", cfg)
+        model.save_pretrained(work / "base")
+    model = load_model(str(work / "base"))
+    chats = {part: chat_sequences(parts[part], tokenizer, cfg.chat[f"{part}_per_kind"], cfg) for part in parts}
+    train(model, SequenceData(chats["train"], chats["heldout"], 2 * cfg.batch_size, cfg.seed), "chat", cfg)
+    export(model, tokenizer, cfg)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with GPT-2's pre-tokenizer (which every serving engine knows) and ChatML's special tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def packed(parts: dict[str, list[Doc]], tokenizer: PreTrainedTokenizerFast, cfg: DictConfig) -> list[PackedText]:
+    """The pretraining text, in an order shuffled once, so that packages do not stand in blocks."""
+    result = []
+    for part, docs in parts.items():
+        path = Path(cfg.work) / f"{part}.npy"
+        if not path.exists():
+            texts = list(pretraining_texts(docs, cfg.data.code_share))
+            order = np.random.default_rng(cfg.seed).permutation(len(texts))
+            np.save(path, pack((texts[i] for i in order), tokenizer, tokenizer.bos_token_id))
+        result.append(PackedText(path, cfg.pretrain.sequence_length))
+        log.info("%s: %d tokens", path, len(result[-1].tokens))
+    return result
+
+
+def chat_sequences(
+    docs: list[Doc], tokenizer: PreTrainedTokenizerFast, per_kind: int, cfg: DictConfig
+) -> list[Sequence]:
+    """Prompt and reference answer, at most `per_kind` of each kind, shuffled; only the answer is predicted."""
+    every = [instruction for doc in docs for instruction in derive(doc)]
+    taken: Counter[str] = Counter()
+    sequences = []
+    for index in np.random.default_rng(cfg.seed).permutation(len(every)):
+        row = every[index]
+        if taken[row.kind] >= per_kind:
+            continue
+        taken[row.kind] += 1
+        prompt = encode_prompt(tokenizer, row.prompt)
+        answer = tokenizer(row.reference, add_special_tokens=False)["input_ids"]
+        ids = np.array([*prompt, *answer, tokenizer.eos_token_id])
+        if len(ids) <= cfg.context:
+            sequences.append(Sequence(ids, len(prompt), is_text=True))
+    return sequences
+
+
+def train(model: PreTrainedModel, data: SequenceData, stage: str, cfg: DictConfig) -> None:
+    """One run of the Pretraining module, resumed from its last checkpoint where there is one."""
+    settings, folder = cfg[stage], Path(cfg.work) / stage
+    steps = cfg.max_steps or settings.steps
+    trainer = hydra.utils.instantiate(
+        cfg.trainer,
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=min(steps, cfg.validate_every),
+        check_val_every_n_epoch=None,
+        limit_val_batches=40,
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=[ModelCheckpoint(folder, every_n_train_steps=200, save_last=True, save_top_k=0)],
+    )
+    last = folder / "last.ckpt"
+    trainer.fit(Pretraining(model, settings.learning_rate), data, ckpt_path=str(last) if last.exists() else None)
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, cfg: DictConfig) -> None:
+    """bf16 safetensors with everything that an engine reads."""
+    out = Path(cfg.out)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    for stage in ("pretrain", "chat"):
+        shutil.copy(Path(cfg.work) / stage / "metrics.csv", out / f"{stage}-metrics.csv")
+    log.info("wrote %s: %.1f MB", out, (out / "model.safetensors").stat().st_size / 1e6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
+
+from drafter.models import (
+    VocabularyError,
+    build_drafter,
+    check_same_vocabulary,
+    check_same_width,
+    context_length,
+    hidden_states,
+    load_model,
+    load_target,
+    load_tokenizer,
+    num_parameters,
+    special_ids,
+    vocabulary_width,
+)
+from experiments.tiny_target import train_tokenizer
+
+CONF = Path(__file__).parent.parent / "conf"
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def tokenizer_of(lines):
+    return train_tokenizer(lines, 280, 64)
+
+
+@pytest.fixture
+def tokenizer():
+    return tokenizer_of(["the area of a rectangle is width times height"] * 2)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    build_drafter(SMALL, 300, SPECIAL).save_pretrained(path)
+    train_tokenizer(["the area of a rectangle"], 280, 64).save_pretrained(path)
+    return str(path)
+
+
+def test_a_tokenizer_has_the_same_vocabulary_as_its_own_copy(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    check_same_vocabulary(tokenizer, load_tokenizer(str(tmp_path)))
+
+
+def test_vocabularies_of_different_sizes_are_refused_with_both_sizes(tokenizer):
+    larger = tokenizer_of(["the area of a rectangle is width times height"] * 2)
+    larger.add_tokens(["<|one|>", "<|two|>"])
+    with pytest.raises(VocabularyError) as refusal:
+        check_same_vocabulary(tokenizer, larger)
+    assert f"the target has {len(tokenizer)} tokens, the drafter {len(tokenizer) + 2}" in str(refusal.value)
+
+
+def test_vocabularies_that_differ_in_one_piece_are_refused_with_that_piece(tokenizer):
+    ours, theirs = (tokenizer_of(["the area of a rectangle is width times height"] * 2) for _ in range(2))
+    ours.add_tokens(["<|one|>"])
+    theirs.add_tokens(["<|two|>"])
+    with pytest.raises(VocabularyError) as refusal:
+        check_same_vocabulary(ours, theirs)
+    number = len(tokenizer)
+    one, two = f"'<|one|>' is id {number} in the target and None", f"'<|two|>' is id None in the target and {number}"
+    assert (one in str(refusal.value)) or (two in str(refusal.value))
+
+
+def test_vocabularies_with_two_ids_exchanged_are_refused_with_the_first_of_them(tokenizer):
+    ours, theirs = (tokenizer_of(["the area of a rectangle is width times height"] * 2) for _ in range(2))
+    ours.add_tokens(["<|one|>", "<|two|>"])
+    theirs.add_tokens(["<|two|>", "<|one|>"])
+    first, second = len(tokenizer), len(tokenizer) + 1
+    with pytest.raises(VocabularyError) as refusal:
+        check_same_vocabulary(ours, theirs)
+    named = [
+        f"'<|one|>' is id {first} in the target and {second} in the drafter",
+        f"'<|two|>' is id {second} in the target and {first} in the drafter",
+    ]
+    assert any(text in str(refusal.value) for text in named)
+
+
+def test_models_of_one_width_agree_and_others_are_refused_with_both_widths():
+    target, same, other = (build_drafter(SMALL, width, SPECIAL) for width in (300, 300, 304))
+    check_same_width(target, same)
+    with pytest.raises(VocabularyError, match="the target scores 300 tokens, the drafter 304"):
+        check_same_width(target, other)
+
+
+def test_the_target_is_frozen_and_in_eval_mode(saved):
+    target = load_target(saved)
+    assert not target.training
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+
+
+def test_a_loaded_drafter_can_be_trained(saved):
+    assert all(parameter.requires_grad for parameter in load_model(saved).parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_come_in_the_dtype_that_is_asked_for(saved, dtype):
+    assert {parameter.dtype for parameter in load_target(saved, dtype=dtype).parameters()} == {getattr(torch, dtype)}
+
+
+def test_the_tiny_target_of_the_repository_loads_frozen_with_its_tokenizer():
+    path = str(CONF.parent / "assets" / "tiny-target")
+    target, tokenizer = load_target(path), load_tokenizer(path)
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+    assert {parameter.dtype for parameter in target.parameters()} == {torch.float32}
+    assert len(tokenizer) <= vocabulary_width(path) == target.get_output_embeddings().weight.shape[0] == 4096
+    assert tokenizer.chat_template
+
+
+@pytest.mark.parametrize("load", [load_target, load_model, load_tokenizer, vocabulary_width])
+@pytest.mark.parametrize("path", ["./nowhere", "/no/such/model", "runs/no_such_root/drafter", "~/no_such_model"])
+def test_a_local_path_that_is_not_there_is_named_and_not_asked_of_the_hub(load, path):
+    with pytest.raises(OSError, match="the directory does not exist") as refusal:
+        load(path)
+    assert f"'{path}'" in str(refusal.value)
+
+
+def test_the_vocabulary_width_is_the_embeddings_and_counts_padding(saved):
+    assert vocabulary_width(saved) == 300
+    assert len(load_tokenizer(saved)) < 300
+
+
+def test_the_context_length_is_the_configs():
+    assert context_length(build_drafter(SMALL, 300, SPECIAL)) == 64
+
+
+def test_a_model_without_a_limit_of_positions_has_practically_none():
+    with torch.device("meta"):
+        bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
+    assert context_length(bloom) == 2**31
+
+
+def test_a_built_drafter_has_the_asked_architecture_vocabulary_and_special_ids():
+    fields = dict(SMALL)
+    drafter = build_drafter(fields, 300, SPECIAL)
+    assert fields == SMALL
+    assert drafter.config.model_type == "llama"
+    assert drafter.config.num_hidden_layers == 2
+    assert drafter.get_input_embeddings().weight.shape == (300, 16)
+    assert {key: getattr(drafter.config, key) for key in SPECIAL} == SPECIAL
+    assert all(parameter.requires_grad for parameter in drafter.parameters())
+
+
+def test_special_ids_are_the_tokenizers(tokenizer):
+    assert special_ids(tokenizer) == SPECIAL
+    tokenizer.pad_token = None
+    assert special_ids(tokenizer)["pad_token_id"] is None
+
+
+def test_a_tied_embedding_is_counted_once():
+    tied, untied = (build_drafter({**SMALL, "tie_word_embeddings": tie}, 300, SPECIAL) for tie in (True, False))
+    assert num_parameters(untied) - num_parameters(tied) == 300 * 16
+
+
+def test_the_output_embedding_turns_hidden_states_into_the_models_logits(saved):
+    model = load_target(saved)
+    ids_BT = torch.randint(0, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden_BTH = hidden_states(model, ids_BT, torch.ones_like(ids_BT))
+        expected_BTV = model(input_ids=ids_BT).logits
+    assert hidden_BTH.shape == (2, 7, 16)
+    # The same float32 operations in the same order, up to the attention kernel's choice of summation.
+    torch.testing.assert_close(model.get_output_embeddings()(hidden_BTH), expected_BTV, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_on_the_right_does_not_change_the_real_positions(saved):
+    model = load_target(saved)
+    ids_BT = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.tensor([[1] * 5 + [0] * 4])
+    with torch.no_grad():
+        alone = hidden_states(model, ids_BT[:, :5], mask_BT[:, :5])
+        padded = hidden_states(model, ids_BT, mask_BT)[:, :5]
+    # Sums over another number of (masked) keys: float32 rounding alone.
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_papers_drafter_has_the_papers_architecture_and_size():
+    fields = yaml.safe_load((CONF / "drafter" / "llama2_115m.yaml").read_text())
+    with torch.device("meta"):
+        drafter = build_drafter(fields, 32_000, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None})
+        target = AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                num_hidden_layers=32,
+                hidden_size=4096,
+                intermediate_size=11008,
+                num_attention_heads=32,
+                vocab_size=32_000,
+                tie_word_embeddings=False,
+            )
+        )
+    assert drafter.get_input_embeddings().weight.shape[0] == drafter.get_output_embeddings().weight.shape[0] == 32_000
+    layer = 4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024  # attention, gated MLP, two norms
+    assert num_parameters(drafter) == 2 * 32_000 * 1024 + 4 * layer + 1024
+    # The paper prints 115M and 1.64% (115M of a nominal 7B). Its own dimensions give 116.9M, 2% more, and the real
+    # Llama 2 7B has 6.74B: 1.735%.
+    assert num_parameters(drafter) == pytest.approx(115e6, rel=0.02)
+    assert num_parameters(drafter) / 7e9 == pytest.approx(0.0164, abs=0.0006)
+    assert num_parameters(target) == 6_738_415_616
+    assert num_parameters(drafter) / num_parameters(target) == pytest.approx(0.01735, abs=0.00001)
+
+
+def test_the_tiny_drafter_has_the_size_that_its_config_states():
+    fields = yaml.safe_load((CONF / "drafter" / "tiny.yaml").read_text())
+    drafter = build_drafter(fields, 4096, SPECIAL)
+    target = load_target(str(CONF.parent / "assets" / "tiny-target"))
+    assert num_parameters(drafter) == pytest.approx(144_000, rel=0.01)
+    assert num_parameters(drafter) / num_parameters(target) == pytest.approx(0.042, abs=0.0005)

@@ -1,0 +1,117 @@
+"""The two LightningModules: what they optimise, what they leave alone, what they report."""
+
+import lightning
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from drafter.batches import Sequence, collate, response_sequence
+from drafter.datamodules import SequenceData
+from drafter.losses import kld, tvd, tvdpp
+from drafter.modules import Distillation, Pretraining, adamw, next_token_loss
+from tests.conftest import small_model
+
+ROWS = [{"prompt_ids": [1, 2, 3], "response_ids": [n % 60 + 1, 5, (7 * n) % 50]} for n in range(12)]
+RESPONSES = [response_sequence(row) for row in ROWS]
+TEXT = [Sequence(np.arange(n, n + 20), 1, True) for n in range(4)]
+
+
+def trainable(seed=2, hidden=16):
+    return small_model(seed, hidden).requires_grad_(True).train()
+
+
+def fit(module, samples=None, steps=8, validation=None):
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    lightning.seed_everything(0, verbose=False)
+    trainer.fit(module, SequenceData(samples or RESPONSES + TEXT, validation or RESPONSES, 4, seed=0))
+    return trainer
+
+
+def test_next_token_loss_is_the_models_own():
+    model, batch = small_model(), collate(TEXT)
+    logits = model(input_ids=batch.input_ids_BT).logits[:, :-1]
+    reference = F.cross_entropy(logits.flatten(0, 1), batch.input_ids_BT[:, 1:].flatten())
+    torch.testing.assert_close(next_token_loss(model, batch), reference)
+
+
+def test_pretraining_lowers_its_loss():
+    model, batch = trainable(), collate(TEXT)
+    before = next_token_loss(model, batch).item()
+    fit(Pretraining(model, 1e-2), TEXT * 4, steps=30)
+    assert next_token_loss(model, batch).item() < 0.8 * before
+
+
+@pytest.mark.parametrize("loss", [kld, tvd, tvdpp])
+def test_distillation_raises_acceptance_and_leaves_the_target_as_it_was(loss):
+    target, drafter = small_model(1, 32, sharpness=60.0), trainable()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    module = Distillation(target, drafter, loss, 0.1, 1e-2)
+    first = fit(module, steps=4).callback_metrics["val/acceptance_rate"].item()
+    trainer = fit(module, steps=60)
+    assert trainer.callback_metrics["val/acceptance_rate"] > first + 0.1
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+
+
+def test_the_target_is_in_no_checkpoint_and_no_optimizer(target):
+    module = Distillation(target, trainable(), kld, 0.1, 1e-3)
+    assert all(name.startswith("drafter.") for name in module.state_dict())
+    assert {id(p) for p in module.parameters()} == {id(p) for p in module.drafter.parameters()}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_the_loss_weighs_responses_and_text_by_the_share(target, share):
+    module = Distillation(target, trainable(), tvd, share, 1e-3)
+    batch = collate(RESPONSES[:3] + TEXT[:1])
+    trainer = fit(module, steps=1)
+    module.trainer = trainer
+    module.log = lambda *_, **__: None
+    total = module.training_step(batch, 0)
+    responses, text = collate(RESPONSES[:3]), collate(TEXT[:1])
+    p = module.drafter(input_ids=responses.input_ids_BT).logits[responses.target_mask_BT]
+    q = target(input_ids=responses.input_ids_BT).logits[responses.target_mask_BT]
+    reference = (1 - share) * tvd(p, q).mean() + share * next_token_loss(module.drafter, text)
+    torch.testing.assert_close(total, reference)
+
+
+def test_yardsticks_are_averages_over_tokens_not_batches(target):
+    uneven = [response_sequence({"prompt_ids": [1], "response_ids": list(range(2, 2 + n))}) for n in (1, 9, 2, 3, 8)]
+    module = Distillation(target, trainable(), kld, 0.0, 1e-9)
+    metrics = fit(module, RESPONSES, steps=3, validation=uneven).callback_metrics
+    batch = collate(uneven)
+    with torch.no_grad():
+        p = module.drafter(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+        q = target(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+    p, q = p[batch.target_mask_BT], q[batch.target_mask_BT]
+    for name, reference in {
+        "val/kld": kld(p, q).mean(),
+        "val/tvd": tvd(p, q).mean(),
+        "val/acceptance_rate": 1 - tvd(p, q).mean(),
+        "val/argmax_agreement": (p.argmax(-1) == q.argmax(-1)).float().mean(),
+    }.items():
+        # the last of the three steps, at a learning rate of 1e-9, leaves the drafter as it was to 6 digits
+        torch.testing.assert_close(metrics[name].double(), reference.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
+    parts = adamw(trainable(), 1e-2, 0.1, steps=100)
+    optimizer, scheduler = parts["optimizer"], parts["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(5e-3)
+    assert max(rates) == rates[1] == pytest.approx(1e-2)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert optimizer.param_groups[1]["weight_decay"] == 0

@@ -1,0 +1,192 @@
+"""The whole method on a pair that is not the embedded default's, through the stages' own entry points.
+
+The target is a GPT-2 with learned positions and a word-level tokenizer without chat template; the data are local files.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from drafter.artifacts import ArtifactError, read_jsonl
+from drafter.models import VocabularyError
+from experiments.pipeline import NAMES, STAGES, main, run
+
+WORDS = "<end> <unk> the cat dog saw a bird who and then ran to tree house what did do ? .".split()  # noqa: SIM905
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_target(folder, words=WORDS, seed=0):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(seed)
+    # Wider than its tokenizer, as many published models are: the padding has to be carried along.
+    config = GPT2Config(vocab_size=24, n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    model.transformer.wte.weight.data.mul_(20)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Overrides of a run on local files, and its root."""
+    folder = tmp_path_factory.mktemp("world")
+    save_target(folder / "target")
+    sentences = [
+        f"the {a} saw a {b} and then ran to the {c} ." for a in WORDS[3:5] for b in WORDS[3:8] for c in WORDS[11:14]
+    ]
+    write_jsonl(folder / "text.jsonl", [{"text": text} for text in sentences * 12])
+    write_jsonl(
+        folder / "asked.jsonl",
+        [{"prompt": f"what did the {WORDS[3 + i % 6]} do {'? ' * (i % 40 + 1)}"} for i in range(240)],
+    )
+    write_jsonl(folder / "task.jsonl", [{"question": f"who saw the {word} ?"} for word in WORDS[3:7]])
+    task = f"{{path: {folder}/task.jsonl, split: train, name: null, revision: null, template: '{{question}}', "
+    overrides = [
+        "scale=smoke",
+        "data=files",
+        "task=files",
+        f"task.prompts.path={folder}/task.jsonl",
+        "task.prompts.template='{question}'",
+        "task.prompts.max_new_tokens=8",
+        "logger=csv",
+        f"root={folder}/run",
+        f"target.path={folder}/target",
+        f"data.pretraining.path={folder}/text.jsonl",
+        f"data.instructions.0.path={folder}/asked.jsonl",
+        "data.heldout_percent=25",
+        "drafter.max_position_embeddings=64",
+        "scale.sequence_length=16",
+        "scale.heldout_tokens=400",
+        "scale.max_prompt_tokens=48",
+        "scale.max_new_tokens=8",
+        "scale.pretrain_steps=10",
+        "scale.finetune_steps=6",
+        "++task.sampled=" + task + "temperature: 0.6, top_p: 0.9, max_new_tokens: 8, in_domain: true}",
+    ]
+    main([*overrides, "losses=[kld,tvdpp]", "seeds=[1]"])
+    return overrides, folder / "run"
+
+
+def stage(name, overrides):
+    from hydra import initialize_config_module
+
+    with initialize_config_module("conf", version_base="1.3"):
+        run(STAGES[NAMES.index(name)], name, overrides)
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_every_stage_leaves_a_finished_directory(world):
+    _, root = world
+    finished = {str(path.parent.relative_to(root)) for path in root.rglob("manifest.json")}
+    assert finished == {
+        "data", "drafter", "responses", "cache", "finetune/kld-seed1", "finetune/tvdpp-seed1",
+        "evaluate/drafter", "evaluate/kld-seed1", "evaluate/tvdpp-seed1",
+    }  # fmt: skip
+
+
+def test_counts_add_up_and_greedy_text_is_the_targets_own(world):
+    _, root = world
+    for name in ("drafter", "kld-seed1", "tvdpp-seed1"):
+        rows = read_jsonl(root / "evaluate" / name / "counts.jsonl")
+        assert {(row["task"], row["gamma"]) for row in rows} == {(t, g) for t in ("prompts", "sampled") for g in (3, 5)}
+        for row in rows:
+            assert row["target_calls"] <= row["tokens"] <= row["accepted"] + row["target_calls"]
+            assert row["accepted"] <= row["tested"]
+        summary = json.loads((root / "evaluate" / name / "manifest.json").read_text())["counts"]
+        assert summary["greedy_outputs"] == sum(row["task"] == "prompts" for row in rows) > 0
+        assert summary["greedy_outputs_unlike_the_target"] == 0
+
+
+def test_the_report_is_written(world):
+    _, root = world
+    assert "| prompts | tvdpp |" in (root / "report" / "results.md").read_text()
+    assert "<svg" in (root / "report" / "report.html").read_text()
+    assert (root / "report" / "figures" / "curves.png").stat().st_size > 10_000
+
+
+def test_finetuning_logs_the_common_yardsticks_from_step_zero(world):
+    _, root = world
+    header, *lines = (root / "finetune" / "kld-seed1" / "logs" / "metrics.csv").read_text().splitlines()
+    for name in ("train/loss", "val/kld", "val/tvd", "val/acceptance_rate"):
+        assert name in header.split(",")
+    steps = [line.split(",")[header.split(",").index("step")] for line in lines]
+    assert steps[0] == "0"
+    assert steps[-1] == "5"
+
+
+def test_the_drafter_has_the_targets_padded_vocabulary(world):
+    _, root = world
+    drafter = AutoModelForCausalLM.from_pretrained(root / "finetune" / "kld-seed1")
+    assert drafter.get_output_embeddings().weight.shape[0] == 24
+
+
+def test_a_second_run_changes_no_artifact(world):
+    overrides, root = world
+    before = {path: what for path, what in snapshot(root).items() if "report" not in path.parts}
+    main([*overrides, "losses=[kld,tvdpp]", "seeds=[1]"])
+    after = {path: what for path, what in snapshot(root).items() if "report" not in path.parts}
+    assert after == before
+
+
+def test_a_cached_and_a_live_target_train_the_same_drafter(world):
+    overrides, root = world
+    exact = [*overrides, f"inputs.cache={root}/cache32", "name=cached", "finetune.max_steps=3"]
+    stage("cache", [*overrides, f"out={root}/cache32", "cache.dtype=float32"])
+    stage("finetune", [*exact, "loss=kld"])
+    stage("finetune", [*overrides, "inputs.cache=null", "name=live", "finetune.max_steps=3", "loss=kld"])
+    cached, live = (
+        AutoModelForCausalLM.from_pretrained(root / "finetune" / name).state_dict() for name in ("cached", "live")
+    )
+    for key in cached:
+        # The same states, once from a padded batch of another width: rounding only.
+        torch.testing.assert_close(cached[key], live[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("respond", "respond.top_p=0.5", ArtifactError, "settings.top_p: there 0.95, asked for 0.5"),
+        ("pretrain", "seed=7", ArtifactError, "settings.seed: there 0, asked for 7"),
+        ("respond", "inputs.data=nowhere", ArtifactError, "nowhere holds no finished 'prepare'"),
+        ("respond", "target.path={other}", ArtifactError, "was made with the tokenizer"),
+        ("cache", "target.path={reseeded}", ArtifactError, "was made with the target"),
+        ("finetune", "target.path={reseeded}", ArtifactError, "was made with the target"),
+        ("evaluate", "drafters=[{stranger}]", VocabularyError, r"'\?' is id 18 in the target and 19"),
+        ("evaluate", "drafters=[./nothing]", ArtifactError, "'./nothing' matches no trained drafter"),
+        ("evaluate", "evaluate.num_speculative_tokens=[3,0]", ValueError, "num_speculative_tokens .* is 0"),
+        ("evaluate", "task.prompts.max_new_tokens=62", ValueError, "exceeds the context of 64 tokens"),
+        ("finetune", "finetune.text_share=1.5", ValueError, "text_share is 1.5"),
+        ("finetune", "+loss.gamma=3", TypeError, "gamma"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_changes_nothing(world, tmp_path, name, change, error, message):
+    overrides, root = world
+    save_target(tmp_path / "other", [*WORDS, "new"])
+    save_target(tmp_path / "reseeded", seed=1)
+    swapped = [*WORDS[:18], WORDS[19], WORDS[18]]
+    save_target(tmp_path / "stranger", swapped)
+    change = change.format(**{part: tmp_path / part for part in ("other", "reseeded", "stranger")})
+    fresh = [] if error is ArtifactError else [f"out={tmp_path}/out"]
+    before = snapshot(root)
+    with pytest.raises(error, match=message):
+        stage(name, [*overrides, *fresh, change])
+    assert snapshot(root) == before
+    assert not list(tmp_path.glob("out/**/manifest.json"))
+
+
+def test_an_empty_corpus_is_refused(world, tmp_path):
+    overrides, _ = world
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        stage("prepare", [*overrides, f"out={tmp_path}/out", f"data.pretraining.path={tmp_path}/empty.jsonl"])
