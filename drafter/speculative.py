@@ -7,6 +7,7 @@ arXiv 2211.17192, algorithm 1). Both models' logits are warped (temperature, top
 Shapes: G drafted tokens, V vocabulary.
 """
 
+import inspect
 import time
 from typing import NamedTuple
 
@@ -104,11 +105,14 @@ class _Decoder:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.cache, self.length = model, DynamicCache(), 0
+        # transformers 5.24 renamed the argument; earlier ones, and models with code of their own, keep the old name.
+        names = inspect.signature(model.forward).parameters
+        self.argument = "cache" if "cache" in names else "past_key_values"
 
     def logits(self, tokens: list[int], keep: int) -> torch.Tensor:
         """Feed what the cache lacks of `tokens`; the logits of the last `keep` positions, shape (keep, V)."""
         ids = torch.tensor([tokens[self.length :]], device=self.model.device)
-        output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=keep, **{self.argument: self.cache})
         self.length = len(tokens)
         return output.logits[0]
 

@@ -50,7 +50,7 @@ def draw_efficiency(rows: Sequence["Row"], path: Path) -> str:
             for offset, loss in enumerate(losses):
                 of_loss = {row.task: row.block_efficiency for row in rows if (row.loss, row.gamma) == (loss, gamma)}
                 shown = [i for i, task in enumerate(tasks) if task in of_loss]
-                values = np.array([of_loss[tasks[i]] for i in shown])
+                values = np.array([of_loss[tasks[i]] for i in shown]).reshape(-1, 3)
                 errors = np.abs(values[:, 1:] - values[:, :1]).T
                 places = np.array(shown) + (offset - (len(losses) - 1) / 2) * width
                 axis.bar(places, values[:, 0], width * 0.92, label=loss, color=colour[loss])

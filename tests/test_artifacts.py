@@ -61,6 +61,12 @@ def test_an_interrupted_directory_is_resumed_with_what_it_has(tmp_path):
     assert not (tmp_path / STARTED).exists()
 
 
+def test_a_claim_that_never_got_to_write_anything_binds_nobody(tmp_path):
+    Stage(tmp_path, "respond", SETTINGS, INPUTS)
+    Stage(tmp_path, "respond", {**SETTINGS, "batch_size": 8}, INPUTS).finish()
+    assert Stage(tmp_path, "respond", {**SETTINGS, "batch_size": 8}, INPUTS).complete
+
+
 def test_settings_are_compared_as_json_so_that_a_tuple_is_a_list(tmp_path):
     finished(tmp_path)
     assert Stage(tmp_path, "respond", {**SETTINGS, "temperatures": (0.0, 1.0)}, INPUTS).complete
@@ -82,6 +88,7 @@ def test_a_directory_made_differently_is_refused_and_left_untouched(
 ):
     if interrupted:
         Stage(tmp_path, "respond", SETTINGS, INPUTS)
+        write_jsonl(tmp_path / "00000.jsonl", [{"text": "before the interruption"}])
     else:
         finished(tmp_path)
     before = snapshot(tmp_path)
