@@ -60,17 +60,22 @@ class Responses(Dataset[Sequence]):
 
 
 def mixture(responses: Responses, text: PackedText, text_share: float, seed: int) -> Samples:
-    """Responses and packed text, the text being `text_share` of all samples (paper: one in ten).
+    """Responses and packed text, the text being `text_share` of all samples (paper: one in ten)."""
+    order = np.random.default_rng(seed).permutation(len(text))
+    # np.resize repeats the text where there is too little of it.
+    chosen = np.resize(order, text_samples(len(responses), text_share))
+    return ConcatDataset([responses, Subset(text, chosen.tolist())])
+
+
+def text_samples(responses: int, text_share: float) -> int:
+    """How many samples of text beside so many responses are `text_share` of all.
 
     Raises:
         ValueError: the share is not in [0, 1).
     """
     if not 0 <= text_share < 1:
         raise ValueError(f"finetune.text_share is {text_share}, must be at least 0 and below 1")
-    wanted = round(len(responses) * text_share / (1 - text_share))
-    order = np.random.default_rng(seed).permutation(len(text))
-    chosen = np.resize(order, wanted)  # repeats the text where there is too little of it
-    return ConcatDataset([responses, Subset(text, chosen.tolist())])
+    return round(responses * text_share / (1 - text_share))
 
 
 class SequenceData(lightning.LightningDataModule):

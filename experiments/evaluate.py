@@ -45,8 +45,7 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate every drafter that has not been."""
-    for gamma in cfg.evaluate.num_speculative_tokens:
-        check_decoding(gamma, 1, [0])
+    check(cfg)
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
     settings = {**plain(cfg.evaluate), "tasks": plain(cfg.task), "seed": cfg.seed}
     ranks = join()
@@ -60,6 +59,13 @@ def main(cfg: DictConfig) -> None:
         if target is None:
             target = load_target(**cfg.target).to(ranks.device)
         evaluate(target, path, stage, cfg)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what would fail after the model is loaded."""
+    for gamma in cfg.evaluate.num_speculative_tokens:
+        for how in cfg.task.values():
+            check_decoding(gamma, how.max_new_tokens, [0])
 
 
 def find_drafters(patterns: list[str]) -> list[str]:

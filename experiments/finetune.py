@@ -1,6 +1,7 @@
 """Stage 3: pull the drafter's distribution to the target's. Config: conf/finetune.yaml."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -9,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from drafter.artifacts import Stage, fingerprint, model_fingerprint, read_manifest, require
-from drafter.datamodules import PackedText, Responses, SequenceData, mixture
+from drafter.datamodules import PackedText, Responses, SequenceData, mixture, text_samples
 from drafter.logit_cache import StateReader
 from drafter.models import check_same_vocabulary, check_same_width, load_model, load_target, load_tokenizer
 from drafter.modules import Distillation
@@ -23,8 +24,7 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
 def main(cfg: DictConfig) -> None:
     """Load target, drafter, responses and cache, all checked against each other; train; save."""
-    loss = hydra.utils.instantiate(cfg.loss)
-    loss(torch.zeros(1, 2), torch.zeros(1, 2))  # a wrong switch fails here, before compute is spent
+    loss = check(cfg)
     inputs = checked_inputs(cfg)
     settings = {**plain(cfg.finetune), "loss": plain(cfg.loss), "name": cfg.name, "seed": cfg.seed}
     stage = Stage(cfg.out, "finetune", settings, inputs)
@@ -47,6 +47,14 @@ def main(cfg: DictConfig) -> None:
     module = Distillation(target, drafter, loss, cfg.finetune.text_share, cfg.finetune.learning_rate)
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name)
     save(drafter, tokenizer, stage, trainer)
+
+
+def check(cfg: DictConfig) -> Callable[..., torch.Tensor]:
+    """The loss. It is tried on two tokens, so that a wrong switch is refused before compute is spent."""
+    loss: Callable[..., torch.Tensor] = hydra.utils.instantiate(cfg.loss)
+    loss(torch.zeros(1, 2), torch.zeros(1, 2))
+    text_samples(0, cfg.finetune.text_share)
+    return loss
 
 
 def checked_inputs(cfg: DictConfig) -> dict[str, str]:

@@ -5,13 +5,16 @@ line, and skips itself where it is up to date; so an interrupted pipeline goes o
 """
 
 import logging
+import os
+import re
 import sys
 import warnings
 from types import ModuleType
 
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
@@ -31,13 +34,17 @@ def main(arguments: list[str]) -> None:
     others = [argument for argument in arguments if argument not in own]
     with initialize_config_module("conf", version_base="1.3"):
         plan = compose("pipeline", own)
-        stage_configs = [
-            (module, name, overrides + of_stage(others, name))
+        shared = routed(others)
+        jobs = [
+            (module, configured(name, overrides + shared[name]))
             for module, name in zip(STAGES, NAMES, strict=True)
             for overrides in runs(name, plan)
         ]
-        for module, name, overrides in stage_configs:
-            run(module, name, overrides)
+        for module, cfg in jobs:  # a wrong value of the last stage is found before the first one computes
+            if hasattr(module, "check"):
+                module.check(cfg)
+        for module, cfg in jobs:
+            run(module, cfg)
 
 
 def runs(stage: str, plan: DictConfig) -> list[list[str]]:
@@ -47,20 +54,46 @@ def runs(stage: str, plan: DictConfig) -> list[list[str]]:
     return [[f"loss={loss}", f"seed={seed}"] for seed in plan.seeds for loss in plan.losses]
 
 
-def of_stage(arguments: list[str], stage: str) -> list[str]:
-    """The overrides that are not another stage's own."""
-    others = tuple(f"{name}." for name in NAMES if name != stage)
-    return [argument for argument in arguments if not argument.lstrip("+~").startswith(others)]
+def routed(arguments: list[str]) -> dict[str, list[str]]:
+    """Stage -> the overrides that concern it: those whose first key its config has.
+
+    Raises:
+        ValueError: an override concerns no stage.
+    """
+    keys = {name: set(compose(name)) for name in NAMES}
+    known = sorted(set().union(*keys.values()))
+    first = {argument: re.split(r"[.=@]", argument.lstrip("+~"))[0] for argument in arguments}
+    for argument, key in first.items():
+        if key not in known:
+            raise ValueError(f"'{argument}' is a setting of no stage: '{key}' is none of {known}")
+    return {name: [argument for argument in arguments if first[argument] in keys[name]] for name in NAMES}
 
 
-def run(module: ModuleType, name: str, overrides: list[str]) -> None:
-    """One stage, as its own command line would run it."""
+def configured(name: str, overrides: list[str]) -> DictConfig:
+    """A stage's config, composed as its own command line would, with every interpolation resolved.
+
+    Raises:
+        ValueError: a required value (`???`) was not given.
+    """
     cfg = compose(name, overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{name} needs a value for {', '.join(missing)}: give it as `{missing[0]}=...`")
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def run(module: ModuleType, cfg: DictConfig) -> None:
+    """One stage, as its own command line would run it."""
     module.main(cfg)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, HydraException) as problem:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        sys.exit(f"error: {problem}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")

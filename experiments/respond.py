@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="respond")
 def main(cfg: DictConfig) -> None:
     """Encode the instructions, check them all, then generate shard by shard."""
+    check(cfg)
     inputs = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
     stage = Stage(cfg.out, "respond", {**plain(cfg.respond), "seed": cfg.seed}, inputs)
     if stage.complete:
@@ -58,6 +59,23 @@ def main(cfg: DictConfig) -> None:
         }
         stage.finish(counts=counts)
         log.info("%s: %s", cfg.out, counts)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse settings that would fail, or mean something else, once the target is generating.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    settings = cfg.respond
+    for name, allowed, wanted in (
+        ("temperatures", settings.temperatures and min(settings.temperatures) >= 0, "0 (greedy) or above, one or more"),
+        ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
+        ("num_responses", settings.num_responses >= 10, "at least 10 (a tenth of them beside for validation)"),
+        ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
+    ):
+        if not allowed:
+            raise ValueError(f"respond.{name} is {settings[name]}, must be {wanted}")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ The target is a GPT-2 with learned positions and a word-level tokenizer without 
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import HydraException
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from drafter.artifacts import ArtifactError, read_jsonl
 from drafter.models import VocabularyError
-from experiments.pipeline import NAMES, STAGES, main, run
+from experiments.pipeline import NAMES, STAGES, configured, main
 
 WORDS = "<end> <unk> the cat dog saw a bird who and then ran to tree house what did do ? .".split()  # noqa: SIM905
 
@@ -79,7 +82,7 @@ def stage(name, overrides):
     from hydra import initialize_config_module
 
     with initialize_config_module("conf", version_base="1.3"):
-        run(STAGES[NAMES.index(name)], name, overrides)
+        STAGES[NAMES.index(name)].main(configured(name, overrides))
 
 
 def snapshot(folder):
@@ -190,3 +193,35 @@ def test_an_empty_corpus_is_refused(world, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match="the corpus is empty"):
         stage("prepare", [*overrides, f"out={tmp_path}/out", f"data.pretraining.path={tmp_path}/empty.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ("losses=[kld,tvdx]", HydraException, "tvdx"),
+        ("evaluate.num_speculative_tokens=[0]", ValueError, "num_speculative_tokens .* is 0"),
+        ("finetune.text_share=1", ValueError, "text_share is 1"),
+        ("loss.statistics=all", ValueError, "loss.statistics is 'all'"),
+        ("respond.top_p=0", ValueError, "respond.top_p is 0"),
+        ("respond.temperatures=[]", ValueError, "respond.temperatures is"),
+        ("respond.num_responses=5", ValueError, "respond.num_responses is 5"),
+        ("respnd.top_p=0.9", ValueError, "'respnd' is none of .*'respond'"),
+        ("respond.topp=0.9", HydraException, "topp"),
+        ("data=files", ValueError, r"prepare needs a value for data.instructions\[0\].path, data.pretraining.path"),
+        ("scale=gigantic", HydraException, "gigantic"),
+    ],
+)
+def test_the_pipeline_refuses_a_wrong_value_of_its_last_stage_before_the_first_computes(
+    tmp_path, change, error, message
+):
+    with pytest.raises(error, match=message):
+        main(["scale=smoke", "logger=csv", f"root={tmp_path}/run", "losses=[tvdpp]", change])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_is_one_line_on_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.pipeline", f"root={tmp_path}", "scale=smoke", "respond.top_p=2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: respond.top_p is 2, must be above 0, at most 1")
