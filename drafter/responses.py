@@ -6,6 +6,7 @@ shards, and any number of ranks writes the same files.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,36 +66,68 @@ def write_responses(
     parts: list[list[Request]],
     directory: str | Path,
     *,
-    top_p: float,
-    max_new_tokens: int,
-    stop_ids: list[int],
-    batch_size: int,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    **how: Any,
 ) -> None:
-    """Answer this rank's shards (every world_size-th) that are not on disk yet."""
+    """Answer this rank's shards (every world_size-th) that are not on disk yet; `how` goes to `answer`."""
     mine = [i for i in range(rank, len(parts), world_size) if not _shard_path(directory, i).exists()]
     with tqdm(total=sum(len(parts[i]) for i in mine), desc="responses", unit="row", disable=rank > 0) as bar:
         for index in mine:
             torch.manual_seed(seed * 1_000_003 + index)
-            rows = []
-            for batch in _batches(parts[index], batch_size):
-                rows += answer(target, batch, top_p=top_p, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-                bar.update(len(batch))
+            rows = answer(target, parts[index], bar.update, **how)
             _write_parquet(rows, _shard_path(directory, index))
 
 
-@torch.inference_mode()
 def answer(
-    target: PreTrainedModel, batch: list[Request], *, top_p: float, max_new_tokens: int, stop_ids: list[int]
+    target: PreTrainedModel,
+    requests: list[Request],
+    advance: Callable[[int], Any] = lambda finished: None,
+    *,
+    top_p: float,
+    max_new_tokens: int,
+    stop_ids: list[int],
+    batch_size: int,
+    first_round: int = 16,
 ) -> list[dict[str, Any]]:
-    """One batched generation; all requests of a batch have one temperature. Rows have the fields of SCHEMA."""
-    width = max(len(request.prompt_ids) for request in batch)
+    """Batched generation in rounds of 16, 32, 64 … tokens; rows have the fields of SCHEMA.
+
+    A batch runs until its longest answer ends, and most answers are short: after each round the unfinished ones are
+    gathered into new, full batches, which costs reading their text again.
+    """
+    answers: list[list[int]] = [[] for _ in requests]
+    pending, round_ = list(range(len(requests))), first_round
+    while pending:
+        room = min(round_, max_new_tokens - len(answers[pending[0]]))  # all pending ones are equally long
+        for batch in _batches(requests, pending, batch_size):
+            contexts = [requests[i].prompt_ids + answers[i] for i in batch]
+            grown = _generate(target, contexts, requests[batch[0]].temperature, top_p, room, stop_ids)
+            for i, tokens in zip(batch, grown, strict=True):
+                answers[i] += tokens
+        ended = [i for i in pending if answers[i][-1] in stop_ids or len(answers[i]) == max_new_tokens]
+        advance(len(ended))
+        pending, round_ = sorted(set(pending) - set(ended)), 2 * round_
+    return [
+        {**request._asdict(), "response_ids": tokens, "truncated": tokens[-1] not in stop_ids}
+        for request, tokens in zip(requests, answers, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _generate(
+    target: PreTrainedModel,
+    contexts: list[list[int]],
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    stop_ids: list[int],
+) -> list[list[int]]:
+    """What follows each context, up to its first stop token (which is part of it)."""
+    width = max(map(len, contexts))
     padding = stop_ids[0] if stop_ids else 0
-    ids = torch.tensor([[padding] * (width - len(row.prompt_ids)) + row.prompt_ids for row in batch])
-    mask = torch.tensor([[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in batch])
-    temperature = batch[0].temperature
+    ids = torch.tensor([[padding] * (width - len(context)) + context for context in contexts])
+    mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
     sampled: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
         **(sampled if temperature > 0 else {"do_sample": False}),
@@ -104,11 +137,8 @@ def answer(
     )
     device = target.device
     output = target.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
-    rows = []
-    for request, generated in zip(batch, output[:, width:].tolist(), strict=True):
-        end = next((i + 1 for i, token in enumerate(generated) if token in stop_ids), None)
-        rows.append({**request._asdict(), "response_ids": generated[:end], "truncated": end is None})
-    return rows
+    grown = output[:, width:].tolist()
+    return [tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)] for tokens in grown]
 
 
 def read_responses(directory: str | Path) -> list[dict[str, Any]]:
@@ -117,14 +147,15 @@ def read_responses(directory: str | Path) -> list[dict[str, Any]]:
     return [row for path in paths for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
 
 
-def _batches(shard: list[Request], batch_size: int) -> list[list[Request]]:
-    by_temperature: dict[float, list[Request]] = {}
-    for request in shard:
-        by_temperature.setdefault(request.temperature, []).append(request)
+def _batches(requests: list[Request], indices: list[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of one temperature each, contexts of like length side by side."""
+    by_temperature: dict[float, list[int]] = {}
+    for index in indices:
+        by_temperature.setdefault(requests[index].temperature, []).append(index)
     return [
-        rows[start : start + batch_size]
-        for rows in by_temperature.values()
-        for start in range(0, len(rows), batch_size)
+        group[start : start + batch_size]
+        for group in by_temperature.values()
+        for start in range(0, len(group), batch_size)
     ]
 
 

@@ -36,7 +36,7 @@ def test_shards_hold_every_request_once_with_like_ones_side_by_side():
 
 def test_greedy_answers_in_a_padded_batch_are_each_prompts_own(target):
     batch = [request for request in requests() if request.temperature == 0]
-    rows = answer(target, batch, top_p=0.95, max_new_tokens=12, stop_ids=[7])
+    rows = answer(target, batch, top_p=0.95, max_new_tokens=12, stop_ids=[7], batch_size=2, first_round=5)
     for request, row in zip(batch, rows, strict=True):
         alone = autoregressive_decode(target, request.prompt_ids, 12, Sampling(), [7]).tokens
         assert row["response_ids"] == alone
@@ -46,14 +46,14 @@ def test_greedy_answers_in_a_padded_batch_are_each_prompts_own(target):
 
 def test_sampled_answers_never_leave_the_top_p_set(target):
     batch = [request for request in requests() if request.temperature > 0]
-    rows = answer(target, batch, top_p=1e-6, max_new_tokens=8, stop_ids=[7])
+    rows = answer(target, batch, top_p=1e-6, max_new_tokens=8, stop_ids=[7], batch_size=4)
     for request, row in zip(batch, rows, strict=True):
         assert row["response_ids"] == autoregressive_decode(target, request.prompt_ids, 8, Sampling(), [7]).tokens
 
 
 def test_a_response_ends_with_its_first_stop_token(target):
     stops = list(range(0, VOCABULARY, 3))  # so many that most answers meet one
-    rows = answer(target, requests()[:1], top_p=0.95, max_new_tokens=12, stop_ids=stops)
+    rows = answer(target, requests()[:1], top_p=0.95, max_new_tokens=12, stop_ids=stops, batch_size=1)
     tokens = rows[0]["response_ids"]
     assert all(token not in stops for token in tokens[:-1])
     assert rows[0]["truncated"] == (tokens[-1] not in stops)
@@ -88,5 +88,5 @@ def test_another_seed_gives_other_samples(target, tmp_path):
 
 @pytest.mark.parametrize("stops", [[], [7, 9]])
 def test_any_number_of_stop_tokens_is_fine(target, stops):
-    rows = answer(target, requests()[:2], top_p=1.0, max_new_tokens=5, stop_ids=stops)
+    rows = answer(target, requests()[:2], top_p=1.0, max_new_tokens=5, stop_ids=stops, batch_size=2)
     assert all(1 <= len(row["response_ids"]) <= 5 for row in rows)
