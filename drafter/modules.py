@@ -110,10 +110,11 @@ class Distillation(lightning.LightningModule):
         sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
         self._yardsticks.clear()
         count, kld_sum, tvd_sum, agreement = sums.tolist()
-        self.log("val/kld", kld_sum / count, prog_bar=True, rank_zero_only=True)
-        self.log("val/tvd", tvd_sum / count, rank_zero_only=True)
-        self.log("val/acceptance_rate", 1 - tvd_sum / count, prog_bar=True, rank_zero_only=True)
-        self.log("val/argmax_agreement", agreement / count, rank_zero_only=True)
+        # The sums are of all ranks already; sync_dist averages equal values, and keeps Lightning from warning.
+        self.log("val/kld", kld_sum / count, prog_bar=True, sync_dist=True)
+        self.log("val/tvd", tvd_sum / count, sync_dist=True)
+        self.log("val/acceptance_rate", 1 - tvd_sum / count, prog_bar=True, sync_dist=True)
+        self.log("val/argmax_agreement", agreement / count, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)

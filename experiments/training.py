@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.artifacts import Stage
 from drafter.datamodules import SequenceData
+from drafter.ranks import leave_at_exit
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def train(
     name: str,
 ) -> lightning.Trainer:
     """Fit for settings.max_steps, going on from the checkpoint that an interrupted run has left."""
+    leave_at_exit()
     checkpoints = stage.directory / "checkpoints"
     interval = min(settings.validate_every, settings.max_steps)
     trainer: lightning.Trainer = hydra.utils.instantiate(

@@ -11,71 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.errors import HydraException
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from drafter.artifacts import ArtifactError, read_jsonl
 from drafter.models import VocabularyError
 from experiments.pipeline import NAMES, STAGES, configured, main
-
-WORDS = "<end> <unk> the cat dog saw a bird who and then ran to tree house what did do ? .".split()  # noqa: SIM905
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def save_target(folder, words=WORDS, seed=0):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(seed)
-    # Wider than its tokenizer, as many published models are: the padding has to be carried along.
-    config = GPT2Config(vocab_size=24, n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0)
-    model = GPT2LMHeadModel(config)
-    model.transformer.wte.weight.data.mul_(20)
-    model.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Overrides of a run on local files, and its root."""
-    folder = tmp_path_factory.mktemp("world")
-    save_target(folder / "target")
-    sentences = [
-        f"the {a} saw a {b} and then ran to the {c} ." for a in WORDS[3:5] for b in WORDS[3:8] for c in WORDS[11:14]
-    ]
-    write_jsonl(folder / "text.jsonl", [{"text": text} for text in sentences * 12])
-    write_jsonl(
-        folder / "asked.jsonl",
-        [{"prompt": f"what did the {WORDS[3 + i % 6]} do {'? ' * (i % 40 + 1)}"} for i in range(240)],
-    )
-    write_jsonl(folder / "task.jsonl", [{"question": f"who saw the {word} ?"} for word in WORDS[3:7]])
-    task = f"{{path: {folder}/task.jsonl, split: train, name: null, revision: null, template: '{{question}}', "
-    overrides = [
-        "scale=smoke",
-        "data=files",
-        "task=files",
-        f"task.prompts.path={folder}/task.jsonl",
-        "task.prompts.template='{question}'",
-        "task.prompts.max_new_tokens=8",
-        "logger=csv",
-        f"root={folder}/run",
-        f"target.path={folder}/target",
-        f"data.pretraining.path={folder}/text.jsonl",
-        f"data.instructions.0.path={folder}/asked.jsonl",
-        "data.heldout_percent=25",
-        "drafter.max_position_embeddings=64",
-        "scale.sequence_length=16",
-        "scale.heldout_tokens=400",
-        "scale.max_prompt_tokens=48",
-        "scale.max_new_tokens=8",
-        "scale.pretrain_steps=10",
-        "scale.finetune_steps=6",
-        "++task.sampled=" + task + "temperature: 0.6, top_p: 0.9, max_new_tokens: 8, in_domain: true}",
-    ]
-    main([*overrides, "losses=[kld,tvdpp]", "seeds=[1]"])
-    return overrides, folder / "run"
+from tests.conftest import WORDS, save_target
 
 
 def stage(name, overrides):

@@ -1,0 +1,53 @@
+"""Generation in rounds against one round to the end: seconds for the same requests, alternating, in one run.
+
+    python -m benchmarks.responses
+
+Uses the embedded target and the instructions of `make prepare`; process time, so that a busy machine matters less.
+"""
+
+import time
+
+import torch
+
+from drafter.artifacts import read_jsonl
+from drafter.models import load_target, load_tokenizer
+from drafter.prompts import encode_prompt, stop_ids
+from drafter.responses import Request, answer
+
+TARGET, DATA, COUNT, LENGTH, REPEATS = "assets/tiny-target", "runs/tiny/data", 256, 64, 3
+
+
+def main() -> None:
+    """Print a line for each batch size and temperature."""
+    torch.set_num_threads(1)
+    tokenizer, target = load_tokenizer(TARGET), load_target(TARGET)
+    rows = read_jsonl(f"{DATA}/instructions.jsonl")[:COUNT]
+    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    for batch_size in (64, 128):
+        for temperature in (0.0, 0.7):
+            requests = [
+                Request(row["id"], row["kind"], "train", temperature, encode_prompt(tokenizer, row["prompt"]))
+                for row in rows
+            ]
+            seconds = {LENGTH: 0.0, 16: 0.0}
+            for _ in range(REPEATS):
+                for first_round in seconds:
+                    began = time.process_time()
+                    answer(
+                        target,
+                        requests,
+                        top_p=0.95,
+                        max_new_tokens=LENGTH,
+                        stop_ids=stops,
+                        batch_size=batch_size,
+                        first_round=first_round,
+                    )
+                    seconds[first_round] += time.process_time() - began
+            print(
+                f"batch {batch_size:3d}, temperature {temperature}: one round {seconds[LENGTH] / REPEATS:.1f} s, "
+                f"rounds {seconds[16] / REPEATS:.1f} s, ratio {seconds[LENGTH] / seconds[16]:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

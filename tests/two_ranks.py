@@ -1,0 +1,60 @@
+"""Train a drafter on fixed batches and save it: alone, or as one of two ranks that share each batch.
+
+python -m tests.two_ranks OUT LOSS      or      torchrun --nproc-per-node=2 -m tests.two_ranks OUT LOSS
+"""
+
+import os
+import sys
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from drafter import losses
+from drafter.batches import Sequence, collate, response_sequence
+from drafter.modules import Distillation
+from drafter.ranks import leave_at_exit
+from tests.conftest import small_model
+
+
+def main(out, loss):
+    torch.set_num_threads(1)
+    leave_at_exit()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # Answers of many lengths, and texts on even places alone: one of two ranks gets them all.
+    samples = [
+        Sequence(np.arange(n, n + 9), 1, True)
+        if n % 6 == 0
+        else response_sequence({"prompt_ids": [n], "response_ids": list(range(1, 2 + n % 5))})
+        for n in range(24)
+    ]
+    module = Distillation(
+        small_model(1, 32, sharpness=60.0),
+        small_model(2).requires_grad_(True).train(),
+        getattr(losses, loss),
+        0.1,
+        1e-2,
+    )
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy="ddp" if world_size > 1 else "auto",
+        max_epochs=2,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    mine = samples[rank::world_size]
+    loader = DataLoader(mine, 6 // world_size, collate_fn=collate)
+    trainer.fit(module, loader, loader)
+    if trainer.is_global_zero:
+        yardsticks = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        torch.save({"drafter": module.drafter.state_dict(), "yardsticks": yardsticks}, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
