@@ -7,10 +7,11 @@ and log-softmax are taken in float32 (float64 for float64 logits), both at softm
 Source: arXiv 2403.00858, section 2.3, unless a function says otherwise. Shapes: N positions, V vocabulary.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 
@@ -41,28 +42,54 @@ def tvdpp(
     statistics: Literal["batch", "position"] = "batch",
     estimator: Literal["exact", "sampled"] = "exact",
     num_samples: int = 8,
+    mean_reward: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """TVD++: the policy-gradient form of TVD with a normalised reward (paper, equation 4).
 
-    Its gradient is E_{x~p}[grad log p(x) * -(r(x) - mu) / sigma], with r(x) = 1 if q(x) > p(x) else 0. Its value is
-    not a distance (read val/tvd for that).
+    Its gradient is E_{x~p}[grad log p(x) * -(r(x) - mu) / sigma], with r(x) = 1 if q(x) > p(x) else 0; as r is 0 or 1,
+    sigma^2 = mu (1 - mu). Its value is not a distance (read val/tvd for that).
 
     Args:
-        statistics: mu and sigma over the whole batch (of all ranks), or over each position by itself. The paper leaves
-            it open; taken exactly over the batch, TVD++ is TVD / sigma, the same direction.
+        statistics: mu and sigma over all positions of the batch, or over each position by itself. The paper leaves it
+            open; taken exactly over the batch, TVD++ is TVD / sigma, the same direction.
         estimator: the expectation over the whole vocabulary, or over `num_samples` tokens drawn from p, where the
-            baseline mu lowers the variance. The statistics are over the entries that the estimator sees.
+            baseline mu lowers the variance. mu is over what the estimator sees: vocabulary entries, or draws from p.
+        mean_reward: mu of the batch, where these N positions are a part of it (see `batch_statistic`).
     """
+    if statistics not in ("batch", "position"):
+        raise ValueError(f"loss.statistics is '{statistics}', must be 'batch' or 'position'")
     log_p_NV = _log_probs(logits_p_NV, temperature)
-    q_NV = _probs(logits_q_NV.detach(), temperature)
-    reward_NV = (q_NV > log_p_NV.detach().exp()).to(log_p_NV.dtype)
+    p_NV = log_p_NV.detach().exp()
+    reward_NV = (_probs(logits_q_NV.detach(), temperature) > p_NV).to(log_p_NV.dtype)
+    mean = _mean_reward(reward_NV, p_NV, estimator)[:, None]
+    if statistics == "batch":
+        mean = mean.mean() if mean_reward is None else mean_reward.to(mean)
+    deviation = (mean * (1 - mean)).clamp_min(0).sqrt()
+    # Where all rewards are equal there is nothing to prefer.
+    advantage_NV = torch.where(deviation > 1e-6, (reward_NV - mean) / deviation.clamp_min(1e-6), 0.0)
     if estimator == "exact":
-        return (log_p_NV.exp() * -_advantage(reward_NV, statistics)).sum(-1)
-    if estimator != "sampled":
-        raise ValueError(f"loss.estimator is '{estimator}', must be 'exact' or 'sampled'")
-    tokens_NS = torch.multinomial(log_p_NV.detach().exp(), num_samples, replacement=True)
-    advantage_NS = _advantage(reward_NV.gather(-1, tokens_NS), statistics)
-    return (log_p_NV.gather(-1, tokens_NS) * -advantage_NS).mean(-1)
+        return (log_p_NV.exp() * -advantage_NV).sum(-1)
+    tokens_NS = torch.multinomial(p_NV, num_samples, replacement=True)
+    return (log_p_NV.gather(-1, tokens_NS) * -advantage_NV.gather(-1, tokens_NS)).mean(-1)
+
+
+def batch_statistic(loss: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """What a loss has to know of the whole batch before its value at any position; for most, nothing.
+
+    The result is a function of two tensors of logits that gives one value a position, shape (N,). The mean of it, over
+    all positions of all ranks, is the loss's `mean_reward`.
+    """
+    if not isinstance(loss, partial) or loss.func is not tvdpp:
+        return batch_statistic(partial(loss)) if loss is tvdpp else None
+    settings: dict[str, Any] = {"temperature": 1.0, "statistics": "batch", "estimator": "exact"} | loss.keywords
+    if settings["statistics"] == "position":
+        return None
+
+    def statistic(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor) -> torch.Tensor:
+        p_NV, q_NV = (_probs(logits.detach(), settings["temperature"]) for logits in (logits_p_NV, logits_q_NV))
+        return _mean_reward((q_NV > p_NV).to(p_NV.dtype), p_NV, settings["estimator"])
+
+    return statistic
 
 
 def acceptance_rate(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -70,19 +97,11 @@ def acceptance_rate(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, temper
     return torch.minimum(_probs(logits_p_NV, temperature), _probs(logits_q_NV, temperature)).sum(-1)
 
 
-def _advantage(reward_NK: torch.Tensor, statistics: str) -> torch.Tensor:
-    """(r - mu) / sigma; zero where all rewards are equal, since then there is nothing to prefer."""
-    if statistics == "position":
-        mean, square = reward_NK.mean(-1, keepdim=True), reward_NK.square().mean(-1, keepdim=True)
-    elif statistics == "batch":
-        sums = torch.stack([torch.ones_like(reward_NK).sum(), reward_NK.sum(), reward_NK.square().sum()]).double()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        mean, square = (sums[1] / sums[0]).to(reward_NK), (sums[2] / sums[0]).to(reward_NK)
-    else:
-        raise ValueError(f"loss.statistics is '{statistics}', must be 'batch' or 'position'")
-    deviation = (square - mean.square()).clamp_min(0).sqrt()
-    return torch.where(deviation > 1e-6, (reward_NK - mean) / deviation.clamp_min(1e-6), 0.0)
+def _mean_reward(reward_NV: torch.Tensor, p_NV: torch.Tensor, estimator: str) -> torch.Tensor:
+    """The mean of a position's reward over the vocabulary, or under p, from which it is sampled."""
+    if estimator not in ("exact", "sampled"):
+        raise ValueError(f"loss.estimator is '{estimator}', must be 'exact' or 'sampled'")
+    return reward_NV.mean(-1) if estimator == "exact" else (reward_NV * p_NV).sum(-1)
 
 
 def _log_probs(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:

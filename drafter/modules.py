@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, N predicted positions of a batch, V vocabulary, H
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning
@@ -14,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from drafter.batches import Batch
-from drafter.losses import kld, tvd
+from drafter.chunked import Head, chunked_sum, chunked_values
+from drafter.losses import batch_statistic, kld, tvd
 from drafter.models import hidden_states
 
 
@@ -65,7 +67,7 @@ class Distillation(lightning.LightningModule):
         self,
         target: PreTrainedModel,
         drafter: PreTrainedModel,
-        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        loss: Callable[..., torch.Tensor],
         text_share: float,
         learning_rate: float,
         weight_decay: float = 0.1,
@@ -89,22 +91,34 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         hidden_BTH = hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)
-        head = self.drafter.get_output_embeddings()
         responses_BT, text_BT = response_mask(batch), batch.target_mask_BT & batch.is_text_B[:, None]
-        distilled = self.loss(head(hidden_BTH[responses_BT]), target_logits(self.target, batch))
-        text = F.cross_entropy(head(hidden_BTH[text_BT]).float(), next_tokens(batch)[text_BT], reduction="none")
-        loss = (1 - self.text_share) * self._global_mean(distilled) + self.text_share * self._global_mean(text)
+        distilled = self._distilled(hidden_BTH[responses_BT], target_logits(self.target, batch))
+        text = next_token_sum(self.drafter, hidden_BTH[text_BT], next_tokens(batch)[text_BT])
+        loss = (1 - self.text_share) * distilled * self._share(responses_BT)
+        loss = loss + self.text_share * text * self._share(text_BT)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def _distilled(self, hidden_NH: torch.Tensor, logits_q: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """The loss, summed over this rank's N positions."""
+        head, loss = Head.of(self.drafter.get_output_embeddings()), self.loss
+        statistic = batch_statistic(loss)
+        if statistic is not None:
+            values_N = chunked_values(lambda logits_p, rows: statistic(logits_p, logits_q(rows)), hidden_NH, head)
+            loss = partial(loss, mean_reward=self._global_sum(values_N) / self._global_sum(torch.ones_like(values_N)))
+        return chunked_sum(lambda logits_p, rows: loss(logits_p, logits_q(rows)), hidden_NH, head)
+
     def validation_step(self, batch: Batch, _: int) -> None:
-        logits_p_NV = self.drafter.get_output_embeddings()(
-            hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)[response_mask(batch)]
-        )
-        logits_q_NV = target_logits(self.target, batch)
-        agreement_N = (logits_p_NV.argmax(-1) == logits_q_NV.argmax(-1)).float()
-        measured = (kld(logits_p_NV, logits_q_NV), tvd(logits_p_NV, logits_q_NV), agreement_N)
-        self._yardsticks.append(torch.stack([torch.ones_like(agreement_N), *measured]).double().sum(-1))
+        hidden_BTH = hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)
+        head, logits_q = Head.of(self.drafter.get_output_embeddings()), target_logits(self.target, batch)
+
+        def measure(logits_p_nV: torch.Tensor, rows: slice) -> torch.Tensor:
+            logits_q_nV = logits_q(rows)
+            agreement_n = (logits_p_nV.argmax(-1) == logits_q_nV.argmax(-1)).float()
+            distances = (kld(logits_p_nV, logits_q_nV), tvd(logits_p_nV, logits_q_nV))
+            return torch.stack([torch.ones_like(agreement_n), *distances, agreement_n], dim=-1)
+
+        self._yardsticks.append(chunked_values(measure, hidden_BTH[response_mask(batch)], head).double().sum(0))
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
@@ -120,14 +134,15 @@ class Distillation(lightning.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return adamw(self.drafter, self.learning_rate, self.weight_decay, steps)
 
-    def _global_mean(self, values_N: torch.Tensor) -> torch.Tensor:
-        """The mean over the values of all ranks, scaled so that DDP's average of gradients is its gradient.
+    def _share(self, mask_BT: torch.Tensor) -> torch.Tensor:
+        """What one position weighs in the mean over all ranks, so that DDP's average of gradients is its gradient.
 
-        Zero, with a gradient of zero, where no rank has any value.
+        Zero positions weigh nothing: their sum is zero, with a gradient of zero.
         """
-        count = torch.tensor(float(len(values_N)), device=values_N.device)
-        total = self.trainer.strategy.reduce(count, reduce_op="sum")
-        return values_N.sum() * self.trainer.world_size / total.clamp_min(1)
+        return self.trainer.world_size / self._global_sum(mask_BT).clamp_min(1)
+
+    def _global_sum(self, values: torch.Tensor) -> torch.Tensor:
+        return self.trainer.strategy.reduce(values.sum().float(), reduce_op="sum")
 
 
 def response_mask(batch: Batch) -> torch.Tensor:
@@ -136,23 +151,32 @@ def response_mask(batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def target_logits(target: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """The target's logits at the places of `response_mask`, shape (N, V): from the cache, else by a forward."""
+def target_logits(target: PreTrainedModel, batch: Batch) -> Callable[[slice], torch.Tensor]:
+    """The target's logits at a slice of the N places of `response_mask`: from the cache, else from one forward."""
     if batch.hidden_NH is not None:
-        head = target.get_output_embeddings()
-        return head(batch.hidden_NH.to(head.weight.dtype))
+        head, hidden_NH = Head.of(target.get_output_embeddings()), batch.hidden_NH
+        return lambda rows: head(hidden_NH[rows]).detach()
     rows_B = ~batch.is_text_B
     output = target(
         input_ids=batch.input_ids_BT[rows_B], attention_mask=batch.attention_mask_BT[rows_B], use_cache=False
     )
-    return output.logits[batch.target_mask_BT[rows_B]]
+    logits_NV = output.logits[batch.target_mask_BT[rows_B]]
+    return lambda rows: logits_NV[rows]
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy in nats over the predicted positions; logits are made at those positions alone."""
-    hidden_BTH = hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT)
-    logits_NV = model.get_output_embeddings()(hidden_BTH[batch.target_mask_BT])
-    return F.cross_entropy(logits_NV.float(), next_tokens(batch)[batch.target_mask_BT])
+    """Mean cross-entropy in nats over the predicted positions."""
+    hidden_BTH, mask_BT = hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT), batch.target_mask_BT
+    return next_token_sum(model, hidden_BTH[mask_BT], next_tokens(batch)[mask_BT]) / mask_BT.sum()
+
+
+def next_token_sum(model: PreTrainedModel, hidden_NH: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the next tokens in nats, summed over N positions."""
+
+    def values(logits_nV: torch.Tensor, rows: slice) -> torch.Tensor:
+        return F.cross_entropy(logits_nV.float(), tokens_N[rows], reduction="none")
+
+    return chunked_sum(values, hidden_NH, Head.of(model.get_output_embeddings()))
 
 
 def next_tokens(batch: Batch) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "drafter").glob("*.py")) if path.stem != "__init__"}
-LOWEST = ("losses", "metrics", "artifacts")
+LOWEST = ("losses", "chunked", "metrics", "artifacts")
 LOWER = ("models", "prompts", "speculative", "ranks", "sources", "batches")
 MIDDLE = ("corpus", "instructions", "responses", "logit_cache")
 HIGHEST = ("datamodules", "modules")

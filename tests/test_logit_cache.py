@@ -19,8 +19,8 @@ def test_cached_logits_are_the_live_ones(target, tmp_path, dtype, tolerance):
     write_cache(target, ROWS, tmp_path, dtype=dtype, batch_size=2, shard_size=3)
     states = StateReader(tmp_path, LENGTHS, 3)
     for order in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 5]):
-        live = target_logits(target, collate([response_sequence(ROWS[i]) for i in order]))
-        cached = target_logits(target, collate([response_sequence(ROWS[i], states[i]) for i in order]))
+        live = target_logits(target, collate([response_sequence(ROWS[i]) for i in order]))(slice(None))
+        cached = target_logits(target, collate([response_sequence(ROWS[i], states[i]) for i in order]))(slice(None))
         # bfloat16 keeps 8 bits of a state, and a logit adds 32 of them up
         assert (cached - live).norm() <= tolerance * live.norm()
         assert cached.shape == (sum(LENGTHS[i] for i in order), live.shape[1])
