@@ -1,44 +1,125 @@
 """Distances between the drafter's distribution p and the target's q, as losses for the drafter.
 
-Every loss is a function of two tensors of logits at N predicted positions over V tokens, and returns one value a
-position, shape (N,); the caller averages over positions (and over ranks). Gradients flow to the drafter alone. Softmax
-and log-softmax are taken in float32 (float64 for float64 logits), both at softmax(logits / temperature).
+Every loss is a function of two tensors of logits at N predicted positions over V tokens, and gives one value a
+position, shape (N,); the caller averages over positions (and ranks). Gradients flow to the drafter alone. Both
+distributions are softmax(logits / temperature), in float32 (float64 for float64 logits): train at the temperature at
+which the drafter will be served, a small one for greedy decoding. With top_p < 1 the target's distribution is cut to
+its nucleus first, as the accept test will see it.
 
-Source: arXiv 2403.00858, section 2.3, unless a function says otherwise. Shapes: N positions, V vocabulary.
+A new loss is such a function here and one line in conf/loss/; the tests of conf/loss/ take it from there.
+
+Source: arXiv 2403.00858, section 2.3, unless a function says otherwise. Ties p(x) = q(x) belong to neither side: the
+reward r(x) = 1 if q(x) > p(x) else 0 is 0 there, and so is what they add to a gradient.
+
+Shapes: N positions, V vocabulary, S samples a position.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
+from drafter.warping import in_nucleus
 
-def kld(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+Loss = Callable[..., torch.Tensor]
+
+
+def kld(
+    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
     """Kullback-Leibler divergence KL(q || p) = sum_x q log(q / p), in nats: distillation's default.
 
-    It covers all of the target's mass, so it is at its best where the drafter is too small to match q, and for greedy
-    decoding, where the argmax has to agree.
+    It covers all of the target's mass. Use it where the drafter is far from the target, or when in doubt.
     """
-    log_p_NV, log_q_NV = _log_probs(logits_p_NV, temperature), _log_probs(logits_q_NV.detach(), temperature)
-    return F.kl_div(log_p_NV, log_q_NV, reduction="none", log_target=True).sum(-1)
+    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
+    return _expected(log_q_NV, log_q_NV - log_p_NV)
 
 
-def tvd(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def rkl(
+    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
+    """Reverse KL(p || q) = sum_x p log(p / q), in nats (MiniLLM, arXiv 2306.08543).
+
+    It punishes what the drafter proposes and the target would not say. Use it for small drafters that should be sure of
+    little rather than vague about much. Below e^-100 the target's probability counts as e^-100.
+    """
+    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
+    return _expected(log_p_NV, log_p_NV - log_q_NV.clamp_min(-100.0))
+
+
+def jsd(
+    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
+    """Jensen-Shannon divergence (KL(q || m) + KL(p || m)) / 2 with m = (p + q) / 2, in nats, at most log 2.
+
+    Between KLD and reverse KL, and bounded (GKD, arXiv 2306.13649). Use it on responses that the drafter wrote in part.
+    """
+    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
+    log_m_NV = torch.logaddexp(log_p_NV, log_q_NV) - torch.tensor(2.0).log().to(log_p_NV)
+    return (_expected(log_q_NV, log_q_NV - log_m_NV) + _expected(log_p_NV, log_p_NV - log_m_NV)) / 2
+
+
+def ce(
+    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy -log p(argmax q), in nats: what greedy decoding asks of the drafter, and nothing else.
+
+    Use it for greedy serving alone; at temperature 1 it costs acceptance. (`top_p` leaves an argmax as it is.)
+    """
+    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
+    return -log_p_NV.gather(-1, log_q_NV.argmax(-1, keepdim=True))[:, 0]
+
+
+def tvd(
+    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
     """Total variation distance 1/2 sum_x |p - q| = 1 - alpha, alpha being the chance that a drafted token is accepted.
 
-    Computed as sum_x max(q - p, 0), whose gradient is sum_x -r(x) p(x) grad log p(x) with the paper's reward
-    r(x) = 1 if q(x) > p(x) else 0, ties included.
+    Computed as sum_x max(q - p, 0), whose gradient is sum_x -r(x) p(x) grad log p(x). It is the acceptance rate itself;
+    its gradient vanishes where the overlap is small, so use it (or `nla`) after pretraining, for sampled serving.
     """
-    p_NV, q_NV = _probs(logits_p_NV, temperature), _probs(logits_q_NV.detach(), temperature)
-    return (q_NV - p_NV).clamp_min(0).sum(-1)
+    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
+    return (log_q_NV.exp() - log_p_NV.exp()).clamp_min(0).sum(-1)
+
+
+def nla(
+    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
+    """Negative log-acceptance -log alpha, alpha = sum_x min(p, q) (LK-alpha, arXiv 2602.23881).
+
+    TVD with its gradient divided by alpha, so that positions with little overlap still learn; taken in the log domain,
+    it is finite however small alpha is. Use it with a low temperature for greedy serving.
+    """
+    return -_log_alpha(*log_distributions(logits_p_NV, logits_q_NV, temperature, top_p))
+
+
+def lk_hybrid(
+    logits_p_NV: torch.Tensor,
+    logits_q_NV: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    rate: float = 3.0,
+) -> torch.Tensor:
+    """lambda KLD + (1 - lambda) TVD with lambda = exp(-rate sg[alpha]) at each position (arXiv 2602.23881).
+
+    KLD where the overlap is small, TVD where it is large. Use it where the drafter starts far from the target.
+    """
+    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
+    far_N = (-rate * _log_alpha(log_p_NV, log_q_NV).detach().exp()).exp()
+    near_N = (log_q_NV.exp() - log_p_NV.exp()).clamp_min(0).sum(-1)
+    return far_N * _expected(log_q_NV, log_q_NV - log_p_NV) + (1 - far_N) * near_N
 
 
 def tvdpp(
     logits_p_NV: torch.Tensor,
     logits_q_NV: torch.Tensor,
+    *,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     statistics: Literal["batch", "position"] = "batch",
     estimator: Literal["exact", "sampled"] = "exact",
     num_samples: int = 8,
@@ -47,7 +128,7 @@ def tvdpp(
     """TVD++: the policy-gradient form of TVD with a normalised reward (paper, equation 4).
 
     Its gradient is E_{x~p}[grad log p(x) * -(r(x) - mu) / sigma], with r(x) = 1 if q(x) > p(x) else 0; as r is 0 or 1,
-    sigma^2 = mu (1 - mu). Its value is not a distance (read val/tvd for that).
+    sigma^2 = mu (1 - mu). Its value is not a distance (read val/tvd for that). Use it as TVD, for sampled serving.
 
     Args:
         statistics: mu and sigma over all positions of the batch, or over each position by itself. The paper leaves it
@@ -58,10 +139,9 @@ def tvdpp(
     """
     if statistics not in ("batch", "position"):
         raise ValueError(f"loss.statistics is '{statistics}', must be 'batch' or 'position'")
-    log_p_NV = _log_probs(logits_p_NV, temperature)
-    p_NV = log_p_NV.detach().exp()
-    reward_NV = (_probs(logits_q_NV.detach(), temperature) > p_NV).to(log_p_NV.dtype)
-    mean = _mean_reward(reward_NV, p_NV, estimator)[:, None]
+    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
+    mean, reward_NV = _rewards(log_p_NV.detach(), log_q_NV, estimator)
+    mean = mean[:, None]
     if statistics == "batch":
         mean = mean.mean() if mean_reward is None else mean_reward.to(mean)
     deviation = (mean * (1 - mean)).clamp_min(0).sqrt()
@@ -69,47 +149,114 @@ def tvdpp(
     advantage_NV = torch.where(deviation > 1e-6, (reward_NV - mean) / deviation.clamp_min(1e-6), 0.0)
     if estimator == "exact":
         return (log_p_NV.exp() * -advantage_NV).sum(-1)
-    tokens_NS = torch.multinomial(p_NV, num_samples, replacement=True)
+    tokens_NS = torch.multinomial(log_p_NV.detach().exp(), num_samples, replacement=True)
     return (log_p_NV.gather(-1, tokens_NS) * -advantage_NV.gather(-1, tokens_NS)).mean(-1)
 
 
-def batch_statistic(loss: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+def mix(
+    logits_p_NV: torch.Tensor,
+    logits_q_NV: torch.Tensor,
+    *,
+    weights: Sequence[float],
+    parts: Sequence[Loss],
+    places: Any = None,
+    mean_reward: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weighted sum of other losses, each with its own settings.
+
+    Raises:
+        ValueError: as many weights as parts are needed, one or more.
+    """
+    if len(weights) != len(parts) or not parts:
+        raise ValueError(f"loss.weights has {len(weights)} numbers for {len(parts)} loss.parts")
+    told = [with_context(part, places=places, mean_reward=mean_reward) for part in parts]
+    values = [weight * part(logits_p_NV, logits_q_NV) for weight, part in zip(weights, told, strict=True)]
+    return torch.stack(values).sum(0)
+
+
+def acceptance_rate(
+    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
+    """alpha = sum_x min(p, q): the chance that a token drafted from p is accepted against q. No loss: a yardstick."""
+    return _log_alpha(*log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)).exp()
+
+
+def with_context(loss: Loss, **context: Any) -> Loss:
+    """The loss with those values of `context` that it takes and that are there: `places`, `mean_reward`."""
+    taken = inspect.signature(loss).parameters
+    return partial(loss, **{name: value for name, value in context.items() if name in taken and value is not None})
+
+
+def lookahead(loss: Loss) -> int:
+    """How many positions past its own a loss's value depends on; for most, none."""
+    if parts := _setting(loss, "parts"):
+        return max(lookahead(part) for part in parts)
+    return (_setting(loss, "num_speculative_tokens") or 1) - 1
+
+
+def batch_statistic(loss: Loss) -> Loss | None:
     """What a loss has to know of the whole batch before its value at any position; for most, nothing.
 
     The result is a function of two tensors of logits that gives one value a position, shape (N,). The mean of it, over
     all positions of all ranks, is the loss's `mean_reward`.
+
+    Raises:
+        ValueError: parts of a mix that need different ones.
     """
-    if not isinstance(loss, partial) or loss.func is not tvdpp:
-        return batch_statistic(partial(loss)) if loss is tvdpp else None
-    settings: dict[str, Any] = {"temperature": 1.0, "statistics": "batch", "estimator": "exact"} | loss.keywords
-    if settings["statistics"] == "position":
+    if parts := _setting(loss, "parts"):
+        found = [part for part in parts if batch_statistic(part)]
+        if len(found) > 1:
+            raise ValueError("loss.parts has several TVD++ with batch statistics, where one mean reward serves one")
+        return batch_statistic(found[0]) if found else None
+    if getattr(loss, "func", loss) is not tvdpp or _setting(loss, "statistics") == "position":
         return None
 
     def statistic(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor) -> torch.Tensor:
-        p_NV, q_NV = (_probs(logits.detach(), settings["temperature"]) for logits in (logits_p_NV, logits_q_NV))
-        return _mean_reward((q_NV > p_NV).to(p_NV.dtype), p_NV, settings["estimator"])
+        log_p_NV, log_q_NV = log_distributions(
+            logits_p_NV, logits_q_NV, _setting(loss, "temperature"), _setting(loss, "top_p")
+        )
+        return _rewards(log_p_NV, log_q_NV, _setting(loss, "estimator"))[0]
 
     return statistic
 
 
-def acceptance_rate(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """alpha = sum_x min(p, q): the chance that a token drafted from p is accepted against q. No loss: a yardstick."""
-    return torch.minimum(_probs(logits_p_NV, temperature), _probs(logits_q_NV, temperature)).sum(-1)
+def _setting(loss: Loss, name: str) -> Any:
+    """A keyword's value, as bound by `partial` or as the function's own default; None where there is none."""
+    parameter = inspect.signature(loss).parameters.get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
-def _mean_reward(reward_NV: torch.Tensor, p_NV: torch.Tensor, estimator: str) -> torch.Tensor:
-    """The mean of a position's reward over the vocabulary, or under p, from which it is sampled."""
-    if estimator not in ("exact", "sampled"):
-        raise ValueError(f"loss.estimator is '{estimator}', must be 'exact' or 'sampled'")
-    return reward_NV.mean(-1) if estimator == "exact" else (reward_NV * p_NV).sum(-1)
-
-
-def _log_probs(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+def log_distributions(
+    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, temperature: float, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p and log q as the losses compare them; log q is -inf outside the nucleus, and has no gradient."""
     if not temperature > 0:
         raise ValueError(f"loss.temperature is {temperature}, must be above 0 (a small one stands for greedy)")
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return F.log_softmax(wide / temperature, dim=-1)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"loss.top_p is {top_p}, must be above 0, at most 1")
+    log_p_NV, log_q_NV = (
+        F.log_softmax((logits if logits.dtype == torch.float64 else logits.float()) / temperature, dim=-1)
+        for logits in (logits_p_NV, logits_q_NV.detach())
+    )
+    if top_p < 1:
+        log_q_NV = log_q_NV.masked_fill(~in_nucleus(log_q_NV.exp(), top_p), -torch.inf).log_softmax(-1)
+    return log_p_NV, log_q_NV
 
 
-def _probs(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
-    return _log_probs(logits_NV, temperature).exp()
+def _expected(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
+    """sum_x weight(x) value(x), where a weight of zero outweighs an infinite value."""
+    weight_NV = log_weight_NV.exp()
+    return (weight_NV * values_NV.masked_fill(weight_NV == 0, 0.0)).sum(-1)
+
+
+def _log_alpha(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor) -> torch.Tensor:
+    """log sum_x min(p, q), without underflow."""
+    return torch.where(log_p_NV < log_q_NV, log_p_NV, log_q_NV).logsumexp(-1)
+
+
+def _rewards(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each position's mean reward (N,), over the vocabulary or under p where it is sampled, and the rewards (N, V)."""
+    if estimator not in ("exact", "sampled"):
+        raise ValueError(f"loss.estimator is '{estimator}', must be 'exact' or 'sampled'")
+    reward_NV = (log_q_NV > log_p_NV).to(log_p_NV.dtype)
+    return reward_NV.mean(-1) if estimator == "exact" else (reward_NV * log_p_NV.exp()).sum(-1), reward_NV

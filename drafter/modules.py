@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from drafter.batches import Batch
-from drafter.chunked import Head, chunked_sum, chunked_values
-from drafter.losses import batch_statistic, kld, tvd
+from drafter.block_losses import Places
+from drafter.chunked import Head, Predicted, chunked_sum
+from drafter.losses import Loss, batch_statistic, kld, tvd
 from drafter.models import hidden_states
+from drafter.weighting import Weighting, uniform
 
 
 class Pretraining(lightning.LightningModule):
@@ -61,19 +63,21 @@ class Distillation(lightning.LightningModule):
         loss: (logits_p_NV, logits_q_NV) -> values (N,); see losses.
         text_share: weight of the next-token loss where a batch has both kinds.
         learning_rate, weight_decay: see `adamw`.
+        weighting: what each response position weighs in the mean; see weighting.
     """
 
     def __init__(
         self,
         target: PreTrainedModel,
         drafter: PreTrainedModel,
-        loss: Callable[..., torch.Tensor],
+        loss: Loss,
         text_share: float,
         learning_rate: float,
         weight_decay: float = 0.1,
+        weighting: Weighting = uniform,
     ):
         super().__init__()
-        self.drafter, self.loss, self.text_share = drafter, loss, text_share
+        self.drafter, self.loss, self.text_share, self.weighting = drafter, loss, text_share, weighting
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         # In a tuple the target is no submodule: it is in no checkpoint, no optimizer and no gradient all-reduce.
         self._frozen = (target,)
@@ -91,34 +95,24 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         hidden_BTH = hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)
-        responses_BT, text_BT = response_mask(batch), batch.target_mask_BT & batch.is_text_B[:, None]
-        distilled = self._distilled(hidden_BTH[responses_BT], target_logits(self.target, batch))
+        predicted, text_BT = self._predicted(batch, hidden_BTH), batch.target_mask_BT & batch.is_text_B[:, None]
+        weights_N = self.weighting(predicted, batch)
+        distilled = predicted.sum(self._with_statistics(predicted), weights_N)
         text = next_token_sum(self.drafter, hidden_BTH[text_BT], next_tokens(batch)[text_BT])
-        loss = (1 - self.text_share) * distilled * self._share(responses_BT)
-        loss = loss + self.text_share * text * self._share(text_BT)
+        loss = (1 - self.text_share) * distilled * self._per_weight(weights_N)
+        loss = loss + self.text_share * text * self._per_weight(text_BT)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def _distilled(self, hidden_NH: torch.Tensor, logits_q: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-        """The loss, summed over this rank's N positions."""
-        head, loss = Head.of(self.drafter.get_output_embeddings()), self.loss
-        statistic = batch_statistic(loss)
-        if statistic is not None:
-            values_N = chunked_values(lambda logits_p, rows: statistic(logits_p, logits_q(rows)), hidden_NH, head)
-            loss = partial(loss, mean_reward=self._global_sum(values_N) / self._global_sum(torch.ones_like(values_N)))
-        return chunked_sum(lambda logits_p, rows: loss(logits_p, logits_q(rows)), hidden_NH, head)
-
     def validation_step(self, batch: Batch, _: int) -> None:
-        hidden_BTH = hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)
-        head, logits_q = Head.of(self.drafter.get_output_embeddings()), target_logits(self.target, batch)
+        predicted = self._predicted(batch, hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT))
 
-        def measure(logits_p_nV: torch.Tensor, rows: slice) -> torch.Tensor:
-            logits_q_nV = logits_q(rows)
-            agreement_n = (logits_p_nV.argmax(-1) == logits_q_nV.argmax(-1)).float()
-            distances = (kld(logits_p_nV, logits_q_nV), tvd(logits_p_nV, logits_q_nV))
-            return torch.stack([torch.ones_like(agreement_n), *distances, agreement_n], dim=-1)
+        def yardsticks(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor) -> torch.Tensor:
+            agreement_N = (logits_p_NV.argmax(-1) == logits_q_NV.argmax(-1)).float()
+            distances = (kld(logits_p_NV, logits_q_NV), tvd(logits_p_NV, logits_q_NV))
+            return torch.stack([torch.ones_like(agreement_N), *distances, agreement_N], dim=-1)
 
-        self._yardsticks.append(chunked_values(measure, hidden_BTH[response_mask(batch)], head).double().sum(0))
+        self._yardsticks.append(predicted.values(yardsticks).double().sum(0))
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
@@ -134,12 +128,29 @@ class Distillation(lightning.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return adamw(self.drafter, self.learning_rate, self.weight_decay, steps)
 
-    def _share(self, mask_BT: torch.Tensor) -> torch.Tensor:
-        """What one position weighs in the mean over all ranks, so that DDP's average of gradients is its gradient.
+    def _predicted(self, batch: Batch, hidden_BTH: torch.Tensor) -> Predicted:
+        """The batch's response positions, as the losses see them."""
+        mask_BT = response_mask(batch)
+        following_BT = mask_BT.flip(1).cumsum(1).flip(1) - 1
+        places = Places(next_tokens(batch)[mask_BT], following_BT[mask_BT])
+        head = Head.of(self.drafter.get_output_embeddings())
+        return Predicted(hidden_BTH[mask_BT], head, target_logits(self.target, batch), places)
 
-        Zero positions weigh nothing: their sum is zero, with a gradient of zero.
+    def _with_statistics(self, predicted: Predicted) -> Loss:
+        """The loss, told the mean reward of all ranks' positions where it is normalised by it."""
+        statistic = batch_statistic(self.loss)
+        if statistic is None:
+            return self.loss
+        values_N = predicted.values(statistic)
+        return partial(self.loss, mean_reward=self._global_sum(values_N) / self._global_sum(torch.ones_like(values_N)))
+
+    def _per_weight(self, weights: torch.Tensor) -> torch.Tensor:
+        """What makes a sum of this rank's values the mean over all ranks, once DDP has averaged the gradients.
+
+        A sum over no positions is zero, with a gradient of zero, whatever multiplies it.
         """
-        return self.trainer.world_size / self._global_sum(mask_BT).clamp_min(1)
+        total = self._global_sum(weights)
+        return self.trainer.world_size / torch.where(total > 0, total, 1.0)
 
     def _global_sum(self, values: torch.Tensor) -> torch.Tensor:
         return self.trainer.strategy.reduce(values.sum().float(), reduce_op="sum")

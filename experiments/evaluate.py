@@ -62,10 +62,27 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what would fail after the model is loaded."""
-    for gamma in cfg.evaluate.num_speculative_tokens:
-        for how in cfg.task.values():
+    """Refuse what would fail, or mean something else, after the model is loaded."""
+    for task, how in cfg.task.items():
+        sampling_of(task, how, cfg)
+        for gamma in cfg.evaluate.num_speculative_tokens:
             check_decoding(gamma, how.max_new_tokens, [0])
+
+
+def sampling_of(task: str, how: DictConfig, cfg: DictConfig) -> Sampling:
+    """How a task is decoded: as it says itself, or as evaluate.sampling says of all.
+
+    Raises:
+        ValueError: a key that is neither temperature nor top_p, or a value out of its range.
+    """
+    if unknown := set(cfg.evaluate.sampling) - {"temperature", "top_p"}:
+        raise ValueError(f"evaluate.sampling has {sorted(unknown)}; it takes temperature and top_p")
+    sampling = Sampling(**{"temperature": how.temperature, "top_p": how.top_p, **cfg.evaluate.sampling})
+    if sampling.temperature < 0:
+        raise ValueError(f"task.{task}: temperature is {sampling.temperature}, must be 0 (greedy) or above")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"task.{task}: top_p is {sampling.top_p}, must be above 0, at most 1")
+    return sampling
 
 
 def find_drafters(patterns: list[str]) -> list[str]:
@@ -104,13 +121,14 @@ def evaluate(target: PreTrainedModel, path: str, stage: Stage, cfg: DictConfig) 
         speculative_decode(target, drafter, work[0][3], 3, 8, Sampling(), stops)
     counts: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
-    differing = 0
+    greedy = differing = 0
     for task, how, row, prompt in tqdm(work, desc=f"evaluate {stage.directory.name}", unit="prompt"):
-        sampling = Sampling(how.temperature, how.top_p)
+        sampling = sampling_of(task, how, cfg)
         generator = torch.Generator(target.device).manual_seed(zlib.crc32(row["id"].encode()) + cfg.seed)
         baseline = autoregressive_decode(target, prompt, how.max_new_tokens, sampling, stops, generator)
         for gamma in cfg.evaluate.num_speculative_tokens:
             decoded = speculative_decode(target, drafter, prompt, gamma, how.max_new_tokens, sampling, stops, generator)
+            greedy += sampling.temperature == 0
             differing += sampling.temperature == 0 and decoded.tokens != baseline.tokens
             key = {"task": task, "gamma": gamma, "prompt": row["id"]}
             counts.append({**key, **count(decoded, baseline)._asdict()})
@@ -124,7 +142,7 @@ def evaluate(target: PreTrainedModel, path: str, stage: Stage, cfg: DictConfig) 
             **identity_of(path),
             "drafter_parameters": num_parameters(drafter),
             "target_parameters": num_parameters(target),
-            "greedy_outputs": sum(cfg.task[row["task"]].temperature == 0 for row in counts),
+            "greedy_outputs": greedy,
             "greedy_outputs_unlike_the_target": int(differing),
         }
     )

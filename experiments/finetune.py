@@ -1,7 +1,7 @@
 """Stage 3: pull the drafter's distribution to the target's. Config: conf/finetune.yaml."""
 
 import logging
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -10,11 +10,15 @@ import torch
 from omegaconf import DictConfig
 
 from drafter.artifacts import Stage, fingerprint, model_fingerprint, read_manifest, require
+from drafter.block_losses import Places
+from drafter.chunked import Head, Predicted
 from drafter.datamodules import PackedText, Responses, SequenceData, mixture, text_samples
 from drafter.logit_cache import StateReader
+from drafter.losses import Loss, batch_statistic, with_context
 from drafter.models import check_same_vocabulary, check_same_width, load_model, load_target, load_tokenizer
 from drafter.modules import Distillation
 from drafter.responses import read_responses
+from drafter.weighting import Weighting
 from experiments.inputs import data_fingerprint, plain, responses_fingerprint, target_fingerprint
 from experiments.training import save, train
 
@@ -24,9 +28,10 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
 def main(cfg: DictConfig) -> None:
     """Load target, drafter, responses and cache, all checked against each other; train; save."""
-    loss = check(cfg)
+    loss, weighting = check(cfg)
     inputs = checked_inputs(cfg)
-    settings = {**plain(cfg.finetune), "loss": plain(cfg.loss), "name": cfg.name, "seed": cfg.seed}
+    settings = {**plain(cfg.finetune), "loss": plain(cfg.loss), "weighting": plain(cfg.weighting)}
+    settings |= {"name": cfg.name, "seed": cfg.seed}
     stage = Stage(cfg.out, "finetune", settings, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
@@ -44,17 +49,27 @@ def main(cfg: DictConfig) -> None:
     text = PackedText(Path(cfg.inputs.data) / "train.npy", cfg.finetune.sequence_length)
     training = mixture(Responses(rows, "train", states), text, cfg.finetune.text_share, cfg.seed)
     data = SequenceData(training, Responses(rows, "validation", states), cfg.finetune.batch_size, cfg.seed)
-    module = Distillation(target, drafter, loss, cfg.finetune.text_share, cfg.finetune.learning_rate)
+    if "reference" in cfg.weighting:
+        reference = load_target(cfg.weighting.reference)
+        check_same_width(target, reference)
+        weighting = partial(weighting, reference=reference)
+    settings = cfg.finetune
+    module = Distillation(target, drafter, loss, settings.text_share, settings.learning_rate, weighting=weighting)
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name)
     save(drafter, tokenizer, stage, trainer)
 
 
-def check(cfg: DictConfig) -> Callable[..., torch.Tensor]:
-    """The loss. It is tried on two tokens, so that a wrong switch is refused before compute is spent."""
-    loss: Callable[..., torch.Tensor] = hydra.utils.instantiate(cfg.loss)
-    loss(torch.zeros(1, 2), torch.zeros(1, 2))
+def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
+    """The loss and the weighting, both tried on two positions: a wrong switch is refused before compute is spent."""
+    loss: Loss = hydra.utils.instantiate(cfg.loss)
+    weighting: Weighting = hydra.utils.instantiate(cfg.weighting)
+    zeros, places = torch.zeros(2, 2), Places(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))
+    batch_statistic(loss)
+    with_context(loss, places=places)(zeros, zeros)
+    if "reference" not in cfg.weighting:
+        weighting(Predicted(zeros, Head(zeros), lambda rows: zeros[rows], places), batch=None)
     text_samples(0, cfg.finetune.text_share)
-    return loss
+    return loss, weighting
 
 
 def checked_inputs(cfg: DictConfig) -> dict[str, str]:
@@ -66,6 +81,8 @@ def checked_inputs(cfg: DictConfig) -> dict[str, str]:
         "drafter": model_fingerprint(cfg.inputs.drafter),
         "cache": fingerprint(cfg.inputs.cache, "cache") if cfg.inputs.cache else "live target",
     }
+    if "reference" in cfg.weighting:
+        inputs["reference"] = model_fingerprint(cfg.weighting.reference)
     if cfg.inputs.cache:
         cache = read_manifest(cfg.inputs.cache, "cache")
         require(cfg.inputs.cache, "responses", cache["inputs"]["responses"], inputs["responses"])

@@ -1,23 +1,15 @@
 """The chunked sum against autograd through logits of the whole batch, for every configured loss."""
 
 from functools import partial
-from pathlib import Path
 
-import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from drafter.chunked import Head, chunked_sum, chunked_values
+from drafter.chunked import Head, Predicted, chunked_sum, chunked_values
 from drafter.losses import batch_statistic, kld, tvd
+from tests.objectives import LOSSES, at_places, places
 
 N, H, V = 37, 8, 50
-LOSSES = {
-    path.stem: hydra.utils.instantiate(OmegaConf.load(path))
-    for path in sorted((Path(__file__).parent.parent / "conf" / "loss").glob("*.yaml"))
-}
-LOSSES["tvdpp position"] = partial(LOSSES["tvdpp"], statistics="position")
-LOSSES["kld at 0.3"] = partial(LOSSES["kld"], temperature=0.3)
 
 
 def inputs(dtype, bias=False, count=N):
@@ -30,21 +22,23 @@ def inputs(dtype, bias=False, count=N):
     return hidden, Head(weight, row if bias else None), logits_q
 
 
-def whole(loss, hidden, head, logits_q):
+def leaves(hidden, head):
+    return [hidden, head.weight_VH] + ([head.bias_V] if head.bias_V is not None else [])
+
+
+def whole(loss, hidden, head, logits_q, weights):
     """The reference: the plain function on all logits, and autograd."""
-    total = loss(head(hidden), logits_q).sum()
-    leaves = [hidden, head.weight_VH] + ([head.bias_V] if head.bias_V is not None else [])
-    return total, torch.autograd.grad(total, leaves)
+    total = (weights * at_places(loss, len(hidden), V)(head(hidden), logits_q)).sum()
+    return total, torch.autograd.grad(total, leaves(hidden, head))
 
 
-def in_chunks(loss, hidden, head, logits_q, rows):
+def in_chunks(loss, hidden, head, logits_q, rows, weights=None):
+    predicted = Predicted(hidden, head, lambda part: logits_q[part], places(len(hidden), V))
     statistic = batch_statistic(loss)
     if statistic is not None:
-        values = chunked_values(lambda logits, part: statistic(logits, logits_q[part]), hidden, head, rows)
-        loss = partial(loss, mean_reward=values.mean())
-    total = chunked_sum(lambda logits, part: loss(logits, logits_q[part]), hidden, head, rows=rows)
-    leaves = [hidden, head.weight_VH] + ([head.bias_V] if head.bias_V is not None else [])
-    return total, torch.autograd.grad(total, leaves)
+        loss = partial(loss, mean_reward=predicted.values(statistic, rows).mean())
+    total = predicted.sum(loss, weights, rows)
+    return total, torch.autograd.grad(total, leaves(hidden, head))
 
 
 @pytest.mark.parametrize("rows", [1, 10, N, 1000])
@@ -52,8 +46,9 @@ def in_chunks(loss, hidden, head, logits_q, rows):
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_gradients_are_those_of_the_whole_batch(name, dtype, tolerance, rows):
     hidden, head, logits_q = inputs(dtype, bias=rows == 10)
-    total, grads = in_chunks(LOSSES[name], hidden, head, logits_q, rows)
-    reference, references = whole(LOSSES[name], hidden, head, logits_q)
+    weights = torch.arange(N).to(dtype) % 4  # some positions are masked, a whole chunk of them where rows is 1
+    total, grads = in_chunks(LOSSES[name], hidden, head, logits_q, rows, weights)
+    reference, references = whole(LOSSES[name], hidden, head, logits_q, weights)
     # float32 sums of 37 x 50 terms in another order differ in the last of 7 digits.
     torch.testing.assert_close(total, reference, rtol=tolerance, atol=tolerance)
     for ours, theirs in zip(grads, references, strict=True):
@@ -67,7 +62,7 @@ def test_where_drafter_and_target_agree_both_give_the_same_gradient(name):
     hidden, head = hidden.detach().round().requires_grad_(), Head(head.weight_VH.detach().round().requires_grad_())
     logits_q = head(hidden).detach()
     _, grads = in_chunks(LOSSES[name], hidden, head, logits_q, 10)
-    _, references = whole(LOSSES[name], hidden, head, logits_q)
+    _, references = whole(LOSSES[name], hidden, head, logits_q, 1.0)
     for ours, theirs in zip(grads, references, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -81,11 +76,11 @@ def test_no_positions_give_a_sum_and_gradients_of_zero(name):
     torch.testing.assert_close(grad_weight, torch.zeros(V, H))
 
 
-def test_the_scale_and_what_comes_after_reach_the_gradient_and_tied_weights_add_up():
+def test_what_comes_after_the_sum_reaches_the_gradient_and_tied_weights_add_up():
     weight = torch.randn(V, H, dtype=torch.float64, requires_grad=True)
     tokens = torch.arange(N) % V
     logits_q = torch.randn(N, V, dtype=torch.float64)
-    total = chunked_sum(lambda logits, part: tvd(logits, logits_q[part]), weight[tokens], Head(weight), 0.25, rows=8)
+    total = 0.25 * chunked_sum(lambda logits, part: tvd(logits, logits_q[part]), weight[tokens], Head(weight), rows=8)
     reference = 0.25 * tvd(weight[tokens] @ weight.T, logits_q).sum()
     ours, theirs = (torch.autograd.grad(3 * value**2, weight)[0] for value in (total, reference))
     torch.testing.assert_close(ours, theirs)
@@ -105,7 +100,7 @@ def test_mixed_precision_multiplies_in_bfloat16_and_keeps_float32_gradients():
     hidden, head, logits_q = inputs(torch.float32, bias=True)
     with torch.autocast("cpu", torch.bfloat16):
         total, grads = in_chunks(LOSSES["kld"], hidden, head, logits_q, 10)
-    reference, references = whole(LOSSES["kld"], hidden, head, logits_q)
+    reference, references = whole(LOSSES["kld"], hidden, head, logits_q, 1.0)
     assert total.dtype == torch.float32
     # bfloat16 has 8 bits: products of 8 terms are good to about 1%.
     torch.testing.assert_close(total, reference, rtol=2e-2, atol=0)

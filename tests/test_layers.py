@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "drafter").glob("*.py")) if path.stem != "__init__"}
-LOWEST = ("losses", "chunked", "metrics", "artifacts")
+LOWEST = ("warping", "losses", "block_losses", "chunked", "metrics", "artifacts")
 LOWER = ("models", "prompts", "speculative", "ranks", "sources", "batches")
 MIDDLE = ("corpus", "instructions", "responses", "logit_cache")
-HIGHEST = ("datamodules", "modules")
+HIGHEST = ("datamodules", "weighting", "modules")
 
 
 def imports(source, type_checking=False):
@@ -83,9 +83,9 @@ def test_the_library_knows_neither_configs_nor_wandb_nor_the_experiments(module)
 
 
 @pytest.mark.parametrize("module", LOWEST)
-def test_the_lowest_modules_stand_alone(module):
-    assert siblings(runtime_imports(module)) == set()
-    assert not packages(runtime_imports(module)) & {"drafter", "transformers", "lightning", "datasets", "tokenizers"}
+def test_the_lowest_modules_need_torch_and_one_another_alone(module):
+    assert siblings(runtime_imports(module)) <= set(LOWEST)
+    assert not packages(runtime_imports(module)) & {"transformers", "lightning", "datasets", "tokenizers"}
 
 
 @pytest.mark.parametrize("module", ["metrics", "artifacts"])

@@ -111,7 +111,11 @@ def test_a_cached_and_a_live_target_train_the_same_drafter(world):
         ("evaluate", "evaluate.num_speculative_tokens=[3,0]", ValueError, "num_speculative_tokens .* is 0"),
         ("evaluate", "task.prompts.max_new_tokens=62", ValueError, "exceeds the context of 64 tokens"),
         ("finetune", "finetune.text_share=1.5", ValueError, "text_share is 1.5"),
-        ("finetune", "+loss.gamma=3", TypeError, "gamma"),
+        ("finetune", "+loss.gamma=3", ValueError, "incorrect arguments"),
+        ("finetune", "weighting=dpace weighting.smoothing=2", ValueError, "weighting.smoothing is 2"),
+        ("evaluate", "+evaluate.sampling.topp=0.9", ValueError, "evaluate.sampling"),
+        ("evaluate", "task.prompts.top_p=0", ValueError, "task.prompts: top_p is 0"),
+        ("evaluate", "+evaluate.sampling.temperature=-1", ValueError, "temperature is -1"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_changes_nothing(world, tmp_path, name, change, error, message):
@@ -124,7 +128,7 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(world, tmp_path, name,
     fresh = [] if error is ArtifactError else [f"out={tmp_path}/out"]
     before = snapshot(root)
     with pytest.raises(error, match=message):
-        stage(name, [*overrides, *fresh, change])
+        stage(name, [*overrides, *fresh, *change.split()])
     assert snapshot(root) == before
     assert not list(tmp_path.glob("out/**/manifest.json"))
 

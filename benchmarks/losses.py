@@ -1,0 +1,155 @@
+"""Loss and backward from hidden states, in chunks against whole: time and peak memory, as ratios of one run.
+
+    python -m benchmarks.losses                                     every loss, on the CPU's or the GPU's shapes
+    python -m benchmarks.losses --losses kld --hidden 1024 4096     the widths of the paper's drafter and target
+
+Time is of alternating repetitions in one process (process time of one thread on a CPU, so that a busy machine matters
+less). Memory is the peak above the inputs: on a CPU the high-water mark of a process of its own for each path. Where
+liger-kernel is installed and there is a GPU, its fused linear JSD is timed beside ours.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from drafter.chunked import Head, Predicted
+from drafter.losses import batch_statistic, with_context
+from tests.objectives import LOSSES, places
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+PATHS = ("whole", "chunks")
+
+
+def inputs(arguments):
+    """The drafter's and the target's hidden states and heads, with logits of a few units."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    parts = []
+    for width in arguments.hidden:
+        for rows in (arguments.positions, arguments.vocabulary):
+            parts.append((torch.randn(rows, width, device=DEVICE) * width**-0.25).to(dtype))
+    hidden_p, weight_p, hidden_q, weight_q = parts
+    target = Head(weight_q)
+    seen = Predicted(
+        hidden_p.requires_grad_(),
+        Head(weight_p.requires_grad_()),
+        lambda rows: target(hidden_q[rows]),
+        places(arguments.positions, arguments.vocabulary, 64),
+    )
+    return seen._replace(places=type(seen.places)(*(part.to(DEVICE) for part in seen.places)))
+
+
+def step(name, path, seen):
+    """One loss and its backward; the gradients are thrown away."""
+    loss = LOSSES[name]
+    if path == "whole":
+        logits_q = seen.logits_q(slice(None))
+        total = with_context(loss, places=seen.places)(seen.head(seen.hidden_NH), logits_q).sum()
+    else:
+        statistic = batch_statistic(loss)
+        if statistic is not None:
+            loss = with_context(loss, mean_reward=seen.values(statistic).mean())
+        total = seen.sum(loss)
+    total.backward()
+    value = total.item()
+    seen.hidden_NH.grad = seen.head.weight_VH.grad = None
+    return value
+
+
+def clock():
+    if CUDA:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def peak(name, path, arguments):
+    """Bytes above the inputs at the highest point of one step."""
+    seen = inputs(arguments)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(name, path, seen)
+        return torch.cuda.max_memory_allocated() - before
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    step(name, path, seen)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def peak_alone(name, path):
+    """`peak` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.losses", *sys.argv[1:], "--peak", name, path]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main():
+    """Print a line for each loss."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--hidden", type=int, nargs=2, default=(1024, 4096) if CUDA else (128, 256))
+    parser.add_argument("--losses", nargs="*", default=list(LOSSES))
+    parser.add_argument("--repeats", type=int, default=20 if CUDA else 2)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not CUDA:
+        torch.set_num_threads(1)
+    if arguments.peak:
+        print(json.dumps(peak(*arguments.peak, arguments)))
+        return
+    print(f"{arguments.positions} positions, {arguments.vocabulary} tokens, hidden {arguments.hidden}, {DEVICE}")
+    seen = inputs(arguments)
+    for name in arguments.losses:
+        seconds = dict.fromkeys(PATHS, 0.0)
+        for repetition in range(arguments.repeats + 1):
+            for path in PATHS:
+                began = clock()
+                step(name, path, seen)
+                seconds[path] += (clock() - began) * (repetition > 0)  # the first one warms up
+        whole, chunks = (peak_alone(name, path) for path in PATHS)
+        before, after = (seconds[path] / arguments.repeats for path in PATHS)
+        print(
+            f"{name:18s} time {before:7.3f} -> {after:7.3f} s  x{after / before:.2f}"
+            f"   peak {whole / 1e9:5.2f} -> {chunks / 1e9:5.2f} GB  1/{whole / chunks:.1f}",
+            flush=True,
+        )
+    if CUDA:
+        against_liger(seen, arguments)
+
+
+def against_liger(seen, arguments):
+    """Our JSD in chunks beside liger-kernel's fused linear JSD, where that is installed."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+    except ImportError:
+        print("liger-kernel is not installed: no comparison with it")
+        return
+    torch.manual_seed(0)
+    theirs = LigerFusedLinearJSD(jsd_beta=0.5)
+    width = arguments.hidden[1]
+    hidden_q = torch.randn(arguments.positions, width, device=DEVICE, dtype=torch.bfloat16)
+    weight_q = torch.randn(arguments.vocabulary, width, device=DEVICE, dtype=torch.bfloat16) * width**-0.5
+    ours = seen._replace(logits_q=lambda rows: hidden_q[rows] @ weight_q.T)
+
+    def liger():
+        theirs(seen.hidden_NH, seen.head.weight_VH, hidden_q, weight_q).backward()
+        seen.hidden_NH.grad = seen.head.weight_VH.grad = None
+
+    seconds = [0.0, 0.0]
+    for repetition in range(arguments.repeats + 3):
+        for place, call in enumerate((lambda: step("jsd", "chunks", ours), liger)):
+            began = clock()
+            call()
+            seconds[place] += (clock() - began) * (repetition > 2)
+    print(f"jsd against liger-kernel: ours / theirs x{seconds[0] / seconds[1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
