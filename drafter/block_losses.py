@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from drafter.losses import acceptance_rate, log_distributions
+from drafter.distributions import Sparse, Target, pair
+from drafter.losses import acceptance_rate
 
 
 class Places(NamedTuple):
@@ -23,7 +24,7 @@ class Places(NamedTuple):
 
 def e2e_tvd(
     logits_p_NV: torch.Tensor,
-    logits_q_NV: torch.Tensor,
+    logits_q_NV: Target,
     *,
     places: Places,
     temperature: float = 1.0,
@@ -42,7 +43,7 @@ def e2e_tvd(
 
 def block(
     logits_p_NV: torch.Tensor,
-    logits_q_NV: torch.Tensor,
+    logits_q_NV: Target,
     *,
     places: Places,
     temperature: float = 1.0,
@@ -54,8 +55,11 @@ def block(
     Ours. For responses drawn from the target at this temperature and top-p it is, without bias, minus the number of
     drafts that a block accepts: block efficiency as a loss. It asks nothing about tokens that the target did not write.
     """
-    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
-    log_ratio_N = (log_p_NV - log_q_NV).gather(-1, places.tokens_N[:, None])[:, 0]
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    log_ratio_NV = both.log_p_NV - both.log_q_NV
+    # A sparse target's last token is the one that it wrote.
+    sparse = isinstance(logits_q_NV, Sparse)
+    log_ratio_N = log_ratio_NV[:, -1] if sparse else log_ratio_NV.gather(-1, places.tokens_N[:, None])[:, 0]
     # A tie is no shortfall; nor is q = 0, outside the target's nucleus.
     accept_N = torch.where(log_ratio_N < 0, log_ratio_N, 0.0).exp()
     return -windowed_products(accept_N, places.following_N, num_speculative_tokens).sum(-1)

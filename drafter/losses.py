@@ -6,6 +6,10 @@ distributions are softmax(logits / temperature), in float32 (float64 for float64
 which the drafter will be served, a small one for greedy decoding. With top_p < 1 the target's distribution is cut to
 its nucleus first, as the accept test will see it.
 
+The target may be sparse instead of logits (see distributions.Sparse). KLD, reverse KL, JSD, CE, TVD, exact TVD++ over
+the batch, and e2e_tvd and block of block_losses, then have the expectation that they should; the others say that they
+would be biased.
+
 A new loss is such a function here and one line in conf/loss/; the tests of conf/loss/ take it from there.
 
 Source: arXiv 2403.00858, section 2.3, unless a function says otherwise. Ties p(x) = q(x) belong to neither side: the
@@ -15,90 +19,89 @@ Shapes: N positions, V vocabulary, S samples a position.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
-from drafter.warping import in_nucleus
+from drafter.distributions import Pair, Target, pair
 
 Loss = Callable[..., torch.Tensor]
 
 
 def kld(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+    logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
     """Kullback-Leibler divergence KL(q || p) = sum_x q log(q / p), in nats: distillation's default.
 
     It covers all of the target's mass. Use it where the drafter is far from the target, or when in doubt.
     """
-    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
-    return _expected(log_q_NV, log_q_NV - log_p_NV)
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    return both.sum(_mass(both.log_q_NV, both.log_q_NV - both.log_p_NV))
 
 
 def rkl(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+    logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
     """Reverse KL(p || q) = sum_x p log(p / q), in nats (MiniLLM, arXiv 2306.08543).
 
     It punishes what the drafter proposes and the target would not say. Use it for small drafters that should be sure of
     little rather than vague about much. Below e^-100 the target's probability counts as e^-100.
     """
-    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
-    return _expected(log_p_NV, log_p_NV - log_q_NV.clamp_min(-100.0))
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    return both.sum(_mass(both.log_p_NV, both.log_p_NV - both.log_q_NV.clamp_min(-100.0)))
 
 
 def jsd(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+    logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
     """Jensen-Shannon divergence (KL(q || m) + KL(p || m)) / 2 with m = (p + q) / 2, in nats, at most log 2.
 
     Between KLD and reverse KL, and bounded (GKD, arXiv 2306.13649). Use it on responses that the drafter wrote in part.
     """
-    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
-    log_m_NV = torch.logaddexp(log_p_NV, log_q_NV) - torch.tensor(2.0).log().to(log_p_NV)
-    return (_expected(log_q_NV, log_q_NV - log_m_NV) + _expected(log_p_NV, log_p_NV - log_m_NV)) / 2
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    log_m_NV = torch.logaddexp(both.log_p_NV, both.log_q_NV) - math.log(2)
+    from_p_NV, from_q_NV = (_mass(log_NV, log_NV - log_m_NV) for log_NV in (both.log_p_NV, both.log_q_NV))
+    return both.sum(from_p_NV + from_q_NV) / 2
 
 
-def ce(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
-) -> torch.Tensor:
+def ce(logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
     """Cross-entropy -log p(argmax q), in nats: what greedy decoding asks of the drafter, and nothing else.
 
     Use it for greedy serving alone; at temperature 1 it costs acceptance. (`top_p` leaves an argmax as it is.)
     """
-    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
-    return -log_p_NV.gather(-1, log_q_NV.argmax(-1, keepdim=True))[:, 0]
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    return -both.log_p_NV.gather(-1, both.log_q_NV.argmax(-1, keepdim=True))[:, 0]
 
 
 def tvd(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+    logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
     """Total variation distance 1/2 sum_x |p - q| = 1 - alpha, alpha being the chance that a drafted token is accepted.
 
     Computed as sum_x max(q - p, 0), whose gradient is sum_x -r(x) p(x) grad log p(x). It is the acceptance rate itself;
     its gradient vanishes where the overlap is small, so use it (or `nla`) after pretraining, for sampled serving.
     """
-    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
-    return (log_q_NV.exp() - log_p_NV.exp()).clamp_min(0).sum(-1)
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    return both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
 
 
 def nla(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+    logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
     """Negative log-acceptance -log alpha, alpha = sum_x min(p, q) (LK-alpha, arXiv 2602.23881).
 
     TVD with its gradient divided by alpha, so that positions with little overlap still learn; taken in the log domain,
     it is finite however small alpha is. Use it with a low temperature for greedy serving.
     """
-    return -_log_alpha(*log_distributions(logits_p_NV, logits_q_NV, temperature, top_p))
+    return -_log_alpha(pair(logits_p_NV, logits_q_NV, temperature, top_p).whole("nla"))
 
 
 def lk_hybrid(
     logits_p_NV: torch.Tensor,
-    logits_q_NV: torch.Tensor,
+    logits_q_NV: Target,
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -108,15 +111,15 @@ def lk_hybrid(
 
     KLD where the overlap is small, TVD where it is large. Use it where the drafter starts far from the target.
     """
-    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
-    far_N = (-rate * _log_alpha(log_p_NV, log_q_NV).detach().exp()).exp()
-    near_N = (log_q_NV.exp() - log_p_NV.exp()).clamp_min(0).sum(-1)
-    return far_N * _expected(log_q_NV, log_q_NV - log_p_NV) + (1 - far_N) * near_N
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p).whole("lk_hybrid")
+    far_N = (-rate * _log_alpha(both).detach().exp()).exp()
+    near_N = both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
+    return far_N * both.sum(_mass(both.log_q_NV, both.log_q_NV - both.log_p_NV)) + (1 - far_N) * near_N
 
 
 def tvdpp(
     logits_p_NV: torch.Tensor,
-    logits_q_NV: torch.Tensor,
+    logits_q_NV: Target,
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -139,23 +142,29 @@ def tvdpp(
     """
     if statistics not in ("batch", "position"):
         raise ValueError(f"loss.statistics is '{statistics}', must be 'batch' or 'position'")
-    log_p_NV, log_q_NV = log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)
-    mean, reward_NV = _rewards(log_p_NV.detach(), log_q_NV, estimator)
-    mean = mean[:, None]
+    if estimator not in ("exact", "sampled"):
+        raise ValueError(f"loss.estimator is '{estimator}', must be 'exact' or 'sampled'")
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    if (statistics, estimator) != ("batch", "exact"):
+        both = both.whole(f"tvdpp with statistics={statistics}, estimator={estimator}")
+    mean = _mean_reward(both, logits_p_NV.shape[-1], estimator)
     if statistics == "batch":
         mean = mean.mean() if mean_reward is None else mean_reward.to(mean)
     deviation = (mean * (1 - mean)).clamp_min(0).sqrt()
     # Where all rewards are equal there is nothing to prefer.
-    advantage_NV = torch.where(deviation > 1e-6, (reward_NV - mean) / deviation.clamp_min(1e-6), 0.0)
+    scale = torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), 0.0)
+    reward_NV = both.reward()
     if estimator == "exact":
-        return (log_p_NV.exp() * -advantage_NV).sum(-1)
-    tokens_NS = torch.multinomial(log_p_NV.detach().exp(), num_samples, replacement=True)
-    return (log_p_NV.gather(-1, tokens_NS) * -advantage_NV.gather(-1, tokens_NS)).mean(-1)
+        # The baseline's own gradient, mu E[grad log p], is zero over a whole vocabulary.
+        return (mean - both.sum(both.log_p_NV.exp() * reward_NV)) * scale
+    tokens_NS = torch.multinomial(both.log_p_NV.detach().exp(), num_samples, replacement=True)
+    advantage_NS = reward_NV.gather(-1, tokens_NS) - (mean if mean.ndim == 0 else mean[:, None])
+    return (both.log_p_NV.gather(-1, tokens_NS) * -advantage_NS).mean(-1) * scale
 
 
 def mix(
     logits_p_NV: torch.Tensor,
-    logits_q_NV: torch.Tensor,
+    logits_q_NV: Target,
     *,
     weights: Sequence[float],
     parts: Sequence[Loss],
@@ -175,10 +184,11 @@ def mix(
 
 
 def acceptance_rate(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+    logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
     """alpha = sum_x min(p, q): the chance that a token drafted from p is accepted against q. No loss: a yardstick."""
-    return _log_alpha(*log_distributions(logits_p_NV, logits_q_NV, temperature, top_p)).exp()
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    return both.sum(torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).exp())
 
 
 def with_context(loss: Loss, **context: Any) -> Loss:
@@ -211,11 +221,9 @@ def batch_statistic(loss: Loss) -> Loss | None:
     if getattr(loss, "func", loss) is not tvdpp or _setting(loss, "statistics") == "position":
         return None
 
-    def statistic(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor) -> torch.Tensor:
-        log_p_NV, log_q_NV = log_distributions(
-            logits_p_NV, logits_q_NV, _setting(loss, "temperature"), _setting(loss, "top_p")
-        )
-        return _rewards(log_p_NV, log_q_NV, _setting(loss, "estimator"))[0]
+    def statistic(logits_p_NV: torch.Tensor, logits_q_NV: Target) -> torch.Tensor:
+        both = pair(logits_p_NV, logits_q_NV, _setting(loss, "temperature"), _setting(loss, "top_p"))
+        return _mean_reward(both, logits_p_NV.shape[-1], _setting(loss, "estimator"))
 
     return statistic
 
@@ -226,37 +234,19 @@ def _setting(loss: Loss, name: str) -> Any:
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
-def log_distributions(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, temperature: float, top_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p and log q as the losses compare them; log q is -inf outside the nucleus, and has no gradient."""
-    if not temperature > 0:
-        raise ValueError(f"loss.temperature is {temperature}, must be above 0 (a small one stands for greedy)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"loss.top_p is {top_p}, must be above 0, at most 1")
-    log_p_NV, log_q_NV = (
-        F.log_softmax((logits if logits.dtype == torch.float64 else logits.float()) / temperature, dim=-1)
-        for logits in (logits_p_NV, logits_q_NV.detach())
-    )
-    if top_p < 1:
-        log_q_NV = log_q_NV.masked_fill(~in_nucleus(log_q_NV.exp(), top_p), -torch.inf).log_softmax(-1)
-    return log_p_NV, log_q_NV
-
-
-def _expected(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
-    """sum_x weight(x) value(x), where a weight of zero outweighs an infinite value."""
+def _mass(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
+    """weight(x) value(x), where a weight of zero outweighs an infinite value."""
     weight_NV = log_weight_NV.exp()
-    return (weight_NV * values_NV.masked_fill(weight_NV == 0, 0.0)).sum(-1)
+    return weight_NV * values_NV.masked_fill(weight_NV == 0, 0.0)
 
 
-def _log_alpha(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor) -> torch.Tensor:
-    """log sum_x min(p, q), without underflow."""
-    return torch.where(log_p_NV < log_q_NV, log_p_NV, log_q_NV).logsumexp(-1)
+def _log_alpha(both: Pair) -> torch.Tensor:
+    """log sum_x min(p, q) over the whole vocabulary, without underflow."""
+    return torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).logsumexp(-1)
 
 
-def _rewards(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each position's mean reward (N,), over the vocabulary or under p where it is sampled, and the rewards (N, V)."""
-    if estimator not in ("exact", "sampled"):
-        raise ValueError(f"loss.estimator is '{estimator}', must be 'exact' or 'sampled'")
-    reward_NV = (log_q_NV > log_p_NV).to(log_p_NV.dtype)
-    return reward_NV.mean(-1) if estimator == "exact" else (reward_NV * log_p_NV.exp()).sum(-1), reward_NV
+def _mean_reward(both: Pair, vocabulary: int, estimator: str) -> torch.Tensor:
+    """Each position's mean reward (N,): over the vocabulary, or under p where it is sampled."""
+    if estimator == "exact":
+        return both.sum(both.reward()) / vocabulary
+    return both.sum(both.reward() * both.log_p_NV.detach().exp())

@@ -84,7 +84,7 @@ def check_same_width(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
     Raises:
         VocabularyError: they do not.
     """
-    ours, theirs = (model.get_output_embeddings().weight.shape[0] for model in (target, drafter))
+    ours, theirs = vocabulary_rows(target), vocabulary_rows(drafter)
     if ours != theirs:
         raise VocabularyError(
             f"target and drafter have different vocabularies: the target scores {ours} tokens, the drafter {theirs}. "
@@ -114,6 +114,24 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: t
     The mask is 1 at real tokens; padding stands on the right, so that positions count from the first token.
     """
     return model.base_model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are the output embedding of the last hidden states, neither scaled nor capped after it."""
+    training = model.training
+    model.eval()  # dropout would make the two differ
+    ids = torch.arange(min(8, vocabulary_rows(model)), device=model.device)[None]
+    ours = model.get_output_embeddings()(hidden_states(model, ids, torch.ones_like(ids)))
+    theirs = model(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    # Logits that are not finite are somebody else's to report.
+    return not theirs.isfinite().all() or torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """How many tokens a model scores, padding included."""
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _existing(path: str) -> str:

@@ -18,7 +18,7 @@ from drafter.batches import Batch
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted, chunked_sum
 from drafter.losses import Loss, batch_statistic, kld, tvd
-from drafter.models import hidden_states
+from drafter.models import has_plain_head, hidden_states
 from drafter.weighting import Weighting, uniform
 
 
@@ -81,6 +81,7 @@ class Distillation(lightning.LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         # In a tuple the target is no submodule: it is in no checkpoint, no optimizer and no gradient all-reduce.
         self._frozen = (target,)
+        self._target_has_plain_head = True  # known at the start of a fit
         self._yardsticks: list[torch.Tensor] = []
 
     @property
@@ -89,7 +90,18 @@ class Distillation(lightning.LightningModule):
         return self._frozen[0]
 
     def on_fit_start(self) -> None:
+        """Move the target here.
+
+        Raises:
+            ValueError: the drafter scales or caps its logits after the output embedding, unseen by the losses.
+        """
         self.target.to(self.device)
+        self._target_has_plain_head = has_plain_head(self.target)
+        if not has_plain_head(self.drafter):
+            raise ValueError(
+                f"{type(self.drafter).__name__} changes its logits after the output embedding (a scale or a soft cap): "
+                f"choose an architecture that does not, as a drafter"
+            )
 
     on_validation_start = on_fit_start
 
@@ -134,7 +146,9 @@ class Distillation(lightning.LightningModule):
         following_BT = mask_BT.flip(1).cumsum(1).flip(1) - 1
         places = Places(next_tokens(batch)[mask_BT], following_BT[mask_BT])
         head = Head.of(self.drafter.get_output_embeddings())
-        return Predicted(hidden_BTH[mask_BT], head, target_logits(self.target, batch), places)
+        return Predicted(
+            hidden_BTH[mask_BT], head, target_logits(self.target, batch, self._target_has_plain_head), places
+        )
 
     def _with_statistics(self, predicted: Predicted) -> Loss:
         """The loss, told the mean reward of all ranks' positions where it is normalised by it."""
@@ -162,17 +176,23 @@ def response_mask(batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def target_logits(target: PreTrainedModel, batch: Batch) -> Callable[[slice], torch.Tensor]:
-    """The target's logits at a slice of the N places of `response_mask`: from the cache, else from one forward."""
-    if batch.hidden_NH is not None:
-        head, hidden_NH = Head.of(target.get_output_embeddings()), batch.hidden_NH
-        return lambda rows: head(hidden_NH[rows]).detach()
+def target_logits(target: PreTrainedModel, batch: Batch, plain_head: bool = True) -> Callable[[slice], torch.Tensor]:
+    """The target's logits at a slice of the N places of `response_mask`.
+
+    They are made, slice by slice, of its hidden states: of the cache, else of one forward. A target that changes its
+    logits after its output embedding (`plain_head` False) makes them all at once.
+    """
     rows_B = ~batch.is_text_B
-    output = target(
-        input_ids=batch.input_ids_BT[rows_B], attention_mask=batch.attention_mask_BT[rows_B], use_cache=False
+    ids_BT, attention_BT, mask_BT = (
+        part[rows_B] for part in (batch.input_ids_BT, batch.attention_mask_BT, batch.target_mask_BT)
     )
-    logits_NV = output.logits[batch.target_mask_BT[rows_B]]
-    return lambda rows: logits_NV[rows]
+    if batch.hidden_NH is None and not plain_head:
+        logits_NV = target(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits[mask_BT]
+        return lambda rows: logits_NV[rows]
+    cached_NH = batch.hidden_NH
+    hidden_NH = hidden_states(target, ids_BT, attention_BT)[mask_BT] if cached_NH is None else cached_NH
+    head = Head.of(target.get_output_embeddings())
+    return lambda rows: head(hidden_NH[rows]).detach()
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

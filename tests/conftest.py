@@ -30,6 +30,20 @@ def small_model(seed=0, hidden=16, layers=1, vocab=VOCABULARY, sharpness=1.0):
     return model.requires_grad_(False).eval()
 
 
+def capped(model):
+    """The same weights in a class that caps its logits after the output embedding, as Gemma 2 does."""
+
+    class Capped(type(model)):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 2 * torch.tanh(output.logits / 2)
+            return output
+
+    result = Capped(model.config).eval()
+    result.load_state_dict(model.state_dict())
+    return result.requires_grad_(False)
+
+
 @pytest.fixture(scope="session")
 def target():
     """The larger model of a pair over 64 tokens."""

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "drafter").glob("*.py")) if path.stem != "__init__"}
-LOWEST = ("warping", "losses", "block_losses", "chunked", "metrics", "artifacts")
+LOWEST = ("warping", "distributions", "losses", "block_losses", "chunked", "metrics", "artifacts")
 LOWER = ("models", "prompts", "speculative", "ranks", "sources", "batches")
 MIDDLE = ("corpus", "instructions", "responses", "logit_cache")
 HIGHEST = ("datamodules", "weighting", "modules")

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from drafter.batches import Sequence, collate, response_sequence
 from drafter.datamodules import SequenceData
 from drafter.losses import kld, tvd, tvdpp
+from drafter.models import hidden_states
 from drafter.modules import Distillation, Pretraining, adamw, next_token_loss
-from tests.conftest import small_model
+from tests.conftest import capped, small_model
 
 ROWS = [{"prompt_ids": [1, 2, 3], "response_ids": [n % 60 + 1, 5, (7 * n) % 50]} for n in range(12)]
 RESPONSES = [response_sequence(row) for row in ROWS]
@@ -115,3 +116,18 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     assert optimizer.param_groups[1]["weight_decay"] == 0
+
+
+def test_a_live_target_that_caps_its_logits_is_distilled_from_what_it_really_says(target):
+    batch, module = collate(RESPONSES), Distillation(capped(target), trainable(), kld, 0.0, 1e-3)
+    module.on_fit_start()
+    logits = module._predicted(batch, hidden_states(module.drafter, batch.input_ids_BT, batch.attention_mask_BT))
+    expected = capped(target)(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+    torch.testing.assert_close(logits.logits_q(slice(3, 9)), expected[batch.target_mask_BT][3:9])
+    assert expected.abs().max() <= 2
+
+
+def test_a_drafter_that_caps_its_logits_is_refused(target):
+    module = Distillation(target, capped(trainable()).requires_grad_(True).train(), kld, 0.0, 1e-3)
+    with pytest.raises(ValueError, match="Capped changes its logits after the output embedding"):
+        fit(module, steps=1)
