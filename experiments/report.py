@@ -16,6 +16,7 @@ def write_html(
     figures: dict[str, str],
     samples: dict[str, list[dict[str, Any]]],
     notes: list[str],
+    base: str = "pretrained",
 ) -> None:
     """Render report.html.jinja.
 
@@ -24,6 +25,7 @@ def write_html(
         figures: name -> SVG text.
         samples: drafter -> decoded texts (see evaluate.as_text).
         notes: sentences under the tables.
+        base: the drafter that the others are compared with.
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -34,6 +36,7 @@ def write_html(
         figures=figures,
         samples=by_prompt(samples),
         notes=notes,
+        base=base,
     )
     path.write_text(page)
 

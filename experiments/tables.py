@@ -20,7 +20,7 @@ from experiments.figures import draw_curves, draw_efficiency
 from experiments.report import write_html
 
 log = logging.getLogger(__name__)
-BASE = "pretrained"
+POOLED = "in domain, all"
 CONVENTION = (
     "τ is tokens per target call and counts the target's own token of each block (1: autoregressive; at most γ + 1). "
     "MBSU is τ / (cγ + 1), c drafter / target parameters. Token rate is tokens per second with the drafter / without, "
@@ -29,11 +29,12 @@ CONVENTION = (
 
 
 class Evaluation(NamedTuple):
-    """One drafter's counts: its loss and seed, c, and (task, gamma, prompt) -> Counts."""
+    """One drafter's counts: its loss and seed, c, the tasks that it was aligned on, (task, gamma, prompt) -> Counts."""
 
     loss: str
     seed: int
     size_ratio: float
+    in_domain: tuple[str, ...]
     counts: dict[tuple[str, int, str], Counts]
     directory: Path
 
@@ -57,8 +58,8 @@ class Row(NamedTuple):
 def main(cfg: DictConfig) -> None:
     """Read every finished evaluation under the root, write results.md, figures/ and report.html."""
     out = Path(cfg.out)
-    evaluations = read_evaluations(Path(cfg.root) / "evaluate")
-    rows = summarise(evaluations)
+    evaluations = read_evaluations(Path(cfg.root) / "evaluate", cfg.base)
+    rows = summarise(evaluations, cfg.base)
     curves = read_curves(Path(cfg.root) / "finetune")
     (out / "figures").mkdir(parents=True, exist_ok=True)
     figures = {
@@ -66,7 +67,7 @@ def main(cfg: DictConfig) -> None:
         "curves": draw_curves(curves, out / "figures" / "curves"),
     }
     notes = [CONVENTION, describe(evaluations), f"Measured on {machine()}, commit {environment()['commit']}."]
-    tables = {f"γ = {gamma}": markdown([row for row in rows if row.gamma == gamma]) for gamma in gammas(rows)}
+    tables = {f"γ = {gamma}": markdown([row for row in rows if row.gamma == gamma], cfg.base) for gamma in gammas(rows)}
     sections = [f"### {title}\n\n{table}\n" for title, table in tables.items()]
     (out / "results.md").write_text("\n".join([*sections, *(f"{note}\n" for note in notes)]))
     samples = {
@@ -74,41 +75,45 @@ def main(cfg: DictConfig) -> None:
         for evaluation in evaluations
         if evaluation.seed == min(other.seed for other in evaluations if other.loss == evaluation.loss)
     }
-    write_html(out / "report.html", rows, figures, samples, notes)
+    write_html(out / "report.html", rows, figures, samples, notes, cfg.base)
     print("\n".join([*sections, *notes, f"report: {out / 'report.html'}"]))
 
 
-def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Every finished evaluation, the pretrained drafter first.
+def read_evaluations(folder: Path, base: str = "pretrained") -> list[Evaluation]:
+    """Every finished evaluation, those of the drafter that the others are compared with first.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is none, or none of `base`, unless that is the pretrained drafter.
     """
     found = []
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
-        summary = read_manifest(path.parent, "evaluate")["counts"]
+        manifest = read_manifest(path.parent, "evaluate")
+        summary, tasks = manifest["counts"], manifest["settings"]["tasks"]
         counts = {
             (row["task"], row["gamma"], row["prompt"]): Counts(*(row[field] for field in Counts._fields))
             for row in read_jsonl(path.parent / "counts.jsonl")
         }
         ratio = summary["drafter_parameters"] / summary["target_parameters"]
-        found.append(Evaluation(summary["loss"], summary["seed"], ratio, counts, path.parent))
+        in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
+        found.append(Evaluation(summary["loss"], summary["seed"], ratio, in_domain, counts, path.parent))
     if not found:
         raise ArtifactError(f"no finished evaluation under {folder}: run `python -m experiments.evaluate` first")
-    return sorted(found, key=lambda evaluation: (evaluation.loss != BASE, evaluation.loss, evaluation.seed))
+    if base not in (names := {evaluation.loss for evaluation in found} | {"pretrained"}):
+        raise ArtifactError(f"base is '{base}', but what was evaluated under {folder} is {sorted(names)}")
+    return sorted(found, key=lambda evaluation: (evaluation.loss != base, evaluation.loss, evaluation.seed))
 
 
-def summarise(evaluations: list[Evaluation]) -> list[Row]:
-    """A row for each loss, task and gamma that was run."""
+def summarise(evaluations: list[Evaluation], base: str = "pretrained") -> list[Row]:
+    """A row for each loss, task and gamma that was run, and one for the tasks in the domain together."""
     rows = []
     for loss in dict.fromkeys(evaluation.loss for evaluation in evaluations):
         of_loss = [evaluation for evaluation in evaluations if evaluation.loss == loss]
-        for task, gamma in dict.fromkeys((key[0], key[1]) for key in of_loss[0].counts):
+        for task, gamma in cells(of_loss[0]):
             counts = cell(of_loss, task, gamma)
-            base = cell([evaluation for evaluation in evaluations if evaluation.loss == BASE], task, gamma)
+            reference = cell([evaluation for evaluation in evaluations if evaluation.loss == base], task, gamma)
             efficiency = estimate(counts, "block_efficiency")
             speedup = [memory_bound_speedup(value, of_loss[0].size_ratio, gamma) for value in efficiency]
-            comparable = loss != BASE and base.keys() == counts.keys()
+            comparable = loss != base and reference.keys() == counts.keys()
             rows.append(
                 Row(
                     loss,
@@ -117,7 +122,7 @@ def summarise(evaluations: list[Evaluation]) -> list[Row]:
                     len(of_loss),
                     len(counts),
                     efficiency,
-                    paired_difference(counts, base, "block_efficiency") if comparable else None,
+                    paired_difference(counts, reference, "block_efficiency") if comparable else None,
                     Estimate(*speedup),
                     estimate(counts, "token_rate_ratio"),
                     estimate(counts, "acceptance_rate"),
@@ -126,21 +131,29 @@ def summarise(evaluations: list[Evaluation]) -> list[Row]:
     return rows
 
 
+def cells(evaluation: Evaluation) -> list[tuple[str, int]]:
+    """The tasks and gammas of a drafter, and where it has several tasks in the domain, all of these as one."""
+    run = list(dict.fromkeys((task, gamma) for task, gamma, _ in evaluation.counts))
+    pooled = {gamma for task, gamma in run if task in evaluation.in_domain}
+    several = len({task for task, _ in run if task in evaluation.in_domain}) > 1
+    return run + [(POOLED, gamma) for gamma in sorted(pooled) if several]
+
+
 def cell(evaluations: Iterable[Evaluation], task: str, gamma: int) -> dict[str, np.ndarray]:
-    """Counts by prompt of one task and gamma, summed over the evaluations (seeds)."""
+    """Counts by prompt of one task (or POOLED) and gamma, summed over the evaluations (seeds)."""
     picked = [
         (prompt, counts)
         for evaluation in evaluations
         for (of_task, of_gamma, prompt), counts in evaluation.counts.items()
-        if (of_task, of_gamma) == (task, gamma)
+        if of_gamma == gamma and (of_task == task or (task == POOLED and of_task in evaluation.in_domain))
     ]
     return by_prompt([prompt for prompt, _ in picked], [counts for _, counts in picked])
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[Row], base: str = "pretrained") -> str:
     """One line a task and loss."""
     lines = [
-        "| task | drafter | τ | τ − pretrained | MBSU | token rate | acceptance rate |",
+        f"| task | drafter | τ | τ − {base} | MBSU | token rate | acceptance rate |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task in dict.fromkeys(row.task for row in rows):
@@ -164,7 +177,7 @@ def describe(evaluations: list[Evaluation]) -> str:
     unlike = sum(counts["greedy_outputs_unlike_the_target"] for counts in manifests)
     greedy = sum(counts["greedy_outputs"] for counts in manifests)
     prompts = {(key[0], key[2]) for evaluation in evaluations for key in evaluation.counts}
-    seeds = {evaluation.seed for evaluation in evaluations if evaluation.loss != BASE}
+    seeds = {evaluation.seed for evaluation in evaluations if evaluation.loss != "pretrained"}
     return (
         f"{len(prompts)} prompts, {len(seeds)} seed{'s' * (len(seeds) != 1)} a loss, "
         f"c = {evaluations[0].size_ratio:.4f}. Greedy text equal to the target's own in {greedy - unlike} of {greedy} "

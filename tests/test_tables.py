@@ -15,7 +15,7 @@ from drafter.metrics import Estimate
 from experiments import tables
 from experiments.figures import colours, draw_curves, draw_efficiency
 from experiments.report import by_prompt, write_html
-from experiments.tables import Row, markdown, read_curves, read_evaluations, summarise, with_interval
+from experiments.tables import POOLED, Row, markdown, read_curves, read_evaluations, summarise, with_interval
 
 TASKS = {"open_ended": 6, "code": 4}  # prompts of each
 GAMMAS = (3, 5)
@@ -26,7 +26,8 @@ NASTY = "Is 1 < 2 & <script>alert('x')</script>?"
 def evaluation(root, name, loss, seed, tasks=TASKS, gammas=GAMMAS, accepted=None):
     """A finished evaluation directory, as experiments.evaluate writes it."""
     accepted = ACCEPTED[loss] if accepted is None else accepted
-    stage = Stage(root / "evaluate" / name, "evaluate", {"seed": 0}, {"drafter": name})
+    about = {task: {"in_domain": task != "code"} for task in tasks}
+    stage = Stage(root / "evaluate" / name, "evaluate", {"seed": 0, "tasks": about}, {"drafter": name})
     counts, samples = [], []
     for gamma in gammas:
         for task, size in tasks.items():
@@ -91,7 +92,7 @@ def cells(line):
 
 
 def run_tables(root):
-    tables.main(OmegaConf.create({"root": str(root), "out": str(root / "report")}))
+    tables.main(OmegaConf.create({"root": str(root), "out": str(root / "report"), "base": "pretrained"}))
     return root / "report"
 
 
@@ -326,7 +327,8 @@ def test_only_the_first_seed_of_a_loss_is_shown_in_the_report(html):
 def test_the_tables_run_without_torch(root):
     code = (
         "import sys; from omegaconf import OmegaConf; from experiments import tables\n"
-        f"tables.main(OmegaConf.create({{'root': {str(root)!r}, 'out': {str(root / 'out')!r}}}))\n"
+        f"cfg = {{'root': {str(root)!r}, 'out': {str(root / 'out')!r}, 'base': 'pretrained'}}\n"
+        "tables.main(OmegaConf.create(cfg))\n"
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
         "assert not loaded & {'torch', 'transformers', 'lightning', 'datasets'}, sorted(loaded)"
     )
@@ -344,3 +346,30 @@ def test_more_seeds_add_up_to_a_ratio_of_sums(tmp_path):
     (row,) = (row for row in rows if (row.loss, row.task, row.gamma) == ("kld", "open_ended", 3))
     assert row.block_efficiency.value == pytest.approx(np.mean([1 + 5 / 10, 1 + 9 / 10]))
     assert row.prompts == TASKS["open_ended"]
+
+
+def test_tasks_in_the_domain_are_pooled_as_sums_and_the_others_left_out(tmp_path):
+    tasks = {"open_ended": 6, "summary": 2, "code": 4}
+    evaluation(tmp_path, "drafter", "pretrained", 0, tasks)
+    evaluation(tmp_path, "kld-seed1", "kld", 1, tasks)
+    rows = summarise(read_evaluations(tmp_path / "evaluate"))
+    pooled = {(row.loss, row.gamma): row for row in rows if row.task == POOLED}
+    assert set(pooled) == {(loss, gamma) for loss in ("pretrained", "kld") for gamma in GAMMAS}
+    assert pooled["kld", 3].prompts == 8
+    kept = [i % 3 for size in (6, 2) for i in range(size)]
+    assert pooled["kld", 3].block_efficiency.value == pytest.approx(np.mean([1 + (12 + i) / 10 for i in kept]))
+    assert pooled["kld", 3].gain.value == pytest.approx(0.6)
+
+
+def test_one_task_in_the_domain_is_not_pooled(root):
+    assert POOLED not in {row.task for row in summarise(read_evaluations(root / "evaluate"))}
+
+
+def test_the_base_of_the_comparison_is_chosen_by_name(root):
+    rows = summarise(read_evaluations(root / "evaluate", "kld"), "kld")
+    assert rows[0].loss == "kld"
+    gains = {row.loss: row.gain and row.gain.value for row in rows if (row.task, row.gamma) == ("code", 3)}
+    assert gains == {"kld": None, "pretrained": pytest.approx(-0.6), "tvd": pytest.approx(-0.2)}
+    assert "τ − kld" in markdown(rows, "kld")
+    with pytest.raises(ArtifactError, match=r"base is 'kl', but what was evaluated .* \['kld', 'pretrained', 'tvd'\]"):
+        read_evaluations(root / "evaluate", "kl")
