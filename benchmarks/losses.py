@@ -10,7 +10,6 @@ liger-kernel is installed and there is a GPU, its fused linear JSD is timed besi
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -78,9 +77,15 @@ def peak(name, path, arguments):
         before = torch.cuda.memory_allocated()
         step(name, path, seen)
         return torch.cuda.max_memory_allocated() - before
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
     step(name, path, seen)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    """Bytes of this process's memory: VmRSS now, VmHWM at its highest (getrusage's would count the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def peak_alone(name, path):

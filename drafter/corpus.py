@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 SKIPPED_FOLDERS = {"tests", "test", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor", "testing"}
@@ -66,7 +67,8 @@ def extract(packages: list[str], workers: int) -> list[Doc]:
     """
     files = source_files(packages)
     with ProcessPoolExecutor(workers) as pool:
-        docs = [doc for found in pool.map(_docs_of_file, files, chunksize=32) for doc in found]
+        found = pool.map(_docs_of_file, files, chunksize=32)
+        docs = [doc for of_file in tqdm(found, "docstrings", len(files), unit="file") for doc in of_file]
     unique = {" ".join(doc.text.split()): doc for doc in reversed(docs)}
     if not unique:
         raise ValueError(f"the corpus is empty: no docstrings in packages {packages}")
@@ -89,10 +91,11 @@ def pretraining_texts(docs: list[Doc], code_share: float) -> Iterator[str]:
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: int, limit: int | None = None) -> np.ndarray:
     """Tokenize texts and join them, each followed by the token `end`, up to `limit` tokens: uint16 or uint32."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    pieces, total, remaining = [np.empty(0, dtype)], 0, iter(texts)
-    while (limit is None or total < limit) and (batch := list(islice(remaining, 1000))):
-        pieces.append(_encode(batch, tokenizer, end, dtype))
-        total += len(pieces[-1])
+    pieces, remaining = [np.empty(0, dtype)], iter(texts)
+    with tqdm(total=limit, desc="packing", unit="token", unit_scale=True) as bar:
+        while (limit is None or bar.n < limit) and (batch := list(islice(remaining, 1000))):
+            pieces.append(_encode(batch, tokenizer, end, dtype))
+            bar.update(len(pieces[-1]))
     return np.concatenate(pieces)[:limit]
 
 

@@ -129,6 +129,19 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return not theirs.isfinite().all() or torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
 
 
+def check_drafter_head(drafter: PreTrainedModel) -> None:
+    """Refuse an architecture whose logits the losses, which see hidden states and the output embedding, would not know.
+
+    Raises:
+        ValueError: it scales or caps its logits after the output embedding.
+    """
+    if not has_plain_head(drafter):
+        raise ValueError(
+            f"{type(drafter).__name__} changes its logits after the output embedding (a scale or a soft cap): "
+            f"choose an architecture that does not, as a drafter"
+        )
+
+
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """How many tokens a model scores, padding included."""
     return int(model.get_output_embeddings().weight.shape[0])

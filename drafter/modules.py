@@ -18,7 +18,7 @@ from drafter.batches import Batch
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted, chunked_sum
 from drafter.losses import Loss, batch_statistic, kld, tvd
-from drafter.models import has_plain_head, hidden_states
+from drafter.models import check_drafter_head, has_plain_head, hidden_states
 from drafter.weighting import Weighting, uniform
 
 
@@ -34,6 +34,9 @@ class Pretraining(lightning.LightningModule):
     def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1):
         super().__init__()
         self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
+
+    def on_fit_start(self) -> None:
+        check_drafter_head(self.model)
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = next_token_loss(self.model, batch)
@@ -90,18 +93,9 @@ class Distillation(lightning.LightningModule):
         return self._frozen[0]
 
     def on_fit_start(self) -> None:
-        """Move the target here.
-
-        Raises:
-            ValueError: the drafter scales or caps its logits after the output embedding, unseen by the losses.
-        """
+        check_drafter_head(self.drafter)
         self.target.to(self.device)
         self._target_has_plain_head = has_plain_head(self.target)
-        if not has_plain_head(self.drafter):
-            raise ValueError(
-                f"{type(self.drafter).__name__} changes its logits after the output embedding (a scale or a soft cap): "
-                f"choose an architecture that does not, as a drafter"
-            )
 
     on_validation_start = on_fit_start
 

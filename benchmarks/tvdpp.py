@@ -1,0 +1,82 @@
+"""What TVD++ is: the direction of its gradient beside TVD's, and the variance of its sampled form.
+
+    python -m benchmarks.tvdpp [ROOT]         after `make demo`; ROOT is runs/tiny
+
+The gradient is with respect to the pretrained drafter's parameters, on the first responses of the distillation set.
+Relative variance is the sum of the variances of all entries over the squared norm of the mean gradient, from
+independent draws; "no baseline" is the plain reward, the paper's Lemma by sampling.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from drafter.artifacts import read_manifest
+from drafter.batches import collate, response_sequence
+from drafter.block_losses import Places
+from drafter.chunked import Head, Predicted
+from drafter.logit_cache import StateReader
+from drafter.losses import batch_statistic, tvd, tvdpp
+from drafter.models import hidden_states, load_model, load_target
+from drafter.modules import next_tokens, target_logits
+from drafter.responses import read_responses
+
+ROWS, DRAWS = 64, 48
+
+
+def reinforce(logits_p_NV, logits_q_NV, num_samples):
+    """The Lemma's gradient by samples of p, the reward as it is."""
+    log_p_NV, q_NV = logits_p_NV.log_softmax(-1), logits_q_NV.softmax(-1)
+    tokens_NS = torch.multinomial(log_p_NV.detach().exp(), num_samples, replacement=True)
+    reward_NS = (q_NV > log_p_NV.detach().exp()).float().gather(-1, tokens_NS)
+    return (log_p_NV.gather(-1, tokens_NS) * -reward_NS).mean(-1)
+
+
+def main(root):
+    """Print two small tables."""
+    target, drafter = load_target("assets/tiny-target"), load_model(f"{root}/drafter")
+    rows = read_responses(f"{root}/responses")
+    shard = read_manifest(f"{root}/cache", "cache")["settings"]["shard_size"]
+    states = StateReader(Path(root) / "cache", [len(row["response_ids"]) for row in rows], shard)
+    chosen = range(0, len(rows), len(rows) // ROWS)
+    batch = collate([response_sequence(rows[i], states[i]) for i in chosen])
+
+    def gradient(loss):
+        hidden_BTH = hidden_states(drafter, batch.input_ids_BT, batch.attention_mask_BT)
+        mask_BT, head = batch.target_mask_BT, Head.of(drafter.get_output_embeddings())
+        tokens_N = next_tokens(batch)[mask_BT]
+        places = Places(tokens_N, torch.zeros_like(tokens_N))
+        seen = Predicted(hidden_BTH[mask_BT], head, target_logits(target, batch), places)
+        if (statistic := batch_statistic(loss)) is not None:
+            loss = partial(loss, mean_reward=seen.values(statistic).mean())
+        grads = torch.autograd.grad(seen.sum(loss) / len(tokens_N), list(drafter.parameters()))
+        return torch.cat([grad.flatten() for grad in grads])
+
+    torch.manual_seed(0)
+    reference = gradient(tvd)
+    print(f"{int(batch.target_mask_BT.sum())} positions of {len(chosen)} responses; |grad TVD| {reference.norm():.4f}")
+    print("exact              cosine with TVD's gradient   norm / TVD's")
+    for statistics in ("batch", "position"):
+        ours = gradient(partial(tvdpp, statistics=statistics))
+        cosine = torch.cosine_similarity(ours, reference, dim=0)
+        print(f"  {statistics:16s} {cosine:10.6f} {ours.norm() / reference.norm():26.2f}")
+    print("sampled            samples   cosine of the mean with TVD's   relative variance")
+    for samples in (1, 8, 64):
+        for name, loss in {
+            "no baseline": partial(reinforce, num_samples=samples),
+            "batch": partial(tvdpp, estimator="sampled", num_samples=samples),
+            "position": partial(tvdpp, estimator="sampled", num_samples=samples, statistics="position"),
+        }.items():
+            draws = torch.stack([gradient(loss) for _ in range(DRAWS)])
+            mean = draws.mean(0)
+            # The mean of few draws has noise of its own in its norm; it is taken off.
+            noise = draws.var(0).sum()
+            signal = (mean.square().sum() - noise / DRAWS).clamp_min(1e-12)
+            cosine = torch.cosine_similarity(mean, reference, dim=0)
+            print(f"  {name:16s} {samples:8d} {cosine:20.4f} {noise / signal:26.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny")
