@@ -1,5 +1,7 @@
 """The frozen target, the trainable drafter, and the check that the two share one vocabulary."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ class VocabularyError(ValueError):
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a local directory or a hub model."""
-    return AutoTokenizer.from_pretrained(_existing(path), revision=revision)
+    with _named(path):
+        return AutoTokenizer.from_pretrained(_existing(path), revision=revision)
 
 
 def load_target(
@@ -33,9 +36,10 @@ def load_model(
     path: str, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal LM from a local directory or the hub, with trainable weights in `dtype`."""
-    model = AutoModelForCausalLM.from_pretrained(
-        _existing(path), revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-    )
+    with _named(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            _existing(path), revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
     return model.train()
 
 
@@ -94,7 +98,8 @@ def check_same_width(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
 
 def vocabulary_width(path: str, revision: str | None = None) -> int:
     """How many tokens a model scores: its embedding's rows, padding included, read from its config alone."""
-    config = AutoConfig.from_pretrained(_existing(path), revision=revision)
+    with _named(path):
+        config = AutoConfig.from_pretrained(_existing(path), revision=revision)
     return int(config.get_text_config().vocab_size)
 
 
@@ -147,6 +152,15 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Put the model's name before what the hub's client says of it."""
+    try:
+        yield
+    except OSError as problem:
+        raise OSError(f"cannot load '{path}', as a local directory or from the hub: {problem}") from problem
+
+
 def _existing(path: str) -> str:
     """The path itself; a local-looking one that is not there is named instead of being asked of the hub."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
@@ -154,5 +168,5 @@ def _existing(path: str) -> str:
     if local.is_dir():
         return str(local)
     if looks_local and "/" in path:
-        raise OSError(f"no model at '{path}': the directory does not exist")
+        raise OSError("the directory does not exist")
     return path

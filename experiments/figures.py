@@ -1,5 +1,6 @@
 """The figures of the report: block efficiency by task and loss, and validation curves. Each as PNG and SVG."""
 
+import textwrap
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -44,7 +45,9 @@ def draw_efficiency(rows: Sequence["Row"], path: Path) -> str:
     gammas = sorted({row.gamma for row in rows})
     colour, width = colours(losses), 0.8 / len(losses)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(gammas), figsize=(5.2 * len(gammas), 3.6), sharey=True, squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(gammas), figsize=((1 + 0.95 * len(tasks)) * len(gammas), 3.6), sharey=True, squeeze=False
+        )
         for axis, gamma in zip(axes[0], gammas, strict=True):
             axis.grid(axis="x", visible=False)
             for offset, loss in enumerate(losses):
@@ -55,7 +58,7 @@ def draw_efficiency(rows: Sequence["Row"], path: Path) -> str:
                 places = np.array(shown) + (offset - (len(losses) - 1) / 2) * width
                 axis.bar(places, values[:, 0], width * 0.92, label=loss, color=colour[loss])
                 axis.errorbar(places, values[:, 0], errors, fmt="none", ecolor="#333333", elinewidth=1)
-            axis.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
+            axis.set_xticks(range(len(tasks)), [textwrap.fill(task.replace("_", " "), 10) for task in tasks])
             axis.set_title(f"γ = {gamma}")
             axis.axhline(1, color="#333333", linewidth=0.8)
         axes[0][0].set_ylabel("block efficiency τ")

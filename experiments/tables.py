@@ -66,7 +66,7 @@ def main(cfg: DictConfig) -> None:
         "block_efficiency": draw_efficiency(rows, out / "figures" / "block_efficiency"),
         "curves": draw_curves(curves, out / "figures" / "curves"),
     }
-    notes = [CONVENTION, describe(evaluations), f"Measured on {machine()}, commit {environment()['commit']}."]
+    notes = [CONVENTION, describe(evaluations), f"Measured on {machine()}, commit {commits(evaluations)}."]
     tables = {f"γ = {gamma}": markdown([row for row in rows if row.gamma == gamma], cfg.base) for gamma in gammas(rows)}
     sections = [f"### {title}\n\n{table}\n" for title, table in tables.items()]
     (out / "results.md").write_text("\n".join([*sections, *(f"{note}\n" for note in notes)]))
@@ -183,6 +183,12 @@ def describe(evaluations: list[Evaluation]) -> str:
         f"c = {evaluations[0].size_ratio:.4f}. Greedy text equal to the target's own in {greedy - unlike} of {greedy} "
         f"decodings."
     )
+
+
+def commits(evaluations: list[Evaluation]) -> str:
+    """The commits of this project that the evaluations ran at."""
+    manifests = (read_manifest(evaluation.directory, "evaluate") for evaluation in evaluations)
+    return ", ".join(sorted({manifest["environment"]["commit"] for manifest in manifests}))
 
 
 def gammas(rows: list[Row]) -> list[int]:

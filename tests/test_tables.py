@@ -1,5 +1,7 @@
 import csv
+import json
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -373,3 +375,14 @@ def test_the_base_of_the_comparison_is_chosen_by_name(root):
     assert "τ − kld" in markdown(rows, "kld")
     with pytest.raises(ArtifactError, match=r"base is 'kl', but what was evaluated .* \['kld', 'pretrained', 'tvd'\]"):
         read_evaluations(root / "evaluate", "kl")
+
+
+def test_the_commits_named_are_those_of_the_evaluations(root):
+    for name, commit in (("drafter", "abc"), ("kld-seed1", "def")):
+        path = root / "evaluate" / name / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["environment"]["commit"] = commit
+        path.write_text(json.dumps(manifest))
+    for name in ("kld-seed2", "tvd-seed1"):
+        shutil.rmtree(root / "evaluate" / name)
+    assert "commit abc, def." in (run_tables(root) / "results.md").read_text()
