@@ -98,6 +98,28 @@ def test_a_cached_and_a_live_target_train_the_same_drafter(world):
 
 
 @pytest.mark.parametrize(
+    "how",
+    [
+        ["loss=block", "weighting=dpace"],
+        ["loss=kld_nla", "weighting=adaspec", "weighting.reference={root}/finetune/kld-seed1"],
+        ["loss=e2e_tvd", "inputs.cache=null"],
+        ["loss=tvdpp", "loss.estimator=sampled", "loss.statistics=position"],
+    ],
+    ids=lambda how: " ".join(how[:2]),
+)
+def test_every_kind_of_objective_trains(world, tmp_path, how):
+    overrides, root = world
+    how = [part.format(root=root) for part in how]
+    stage("finetune", [*overrides, f"out={tmp_path}/out", "finetune.max_steps=3", *how])
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert 0 < manifest["counts"]["val/acceptance_rate"] < 1
+    assert manifest["inputs"].get("reference", "") != "" or "adaspec" not in how[1]
+    before = AutoModelForCausalLM.from_pretrained(root / "drafter").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(not torch.equal(after[key], before[key]) for key in after if after[key].ndim > 1)
+
+
+@pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
         ("respond", "respond.top_p=0.5", ArtifactError, "settings.top_p: there 0.95, asked for 0.5"),
