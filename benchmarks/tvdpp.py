@@ -75,7 +75,7 @@ def main(root):
             noise = draws.var(0).sum()
             signal = (mean.square().sum() - noise / DRAWS).clamp_min(1e-12)
             cosine = torch.cosine_similarity(mean, reference, dim=0)
-            print(f"  {name:16s} {samples:8d} {cosine:20.4f} {noise / signal:26.1f}", flush=True)
+            print(f"  {name:16s} {samples:8d} {cosine:20.4f} {noise / signal:26.3f}", flush=True)
 
 
 if __name__ == "__main__":
