@@ -49,6 +49,11 @@ def collate(samples: list[Sequence]) -> Batch:
     return Batch(input_ids, attention, mask, is_text, torch.cat(hidden) if hidden else None)
 
 
+def response_mask(batch: Batch) -> torch.Tensor:
+    """The places whose next token is a response's, shape (B, T)."""
+    return batch.target_mask_BT & ~batch.is_text_B[:, None]
+
+
 def response_sequence(row: dict[str, Any], hidden_NH: torch.Tensor | None = None) -> Sequence:
     """A row of responses (see responses.SCHEMA) as a sample: the prompt is context, the response is predicted."""
     ids = np.array(row["prompt_ids"] + row["response_ids"])

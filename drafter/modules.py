@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from drafter.batches import Batch
+from drafter.batches import Batch, response_mask
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted, chunked_sum
 from drafter.losses import Loss, batch_statistic, kld, tvd
@@ -164,11 +164,6 @@ class Distillation(lightning.LightningModule):
         return self.trainer.strategy.reduce(values.sum().float(), reduce_op="sum")
 
 
-def response_mask(batch: Batch) -> torch.Tensor:
-    """The places whose next token is a response's, shape (B, T)."""
-    return batch.target_mask_BT & ~batch.is_text_B[:, None]
-
-
 @torch.no_grad()
 def target_logits(target: PreTrainedModel, batch: Batch, plain_head: bool = True) -> Callable[[slice], torch.Tensor]:
     """The target's logits at a slice of the N places of `response_mask`.
@@ -176,17 +171,18 @@ def target_logits(target: PreTrainedModel, batch: Batch, plain_head: bool = True
     They are made, slice by slice, of its hidden states: of the cache, else of one forward. A target that changes its
     logits after its output embedding (`plain_head` False) makes them all at once.
     """
-    rows_B = ~batch.is_text_B
-    ids_BT, attention_BT, mask_BT = (
-        part[rows_B] for part in (batch.input_ids_BT, batch.attention_mask_BT, batch.target_mask_BT)
-    )
-    if batch.hidden_NH is None and not plain_head:
-        logits_NV = target(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits[mask_BT]
-        return lambda rows: logits_NV[rows]
-    cached_NH = batch.hidden_NH
-    hidden_NH = hidden_states(target, ids_BT, attention_BT)[mask_BT] if cached_NH is None else cached_NH
     head = Head.of(target.get_output_embeddings())
-    return lambda rows: head(hidden_NH[rows]).detach()
+    hidden_NH = batch.hidden_NH
+    if hidden_NH is None:
+        rows_B = ~batch.is_text_B
+        ids_BT, attention_BT = batch.input_ids_BT[rows_B], batch.attention_mask_BT[rows_B]
+        mask_BT = batch.target_mask_BT[rows_B]
+        if not plain_head:
+            logits_NV = target(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits[mask_BT]
+            return lambda rows: logits_NV[rows]
+        hidden_NH = hidden_states(target, ids_BT, attention_BT)[mask_BT]
+    states_NH = hidden_NH
+    return lambda rows: head(states_NH[rows]).detach()
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

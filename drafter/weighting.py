@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from drafter.batches import Batch
+from drafter.batches import Batch, response_mask
 from drafter.block_losses import Places, windowed_products
 from drafter.chunked import Head, Predicted
 from drafter.losses import kld
@@ -66,7 +66,7 @@ def furthest_behind(
     reference.to(predicted.hidden_NH.device)
     with torch.no_grad():
         hidden_BTH = hidden_states(reference, batch.input_ids_BT, batch.attention_mask_BT)
-    mask_BT = batch.target_mask_BT & ~batch.is_text_B[:, None]
+    mask_BT = response_mask(batch)
     theirs = predicted._replace(hidden_NH=hidden_BTH[mask_BT], head=Head.of(reference.get_output_embeddings()))
     behind_N = predicted.values(kld) - theirs.values(kld)
     chosen = behind_N.topk(round(share * len(behind_N))).indices

@@ -53,8 +53,8 @@ def main(cfg: DictConfig) -> None:
         reference = load_target(cfg.weighting.reference)
         check_same_width(target, reference)
         weighting = partial(weighting, reference=reference)
-    settings = cfg.finetune
-    module = Distillation(target, drafter, loss, settings.text_share, settings.learning_rate, weighting=weighting)
+    share, rate = cfg.finetune.text_share, cfg.finetune.learning_rate
+    module = Distillation(target, drafter, loss, share, rate, weighting=weighting)
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name)
     save(drafter, tokenizer, stage, trainer)
 
