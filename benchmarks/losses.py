@@ -49,7 +49,7 @@ def step(name, path, seen):
     """One loss and its backward; the gradients are thrown away."""
     loss = LOSSES[name]
     if path == "whole":
-        logits_q = seen.logits_q(slice(None))
+        logits_q = seen.target(slice(None))
         total = with_context(loss, places=seen.places)(seen.head(seen.hidden_NH), logits_q).sum()
     else:
         statistic = batch_statistic(loss)

@@ -10,9 +10,9 @@ import time
 import torch
 
 from drafter.artifacts import read_jsonl
+from drafter.engines import Limits, Request, transformers_engine
 from drafter.models import load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
-from drafter.responses import Request, answer
 
 TARGET, DATA, COUNT, LENGTH, REPEATS = "assets/tiny-target", "runs/tiny/data", 256, 64, 3
 
@@ -22,8 +22,8 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer, target = load_tokenizer(TARGET), load_target(TARGET)
     rows = read_jsonl(f"{DATA}/instructions.jsonl")[:COUNT]
-    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
-    for batch_size in (64, 128):
+    limits = Limits(0.95, LENGTH, stop_ids(tokenizer, target.generation_config.eos_token_id))
+    for batch_tokens in (8192, 16384):
         for temperature in (0.0, 0.7):
             requests = [
                 Request(row["id"], row["kind"], "train", temperature, encode_prompt(tokenizer, row["prompt"]))
@@ -32,19 +32,13 @@ def main() -> None:
             seconds = {LENGTH: 0.0, 16: 0.0}
             for _ in range(REPEATS):
                 for first_round in seconds:
+                    engine = transformers_engine(target, limits, batch_tokens, first_round)
                     began = time.process_time()
-                    answer(
-                        target,
-                        requests,
-                        top_p=0.95,
-                        max_new_tokens=LENGTH,
-                        stop_ids=stops,
-                        batch_size=batch_size,
-                        first_round=first_round,
-                    )
+                    engine(requests)
                     seconds[first_round] += time.process_time() - began
             print(
-                f"batch {batch_size:3d}, temperature {temperature}: one round {seconds[LENGTH] / REPEATS:.1f} s, "
+                f"{batch_tokens:5d} tokens a batch, temperature {temperature}: "
+                f"one round {seconds[LENGTH] / REPEATS:.1f} s, "
                 f"rounds {seconds[16] / REPEATS:.1f} s, ratio {seconds[LENGTH] / seconds[16]:.2f}"
             )
 

@@ -9,19 +9,17 @@ independent draws; "no baseline" is the plain reward, the paper's Lemma by sampl
 
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from drafter.artifacts import read_manifest
 from drafter.batches import collate, response_sequence
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted
-from drafter.logit_cache import StateReader
 from drafter.losses import batch_statistic, tvd, tvdpp
 from drafter.models import hidden_states, load_model, load_target
-from drafter.modules import next_tokens, target_logits
-from drafter.responses import read_responses
+from drafter.modules import next_tokens
+from drafter.rows import Rows
+from drafter.target_cache import restore, target_at
 
 ROWS, DRAWS = 64, 48
 
@@ -37,18 +35,16 @@ def reinforce(logits_p_NV, logits_q_NV, num_samples):
 def main(root):
     """Print two small tables."""
     target, drafter = load_target("assets/tiny-target"), load_model(f"{root}/drafter")
-    rows = read_responses(f"{root}/responses")
-    shard = read_manifest(f"{root}/cache", "cache")["settings"]["shard_size"]
-    states = StateReader(Path(root) / "cache", [len(row["response_ids"]) for row in rows], shard)
+    rows = Rows(f"{root}/cache", "cache")
     chosen = range(0, len(rows), len(rows) // ROWS)
-    batch = collate([response_sequence(rows[i], states[i]) for i in chosen])
+    batch = collate([response_sequence(row, restore(row, rows.schema)) for row in rows.read(chosen)])
 
     def gradient(loss):
         hidden_BTH = hidden_states(drafter, batch.input_ids_BT, batch.attention_mask_BT)
         mask_BT, head = batch.target_mask_BT, Head.of(drafter.get_output_embeddings())
         tokens_N = next_tokens(batch)[mask_BT]
         places = Places(tokens_N, torch.zeros_like(tokens_N))
-        seen = Predicted(hidden_BTH[mask_BT], head, target_logits(target, batch), places)
+        seen = Predicted(hidden_BTH[mask_BT], head, target_at(target, batch), places)
         if (statistic := batch_statistic(loss)) is not None:
             loss = partial(loss, mean_reward=seen.values(statistic).mean())
         grads = torch.autograd.grad(seen.sum(loss) / len(tokens_N), list(drafter.parameters()))

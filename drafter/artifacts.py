@@ -2,22 +2,29 @@
 
 A stage's identity is what determines its content: the stage's name, its settings, and the fingerprints of the
 directories that it reads. `Stage` compares the identity asked for with the one on disk, so that a complete
-directory is skipped, an interrupted one is resumed, and one made differently is refused and left untouched.
+directory is skipped, an interrupted one is resumed, and one made differently is refused and left untouched. One process
+(of all ranks, the first) holds a lock on a directory on disk while it writes there; the lock ends with the process.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from drafter.storage import Folder, write_file
+
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+LOCK = ".lock"
 LOGGED_VERSIONS = ("torch", "transformers", "lightning", "datasets", "tokenizers", "numpy")
 
 
@@ -32,42 +39,71 @@ class Stage:
     nothing left to do; `finish` checksums the files and writes the manifest.
 
     Args:
-        directory: where the stage writes.
+        directory: where the stage writes: a path, or a URL of an object store.
         name: the stage's name, e.g. "respond".
         settings: JSON-like values that determine the content.
         inputs: name -> fingerprint of each upstream artifact (see `fingerprint`).
 
     Raises:
-        ArtifactError: the directory holds another identity; nothing in it is changed.
+        ArtifactError: the directory holds another identity, or files of unknown origin, or another process is writing
+            there; nothing in it is changed.
     """
 
     def __init__(self, directory: str | Path, name: str, settings: dict[str, Any], inputs: dict[str, str]):
-        self.directory = Path(directory)
+        self.folder = Folder(directory)
         self.identity = json.loads(json.dumps({"stage": name, "settings": settings, "inputs": inputs}))
         self.began = time.time()
-        self.complete = (self.directory / MANIFEST).exists()
-        record = self.directory / (MANIFEST if self.complete else STARTED)
-        # A claim that never got to write anything binds nobody.
-        if record.exists() and (self.complete or any(path != record for path in self.directory.iterdir())):
-            _refuse_other_identity(self.directory, _read_json(record), self.identity)
+        self._release: Callable[[], Any] = lambda: None
+        self._look()
         if not self.complete:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / STARTED, self.identity)
+            if self.folder.is_local:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            if self.folder.is_local and int(os.environ.get("RANK", 0)) == 0:
+                self._release = weakref.finalize(self, os.close, _locked(self.directory))
+                self._look()  # another process may have finished, or begun something else, before the lock was ours
+        if not self.complete:
+            self.folder.write(STARTED, _json(self.identity))
 
-    def finish(self, files: list[str] | None = None, counts: dict[str, Any] | None = None) -> None:
-        """Write the manifest: identity, SHA-256 of each file (default: all but logs), counts, environment."""
-        names = files if files is not None else _content_files(self.directory)
-        write_json(
-            self.directory / MANIFEST,
-            {
-                **self.identity,
-                "files": {name: sha256(self.directory / name) for name in sorted(names)},
-                "counts": counts or {},
-                "environment": environment(),
-                "seconds": round(time.time() - self.began, 1),
-            },
-        )
-        (self.directory / STARTED).unlink(missing_ok=True)
+    @property
+    def directory(self) -> Path:
+        """Where the stage writes, for those that write to a disk alone."""
+        if not self.folder.is_local:
+            raise ArtifactError(f"{self.folder} is not on a disk: this stage writes to one (give another directory)")
+        return Path(self.folder.url)
+
+    def finish(self, files: dict[str, str] | None = None, counts: dict[str, Any] | None = None) -> None:
+        """Write the manifest: identity, SHA-256 of each file (default: of all but logs), counts, environment."""
+        if files is None:
+            files = {name: sha256(self.directory / name) for name in sorted(_content_files(self.directory))}
+        for name in self.folder.sizes():
+            if name.endswith(".tmp"):  # of a process that was killed
+                self.folder.remove(name)
+        record = {
+            **self.identity,
+            "files": files,
+            "counts": counts or {},
+            "environment": environment(),
+            "seconds": round(time.time() - self.began, 1),
+        }
+        self.folder.write(MANIFEST, _json(record))
+        self.folder.remove(STARTED)
+        if self.folder.is_local:
+            self.folder.remove(LOCK)
+        self._release()
+        self.complete = True
+
+    def _look(self) -> None:
+        """See what the directory holds, and refuse it if that is something else."""
+        there = self.folder.sizes()
+        self.complete = MANIFEST in there
+        record = MANIFEST if self.complete else STARTED
+        # A claim that never got to write anything binds nobody.
+        if self.complete or (record in there and _has_content(self.folder, there)):
+            _refuse_other_identity(self.folder, json.loads(self.folder.read(record)), self.identity)
+        elif _has_content(self.folder, there):
+            raise ArtifactError(
+                f"{self.folder} holds files, and nothing that says what they are: give another directory"
+            )
 
 
 def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
@@ -76,13 +112,13 @@ def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
     Raises:
         ArtifactError: no manifest (the stage did not finish or the path is wrong), or one of another stage.
     """
-    path = Path(directory) / MANIFEST
-    if not path.exists():
+    folder = Folder(directory)
+    if not folder.exists(MANIFEST):
         raise ArtifactError(
             f"{directory} holds no finished '{stage}' (no {MANIFEST}): run `python -m experiments.{stage}` first, "
             f"or correct the path"
         )
-    manifest = _read_json(path)
+    manifest = dict(json.loads(folder.read(MANIFEST)))
     if manifest["stage"] != stage:
         raise ArtifactError(f"{directory} was written by the stage '{manifest['stage']}', wanted '{stage}'")
     return manifest
@@ -120,23 +156,12 @@ def require(directory: str | Path, name: str, found: str | None, wanted: str) ->
 
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_file(path, _json(value))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -170,10 +195,38 @@ def environment() -> dict[str, Any]:
 def _content_files(directory: Path) -> list[str]:
     kept = (".json", ".jsonl", ".safetensors", ".npy", ".parquet", ".jinja")
     names = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.suffix in kept)
-    return [name for name in names if name not in {MANIFEST, STARTED} and not name.startswith("logs/")]
+    return [
+        name for name in names if name not in {MANIFEST, STARTED} and not name.startswith(("logs/", "checkpoints/"))
+    ]
 
 
-def _refuse_other_identity(directory: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _has_content(folder: Folder, there: dict[str, int]) -> bool:
+    """Whether a directory holds more than the records of a claim."""
+    below = folder.is_local and Path(folder.url).is_dir() and any(path.is_dir() for path in Path(folder.url).iterdir())
+    return below or any(name not in {STARTED, LOCK} and not name.endswith(".tmp") for name in there)
+
+
+def _locked(directory: Path) -> int:
+    """A descriptor that holds the directory's lock until it is closed, by its owner or with its process.
+
+    Raises:
+        ArtifactError: another process has it.
+    """
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(descriptor, 200).decode() or "another process"
+        os.close(descriptor)
+        raise ArtifactError(
+            f"{owner} is writing to {directory}. Nothing was changed: wait for it, stop it, or give another directory"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return descriptor
+
+
+def _refuse_other_identity(directory: Folder, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for part in ("stage", "settings", "inputs"):
         if found[part] == wanted[part]:
             continue
@@ -202,5 +255,5 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()

@@ -3,10 +3,15 @@
 Shapes: B sequences, T tokens of the longest one, N predicted places of the whole batch, H the target's hidden size.
 """
 
+from collections.abc import Sequence as Sequences
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from drafter.distributions import Sparse
+
+Cached = torch.Tensor | Sparse  # hidden states (N, H), or a sparse distribution
 
 
 class Batch(NamedTuple):
@@ -14,14 +19,14 @@ class Batch(NamedTuple):
 
     `target_mask_BT` is True where the *next* token is to be predicted: L - 1 places in a packed sequence, one per
     response token in a response. `is_text_B` marks packed text, which keeps the next-token loss in distillation.
-    `hidden_NH` holds the target's cached hidden states at the True places of the responses, in row-major order.
+    `cached_N` holds what is cached of the target at the True places of the responses, in row-major order.
     """
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
     target_mask_BT: torch.Tensor
     is_text_B: torch.Tensor
-    hidden_NH: torch.Tensor | None = None
+    cached_N: Cached | None = None
 
 
 class Sequence(NamedTuple):
@@ -30,7 +35,7 @@ class Sequence(NamedTuple):
     ids_T: np.ndarray
     num_context: int
     is_text: bool
-    hidden_NH: torch.Tensor | None = None
+    cached_N: Cached | None = None
 
 
 def collate(samples: list[Sequence]) -> Batch:
@@ -44,9 +49,18 @@ def collate(samples: list[Sequence]) -> Batch:
         input_ids[row, :end] = torch.from_numpy(sample.ids_T.astype(np.int64))
         attention[row, :end] = 1
         mask[row, sample.num_context - 1 : end - 1] = True
-    hidden = [sample.hidden_NH for sample in samples if sample.hidden_NH is not None]
     is_text = torch.tensor([sample.is_text for sample in samples])
-    return Batch(input_ids, attention, mask, is_text, torch.cat(hidden) if hidden else None)
+    return Batch(input_ids, attention, mask, is_text, _joined([sample.cached_N for sample in samples]))
+
+
+def by_budget(lengths: Sequences[int], budget: int) -> list[list[int]]:
+    """Indices sorted by length, in batches that take at most `budget` tokens, padding included, or hold one index."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > budget:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 def response_mask(batch: Batch) -> torch.Tensor:
@@ -54,7 +68,16 @@ def response_mask(batch: Batch) -> torch.Tensor:
     return batch.target_mask_BT & ~batch.is_text_B[:, None]
 
 
-def response_sequence(row: dict[str, Any], hidden_NH: torch.Tensor | None = None) -> Sequence:
+def response_sequence(row: dict[str, Any], cached_N: Cached | None = None) -> Sequence:
     """A row of responses (see responses.SCHEMA) as a sample: the prompt is context, the response is predicted."""
-    ids = np.array(row["prompt_ids"] + row["response_ids"])
-    return Sequence(ids, len(row["prompt_ids"]), is_text=False, hidden_NH=hidden_NH)
+    ids = np.concatenate([row["prompt_ids"], row["response_ids"]])
+    return Sequence(ids, len(row["prompt_ids"]), is_text=False, cached_N=cached_N)
+
+
+def _joined(parts: list[Cached | None]) -> Cached | None:
+    """What is cached of all samples, one after the other; packed text has nothing."""
+    sparse = [part for part in parts if isinstance(part, Sparse)]
+    if sparse:
+        return Sparse.cat(sparse)
+    hidden = [part for part in parts if isinstance(part, torch.Tensor)]
+    return torch.cat(hidden) if hidden else None

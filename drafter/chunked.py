@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from drafter.block_losses import Places
+from drafter.distributions import Target
 from drafter.losses import Loss, lookahead, with_context
 
 # (logits_nV, rows) -> values_n: what a loss is at the positions `rows` of the batch.
@@ -42,14 +43,15 @@ class Head(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """The N response positions of a batch: the drafter's hidden states and head, the target's logits, and the places.
+    """The N response positions of a batch: the drafter's hidden states and head, the target, and the places.
 
-    `logits_q` gives the target's logits (n, V) at a slice of the positions; it may make them from hidden states.
+    `target` gives the target's logits (n, V) at a slice of the positions, which it may make from hidden states, or its
+    sparse distributions.
     """
 
     hidden_NH: torch.Tensor
     head: Head
-    logits_q: Callable[[slice], torch.Tensor]
+    target: Callable[[slice], Target]
     places: Places
 
     def values(self, loss: Loss, rows: int | None = None) -> torch.Tensor:
@@ -63,7 +65,7 @@ class Predicted(NamedTuple):
     def _at(self, loss: Loss) -> Evaluate:
         def evaluate(logits_p_nV: torch.Tensor, rows: slice) -> torch.Tensor:
             places = Places(self.places.tokens_N[rows], self.places.following_N[rows])
-            return with_context(loss, places=places)(logits_p_nV, self.logits_q(rows))
+            return with_context(loss, places=places)(logits_p_nV, self.target(rows))
 
         return evaluate
 

@@ -3,6 +3,7 @@
 Shapes: N positions, V vocabulary, K tokens of a sparse target, S samples a position.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,26 +24,50 @@ class Sparse(NamedTuple):
     log_q_NK: torch.Tensor
     weight_NK: torch.Tensor
 
-    @classmethod
-    def of(cls, logits_NV: torch.Tensor, tokens_N: torch.Tensor, top_k: int, num_samples: int) -> "Sparse":
-        """The top_k most likely tokens, `num_samples` draws from the others, with replacement, and `tokens_N`."""
-        log_q_NV = F.log_softmax(_wide(logits_NV), dim=-1)
-        top = log_q_NV.topk(top_k, dim=-1)
-        others_NV = log_q_NV.exp().scatter(-1, top.indices, 0.0)
-        rest_N1 = others_NV.sum(-1, keepdim=True)
-        # Where nothing is left outside the top-k, any token will do: its weight is zero.
-        drawn_NS = torch.multinomial(torch.where(rest_N1 > 0, others_NV, 1.0), num_samples, replacement=True)
-        weight_NS = torch.where(rest_N1 > 0, rest_N1 / num_samples * (-log_q_NV.gather(-1, drawn_NS)).exp(), 0.0)
-        ids_NK = torch.cat([top.indices, drawn_NS, tokens_N[:, None]], -1)
-        weight_NK = torch.cat([torch.ones_like(top.values), weight_NS, torch.zeros_like(rest_N1)], -1)
-        return cls(ids_NK, log_q_NV.gather(-1, ids_NK), weight_NK)
-
     def __getitem__(self, rows: slice) -> "Sparse":  # type: ignore[override]
         """The positions of a slice."""
         return Sparse(self.ids_NK[rows], self.log_q_NK[rows], self.weight_NK[rows])
 
+    @classmethod
+    def cat(cls, parts: "list[Sparse]") -> "Sparse":
+        """The positions of all parts, one after the other."""
+        return cls(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+class Drawn(NamedTuple):
+    """What a `Sparse` is made of, and what a cache keeps: its tokens, and the log of the mass outside the top-k."""
+
+    ids_NK: torch.Tensor
+    log_q_NK: torch.Tensor
+    log_rest_N: torch.Tensor
+
+    @classmethod
+    def of(cls, logits_NV: torch.Tensor, tokens_N: torch.Tensor, top_k: int, num_samples: int) -> "Drawn":
+        """The top_k most likely tokens, `num_samples` draws from the others, with replacement, and `tokens_N`."""
+        log_q_NV = F.log_softmax(_wide(logits_NV), dim=-1)
+        top_NK = log_q_NV.topk(top_k, dim=-1).indices
+        others_NV = log_q_NV.exp().scatter(-1, top_NK, 0.0)
+        rest_N1 = others_NV.sum(-1, keepdim=True)
+        # Where nothing is left outside the top-k, any token will do: its weight is zero.
+        drawn_NS = torch.multinomial(torch.where(rest_N1 > 0, others_NV, 1.0), num_samples, replacement=True)
+        ids_NK = torch.cat([top_NK, drawn_NS, tokens_N[:, None]], -1)
+        return cls(ids_NK, log_q_NV.gather(-1, ids_NK), rest_N1[:, 0].log())
+
+    def weighted(self, top_k: int) -> Sparse:
+        """With each token's weight."""
+        log_drawn_NS = self.log_q_NK[:, top_k:-1]
+        log_share_N1 = self.log_rest_N[:, None] - math.log(log_drawn_NS.shape[-1])
+        weight_NS = torch.where(log_share_N1 > -math.inf, (log_share_N1 - log_drawn_NS).exp(), 0.0)
+        top_NK = torch.ones_like(self.log_q_NK[:, :top_k])
+        return Sparse(self.ids_NK, self.log_q_NK, torch.cat([top_NK, weight_NS, torch.zeros_like(log_share_N1)], -1))
+
 
 Target = torch.Tensor | Sparse  # logits (N, V), or a sparse distribution
+
+
+def most_likely(target: Target) -> torch.Tensor:
+    """The target's argmax, shape (N,)."""
+    return target.ids_NK[:, 0] if isinstance(target, Sparse) else target.argmax(-1)
 
 
 class Pair(NamedTuple):

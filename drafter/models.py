@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 class VocabularyError(ValueError):
@@ -103,9 +110,25 @@ def vocabulary_width(path: str, revision: str | None = None) -> int:
     return int(config.get_text_config().vocab_size)
 
 
+def context_limit(path: str, revision: str | None = None) -> int:
+    """The longest sequence that a model was made for, in tokens, read from its config alone."""
+    with _named(path):
+        config = AutoConfig.from_pretrained(_existing(path), revision=revision)
+    return _context(config.get_text_config())
+
+
 def context_length(model: PreTrainedModel) -> int:
     """The longest sequence that the model was made for, in tokens."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+    return _context(model.config)
+
+
+def generation_eos(path: str, revision: str | None = None, **_: Any) -> int | list[int] | None:
+    """The ids that end a response, by the model's generation config; None where it says nothing of them."""
+    try:
+        return GenerationConfig.from_pretrained(_existing(path), revision=revision).eos_token_id
+    except OSError:  # a model without one; generation then ends where its config says
+        with _named(path):
+            return AutoConfig.from_pretrained(_existing(path), revision=revision).eos_token_id
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -145,6 +168,10 @@ def check_drafter_head(drafter: PreTrainedModel) -> None:
             f"{type(drafter).__name__} changes its logits after the output embedding (a scale or a soft cap): "
             f"choose an architecture that does not, as a drafter"
         )
+
+
+def _context(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:

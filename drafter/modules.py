@@ -4,7 +4,6 @@ Shapes: B sequences, T tokens, N predicted positions of a batch, V vocabulary, H
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,10 @@ from transformers import PreTrainedModel
 from drafter.batches import Batch, response_mask
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted, chunked_sum
+from drafter.distributions import Target, most_likely
 from drafter.losses import Loss, batch_statistic, kld, tvd
 from drafter.models import check_drafter_head, has_plain_head, hidden_states
+from drafter.target_cache import target_at
 from drafter.weighting import Weighting, uniform
 
 
@@ -58,7 +59,7 @@ class Distillation(lightning.LightningModule):
 
     The loss is (1 - text_share) x the distillation loss over response tokens + text_share x the next-token loss over
     packed text, each averaged over its own tokens (of all ranks), so that the mix is 9:1 whatever the lengths. Target
-    distributions come from the batch's cached hidden states where it has any, else from a forward of the target.
+    distributions come from what the batch has cached of them, else from a forward of the target.
 
     Args:
         target: frozen, in eval mode; with a cache its output embedding alone is used.
@@ -113,9 +114,9 @@ class Distillation(lightning.LightningModule):
     def validation_step(self, batch: Batch, _: int) -> None:
         predicted = self._predicted(batch, hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT))
 
-        def yardsticks(logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor) -> torch.Tensor:
-            agreement_N = (logits_p_NV.argmax(-1) == logits_q_NV.argmax(-1)).float()
-            distances = (kld(logits_p_NV, logits_q_NV), tvd(logits_p_NV, logits_q_NV))
+        def yardsticks(logits_p_NV: torch.Tensor, target: Target) -> torch.Tensor:
+            agreement_N = (logits_p_NV.argmax(-1) == most_likely(target)).float()
+            distances = (kld(logits_p_NV, target), tvd(logits_p_NV, target))
             return torch.stack([torch.ones_like(agreement_N), *distances, agreement_N], dim=-1)
 
         self._yardsticks.append(predicted.values(yardsticks).double().sum(0))
@@ -124,6 +125,11 @@ class Distillation(lightning.LightningModule):
         sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
         self._yardsticks.clear()
         count, kld_sum, tvd_sum, agreement = sums.tolist()
+        if not math.isfinite(tvd_sum):
+            raise ValueError(
+                f"the distance of drafter and target is {tvd_sum} after {self.trainer.global_step} steps: one of them "
+                f"gives logits that are not finite. Lower finetune.learning_rate, or try target.dtype=float32"
+            )
         # The sums are of all ranks already; sync_dist averages equal values, and keeps Lightning from warning.
         self.log("val/kld", kld_sum / count, prog_bar=True, sync_dist=True)
         self.log("val/tvd", tvd_sum / count, sync_dist=True)
@@ -140,9 +146,7 @@ class Distillation(lightning.LightningModule):
         following_BT = mask_BT.flip(1).cumsum(1).flip(1) - 1
         places = Places(next_tokens(batch)[mask_BT], following_BT[mask_BT])
         head = Head.of(self.drafter.get_output_embeddings())
-        return Predicted(
-            hidden_BTH[mask_BT], head, target_logits(self.target, batch, self._target_has_plain_head), places
-        )
+        return Predicted(hidden_BTH[mask_BT], head, target_at(self.target, batch, self._target_has_plain_head), places)
 
     def _with_statistics(self, predicted: Predicted) -> Loss:
         """The loss, told the mean reward of all ranks' positions where it is normalised by it."""
@@ -162,27 +166,6 @@ class Distillation(lightning.LightningModule):
 
     def _global_sum(self, values: torch.Tensor) -> torch.Tensor:
         return self.trainer.strategy.reduce(values.sum().float(), reduce_op="sum")
-
-
-@torch.no_grad()
-def target_logits(target: PreTrainedModel, batch: Batch, plain_head: bool = True) -> Callable[[slice], torch.Tensor]:
-    """The target's logits at a slice of the N places of `response_mask`.
-
-    They are made, slice by slice, of its hidden states: of the cache, else of one forward. A target that changes its
-    logits after its output embedding (`plain_head` False) makes them all at once.
-    """
-    head = Head.of(target.get_output_embeddings())
-    hidden_NH = batch.hidden_NH
-    if hidden_NH is None:
-        rows_B = ~batch.is_text_B
-        ids_BT, attention_BT = batch.input_ids_BT[rows_B], batch.attention_mask_BT[rows_B]
-        mask_BT = batch.target_mask_BT[rows_B]
-        if not plain_head:
-            logits_NV = target(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits[mask_BT]
-            return lambda rows: logits_NV[rows]
-        hidden_NH = hidden_states(target, ids_BT, attention_BT)[mask_BT]
-    states_NH = hidden_NH
-    return lambda rows: head(states_NH[rows]).detach()
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -5,12 +5,12 @@ import logging
 import hydra
 from omegaconf import DictConfig
 
+from drafter import rows
 from drafter.artifacts import Stage
-from drafter.logit_cache import write_cache
 from drafter.models import load_target
 from drafter.ranks import join, wait_for_all
-from drafter.responses import read_responses
-from experiments.inputs import plain, responses_fingerprint, target_fingerprint
+from drafter.target_cache import write_cache
+from experiments.inputs import plain, responses_fingerprint, target_inputs
 
 log = logging.getLogger(__name__)
 
@@ -18,20 +18,38 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="cache")
 def main(cfg: DictConfig) -> None:
     """One forward of the target over every response."""
-    inputs = {"responses": responses_fingerprint(cfg), "target": target_fingerprint(cfg)}
-    stage = Stage(cfg.out, "cache", plain(cfg.cache), inputs)
+    inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
+    stage = Stage(cfg.out, "cache", {**plain(cfg.cache), "seed": cfg.seed}, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     ranks = join()
+    responses = rows.Rows(cfg.inputs.responses, "respond")
     target = load_target(**cfg.target).to(ranks.device)
-    rows = read_responses(cfg.inputs.responses)
-    write_cache(target, rows, cfg.out, **cfg.cache, rank=ranks.rank, world_size=ranks.world_size)
+    count, schema = write_cache(
+        target,
+        responses,
+        stage.folder,
+        hydra.utils.instantiate(cfg.cache.format),
+        batch_tokens=cfg.cache.batch_tokens,
+        shard_size=cfg.cache.shard_size,
+        seed=cfg.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
     wait_for_all()
     if ranks.rank == 0:
-        size = sum(file.stat().st_size for file in stage.directory.glob("*.safetensors"))
-        tokens = sum(len(row["response_ids"]) for row in rows)
-        stage.finish(counts={"rows": len(rows), "tokens": tokens, "bytes_per_token": round(size / tokens, 1)})
-        log.info("%s: %d tokens, %.1f MB", cfg.out, tokens, size / 1e6)
+        files, notes = rows.finish(stage.folder, count, schema)
+        tokens = responses.response_tokens
+        size = sum(size for name, size in stage.folder.sizes().items() if name.endswith(".arrow"))
+        counts = {
+            "rows": len(responses),
+            "tokens": tokens,
+            "bytes_per_token": round(size / tokens, 1),
+            "undecided_mass": sum(note["undecided_mass"] for note in notes) / tokens,
+            "target": {"path": cfg.target.path, "revision": cfg.target.revision, "dtype": cfg.target.dtype},
+        }
+        stage.finish(files, counts)
+        log.info("%s: %s", cfg.out, counts)
 
 
 if __name__ == "__main__":

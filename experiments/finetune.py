@@ -12,15 +12,15 @@ from omegaconf import DictConfig
 from drafter.artifacts import Stage, fingerprint, model_fingerprint, read_manifest, require
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted
-from drafter.datamodules import PackedText, Responses, SequenceData, mixture, text_samples
-from drafter.logit_cache import StateReader
+from drafter.datamodules import Mixture, PackedText, Responses, SequenceData, text_samples
+from drafter.distributions import Drawn, Target
 from drafter.losses import Loss, batch_statistic, with_context
 from drafter.models import check_same_vocabulary, check_same_width, load_model, load_target, load_tokenizer
 from drafter.modules import Distillation
-from drafter.responses import read_responses
+from drafter.rows import Rows
 from drafter.weighting import Weighting
 from experiments.inputs import data_fingerprint, plain, responses_fingerprint, target_fingerprint
-from experiments.training import save, train
+from experiments.training import save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Load target, drafter, responses and cache, all checked against each other; train; save."""
     loss, weighting = check(cfg)
-    inputs = checked_inputs(cfg)
-    settings = {**plain(cfg.finetune), "loss": plain(cfg.loss), "weighting": plain(cfg.weighting)}
+    inputs = checked_inputs(cfg, loss)
+    settings = {**training_settings(cfg.finetune), "loss": plain(cfg.loss), "weighting": plain(cfg.weighting)}
     settings |= {"name": cfg.name, "seed": cfg.seed}
     stage = Stage(cfg.out, "finetune", settings, inputs)
     if stage.complete:
@@ -40,15 +40,12 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     check_same_vocabulary(tokenizer, load_tokenizer(cfg.inputs.drafter))
     check_same_width(target, drafter)
-    rows = read_responses(cfg.inputs.responses)
-    states = cfg.inputs.cache and StateReader(
-        cfg.inputs.cache,
-        [len(row["response_ids"]) for row in rows],
-        read_manifest(cfg.inputs.cache, "cache")["settings"]["shard_size"],
-    )
+    rows = Rows(cfg.inputs.cache, "cache") if cfg.inputs.cache else Rows(cfg.inputs.responses, "respond")
     text = PackedText(Path(cfg.inputs.data) / "train.npy", cfg.finetune.sequence_length)
-    training = mixture(Responses(rows, "train", states), text, cfg.finetune.text_share, cfg.seed)
-    data = SequenceData(training, Responses(rows, "validation", states), cfg.finetune.batch_size, cfg.seed)
+    training = Mixture(Responses(rows, "train"), text, cfg.finetune.text_share, cfg.seed)
+    data = SequenceData(
+        training, Responses(rows, "validation"), cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers
+    )
     if "reference" in cfg.weighting:
         reference = load_target(cfg.weighting.reference)
         check_same_width(target, reference)
@@ -64,28 +61,38 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     loss: Loss = hydra.utils.instantiate(cfg.loss)
     weighting: Weighting = hydra.utils.instantiate(cfg.weighting)
     zeros, places = torch.zeros(2, 2), Places(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))
-    batch_statistic(loss)
-    with_context(loss, places=places)(zeros, zeros)
+    try_loss(loss, zeros, places)
     if "reference" not in cfg.weighting:
         weighting(Predicted(zeros, Head(zeros), lambda rows: zeros[rows], places), batch=None)
     text_samples(0, cfg.finetune.text_share)
     return loss, weighting
 
 
-def checked_inputs(cfg: DictConfig) -> dict[str, str]:
-    """Fingerprints of what the run reads; refuses parts that were not made from one another."""
+def try_loss(loss: Loss, target: Target, places: Places) -> None:
+    """One value of the loss at two positions over two tokens."""
+    batch_statistic(loss)
+    with_context(loss, places=places)(torch.zeros(2, 2), target)
+
+
+def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
+    """Fingerprints of what the run reads; refuses parts that were not made from one another, or for this loss."""
     inputs = {
         "data": data_fingerprint(cfg),
-        "responses": responses_fingerprint(cfg),
         "target": target_fingerprint(cfg),
         "drafter": model_fingerprint(cfg.inputs.drafter),
-        "cache": fingerprint(cfg.inputs.cache, "cache") if cfg.inputs.cache else "live target",
     }
+    if cfg.inputs.cache:
+        inputs["cache"] = fingerprint(cfg.inputs.cache, "cache")
+        cache = read_manifest(cfg.inputs.cache, "cache")
+        require(cfg.inputs.cache, "target", cache["inputs"]["target"], inputs["target"])
+        if "top_k" in cache["settings"]["format"]:
+            tokens_N = torch.zeros(2, dtype=torch.long)
+            sparse = Drawn.of(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted(1)
+            try_loss(loss, sparse, Places(tokens_N, torch.tensor([1, 0])))
+    else:
+        inputs["responses"] = responses_fingerprint(cfg)
     if "reference" in cfg.weighting:
         inputs["reference"] = model_fingerprint(cfg.weighting.reference)
-    if cfg.inputs.cache:
-        cache = read_manifest(cfg.inputs.cache, "cache")
-        require(cfg.inputs.cache, "responses", cache["inputs"]["responses"], inputs["responses"])
     return inputs
 
 

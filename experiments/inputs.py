@@ -24,6 +24,12 @@ def target_fingerprint(cfg: DictConfig) -> str:
     return model_fingerprint(cfg.target.path, cfg.target.revision)
 
 
+def target_inputs(cfg: DictConfig) -> dict[str, str]:
+    """The fingerprints of the target, and of its tokenizer and chat template by themselves."""
+    tokenizer = tokenizer_fingerprint(cfg.target.path, cfg.target.revision)
+    return {"target": target_fingerprint(cfg), "tokenizer": tokenizer}
+
+
 def responses_fingerprint(cfg: DictConfig) -> str:
     """The responses' fingerprint; responses of another target are refused."""
     found = read_manifest(cfg.inputs.responses, "respond")["inputs"]["target"]

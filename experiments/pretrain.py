@@ -12,7 +12,7 @@ from drafter.datamodules import PackedText, SequenceData
 from drafter.models import build_drafter, load_tokenizer, special_ids, vocabulary_width
 from drafter.modules import Pretraining
 from experiments.inputs import data_fingerprint, plain
-from experiments.training import save, train
+from experiments.training import save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
 def main(cfg: DictConfig) -> None:
     """Build the drafter for the target's vocabulary, train it on packed text, save it."""
-    settings = {**plain(cfg.pretrain), "drafter": plain(cfg.drafter), "seed": cfg.seed}
+    settings = {**training_settings(cfg.pretrain), "drafter": plain(cfg.drafter), "seed": cfg.seed}
     stage = Stage(cfg.out, "pretrain", settings, {"data": data_fingerprint(cfg)})
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     drafter = build_drafter(plain(cfg.drafter), width, special_ids(tokenizer))
     folder, length = Path(cfg.inputs.data), cfg.pretrain.sequence_length
     text, heldout = (PackedText(folder / name, length) for name in ("train.npy", "heldout.npy"))
-    data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed)
+    data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)
     trainer = train(Pretraining(drafter, cfg.pretrain.learning_rate), data, stage, cfg.pretrain, cfg, "pretrain")
     save(drafter, tokenizer, stage, trainer)
 

@@ -1,16 +1,20 @@
 """Stage 2: the target answers the instructions. Config: conf/respond.yaml."""
 
 import logging
+from collections import Counter
 
 import hydra
 from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
 
+from drafter import rows
 from drafter.artifacts import Stage, read_jsonl
-from drafter.models import context_length, load_target, load_tokenizer
-from drafter.prompts import encode_prompts, stop_ids
-from drafter.ranks import join, wait_for_all
-from drafter.responses import plan, read_responses, shards, write_responses
-from experiments.inputs import data_fingerprint, plain, target_fingerprint
+from drafter.engines import Engine, Limits, Request, transformers_engine, vllm_engine
+from drafter.models import context_limit, generation_eos, load_target, load_tokenizer
+from drafter.prompts import encode_prompt, stop_ids
+from drafter.ranks import Ranks, join, wait_for_all
+from drafter.responses import SCHEMA, plan, shards, write_responses
+from experiments.inputs import data_fingerprint, plain, target_inputs
 
 log = logging.getLogger(__name__)
 
@@ -19,46 +23,73 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Encode the instructions, check them all, then generate shard by shard."""
     check(cfg)
-    inputs = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
+    inputs = {"data": data_fingerprint(cfg), **target_inputs(cfg)}
     stage = Stage(cfg.out, "respond", {**plain(cfg.respond), "seed": cfg.seed}, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     ranks, settings = join(), cfg.respond
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
-    target = load_target(**cfg.target).to(ranks.device)
-    rows = read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")
-    prompts = encode_prompts(
-        tokenizer, [row["prompt"] for row in rows], settings.max_new_tokens, context_length(target)
-    )
-    requests = []
-    for split, number in (("train", settings.num_responses), ("validation", settings.num_responses // 10)):
-        of_split = [index for index, row in enumerate(rows) if row["split"] == split]
-        if not of_split or number < 1:
-            raise ValueError(f"{cfg.inputs.data} has {len(of_split)} {split} instructions for {number} responses")
-        chosen = [rows[index] for index in of_split], [prompts[index] for index in of_split]
-        requests += plan(*chosen, list(settings.temperatures), number)
+    requests, skipped = asked(cfg, tokenizer)
+    parts = shards(requests, settings.shard_size)
+    limits = Limits(settings.top_p, settings.max_new_tokens, stop_ids(tokenizer, generation_eos(**cfg.target)))
     write_responses(
-        target,
-        shards(requests, settings.shard_size),
-        cfg.out,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-        stop_ids=stop_ids(tokenizer, target.generation_config.eos_token_id),
-        batch_size=settings.batch_size,
+        engine(cfg, limits, ranks),
+        parts,
+        stage.folder,
+        stop_ids=limits.stop_ids,
+        vocabulary=len(tokenizer),
         seed=cfg.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
     wait_for_all()
     if ranks.rank == 0:
-        written = read_responses(cfg.out)
+        files, notes = rows.finish(stage.folder, len(parts), SCHEMA)
+        failed = sum((Counter(note["failed"]) for note in notes), Counter[str]())
         counts = {
-            "responses": len(written),
-            "tokens": sum(len(row["response_ids"]) for row in written),
-            "truncated": sum(row["truncated"] for row in written),
+            "asked": len(requests) + skipped.total(),
+            "written": len(requests) - failed.total(),
+            "skipped": skipped,
+            "failed": failed,
+            "truncated": sum(note["truncated"] for note in notes),
+            "target": {"path": cfg.target.path, "revision": cfg.target.revision, "dtype": cfg.target.dtype},
         }
-        stage.finish(counts=counts)
+        stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
+
+
+def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:
+    """What is asked of the target, and what is not, by reason: a prompt that leaves no room for its answer.
+
+    Raises:
+        ValueError: nothing is left of a split.
+    """
+    settings, instructions = cfg.respond, read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")
+    context = context_limit(cfg.target.path, cfg.target.revision)
+    requests, skipped = [], Counter[str]()
+    for split, number in (("train", settings.num_responses), ("validation", settings.num_responses // 10)):
+        chosen = [row for row in instructions if row["split"] == split]
+        if not chosen:
+            raise ValueError(f"{cfg.inputs.data} has no {split} instructions")
+        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in chosen]
+        wanted = plan(chosen, prompts, list(settings.temperatures), number)
+        fitting = [request for request in wanted if len(request.prompt_ids) + settings.max_new_tokens <= context]
+        if not fitting:
+            raise ValueError(
+                f"each of the {len(wanted)} {split} prompts exceeds the context of {context} tokens with "
+                f"respond.max_new_tokens={settings.max_new_tokens}: lower it"
+            )
+        skipped[f"prompt and max_new_tokens exceed the context of {context}"] += len(wanted) - len(fitting)
+        requests += fitting
+    return requests, +skipped
+
+
+def engine(cfg: DictConfig, limits: Limits, ranks: Ranks) -> Engine:
+    """The engine that respond.engine names."""
+    if cfg.respond.engine == "vllm":
+        return vllm_engine(**cfg.target, limits=limits, seed=cfg.seed, **plain(cfg.respond.vllm))
+    target = load_target(**cfg.target).to(ranks.device)
+    return transformers_engine(target, limits, cfg.respond.batch_tokens)
 
 
 def check(cfg: DictConfig) -> None:
@@ -73,6 +104,7 @@ def check(cfg: DictConfig) -> None:
         ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
         ("num_responses", settings.num_responses >= 10, "at least 10 (a tenth of them beside for validation)"),
         ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
+        ("engine", settings.engine in ("transformers", "vllm"), "transformers or vllm"),
     ):
         if not allowed:
             raise ValueError(f"respond.{name} is {settings[name]}, must be {wanted}")

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from drafter.batches import Sequence
 from drafter.corpus import Doc, extract, is_heldout, pack, pretraining_texts
-from drafter.datamodules import PackedText, SequenceData
+from drafter.datamodules import InMemory, PackedText, SequenceData
 from drafter.instructions import derive
 from drafter.models import build_drafter, load_model, load_tokenizer, special_ids
 from drafter.modules import Pretraining
@@ -53,8 +53,10 @@ def main(cfg: DictConfig) -> None:
         train(model, SequenceData(text, heldout, cfg.batch_size, cfg.seed), "pretrain", cfg)
         model.save_pretrained(work / "base")
     model = load_model(str(work / "base"))
-    chats = {part: chat_sequences(parts[part], tokenizer, cfg.chat[f"{part}_per_kind"], cfg) for part in parts}
-    train(model, SequenceData(chats["train"], chats["heldout"], 2 * cfg.batch_size, cfg.seed), "chat", cfg)
+    chats, heldout_chats = (
+        InMemory(chat_sequences(parts[part], tokenizer, cfg.chat[f"{part}_per_kind"], cfg)) for part in parts
+    )
+    train(model, SequenceData(chats, heldout_chats, 2 * cfg.batch_size, cfg.seed), "chat", cfg)
     export(model, tokenizer, cfg)
 
 

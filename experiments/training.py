@@ -1,14 +1,15 @@
-"""One Lightning run: loggers, checkpoint, resume, validation before the first step."""
+"""One Lightning run: loggers, resume, validation before the first step and after the last."""
 
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning
 import wandb
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drafter.artifacts import Stage
 from drafter.datamodules import SequenceData
 from drafter.ranks import leave_at_exit
+from drafter.resuming import AtomicCheckpoints, Resuming
+from experiments.inputs import plain
 
 log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+def training_settings(section: DictConfig) -> dict[str, Any]:
+    """What of a training stage's settings determines its result: how it is loaded does not."""
+    settings: dict[str, Any] = plain(section)
+    return {name: value for name, value in settings.items() if name != "num_workers"}
 
 
 def train(
@@ -30,22 +40,32 @@ def train(
 ) -> lightning.Trainer:
     """Fit for settings.max_steps, going on from the checkpoint that an interrupted run has left."""
     leave_at_exit()
-    checkpoints = stage.directory / "checkpoints"
+    last = stage.directory / CHECKPOINTS / "last.ckpt"
     interval = min(settings.validate_every, settings.max_steps)
-    trainer: lightning.Trainer = hydra.utils.instantiate(
-        cfg.trainer,
-        max_steps=settings.max_steps,
-        max_epochs=-1,
-        val_check_interval=interval * cfg.trainer.accumulate_grad_batches,
-        check_val_every_n_epoch=None,
-        log_every_n_steps=max(1, min(10, settings.max_steps, len(data.train_dataloader()))),
-        logger=loggers(cfg, stage, name),
-        callbacks=[ModelCheckpoint(checkpoints, every_n_train_steps=interval, save_last=True, save_top_k=0)],
-    )
-    last = checkpoints / "last.ckpt"
-    if not last.exists():
-        trainer.validate(module, data, verbose=False)
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True if last.exists() else None)
+    curve = CSVLogger(stage.directory, name="logs", version="")
+    for stale in last.parent.glob(".*.tmp"):
+        stale.unlink()
+    with warnings.catch_warnings():
+        # An interrupted run's curve is in its checkpoint, and comes back from there.
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        trainer: lightning.Trainer = hydra.utils.instantiate(
+            cfg.trainer,
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            val_check_interval=interval * cfg.trainer.accumulate_grad_batches,
+            check_val_every_n_epoch=None,
+            log_every_n_steps=max(1, min(10, settings.max_steps)),
+            logger=[curve, *weights_and_biases(cfg, stage, name)],
+            plugins=[AtomicCheckpoints()],
+            enable_checkpointing=False,  # Lightning's own; ours is the callback
+            callbacks=[Resuming(last, curve, cfg.seed)],
+        )
+        if not last.exists():
+            trainer.validate(module, data, verbose=False)
+        found = {"ckpt_path": last, "weights_only": True} if last.exists() else {}
+        trainer.fit(module, data, **found)
+        if settings.max_steps % interval:
+            trainer.validate(module, data, verbose=False)
     if wandb.run is not None:
         wandb.finish()
     return trainer
@@ -56,17 +76,16 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stag
     if trainer.is_global_zero:
         model.save_pretrained(stage.directory)
         tokenizer.save_pretrained(stage.directory)
-        shutil.rmtree(stage.directory / "checkpoints", ignore_errors=True)
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         stage.finish(counts={"steps": trainer.global_step, **metrics})
+        shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)
     trainer.strategy.barrier()
 
 
-def loggers(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]:
-    """A CSV file always; Weights & Biases if configured, offline unless logged in, and never a reason to fail."""
-    result: list[Logger] = [CSVLogger(stage.directory, name="logs", version="")]
+def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]:
+    """Its logger if configured, offline unless logged in, and never a reason to fail."""
     if not cfg.logger.wandb or int(os.environ.get("RANK", 0)) > 0:
-        return result
+        return []
     try:
         wandb.finish()  # the run before, in a sweep
         folder = Path(cfg.root).absolute()
@@ -84,7 +103,7 @@ def loggers(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]:
             config={"stage": stage.identity, "config": OmegaConf.to_container(cfg)},
         )
         _ = logger.experiment  # starts the run: what can fail, fails here
-        result.append(logger)
+        return [logger]
     except Exception as problem:  # any failure of a third party's logging is worth one line, not the run
         log.warning("Weights & Biases is off for this run: %s", problem)
-    return result
+    return []

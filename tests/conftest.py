@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from drafter.rows import Rows
+
 VOCABULARY = 64
 WORDS = "<end> <unk> the cat dog saw a bird who and then ran to tree house what did do ? .".split()  # noqa: SIM905
 
@@ -119,3 +121,9 @@ def world(tmp_path_factory):
 
     main([*overrides, "losses=[kld,tvdpp]", "seeds=[1]"])
     return overrides, folder / "run"
+
+
+def finished_rows(folder, files, stage):
+    """The rows of a folder, once its manifest says that they are complete."""
+    folder.write("manifest.json", json.dumps({"stage": stage, "files": files}).encode())
+    return Rows(folder.url, stage)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from drafter.batches import Sequence, collate, response_sequence
+from drafter.batches import Sequence, by_budget, collate, response_sequence
 
 
 def test_a_packed_sequence_of_l_tokens_has_l_minus_1_targets():
@@ -32,6 +32,14 @@ def test_cached_states_follow_the_places_row_by_row():
     states = [torch.full((len(row["response_ids"]), 4), float(number)) for number, row in enumerate(rows)]
     samples = [response_sequence(row, state) for row, state in zip(rows, states, strict=True)]
     batch = collate([samples[0], Sequence(np.arange(5), 1, True), samples[1]])
-    assert batch.hidden_NH.shape == (3, 4)
+    assert batch.cached_N.shape == (3, 4)
     places = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()[:, 0]
-    assert [(0, 2)[int(value)] for value in batch.hidden_NH[:, 0]] == places.tolist()
+    assert [(0, 2)[int(value)] for value in batch.cached_N[:, 0]] == places.tolist()
+
+
+def test_a_budget_counts_padding_and_puts_like_lengths_together():
+    lengths = [5, 30, 4, 6, 5, 100]
+    batches = by_budget(lengths, 20)
+    assert sorted(index for batch in batches for index in batch) == list(range(6))
+    assert [[lengths[index] for index in batch] for batch in batches] == [[4, 5, 5], [6], [30], [100]]
+    assert by_budget([], 20) == []

@@ -1,13 +1,28 @@
-"""Packed text, responses by split, and their mixture."""
+"""Packed text, responses by split, their mixture, and the order in which ranks and loader processes see them."""
 
 import numpy as np
 import pytest
 import torch
 
-from drafter.datamodules import PackedText, Responses, SequenceData, mixture
+from drafter import rows
+from drafter.batches import Sequence
+from drafter.datamodules import InMemory, Mixture, Order, PackedText, Responses, SequenceData
+from drafter.distributions import Drawn, Sparse
+from drafter.responses import SCHEMA
+from drafter.storage import Folder
+from drafter.target_cache import ExactFormat, SparseFormat, write_cache
+from tests.conftest import finished_rows
 
 ROWS = [
-    {"prompt_ids": [1, 2], "response_ids": [number + 3], "split": "validation" if number % 10 == 0 else "train"}
+    {
+        "id": str(number),
+        "kind": "k",
+        "split": "validation" if number % 10 == 0 else "train",
+        "temperature": 1.0,
+        "prompt_ids": [1, 2],
+        "response_ids": [number % 60 + 3] * (number % 7 + 1),
+        "truncated": False,
+    }
     for number in range(100)
 ]
 
@@ -18,9 +33,23 @@ def text(tmp_path):
     return PackedText(tmp_path / "text.npy", 100)
 
 
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("responses"))
+    for number in range(4):
+        rows.write_shard(folder, number, ROWS[25 * number : 25 * number + 25], SCHEMA, {})
+    return finished_rows(folder, rows.finish(folder, 4, SCHEMA)[0], "respond")
+
+
+def numbered(lengths):
+    """Samples that are told apart by their first token."""
+    return InMemory([Sequence(np.array([i] + [0] * (n - 1)), 1, True) for i, n in enumerate(lengths)])
+
+
 def test_packed_text_is_cut_into_whole_sequences(text):
     assert len(text) == 10
-    assert text[3].ids_T.tolist() == list(range(300, 400))
+    assert text.__getitems__([3])[0].ids_T.tolist() == list(range(300, 400))
+    assert text.lengths.tolist() == [100] * 10
 
 
 def test_too_little_text_is_refused(tmp_path):
@@ -29,38 +58,157 @@ def test_too_little_text_is_refused(tmp_path):
         PackedText(tmp_path / "text.npy", 100)
 
 
-def test_responses_are_split_and_keep_their_own_states():
-    states = {index: torch.full((1, 2), float(index)) for index in range(100)}
-    validation = Responses(ROWS, "validation", states)
+def test_responses_are_split(responses):
+    validation = Responses(responses, "validation")
     assert len(validation) == 10
-    assert validation[3].hidden_NH[0, 0] == 30
-    assert validation[3].ids_T.tolist() == [1, 2, 33]
+    samples = validation.__getitems__([3, 0])
+    assert [sample.ids_T.tolist() for sample in samples] == [[1, 2, 33, 33, 33], [1, 2, 3]]
+    assert validation.lengths[[3, 0]].tolist() == [5, 3]
+    assert samples[0].cached_N is None
 
 
-def test_an_empty_split_is_refused():
+@pytest.mark.parametrize("format", [ExactFormat("float32"), SparseFormat(5, 3)])
+def test_a_cached_response_brings_its_own_distributions(target, responses, tmp_path, format):
+    count, schema = write_cache(target, responses, Folder(tmp_path), format, batch_tokens=50, shard_size=30, seed=0)
+    found = finished_rows(Folder(tmp_path), rows.finish(Folder(tmp_path), count, schema)[0], "cache")
+    mixed = Mixture(Responses(found, "train"), numbered([6, 6]), 0.02, seed=0)
+    batch = next(iter(SequenceData(mixed, mixed, len(mixed), seed=0).train_dataloader()))
+    places = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()
+    assert batch.is_text_B.sum() == 2
+    for place in (0, 17, len(places) - 1):
+        row, column = places[place].tolist()
+        logits = target(input_ids=batch.input_ids_BT[row : row + 1, : column + 1]).logits[0, -1]
+        if isinstance(batch.cached_N, Sparse):
+            own = Drawn.of(logits[None], batch.input_ids_BT[row, column + 1][None], 5, 3).log_q_NK[0, -1]
+            assert batch.cached_N.log_q_NK[place, -1].item() == pytest.approx(own.item(), rel=1e-3)
+        else:
+            torch.testing.assert_close(target.lm_head(batch.cached_N[place]), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_split_is_refused(responses):
     with pytest.raises(ValueError, match="no responses of the split 'test'"):
-        Responses(ROWS, "test", None)
+        Responses(responses, "test")
 
 
 @pytest.mark.parametrize(("share", "texts"), [(0.1, 10), (0.5, 90), (0.0, 0)])
-def test_the_mixture_has_the_asked_share_of_text(text, share, texts):
-    mixed = mixture(Responses(ROWS, "train", None), text, share, seed=0)
-    assert [sample.is_text for sample in mixed].count(True) == texts
-    assert len(mixed) == 90 + texts
+def test_the_mixture_has_the_asked_share_of_text(responses, text, share, texts):
+    mixed = Mixture(Responses(responses, "train"), text, share, seed=0)
+    samples = mixed.__getitems__(list(range(len(mixed))))
+    assert [sample.is_text for sample in samples].count(True) == texts
+    assert len(mixed) == len(mixed.lengths) == 90 + texts
+    assert [len(sample.ids_T) for sample in samples] == mixed.lengths.tolist()
 
 
-def test_a_share_outside_its_range_is_refused(text):
+def test_a_share_outside_its_range_is_refused(responses, text):
     with pytest.raises(ValueError, match=r"text_share is 1\.0"):
-        mixture(Responses(ROWS, "train", None), text, 1.0, seed=0)
+        Mixture(Responses(responses, "train"), text, 1.0, seed=0)
 
 
-def test_training_order_is_fixed_by_the_seed_and_new_each_epoch(text):
+def run_of(count, batch_size, world_size, epochs=2):
+    """What each rank sees, batch by batch."""
+    lengths = np.random.default_rng(0).integers(1, 50, count)
+    ranks = [Order(lengths, batch_size, 3, rank, world_size) for rank in range(world_size)]
+    for order in ranks:
+        order.end = epochs * order.batches_per_epoch
+    return [list(order) for order in ranks], ranks[0].batches_per_epoch
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (7, 20), (41, 20), (100, 8), (1009, 16)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_each_sample_is_seen_once_an_epoch_by_one_rank_and_no_rank_has_fewer_batches(count, batch_size, world_size):
+    if count < world_size:
+        with pytest.raises(ValueError, match="less than one for each of"):
+            run_of(count, batch_size, world_size)
+        return
+    ranks, per_epoch = run_of(count, batch_size, world_size)
+    assert {len(batches) for batches in ranks} == {2 * per_epoch}
+    assert all(batch for batches in ranks for batch in batches)
+    for epoch in (0, 1):
+        seen = [i for batches in ranks for batch in batches[epoch * per_epoch :][:per_epoch] for i in batch]
+        assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_batch_holds_the_same_samples_on_any_number_of_ranks(world_size):
+    one, several = run_of(100, 8, 1)[0][0], run_of(100, 8, world_size)[0]
+    for batch, parts in zip(one, zip(*several, strict=True), strict=True):
+        assert sorted(batch) == sorted(index for part in parts for index in part)
+
+
+def test_a_batch_has_samples_of_like_length():
+    lengths = np.random.default_rng(0).integers(1, 500, 640)
+    batches = Order(lengths, 20, 0).epoch(0)
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.1 * lengths.sum()
+    assert {len(batch) for batch in batches} == {20}
+
+
+def test_the_order_goes_on_from_any_batch():
+    lengths = np.random.default_rng(0).integers(1, 50, 41)
+    whole, rest = Order(lengths, 10, 1), Order(lengths, 10, 1)
+    whole.end = rest.end = 11
+    rest.start = 6
+    assert list(whole)[6:] == list(rest)
+    assert len(rest) == 11
+
+
+def first_tokens(loader):
+    return [batch.input_ids_BT[:, 0].tolist() for batch in loader]
+
+
+def test_training_order_is_fixed_by_the_seed_and_new_each_epoch():
+    data = numbered([5] * 30)
+
     def orders(seed):
-        loader = SequenceData(text, text, 2, seed).train_dataloader()
-        return [[batch.input_ids_BT[:, 0].tolist() for batch in loader] for _ in range(2)]
+        order = Order(data.lengths, 4, seed)
+        return [[batch.tolist() for batch in order.epoch(number)] for number in (0, 1)]
 
     first, second = orders(1)
     assert first != second
     assert orders(1) == [first, second]
     assert orders(2) != [first, second]
-    assert sorted(value for batch in first for value in batch) == list(range(0, 1000, 100))
+    assert first_tokens(SequenceData(data, data, 4, 1).train_dataloader()) == first
+
+
+def test_loader_processes_change_nothing():
+    data = numbered(list(range(1, 40)))
+    alone, several = (SequenceData(data, data, 4, 1, num_workers) for num_workers in (0, 2))
+    assert first_tokens(alone.train_dataloader()) == first_tokens(several.train_dataloader())
+    assert first_tokens(alone.val_dataloader()) == first_tokens(several.val_dataloader())
+
+
+class FakeTrainer:
+    global_step, accumulate_grad_batches, max_steps = 3, 2, 10
+
+    def __init__(self, rank, world_size):
+        self.global_rank, self.world_size = rank, world_size
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(10, 1), (10, 2), (10, 3), (3, 3), (41, 4)])
+def test_each_validation_sample_is_on_one_rank_and_each_rank_has_some(count, world_size):
+    seen = []
+    for rank in range(world_size):
+        data = SequenceData(numbered([4] * count), numbered(range(1, count + 1)), 5, 0)
+        data.trainer = FakeTrainer(rank, world_size)
+        mine = [token for batch in first_tokens(data.val_dataloader()) for token in batch]
+        assert mine
+        seen += mine
+    assert sorted(seen) == list(range(count))
+
+
+def test_fewer_validation_samples_than_ranks_are_refused():
+    data = SequenceData(numbered([4] * 9), numbered([4]), 5, 0)
+    data.trainer = FakeTrainer(0, 2)
+    with pytest.raises(ValueError, match="1 validation samples are too few for 2 ranks"):
+        data.val_dataloader()
+
+
+def test_the_loader_starts_at_the_trainers_step_and_ends_with_its_last():
+    samples = numbered([4] * 9)
+    data = SequenceData(samples, samples, 4, 0)
+    data.trainer = FakeTrainer(0, 1)
+    order = Order(samples.lengths, 4, 0)
+    order.start, order.end = 6, 20  # at its third step, with two batches a step, of ten
+    assert len(data.train_dataloader()) == 20
+    assert first_tokens(data.train_dataloader()) == list(order)
+    assert order.batches_per_epoch == 2

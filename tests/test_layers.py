@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "drafter").glob("*.py")) if path.stem != "__init__"}
-LOWEST = ("warping", "distributions", "losses", "block_losses", "chunked", "metrics", "artifacts")
+LOWEST = ("storage", "warping", "distributions", "losses", "block_losses", "chunked", "metrics", "artifacts", "rows")
 LOWER = ("models", "prompts", "speculative", "ranks", "sources", "batches")
-MIDDLE = ("corpus", "instructions", "responses", "logit_cache")
-HIGHEST = ("datamodules", "weighting", "modules")
+MIDDLE = ("corpus", "instructions", "engines", "responses", "target_cache")
+HIGHEST = ("datamodules", "weighting", "modules", "resuming")
 
 
 def imports(source, type_checking=False):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from drafter.batches import Sequence, collate, response_sequence
-from drafter.datamodules import SequenceData
+from drafter.datamodules import InMemory, SequenceData
 from drafter.losses import kld, tvd, tvdpp
 from drafter.models import hidden_states
 from drafter.modules import Distillation, Pretraining, adamw, next_token_loss
@@ -33,7 +33,9 @@ def fit(module, samples=None, steps=8, validation=None):
         num_sanity_val_steps=0,
     )
     lightning.seed_everything(0, verbose=False)
-    trainer.fit(module, SequenceData(samples or RESPONSES + TEXT, validation or RESPONSES, 4, seed=0))
+    trainer.fit(
+        module, SequenceData(InMemory(samples or RESPONSES + TEXT), InMemory(validation or RESPONSES), 4, seed=0)
+    )
     return trainer
 
 
@@ -123,7 +125,7 @@ def test_a_live_target_that_caps_its_logits_is_distilled_from_what_it_really_say
     module.on_fit_start()
     logits = module._predicted(batch, hidden_states(module.drafter, batch.input_ids_BT, batch.attention_mask_BT))
     expected = capped(target)(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-    torch.testing.assert_close(logits.logits_q(slice(3, 9)), expected[batch.target_mask_BT][3:9])
+    torch.testing.assert_close(logits.target(slice(3, 9)), expected[batch.target_mask_BT][3:9])
     assert expected.abs().max() <= 2
 
 
@@ -132,3 +134,12 @@ def test_a_drafter_that_caps_its_logits_is_refused(target):
     for module in (Distillation(target, drafter, kld, 0.0, 1e-3), Pretraining(drafter, 1e-3)):
         with pytest.raises(ValueError, match="Capped changes its logits after the output embedding"):
             fit(module, steps=1)
+
+
+def test_a_batch_of_text_alone_trains_on_its_text(target):
+    for model in (target, capped(target)):
+        module = Distillation(model, trainable(), kld, 0.5, 1e-3)
+        module.trainer = fit(module, TEXT, steps=1)
+        module.log = lambda *_, **__: None
+        reference = 0.5 * next_token_loss(module.drafter, collate(TEXT))
+        torch.testing.assert_close(module.training_step(collate(TEXT), 0), reference)

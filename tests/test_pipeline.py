@@ -66,7 +66,7 @@ def test_finetuning_logs_the_common_yardsticks_from_step_zero(world):
         assert name in header.split(",")
     steps = [line.split(",")[header.split(",").index("step")] for line in lines]
     assert steps[0] == "0"
-    assert steps[-1] == "5"
+    assert steps[-1] == "6"
 
 
 def test_the_drafter_has_the_targets_padded_vocabulary(world):
@@ -86,7 +86,7 @@ def test_a_second_run_changes_no_artifact(world):
 def test_a_cached_and_a_live_target_train_the_same_drafter(world):
     overrides, root = world
     exact = [*overrides, f"inputs.cache={root}/cache32", "name=cached", "finetune.max_steps=3"]
-    stage("cache", [*overrides, f"out={root}/cache32", "cache.dtype=float32"])
+    stage("cache", [*overrides, f"out={root}/cache32", "cache.format.dtype=float32"])
     stage("finetune", [*exact, "loss=kld"])
     stage("finetune", [*overrides, "inputs.cache=null", "name=live", "finetune.max_steps=3", "loss=kld"])
     cached, live = (

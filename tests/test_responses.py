@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from drafter.responses import Request, answer, plan, read_responses, shards, write_responses
-from drafter.speculative import Sampling, autoregressive_decode
-from tests.conftest import VOCABULARY
+from drafter.engines import Limits, Request, transformers_engine
+from drafter.responses import SCHEMA, plan, shards, write_responses
+from drafter.rows import finish
+from drafter.storage import Folder
+from tests.conftest import VOCABULARY, finished_rows
 
 INSTRUCTIONS = [{"id": str(i), "kind": "k", "split": "train"} for i in range(3)]
 PROMPTS = [[1, 2], [3, 4, 5], [6]]
-HOW = {"top_p": 0.95, "max_new_tokens": 12, "stop_ids": [7], "batch_size": 2, "seed": 3}
+LIMITS = Limits(top_p=0.95, max_new_tokens=12, stop_ids=[7])
+HOW = {"stop_ids": [7], "vocabulary": VOCABULARY, "seed": 3}
 
 
 def requests(count=7):
@@ -34,59 +37,55 @@ def test_shards_hold_every_request_once_with_like_ones_side_by_side():
     assert [row.temperature for row in flat] == sorted(row.temperature for row in flat)
 
 
-def test_greedy_answers_in_a_padded_batch_are_each_prompts_own(target):
-    batch = [request for request in requests() if request.temperature == 0]
-    rows = answer(target, batch, top_p=0.95, max_new_tokens=12, stop_ids=[7], batch_size=2, first_round=5)
-    for request, row in zip(batch, rows, strict=True):
-        alone = autoregressive_decode(target, request.prompt_ids, 12, Sampling(), [7]).tokens
-        assert row["response_ids"] == alone
-        assert row["truncated"] == (alone[-1] != 7)
-        assert row["prompt_ids"] == request.prompt_ids
-
-
-def test_sampled_answers_never_leave_the_top_p_set(target):
-    batch = [request for request in requests() if request.temperature > 0]
-    rows = answer(target, batch, top_p=1e-6, max_new_tokens=8, stop_ids=[7], batch_size=4)
-    for request, row in zip(batch, rows, strict=True):
-        assert row["response_ids"] == autoregressive_decode(target, request.prompt_ids, 8, Sampling(), [7]).tokens
-
-
-def test_a_response_ends_with_its_first_stop_token(target):
-    stops = list(range(0, VOCABULARY, 3))  # so many that most answers meet one
-    rows = answer(target, requests()[:1], top_p=0.95, max_new_tokens=12, stop_ids=stops, batch_size=1)
-    tokens = rows[0]["response_ids"]
-    assert all(token not in stops for token in tokens[:-1])
-    assert rows[0]["truncated"] == (tokens[-1] not in stops)
-
-
 def test_an_interrupted_run_and_any_number_of_ranks_write_the_same(target, tmp_path):
-    parts = shards(requests(), 3)
-    folders = [tmp_path / name for name in ("whole", "resumed", "ranks")]
-    for folder in folders:
-        folder.mkdir()
-    write_responses(target, parts, folders[0], **HOW)
-    write_responses(target, parts[:2], folders[1], **HOW)
-    (folders[1] / ".00002.parquet.99.tmp").write_text("half a shard")
-    write_responses(target, parts, folders[1], **HOW)
-    for rank in (1, 0):
-        write_responses(target, parts, folders[2], **HOW, rank=rank, world_size=2)
-    whole, resumed, ranks = (read_responses(folder) for folder in folders)
-    assert len(whole) == 7
-    assert whole == resumed == ranks
+    parts, engine = shards(requests(), 3), transformers_engine(target, LIMITS, batch_tokens=40)
+    whole, resumed, ranks = (Folder(tmp_path / name) for name in ("whole", "resumed", "ranks"))
+    write_responses(engine, parts, whole, **HOW)
+    write_responses(engine, parts[:2], resumed, **HOW)
+    resumed.write("00002.arrow", b"a shard whose index was not written")
+    write_responses(engine, parts, resumed, **HOW)
+    for rank, world_size in ((1, 3), (0, 2), (1, 2)):
+        write_responses(engine, parts, ranks, **HOW, rank=rank, world_size=world_size)
+    files = [finish(folder, 3, SCHEMA)[0] for folder in (whole, resumed, ranks)]
+    assert files[0] == files[1] == files[2]
+    assert len(finished_rows(whole, files[0], "respond")) == 7
+
+
+def test_a_row_is_what_was_asked_and_what_came_back(target, tmp_path):
+    folder = Folder(tmp_path)
+    write_responses(transformers_engine(target, LIMITS, 100), [requests()], folder, **HOW)
+    files, notes = finish(folder, 1, SCHEMA)
+    rows = finished_rows(folder, files, "respond")
+    assert notes[0]["failed"] == {}
+    for request, row in zip(requests(), rows, strict=True):
+        assert {key: row[key] for key in ("id", "kind", "split")} == {"id": request.id, "kind": "k", "split": "train"}
+        assert row["prompt_ids"].tolist() == request.prompt_ids
+        assert row["truncated"] == (row["response_ids"][-1] != 7)
+        assert 1 <= len(row["response_ids"]) <= 12
+    assert notes[0]["truncated"] == sum(row["truncated"] for row in rows)
+
+
+def test_what_the_tokenizer_cannot_read_and_what_is_empty_is_counted_and_left_out(tmp_path):
+    answers = [[5, 7], [], [VOCABULARY, 7], [9], [3, VOCABULARY + 5], [7], [7]]
+    write_responses(lambda part: answers, [requests()], Folder(tmp_path), **HOW)
+    files, notes = finish(Folder(tmp_path), 1, SCHEMA)
+    assert notes[0]["failed"] == {"an empty response": 1, "an id beyond the tokenizer's": 2}
+    rows = finished_rows(Folder(tmp_path), files, "respond")
+    assert [row["response_ids"].tolist() for row in rows] == [[5, 7], [9], [7], [7]]
+    assert [row["truncated"] for row in rows] == [False, True, False, False]
 
 
 def test_another_seed_gives_other_samples(target, tmp_path):
     parts = shards([request for request in requests() if request.temperature > 0], 8)
     found = []
     for seed in (1, 2):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        write_responses(target, parts, folder, **{**HOW, "seed": seed})
-        found.append(read_responses(folder))
+        folder = Folder(tmp_path / str(seed))
+        write_responses(transformers_engine(target, LIMITS, 100), parts, folder, **{**HOW, "seed": seed})
+        found.append(finish(folder, 1, SCHEMA)[0])
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("stops", [[], [7, 9]])
-def test_any_number_of_stop_tokens_is_fine(target, stops):
-    rows = answer(target, requests()[:2], top_p=1.0, max_new_tokens=5, stop_ids=stops, batch_size=2)
-    assert all(1 <= len(row["response_ids"]) <= 5 for row in rows)
+def test_a_set_without_any_row_is_refused(tmp_path):
+    write_responses(lambda part: [[]] * len(part), [requests()], Folder(tmp_path), **HOW)
+    with pytest.raises(ValueError, match=r"has no row.*'an empty response': 7"):
+        finish(Folder(tmp_path), 1, SCHEMA)

@@ -1,0 +1,102 @@
+"""A directory on disk or in an object store (s3://, gs://, hf:// …), through fsspec.
+
+A file is written whole or not at all: on disk under a temporary name, flushed to the device and renamed; an object
+store's own writes are like that. Reads are by range, many at once.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import fsspec
+
+
+class Folder:
+    """Files of one directory, by name.
+
+    Raises:
+        OSError: what could not be read or written, with the remedy where there is one.
+    """
+
+    def __init__(self, url: str | Path):
+        self.url = str(url).rstrip("/")
+        self.is_local = "://" not in self.url
+
+    def __str__(self) -> str:
+        return self.url
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        fs, path = self._open()
+        return bool(fs.exists(f"{path}/{name}"))
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of every file in it, not of those below; none where there is no such directory."""
+        fs, path = self._open()
+        fs.invalidate_cache()  # of listings that another process may have outdated
+        with contextlib.suppress(FileNotFoundError):
+            found = fs.ls(path, detail=True)
+            return {file["name"].rsplit("/", 1)[-1]: file["size"] for file in found if file["type"] == "file"}
+        return {}
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        fs, path = self._open()
+        return bytes(fs.cat_file(f"{path}/{name}"))
+
+    def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes | Exception]:
+        """The bytes of each (name, start, end), from an object store all at once; a failure takes its range's place."""
+        fs, path = self._open()
+        names, starts, ends = zip(*ranges, strict=True)
+        return list(fs.cat_ranges([f"{path}/{name}" for name in names], list(starts), list(ends), on_error="return"))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file; what was there under this name is replaced, unless the writing fails."""
+        fs, path = self._open()
+        if self.is_local:
+            write_file(Path(path) / name, data)
+        else:
+            fs.pipe_file(f"{path}/{name}", data)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        fs, path = self._open()
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(f"{path}/{name}")
+
+    def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """The filesystem, which fsspec keeps (one a process, so that loader processes have their own)."""
+        return fsspec.core.url_to_fs(self.url)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file on disk atomically: a reader sees the old one or the new one, never half of one.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        flush_directory(path.parent)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            problem.errno,
+            f"cannot write {path} ({problem.strerror}). What was finished before is kept: "
+            f"make room, or give another directory, and run the same command again",
+        ) from problem
+
+
+def flush_directory(path: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
