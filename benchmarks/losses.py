@@ -141,7 +141,7 @@ def against_liger(seen, arguments):
     width = arguments.hidden[1]
     hidden_q = torch.randn(arguments.positions, width, device=DEVICE, dtype=torch.bfloat16)
     weight_q = torch.randn(arguments.vocabulary, width, device=DEVICE, dtype=torch.bfloat16) * width**-0.5
-    ours = seen._replace(logits_q=lambda rows: hidden_q[rows] @ weight_q.T)
+    ours = seen._replace(target=lambda rows: hidden_q[rows] @ weight_q.T)
 
     def liger():
         theirs(seen.hidden_NH, seen.head.weight_VH, hidden_q, weight_q).backward()

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens of the longest one, N predicted places of the whole batch, H the target's hidden size.
 """
 
+import math
 from collections.abc import Sequence as Sequences
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ class Batch(NamedTuple):
 
     `target_mask_BT` is True where the *next* token is to be predicted: L - 1 places in a packed sequence, one per
     response token in a response. `is_text_B` marks packed text, which keeps the next-token loss in distillation.
+    `temperature_B` is what a response was drawn at (not a number for text).
     `cached_N` holds what is cached of the target at the True places of the responses, in row-major order.
     """
 
@@ -26,6 +28,7 @@ class Batch(NamedTuple):
     attention_mask_BT: torch.Tensor
     target_mask_BT: torch.Tensor
     is_text_B: torch.Tensor
+    temperature_B: torch.Tensor
     cached_N: Cached | None = None
 
 
@@ -36,6 +39,7 @@ class Sequence(NamedTuple):
     num_context: int
     is_text: bool
     cached_N: Cached | None = None
+    temperature: float = math.nan
 
 
 def collate(samples: list[Sequence]) -> Batch:
@@ -50,7 +54,8 @@ def collate(samples: list[Sequence]) -> Batch:
         attention[row, :end] = 1
         mask[row, sample.num_context - 1 : end - 1] = True
     is_text = torch.tensor([sample.is_text for sample in samples])
-    return Batch(input_ids, attention, mask, is_text, _joined([sample.cached_N for sample in samples]))
+    temperature = torch.tensor([sample.temperature for sample in samples], dtype=torch.float32)
+    return Batch(input_ids, attention, mask, is_text, temperature, _joined([sample.cached_N for sample in samples]))
 
 
 def by_budget(lengths: Sequences[int], budget: int) -> list[list[int]]:
@@ -69,9 +74,9 @@ def response_mask(batch: Batch) -> torch.Tensor:
 
 
 def response_sequence(row: dict[str, Any], cached_N: Cached | None = None) -> Sequence:
-    """A row of responses (see responses.SCHEMA) as a sample: the prompt is context, the response is predicted."""
+    """A row of responses (see responses.COLUMNS) as a sample: the prompt is context, the response is predicted."""
     ids = np.concatenate([row["prompt_ids"], row["response_ids"]])
-    return Sequence(ids, len(row["prompt_ids"]), is_text=False, cached_N=cached_N)
+    return Sequence(ids, len(row["prompt_ids"]), False, cached_N, row["temperature"])
 
 
 def _joined(parts: list[Cached | None]) -> Cached | None:

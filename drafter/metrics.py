@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:  # the tables read counts on machines without torch
-    from drafter.speculative import Decoded
+    from drafter.speculative import Block, Decoded
 
 
 class Counts(NamedTuple):
-    """What one prompt's decoding adds up to; `baseline_*` is autoregressive decoding of the same prompt."""
+    """What one prompt's decoding adds up to; `baseline_*` is autoregressive decoding of the same prompt.
+
+    `expected` is the tokens that its blocks would give on average over the accept test's coins.
+    """
 
     tokens: int
     target_calls: int
@@ -24,6 +27,10 @@ class Counts(NamedTuple):
     seconds: float
     baseline_tokens: int
     baseline_seconds: float
+    drafted: int = 0
+    expected: float = 0.0
+    drafting_seconds: float = 0.0
+    verifying_seconds: float = 0.0
 
 
 class Estimate(NamedTuple):
@@ -41,15 +48,36 @@ def count(decoded: "Decoded", baseline: "Decoded") -> Counts:
         target_calls=len(decoded.blocks),
         accepted=sum(block.accepted for block in decoded.blocks),
         tested=sum(block.tested for block in decoded.blocks),
-        seconds=decoded.seconds,
+        seconds=decoded.seconds.total,
         baseline_tokens=len(baseline.tokens),
-        baseline_seconds=baseline.seconds,
+        baseline_seconds=baseline.seconds.total,
+        drafted=sum(len(block.drafted) for block in decoded.blocks),
+        expected=sum(block.expected for block in decoded.blocks),
+        drafting_seconds=decoded.seconds.drafting,
+        verifying_seconds=decoded.seconds.verifying,
     )
+
+
+def by_position(blocks: "Iterable[Block]") -> tuple[list[int], list[int]]:
+    """How many drafted tokens were accepted, and how many tested, at each place of a block."""
+    accepted: list[int] = []
+    tested: list[int] = []
+    for block in blocks:
+        for places, count in ((accepted, block.accepted), (tested, block.tested)):
+            places += [0] * (block.tested - len(places))
+            for place in range(count):
+                places[place] += 1
+    return accepted, tested
 
 
 def block_efficiency(rows: np.ndarray) -> np.ndarray:
     """tau = tokens / target calls. `rows` has the fields of Counts along its last axis."""
     return _field(rows, "tokens") / _field(rows, "target_calls")
+
+
+def expected_block_efficiency(rows: np.ndarray) -> np.ndarray:
+    """tau with each accept test's chance in the place of its coin (Rao-Blackwell): the same mean, less noise."""
+    return _field(rows, "expected") / _field(rows, "target_calls")
 
 
 def acceptance_rate(rows: np.ndarray) -> np.ndarray:
@@ -64,13 +92,17 @@ def token_rate_ratio(rows: np.ndarray) -> np.ndarray:
     return speculative * _field(rows, "baseline_seconds") / _field(rows, "baseline_tokens")
 
 
-def memory_bound_speedup(block_efficiency: float, size_ratio: float, num_speculative_tokens: int) -> float:
-    """MBSU = tau / (c gamma + 1), c being drafter parameters / target parameters (paper, section 3)."""
+def memory_bound_speedup(block_efficiency: float, size_ratio: float, num_speculative_tokens: float) -> float:
+    """MBSU = tau / (c gamma + 1), c being drafter parameters / target parameters (paper, section 3).
+
+    Where gamma is chosen block by block, its mean.
+    """
     return block_efficiency / (size_ratio * num_speculative_tokens + 1)
 
 
 FIGURES = {
     "block_efficiency": block_efficiency,
+    "expected_block_efficiency": expected_block_efficiency,
     "acceptance_rate": acceptance_rate,
     "token_rate_ratio": token_rate_ratio,
 }

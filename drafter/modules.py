@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from drafter.batches import Batch, response_mask
 from drafter.block_losses import Places
-from drafter.chunked import Head, Predicted, chunked_sum
+from drafter.chunked import Head, Predicted, chunked_sum, chunked_values
 from drafter.distributions import Target, most_likely
 from drafter.losses import Loss, batch_statistic, kld, tvd
 from drafter.models import check_drafter_head, has_plain_head, hidden_states
+from drafter.offline import acceptance_of_written, expected_blocks, split_rows
 from drafter.target_cache import target_at
+from drafter.warping import Sampling
 from drafter.weighting import Weighting, uniform
 
 
@@ -68,6 +70,8 @@ class Distillation(lightning.LightningModule):
         text_share: weight of the next-token loss where a batch has both kinds.
         learning_rate, weight_decay: see `adamw`.
         weighting: what each response position weighs in the mean; see weighting.
+        num_speculative_tokens: gamma of the block efficiency that is logged; see offline.
+        response_top_p: what the responses were drawn with.
     """
 
     def __init__(
@@ -79,8 +83,11 @@ class Distillation(lightning.LightningModule):
         learning_rate: float,
         weight_decay: float = 0.1,
         weighting: Weighting = uniform,
+        num_speculative_tokens: int = 3,
+        response_top_p: float = 1.0,
     ):
         super().__init__()
+        self.num_speculative_tokens, self.response_top_p = num_speculative_tokens, response_top_p
         self.drafter, self.loss, self.text_share, self.weighting = drafter, loss, text_share, weighting
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         # In a tuple the target is no submodule: it is in no checkpoint, no optimizer and no gradient all-reduce.
@@ -113,18 +120,43 @@ class Distillation(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         predicted = self._predicted(batch, hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT))
+        responses_B = ~batch.is_text_B
+        lengths_B, temperature_B = response_mask(batch).sum(1)[responses_B], batch.temperature_B[responses_B]
+        temperature_N = temperature_B.repeat_interleave(lengths_B)
 
-        def yardsticks(logits_p_NV: torch.Tensor, target: Target) -> torch.Tensor:
+        def measures(logits_p_NV: torch.Tensor, rows: slice) -> torch.Tensor:
+            target, tokens_N = predicted.target(rows), predicted.places.tokens_N[rows]
             agreement_N = (logits_p_NV.argmax(-1) == most_likely(target)).float()
             distances = (kld(logits_p_NV, target), tvd(logits_p_NV, target))
-            return torch.stack([torch.ones_like(agreement_N), *distances, agreement_N], dim=-1)
+            accept_N = self._acceptance(logits_p_NV, target, tokens_N, temperature_N[rows])
+            return torch.stack([torch.ones_like(agreement_N), *distances, agreement_N, accept_N], dim=-1)
 
-        self._yardsticks.append(predicted.values(yardsticks).double().sum(0))
+        measured_NM = chunked_values(measures, predicted.hidden_NH, predicted.head)
+        blocks_B = expected_blocks(split_rows(measured_NM[:, -1], lengths_B), lengths_B, self.num_speculative_tokens)
+        sums = [measured_NM[:, :-1].double().sum(0)]
+        for chosen_B in (temperature_B == 0, temperature_B > 0):
+            known_B = chosen_B & blocks_B.isfinite()
+            sums.append(torch.stack([lengths_B[known_B].sum().double(), blocks_B[known_B].sum()]))
+        self._yardsticks.append(torch.cat(sums))
+
+    def _acceptance(
+        self, logits_p_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, temperature_N: torch.Tensor
+    ) -> torch.Tensor:
+        """offline.acceptance_of_written at each position's temperature; not a number where that cannot be told."""
+        accept_N = torch.full_like(temperature_N, math.nan)
+        for temperature in temperature_N.unique().tolist():
+            rows_N = temperature_N == temperature
+            # What a sparse target would be at another temperature is not known; greedily, its argmax was written.
+            if isinstance(target, torch.Tensor) or temperature == 0:
+                q_NV = target[rows_N] if isinstance(target, torch.Tensor) else logits_p_NV[rows_N]
+                how = Sampling(temperature, self.response_top_p)
+                accept_N[rows_N] = acceptance_of_written(logits_p_NV[rows_N], q_NV, tokens_N[rows_N], how)
+        return accept_N
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
         self._yardsticks.clear()
-        count, kld_sum, tvd_sum, agreement = sums.tolist()
+        count, kld_sum, tvd_sum, agreement, *texts = sums.tolist()
         if not math.isfinite(tvd_sum):
             raise ValueError(
                 f"the distance of drafter and target is {tvd_sum} after {self.trainer.global_step} steps: one of them "
@@ -135,6 +167,9 @@ class Distillation(lightning.LightningModule):
         self.log("val/tvd", tvd_sum / count, sync_dist=True)
         self.log("val/acceptance_rate", 1 - tvd_sum / count, prog_bar=True, sync_dist=True)
         self.log("val/argmax_agreement", agreement / count, sync_dist=True)
+        for name, tokens, blocks in (("greedy", *texts[:2]), ("sampled", *texts[2:])):
+            if tokens:
+                self.log(f"val/block_efficiency_{name}", tokens / blocks, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)

@@ -16,7 +16,7 @@ from drafter import rows
 from drafter.engines import Engine, Request
 from drafter.storage import Folder
 
-SCHEMA = pa.schema(
+COLUMNS = pa.schema(
     [
         ("id", pa.string()),
         ("kind", pa.string()),
@@ -27,6 +27,11 @@ SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
     ]
 )
+
+
+def schema(top_p: float) -> pa.Schema:
+    """The columns, and how the responses were drawn: what their block efficiency has to know."""
+    return COLUMNS.with_metadata({b"top_p": str(top_p).encode()})
 
 
 def plan(
@@ -55,6 +60,7 @@ def write_responses(
     engine: Engine,
     parts: list[list[Request]],
     folder: Folder,
+    schema: pa.Schema,
     *,
     stop_ids: list[int],
     vocabulary: int,
@@ -81,5 +87,5 @@ def write_responses(
                     ended = tokens[-1] in stop_ids
                     written.append({**request._asdict(), "response_ids": tokens, "truncated": not ended})
             notes = {"failed": failed, "truncated": sum(row["truncated"] for row in written)}
-            rows.write_shard(folder, number, written, SCHEMA, notes)
+            rows.write_shard(folder, number, written, schema, notes)
             bar.update(len(parts[number]))

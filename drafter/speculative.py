@@ -1,19 +1,22 @@
-"""Speculative decoding of one prompt, and the autoregressive baseline it is measured against.
+"""Speculative decoding, and the autoregressive baseline it is measured against, of one text or several at once.
 
 In each block the drafter proposes gamma tokens, one target call scores them all, `verify` keeps the longest prefix that
 leaves the output's distribution exactly the target's, and the target adds one token of its own (Leviathan et al.,
 arXiv 2211.17192, algorithm 1). Both models' logits are warped (temperature, top-k, top-p) before the accept test.
 
-Shapes: G drafted tokens, V vocabulary.
+How many tokens a block drafts may depend on the drafter's confidence in those that it has drafted (`Adaptive`): the
+accept test takes each token as it was drawn, so that any rule that looks at the drafts alone is lossless too.
+
+Shapes: B texts, G drafted tokens, V vocabulary.
 """
 
-import inspect
 import time
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from drafter.decoders import Decoder, RaggedDecoder
 from drafter.warping import Sampling, warp
 
 
@@ -21,85 +24,126 @@ class Block(NamedTuple):
     """One target call: the tokens drafted, how many of them were accepted, and the tokens that it gave.
 
     `emitted` is the accepted tokens and the target's own one, cut where a stop token or the limit ends the text.
+    `chances` are the probabilities with which each drafted token would be accepted, were it tested; `room` is how many
+    of them can be followed by another token (those before the first stop token).
     """
 
     drafted: list[int]
     accepted: int
     emitted: list[int]
+    chances: tuple[float, ...] = ()
+    room: int = 0
 
     @property
     def tested(self) -> int:
         """Drafted tokens that met the accept test: those behind the first rejection or the end never did."""
         return min(self.accepted + 1, len(self.drafted), len(self.emitted))
 
+    @property
+    def expected(self) -> float:
+        """How many tokens a block with these drafts gives on average over the accept test's coins (Rao-Blackwell).
+
+        Where an accepted draft would end the text, nothing comes after it.
+        """
+        total, reached = 1.0, 1.0
+        for chance in self.chances[: self.room]:
+            reached *= chance
+            total += reached
+        return total
+
+
+class Seconds(NamedTuple):
+    """Wall-clock time of a decoding, shared equally by the texts that were decoded together."""
+
+    total: float
+    drafting: float = 0.0
+    verifying: float = 0.0
+
 
 class Decoded(NamedTuple):
-    """The generated tokens, the blocks that they came in, and the wall-clock seconds that it took."""
+    """The generated tokens, the blocks that they came in, and the time that it took."""
 
     tokens: list[int]
     blocks: list[Block]
-    seconds: float
+    seconds: Seconds
+
+
+class Adaptive(NamedTuple):
+    """Draft until the drafter's own probability for all of a block's tokens so far falls below `threshold`."""
+
+    limit: int = 8
+    threshold: float = 0.3
+
+
+def longest(num_speculative_tokens: int | Adaptive) -> int:
+    """The most tokens that a block may draft."""
+    return num_speculative_tokens.limit if isinstance(num_speculative_tokens, Adaptive) else num_speculative_tokens
+
+
+class Feeds(Protocol):
+    """A model with its cache; see decoders."""
+
+    model: PreTrainedModel
+
+    def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor: ...
+
+    def select(self, rows: list[int]) -> None: ...
+
+
+class Drafts(NamedTuple):
+    """What a block proposes: tokens (B, G), and the distribution that each was drawn from (none if greedy)."""
+
+    tokens_BG: torch.Tensor
+    p_GBV: list[torch.Tensor]
 
 
 def verify(
-    drafted_G: torch.Tensor, p_GV: torch.Tensor, q_GV: torch.Tensor, generator: torch.Generator | None = None
-) -> tuple[int, int]:
+    drafted_BG: torch.Tensor,
+    p_BGV: torch.Tensor,
+    q_BGV: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Accept a prefix of the drafted tokens and choose the target's own next token.
 
     Token i is accepted with probability min(1, q(x_i) / p(x_i)). After a rejection the next token is drawn from
     max(q - p, 0), normalised; after none, from the target's last distribution. The result is a sample of q.
 
     Args:
-        drafted_G: token ids drawn from p_GV, row by row.
-        p_GV: the drafter's warped probabilities, G rows.
-        q_GV: the target's warped probabilities, G + 1 rows.
+        drafted_BG: token ids drawn from p_BGV, place by place.
+        p_BGV: the drafter's warped probabilities at G places.
+        q_BGV: the target's warped probabilities at G + 1 places.
 
     Returns:
-        how many drafted tokens are accepted, and the next token.
+        how many drafted tokens are accepted (B,), the next token (B,), and each token's chance to be accepted (B, G).
     """
-    count = len(drafted_G)
-    chosen_G1 = drafted_G[:, None]
-    p_G, q_G = p_GV.gather(-1, chosen_G1)[:, 0], q_GV[:count].gather(-1, chosen_G1)[:, 0]
-    uniform_G = torch.rand(count, generator=generator, device=p_GV.device)
-    kept_G = (uniform_G * p_G < q_G).long()
-    accepted = int(kept_G.cumprod(0).sum())
-    final_V = q_GV[accepted]
-    if accepted < count:
-        residual_V = (final_V - p_GV[accepted]).clamp_min(0)
-        # p = q up to rounding: a rejection has probability ~0, and the residual is q itself.
-        final_V = residual_V if residual_V.sum() > 0 else final_V
-    return accepted, int(torch.multinomial(final_V, 1, generator=generator))
+    count = drafted_BG.shape[1]
+    chosen_BG1 = drafted_BG[..., None]
+    p_BG, q_BG = p_BGV.gather(-1, chosen_BG1)[..., 0], q_BGV[:, :count].gather(-1, chosen_BG1)[..., 0]
+    uniform_BG = torch.rand(p_BG.shape, generator=generator, device=p_BG.device)
+    accepted_B = (uniform_BG * p_BG < q_BG).long().cumprod(1).sum(1)
+    final_BV = q_BGV[torch.arange(len(q_BGV)), accepted_B]
+    if count:
+        against_BV = p_BGV[torch.arange(len(p_BGV)), accepted_B.clamp_max(count - 1)]
+        residual_BV = (final_BV - against_BV).clamp_min(0)
+        # Where p = q up to rounding, a rejection has probability ~0, and the residual is q itself.
+        use_B1 = (accepted_B[:, None] < count) & (residual_BV.sum(-1, keepdim=True) > 0)
+        final_BV = torch.where(use_B1, residual_BV, final_BV)
+    own_B = torch.multinomial(final_BV, 1, generator=generator)[:, 0]
+    return accepted_B, own_B, (q_BG / p_BG).clamp_max(1)
 
 
-class _Decoder:
-    """A model, its key-value cache, and how many tokens of the text the cache holds."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.cache, self.length = model, DynamicCache(), 0
-        # transformers 5.24 renamed the argument; earlier ones, and models with code of their own, keep the old name.
-        names = inspect.signature(model.forward).parameters
-        self.argument = "cache" if "cache" in names else "past_key_values"
-
-    def logits(self, tokens: list[int], keep: int) -> torch.Tensor:
-        """Feed what the cache lacks of `tokens`; the logits of the last `keep` positions, shape (keep, V)."""
-        ids = torch.tensor([tokens[self.length :]], device=self.model.device)
-        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=keep, **{self.argument: self.cache})
-        self.length = len(tokens)
-        return output.logits[0]
-
-    def keep(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        if self.length > length:
-            self.cache.crop(length - self.length)
-            self.length = length
+def verify_greedy(drafted_BG: torch.Tensor, best_BG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`verify` for distributions with all mass on one token: the target's best one at each of G + 1 places."""
+    same_BG = (drafted_BG == best_BG[:, : drafted_BG.shape[1]]).long()
+    accepted_B = same_BG.cumprod(1).sum(1)
+    return accepted_B, best_BG.gather(1, accepted_B[:, None])[:, 0], same_BG.float()
 
 
-@torch.inference_mode()
 def speculative_decode(
     target: PreTrainedModel,
     drafter: PreTrainedModel,
     prompt: list[int],
-    num_speculative_tokens: int,
+    num_speculative_tokens: int | Adaptive,
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: list[int],
@@ -113,28 +157,128 @@ def speculative_decode(
     Raises:
         ValueError: num_speculative_tokens or max_new_tokens is below 1, or prompt is empty.
     """
+    how = num_speculative_tokens, max_new_tokens, sampling, stop_ids, generator
     check_decoding(num_speculative_tokens, max_new_tokens, prompt)
-    began = time.perf_counter()
-    blocks: list[Block] = []
-    text, end = list(prompt), len(prompt) + max_new_tokens
-    fast, slow = _Decoder(drafter), _Decoder(target)
-    while len(text) < end and not (blocks and text[-1] in stop_ids):
-        known = len(text)
-        # The last token of the text is always the target's own, so a draft never reaches beyond the limit.
-        rows = []
-        for _ in range(min(num_speculative_tokens, end - known - 1)):
-            rows.append(warp(fast.logits(text, 1), sampling)[0])
-            text.append(int(torch.multinomial(rows[-1], 1, generator=generator)))
-        drafted = text[known:]
-        q_GV = warp(slow.logits(text, len(drafted) + 1), sampling)
-        p_GV = torch.stack(rows) if rows else q_GV[:0]
-        accepted, added = verify(torch.tensor(drafted, device=q_GV.device).long(), p_GV, q_GV, generator)
-        emitted = _until_stop([*drafted[:accepted], added], stop_ids)
-        text[known:] = emitted
-        fast.keep(known + accepted)
-        slow.keep(known + accepted)
-        blocks.append(Block(drafted, min(accepted, len(emitted)), emitted))
-    return Decoded(text[len(prompt) :], blocks, time.perf_counter() - began)
+    return _decode(Decoder(target), Decoder(drafter), [prompt], *how)[0]
+
+
+def speculative_decode_batch(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    prompts: list[list[int]],
+    num_speculative_tokens: int | Adaptive,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: list[int],
+    generator: torch.Generator | None = None,
+) -> list[Decoded]:
+    """`speculative_decode` of several prompts side by side, each text advancing by what it accepts.
+
+    Raises:
+        ValueError: as above, or a model's attention does not allow it (see decoders.RaggedDecoder).
+    """
+    for prompt in prompts:
+        check_decoding(num_speculative_tokens, max_new_tokens, prompt)
+    capacity = max(map(len, prompts), default=0) + max_new_tokens + longest(num_speculative_tokens) + 1
+    slow, fast = (RaggedDecoder(model, capacity) for model in (target, drafter))
+    how = num_speculative_tokens, max_new_tokens, sampling, stop_ids, generator
+    return _decode(slow, fast, prompts, *how)
+
+
+@torch.inference_mode()
+def _decode(
+    slow: Feeds,
+    fast: Feeds,
+    prompts: list[list[int]],
+    num_speculative_tokens: int | Adaptive,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: list[int],
+    generator: torch.Generator | None,
+) -> list[Decoded]:
+    """The loop. `known` is how many tokens of a text are cached: all but its last one or two."""
+    clock = _Clock(slow.model)
+    texts, ends = [list(prompt) for prompt in prompts], [len(prompt) + max_new_tokens for prompt in prompts]
+    blocks: list[list[Block]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    known = _read_prompts(slow, texts), _read_prompts(fast, texts)
+    while active:
+        room = max(ends[i] - len(texts[i]) for i in active)
+        # The last token of a text is always the target's own, so a draft never reaches beyond the limit.
+        drafts = _draft(
+            fast, [texts[i] for i in active], known[1], num_speculative_tokens, room - 1, sampling, generator
+        )
+        clock.drafted()
+        count = drafts.tokens_BG.shape[1]
+        drafted = drafts.tokens_BG.tolist()
+        fed = [texts[i][start:] + row for i, start, row in zip(active, known[0], drafted, strict=True)]
+        logits_BGV = slow.feed(fed, known[0], count + 1)
+        if sampling.temperature == 0:
+            result = verify_greedy(drafts.tokens_BG, logits_BGV.argmax(-1))
+        else:
+            q_BGV = warp(logits_BGV, sampling)
+            p_BGV = torch.stack(drafts.p_GBV, 1) if count else q_BGV[:, :0]
+            result = verify(drafts.tokens_BG, p_BGV, q_BGV, generator)
+        accepted, own, chances = (part.tolist() for part in result)
+        clock.verified()
+        going: list[int] = []
+        starts: tuple[list[int], list[int]] = ([], [])
+        for row, i in enumerate(active):
+            emitted = _until_stop([*drafted[row][: accepted[row]], own[row]], stop_ids)[: ends[i] - len(texts[i])]
+            drafts_of_row = drafted[row][: ends[i] - len(texts[i]) - 1]
+            kept = min(accepted[row], len(emitted), len(drafts_of_row))
+            chances_of_row = tuple(chances[row][: len(drafts_of_row)])
+            before_stop = len(_until_stop([*drafts_of_row, -1], stop_ids)) - 1
+            blocks[i].append(Block(drafts_of_row, kept, emitted, chances_of_row, before_stop))
+            before = len(texts[i])
+            texts[i] += emitted
+            if len(texts[i]) < ends[i] and emitted[-1] not in stop_ids:
+                going.append(row)
+                starts[0].append(len(texts[i]) - 1)
+                starts[1].append(min(len(texts[i]) - 1, before + max(count - 1, 0)))
+        if len(going) < len(active) and going:
+            slow.select(going)
+            fast.select(going)
+        active = [active[row] for row in going]
+        # One number of tokens is fed to all texts: what some lack, the others are told again.
+        lacking = max((len(texts[i]) - start for i, start in zip(active, starts[1], strict=True)), default=0)
+        known = starts[0], [len(texts[i]) - lacking for i in active]
+    seconds = clock.seconds(len(prompts))
+    return [Decoded(texts[i][len(prompt) :], blocks[i], seconds) for i, prompt in enumerate(prompts)]
+
+
+def _draft(
+    fast: Feeds,
+    texts: list[list[int]],
+    known: list[int],
+    num_speculative_tokens: int | Adaptive,
+    room: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Drafts:
+    """Draw up to gamma tokens for each text, or as long as the drafter is sure of those of any text."""
+    adaptive = num_speculative_tokens if isinstance(num_speculative_tokens, Adaptive) else None
+    greedy = sampling.temperature == 0
+    fed, starts = [text[start:] for text, start in zip(texts, known, strict=True)], known
+    tokens, probabilities, sure_B = [], [], torch.ones(len(texts))
+    for step in range(min(longest(num_speculative_tokens), room)):
+        logits_BV = fast.feed(fed, starts, 1)[:, -1]
+        if greedy:
+            chosen_B = logits_BV.argmax(-1)
+            p_BV = logits_BV.float().softmax(-1) if adaptive else None
+        else:
+            p_BV = warp(logits_BV, sampling)
+            probabilities.append(p_BV)
+            chosen_B = torch.multinomial(p_BV, 1, generator=generator)[:, 0]
+        tokens.append(chosen_B)
+        if adaptive and p_BV is not None:
+            sure_B = sure_B.to(p_BV) * p_BV.gather(1, chosen_B[:, None])[:, 0]
+            if sure_B.max() < adaptive.threshold:
+                break
+        fed, starts = [[token] for token in chosen_B.tolist()], [len(text) + step for text in texts]
+    if not tokens:
+        return Drafts(torch.zeros(len(texts), 0, dtype=torch.long, device=fast.model.device), [])
+    return Drafts(torch.stack(tokens, 1), probabilities)
 
 
 @torch.inference_mode()
@@ -148,24 +292,70 @@ def autoregressive_decode(
 ) -> Decoded:
     """Continue a prompt one token a target call, with the same cache and the same sampling: the baseline."""
     check_decoding(1, max_new_tokens, prompt)
-    began = time.perf_counter()
+    clock, model, text = _Clock(target), Decoder(target), list(prompt)
     blocks: list[Block] = []
-    text, model = list(prompt), _Decoder(target)
+    fed, start = text[:], 0
     while len(blocks) < max_new_tokens and not (blocks and text[-1] in stop_ids):
-        probs_V = warp(model.logits(text, 1), sampling)[0]
-        text.append(int(torch.multinomial(probs_V, 1, generator=generator)))
-        blocks.append(Block([], 0, text[-1:]))
-    return Decoded(text[len(prompt) :], blocks, time.perf_counter() - began)
+        logits_V = model.feed([fed], [start], 1)[0, -1]
+        if sampling.temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            token = int(torch.multinomial(warp(logits_V, sampling), 1, generator=generator))
+        start += len(fed)
+        fed = [token]
+        text.append(token)
+        blocks.append(Block([], 0, [token]))
+    return Decoded(text[len(prompt) :], blocks, clock.seconds(1))
 
 
-def check_decoding(num_speculative_tokens: int, max_new_tokens: int, prompt: list[int]) -> None:
+def check_decoding(num_speculative_tokens: int | Adaptive, max_new_tokens: int, prompt: list[int]) -> None:
     """Refuse what cannot be decoded, before any model is called."""
-    if num_speculative_tokens < 1:
-        raise ValueError(f"num_speculative_tokens (gamma) is {num_speculative_tokens}, must be at least 1")
+    if longest(num_speculative_tokens) < 1:
+        raise ValueError(f"num_speculative_tokens (gamma) is {longest(num_speculative_tokens)}, must be at least 1")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, must be at least 1")
     if not prompt:
         raise ValueError("the prompt has no tokens")
+
+
+class _Clock:
+    """Seconds in drafting, in verifying and in all; on a GPU it waits for what was asked to be done."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.device = model.device
+        self.parts = [0.0, 0.0]
+        self.began = self.last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def drafted(self) -> None:
+        self._add(0)
+
+    def verified(self) -> None:
+        self._add(1)
+
+    def _add(self, part: int) -> None:
+        now = self._now()
+        self.parts[part] += now - self.last
+        self.last = now
+
+    def seconds(self, texts: int) -> Seconds:
+        return Seconds(*(part / texts for part in (self._now() - self.began, *self.parts)))
+
+
+def _read_prompts(model: Feeds, texts: list[list[int]]) -> list[int]:
+    """Where each text's cache ends: prompts of one length wait for the first block, others are read up to their last
+    token, so that every text is fed as many tokens from then on.
+    """
+    lengths = [len(text) for text in texts]
+    if len(set(lengths)) <= 1:
+        return [0] * len(texts)
+    width = max(lengths) - 1
+    model.feed([text[:-1] + [0] * (width - len(text) + 1) for text in texts], [0] * len(texts), 1)
+    return [length - 1 for length in lengths]
 
 
 def _until_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:

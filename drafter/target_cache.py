@@ -128,7 +128,7 @@ def write_cache(
     """
     _refuse_not_finite(target.get_output_embeddings().weight, "output embedding")
     plain_head = has_plain_head(target)
-    schema = pa.schema([*responses.schema, *format.fields(vocabulary_rows(target))])
+    schema = pa.schema([*responses.schema, *format.fields(vocabulary_rows(target))], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
     mine = [number for number in rows.missing_shards(folder, len(starts)) if number % world_size == rank]
     with tqdm(total=shard_size * len(mine), desc="cache", unit="row", disable=rank > 0) as bar:
@@ -151,7 +151,7 @@ def _rows(
     target: PreTrainedModel, chosen: list[rows.Row], format: Format, plain_head: bool
 ) -> list[dict[str, np.ndarray]]:
     """The format's columns of each row, from one forward over all of them."""
-    batch = Batch(*(part.to(target.device) for part in collate([response_sequence(row) for row in chosen])[:4]))
+    batch = Batch(*(part.to(target.device) for part in collate([response_sequence(row) for row in chosen])[:-1]))
     hidden_NH, logits = live_target(target, batch, plain_head)
     if hidden_NH is not None:
         _refuse_not_finite(hidden_NH, f"hidden states for the responses {[row['id'] for row in chosen]}")

@@ -1,20 +1,22 @@
 """Stage 4: decode the tasks' prompts with each drafter, beside the autoregressive baseline. Config: conf/evaluate.yaml.
 
-One directory a drafter, so that a new drafter costs its own evaluation alone; and in each the baseline runs between the
-drafter's own decodings, prompt by prompt, so that a ratio of token rates is of one machine at one time.
+One directory a drafter, so that a new drafter costs its own evaluation alone. All that are new go together, prompt by
+prompt: the baseline is decoded once for all of them, and a ratio of token rates is of one machine at one time. Prompts
+are shared out to the ranks a part at a time, and an interrupted evaluation goes on with the missing parts.
 """
 
 import logging
 import zlib
+from collections import Counter
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.artifacts import (
     MANIFEST,
@@ -25,7 +27,7 @@ from drafter.artifacts import (
     read_manifest,
     write_jsonl,
 )
-from drafter.metrics import count
+from drafter.metrics import by_position, count
 from drafter.models import (
     check_same_vocabulary,
     check_same_width,
@@ -35,30 +37,64 @@ from drafter.models import (
     num_parameters,
 )
 from drafter.prompts import encode_prompts, stop_ids
-from drafter.ranks import join
-from drafter.speculative import Decoded, Sampling, autoregressive_decode, check_decoding, speculative_decode
+from drafter.ranks import join, wait_for_all
+from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
+from drafter.warping import Sampling
 from experiments.inputs import data_fingerprint, plain, target_fingerprint
 
 log = logging.getLogger(__name__)
+PART = 8  # prompts that are evaluated, and written, together
+
+
+class Task(NamedTuple):
+    """One prompt of a task, and how it is decoded."""
+
+    name: str
+    prompt_id: str
+    message: str
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: Sampling
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    """Evaluate every drafter that has not been."""
+    """Evaluate every drafter that has not been, all of them prompt by prompt."""
     check(cfg)
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
     settings = {**plain(cfg.evaluate), "tasks": plain(cfg.task), "seed": cfg.seed}
+    stages = {
+        path: Stage(
+            Path(cfg.out) / Path(path).name, "evaluate", settings, {**shared, "drafter": model_fingerprint(path)}
+        )
+        for path in find_drafters(list(cfg.drafters))
+    }
+    pending = {path: stage for path, stage in stages.items() if not stage.complete}
+    if not pending:
+        return log.info("%s is up to date (%d drafters)", cfg.out, len(stages))
     ranks = join()
-    target = None
-    for path in find_drafters(list(cfg.drafters))[ranks.rank :: ranks.world_size]:
-        inputs = {**shared, "drafter": model_fingerprint(path)}
-        stage = Stage(Path(cfg.out) / Path(path).name, "evaluate", settings, inputs)
-        if stage.complete:
-            log.info("%s is up to date", stage.directory)
-            continue
-        if target is None:
-            target = load_target(**cfg.target).to(ranks.device)
-        evaluate(target, path, stage, cfg)
+    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    target = load_target(**cfg.target).to(ranks.device)
+    drafters = {path: load_drafter(path, tokenizer, target) for path in pending}
+    work = prompts(cfg, tokenizer, min(map(context_length, (target, *drafters.values()))))
+    parts = [work[start : start + PART] for start in range(0, len(work), PART)]
+    for drafter in drafters.values():  # first calls are slow, and nobody's fault
+        speculative_decode(target, drafter, work[0].prompt, 3, 8, Sampling(), [])
+    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    for number in tqdm(range(ranks.rank, len(parts), ranks.world_size), desc="evaluate", unit=f"{PART} prompts"):
+        missing = {path: pending[path].directory / f"part-{number:05d}.jsonl" for path in pending}
+        missing = {path: file for path, file in missing.items() if not file.exists()}
+        rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
+        for task in parts[number] if missing else []:
+            decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, cfg)
+            for path, of_drafter in decoded.items():
+                rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
+        for path, file in missing.items():
+            write_jsonl(file, rows[path])
+    wait_for_all()
+    if ranks.rank == 0:
+        for path, stage in pending.items():
+            finish(path, stage, len(parts), drafters[path], target, cfg)
 
 
 def check(cfg: DictConfig) -> None:
@@ -66,7 +102,7 @@ def check(cfg: DictConfig) -> None:
     for task, how in cfg.task.items():
         sampling_of(task, how, cfg)
         for gamma in cfg.evaluate.num_speculative_tokens:
-            check_decoding(gamma, how.max_new_tokens, [0])
+            check_decoding(gamma_of(gamma, cfg), how.max_new_tokens, [0])
 
 
 def sampling_of(task: str, how: DictConfig, cfg: DictConfig) -> Sampling:
@@ -103,47 +139,93 @@ def find_drafters(patterns: list[str]) -> list[str]:
     return found
 
 
-def evaluate(target: PreTrainedModel, path: str, stage: Stage, cfg: DictConfig) -> None:
-    """Write counts.jsonl (a row for each task, gamma and prompt) and samples.jsonl (texts by block)."""
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+def load_drafter(path: str, tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> PreTrainedModel:
+    """A drafter on the target's device, its vocabulary checked."""
     check_same_vocabulary(tokenizer, load_tokenizer(path))
     drafter = load_target(path).to(target.device)
     check_same_width(target, drafter)
-    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
-    context = min(context_length(target), context_length(drafter))
+    return drafter
+
+
+def prompts(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> list[Task]:
+    """Every task's prompts, encoded and checked, the tasks in turn: so that a part of them all is a fair sample."""
     every = read_jsonl(f"{cfg.inputs.data}/tasks.jsonl")
-    work = []
-    for task, how in cfg.task.items():
-        rows = [row for row in every if row["task"] == task][: cfg.evaluate.prompts_per_task]
-        prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], how.max_new_tokens, context)
-        work += [(task, how, row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-    if work:  # first calls are slow, and nobody's fault
-        speculative_decode(target, drafter, work[0][3], 3, 8, Sampling(), stops)
-    counts: list[dict[str, Any]] = []
-    samples: list[dict[str, Any]] = []
-    greedy = differing = 0
-    for task, how, row, prompt in tqdm(work, desc=f"evaluate {stage.directory.name}", unit="prompt"):
-        sampling = sampling_of(task, how, cfg)
-        generator = torch.Generator(target.device).manual_seed(zlib.crc32(row["id"].encode()) + cfg.seed)
-        baseline = autoregressive_decode(target, prompt, how.max_new_tokens, sampling, stops, generator)
+    tasks = []
+    for name, how in cfg.task.items():
+        rows = [row for row in every if row["task"] == name][: cfg.evaluate.prompts_per_task]
+        encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows], how.max_new_tokens, context)
+        sampling = sampling_of(name, how, cfg)
+        tasks += [
+            Task(name, row["id"], row["prompt"], prompt, how.max_new_tokens, sampling)
+            for row, prompt in zip(rows, encoded, strict=True)
+        ]
+    return tasks
+
+
+def decode(
+    task: Task, target: PreTrainedModel, drafters: dict[str, PreTrainedModel], stops: list[int], cfg: DictConfig
+) -> dict[str, list[tuple[dict[str, Any], Decoded]]]:
+    """One prompt: the baseline once, then each drafter at each gamma. Rows of counts, with what they count."""
+    how = task.max_new_tokens, task.sampling, stops
+    generator = torch.Generator(target.device).manual_seed(zlib.crc32(task.prompt_id.encode()) + cfg.seed)
+    baseline = autoregressive_decode(target, task.prompt, *how, generator)
+    found: dict[str, list[tuple[dict[str, Any], Decoded]]] = {path: [] for path in drafters}
+    for path, drafter in drafters.items():
         for gamma in cfg.evaluate.num_speculative_tokens:
-            decoded = speculative_decode(target, drafter, prompt, gamma, how.max_new_tokens, sampling, stops, generator)
-            greedy += sampling.temperature == 0
-            differing += sampling.temperature == 0 and decoded.tokens != baseline.tokens
-            key = {"task": task, "gamma": gamma, "prompt": row["id"]}
-            counts.append({**key, **count(decoded, baseline)._asdict()})
-            kept = sum(sample["task"] == task and sample["gamma"] == gamma for sample in samples)
-            if kept < cfg.evaluate.samples_per_task:
-                samples.append({**key, "message": row["prompt"], "blocks": as_text(decoded, tokenizer)})
-    write_jsonl(stage.directory / "counts.jsonl", counts)
+            decoded = speculative_decode(target, drafter, task.prompt, gamma_of(gamma, cfg), *how, generator)
+            row = {
+                "task": task.name,
+                "gamma": gamma,
+                "prompt": task.prompt_id,
+                **count(decoded, baseline)._asdict(),
+                "by_position": by_position(decoded.blocks),
+                "greedy": task.sampling.temperature == 0,
+                "like_the_target": decoded.tokens == baseline.tokens,
+                "message": task.message,
+            }
+            found[path].append((row, decoded))
+    return found
+
+
+def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
+    """A number, or what "adaptive" stands for.
+
+    Raises:
+        ValueError: another word.
+    """
+    if isinstance(gamma, str):
+        if gamma != "adaptive":
+            raise ValueError(f"evaluate.num_speculative_tokens has '{gamma}': numbers and 'adaptive' are known")
+        return Adaptive(**plain(cfg.evaluate.adaptive))
+    return gamma
+
+
+def finish(
+    path: str, stage: Stage, parts: int, drafter: PreTrainedModel, target: PreTrainedModel, cfg: DictConfig
+) -> None:
+    """All parts as counts.jsonl (a row for each task, gamma and prompt) and samples.jsonl (texts by block)."""
+    files = [stage.directory / f"part-{number:05d}.jsonl" for number in range(parts)]
+    rows = [row for file in files for row in read_jsonl(file)]
+    shown: Counter[tuple[str, str]] = Counter()
+    samples = []
+    for row in rows:
+        sample = {name: row[name] for name in ("task", "gamma", "prompt")}
+        sample |= {name: row.pop(name) for name in ("message", "blocks")}
+        shown[row["task"], str(row["gamma"])] += 1
+        if shown[row["task"], str(row["gamma"])] <= cfg.evaluate.samples_per_task:
+            samples.append(sample)
+    greedy = [row for row in rows if row["greedy"]]
+    write_jsonl(stage.directory / "counts.jsonl", rows)
     write_jsonl(stage.directory / "samples.jsonl", samples)
+    for file in files:
+        file.unlink()
     stage.finish(
         counts={
             **identity_of(path),
             "drafter_parameters": num_parameters(drafter),
             "target_parameters": num_parameters(target),
-            "greedy_outputs": greedy,
-            "greedy_outputs_unlike_the_target": int(differing),
+            "greedy_outputs": len(greedy),
+            "greedy_outputs_unlike_the_target": sum(not row["like_the_target"] for row in greedy),
         }
     )
 

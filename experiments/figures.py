@@ -42,7 +42,7 @@ def colours(losses: Sequence[str]) -> dict[str, str]:
 def draw_efficiency(rows: Sequence["Row"], path: Path) -> str:
     """Bars of block efficiency with 95% intervals, a panel for each gamma; the SVG's text."""
     losses, tasks = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("loss", "task"))
-    gammas = sorted({row.gamma for row in rows})
+    gammas = list(dict.fromkeys(row.gamma for row in sorted(rows, key=lambda row: str(row.gamma))))
     colour, width = colours(losses), 0.8 / len(losses)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(

@@ -50,8 +50,16 @@ def main(cfg: DictConfig) -> None:
         reference = load_target(cfg.weighting.reference)
         check_same_width(target, reference)
         weighting = partial(weighting, reference=reference)
-    share, rate = cfg.finetune.text_share, cfg.finetune.learning_rate
-    module = Distillation(target, drafter, loss, share, rate, weighting=weighting)
+    module = Distillation(
+        target,
+        drafter,
+        loss,
+        cfg.finetune.text_share,
+        cfg.finetune.learning_rate,
+        weighting=weighting,
+        num_speculative_tokens=cfg.finetune.num_speculative_tokens,
+        response_top_p=float(rows.schema.metadata[b"top_p"]),
+    )
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name)
     save(drafter, tokenizer, stage, trainer)
 

@@ -32,7 +32,7 @@ def write_html(
     page = environment.get_template("report.html.jinja").render(
         rows=rows,
         tasks=list(dict.fromkeys(row.task for row in rows)),
-        gammas=sorted({row.gamma for row in rows}),
+        gammas=list(dict.fromkeys(row.gamma for row in sorted(rows, key=lambda row: str(row.gamma)))),
         figures=figures,
         samples=by_prompt(samples),
         notes=notes,
@@ -45,7 +45,7 @@ def by_prompt(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The first text of each task at the smallest gamma, with every drafter's decoding of it."""
     chosen: dict[str, dict[str, Any]] = {}
     for drafter, texts in samples.items():
-        for text in sorted(texts, key=lambda text: text["gamma"]):
+        for text in sorted(texts, key=lambda text: str(text["gamma"])):
             row = chosen.setdefault(text["task"], {**text, "decodings": {}})
             if (text["prompt"], text["gamma"]) == (row["prompt"], row["gamma"]):
                 tokens = sum(len(block["accepted"]) + len(block["own"]) for block in text["blocks"])

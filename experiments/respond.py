@@ -13,7 +13,7 @@ from drafter.engines import Engine, Limits, Request, transformers_engine, vllm_e
 from drafter.models import context_limit, generation_eos, load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
-from drafter.responses import SCHEMA, plan, shards, write_responses
+from drafter.responses import plan, schema, shards, write_responses
 from experiments.inputs import data_fingerprint, plain, target_inputs
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def main(cfg: DictConfig) -> None:
         engine(cfg, limits, ranks),
         parts,
         stage.folder,
+        schema(settings.top_p),
         stop_ids=limits.stop_ids,
         vocabulary=len(tokenizer),
         seed=cfg.seed,
@@ -44,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     )
     wait_for_all()
     if ranks.rank == 0:
-        files, notes = rows.finish(stage.folder, len(parts), SCHEMA)
+        files, notes = rows.finish(stage.folder, len(parts), schema(settings.top_p))
         failed = sum((Counter(note["failed"]) for note in notes), Counter[str]())
         counts = {
             "asked": len(requests) + skipped.total(),

@@ -23,9 +23,13 @@ log = logging.getLogger(__name__)
 POOLED = "in domain, all"
 CONVENTION = (
     "τ is tokens per target call and counts the target's own token of each block (1: autoregressive; at most γ + 1). "
+    "Expected τ has each accept test's chance in the place of its coin: the same mean, less noise. "
     "MBSU is τ / (cγ + 1), c drafter / target parameters. Token rate is tokens per second with the drafter / without, "
     "same prompts, same machine, one run. In brackets: 95% bootstrap intervals over prompts."
 )
+
+
+Gamma = int | str  # "adaptive"
 
 
 class Evaluation(NamedTuple):
@@ -35,7 +39,8 @@ class Evaluation(NamedTuple):
     seed: int
     size_ratio: float
     in_domain: tuple[str, ...]
-    counts: dict[tuple[str, int, str], Counts]
+    counts: dict[tuple[str, Gamma, str], Counts]
+    positions: list[tuple[Gamma, list[int], list[int]]]  # accepted and tested drafts at each place of a block
     directory: Path
 
 
@@ -44,10 +49,11 @@ class Row(NamedTuple):
 
     loss: str
     task: str
-    gamma: int
+    gamma: Gamma
     seeds: int
     prompts: int
     block_efficiency: Estimate
+    expected: Estimate
     gain: Estimate | None
     speedup: Estimate
     token_rate_ratio: Estimate
@@ -67,8 +73,12 @@ def main(cfg: DictConfig) -> None:
         "curves": draw_curves(curves, out / "figures" / "curves"),
     }
     notes = [CONVENTION, describe(evaluations), f"Measured on {machine()}, commit {commits(evaluations)}."]
-    tables = {f"γ = {gamma}": markdown([row for row in rows if row.gamma == gamma], cfg.base) for gamma in gammas(rows)}
-    sections = [f"### {title}\n\n{table}\n" for title, table in tables.items()]
+    tables = {
+        f"γ = {gamma}": markdown([row for row in rows if row.gamma == gamma], cfg.base)
+        for gamma in in_order(row.gamma for row in rows)
+    }
+    tables["Acceptance rate by place in the block, all tasks, at the largest γ"] = positions_table(evaluations)
+    sections = [f"### {title}\n\n{table}\n" for title, table in tables.items() if table]
     (out / "results.md").write_text("\n".join([*sections, *(f"{note}\n" for note in notes)]))
     samples = {
         evaluation.directory.name: read_jsonl(evaluation.directory / "samples.jsonl")
@@ -89,13 +99,15 @@ def read_evaluations(folder: Path, base: str = "pretrained") -> list[Evaluation]
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         manifest = read_manifest(path.parent, "evaluate")
         summary, tasks = manifest["counts"], manifest["settings"]["tasks"]
+        rows = read_jsonl(path.parent / "counts.jsonl")
         counts = {
             (row["task"], row["gamma"], row["prompt"]): Counts(*(row[field] for field in Counts._fields))
-            for row in read_jsonl(path.parent / "counts.jsonl")
+            for row in rows
         }
+        positions = [(row["gamma"], *row["by_position"]) for row in rows]
         ratio = summary["drafter_parameters"] / summary["target_parameters"]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
-        found.append(Evaluation(summary["loss"], summary["seed"], ratio, in_domain, counts, path.parent))
+        found.append(Evaluation(summary["loss"], summary["seed"], ratio, in_domain, counts, positions, path.parent))
     if not found:
         raise ArtifactError(f"no finished evaluation under {folder}: run `python -m experiments.evaluate` first")
     if base not in (names := {evaluation.loss for evaluation in found} | {"pretrained"}):
@@ -112,7 +124,9 @@ def summarise(evaluations: list[Evaluation], base: str = "pretrained") -> list[R
             counts = cell(of_loss, task, gamma)
             reference = cell([evaluation for evaluation in evaluations if evaluation.loss == base], task, gamma)
             efficiency = estimate(counts, "block_efficiency")
-            speedup = [memory_bound_speedup(value, of_loss[0].size_ratio, gamma) for value in efficiency]
+            sums = Counts(*np.sum(list(counts.values()), axis=0))
+            drafts = gamma if isinstance(gamma, int) else sums.drafted / sums.target_calls
+            speedup = [memory_bound_speedup(value, of_loss[0].size_ratio, drafts) for value in efficiency]
             comparable = loss != base and reference.keys() == counts.keys()
             rows.append(
                 Row(
@@ -122,6 +136,7 @@ def summarise(evaluations: list[Evaluation], base: str = "pretrained") -> list[R
                     len(of_loss),
                     len(counts),
                     efficiency,
+                    estimate(counts, "expected_block_efficiency"),
                     paired_difference(counts, reference, "block_efficiency") if comparable else None,
                     Estimate(*speedup),
                     estimate(counts, "token_rate_ratio"),
@@ -131,15 +146,15 @@ def summarise(evaluations: list[Evaluation], base: str = "pretrained") -> list[R
     return rows
 
 
-def cells(evaluation: Evaluation) -> list[tuple[str, int]]:
+def cells(evaluation: Evaluation) -> list[tuple[str, Gamma]]:
     """The tasks and gammas of a drafter, and where it has several tasks in the domain, all of these as one."""
     run = list(dict.fromkeys((task, gamma) for task, gamma, _ in evaluation.counts))
     pooled = {gamma for task, gamma in run if task in evaluation.in_domain}
     several = len({task for task, _ in run if task in evaluation.in_domain}) > 1
-    return run + [(POOLED, gamma) for gamma in sorted(pooled) if several]
+    return run + [(POOLED, gamma) for gamma in in_order(pooled) if several]
 
 
-def cell(evaluations: Iterable[Evaluation], task: str, gamma: int) -> dict[str, np.ndarray]:
+def cell(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str, np.ndarray]:
     """Counts by prompt of one task (or POOLED) and gamma, summed over the evaluations (seeds)."""
     picked = [
         (prompt, counts)
@@ -153,14 +168,14 @@ def cell(evaluations: Iterable[Evaluation], task: str, gamma: int) -> dict[str, 
 def markdown(rows: list[Row], base: str = "pretrained") -> str:
     """One line a task and loss."""
     lines = [
-        f"| task | drafter | τ | τ − {base} | MBSU | token rate | acceptance rate |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| task | drafter | τ | expected τ | τ − {base} | MBSU | token rate | acceptance rate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task in dict.fromkeys(row.task for row in rows):
         for row in (row for row in rows if row.task == task):
             gain = with_interval(row.gain, signed=True) if row.gain else ""
-            cells = [task, row.loss, with_interval(row.block_efficiency), gain, with_interval(row.speedup)]
-            cells += [with_interval(row.token_rate_ratio), with_interval(row.acceptance_rate)]
+            cells = [task, row.loss, with_interval(row.block_efficiency), with_interval(row.expected), gain]
+            cells += map(with_interval, (row.speedup, row.token_rate_ratio, row.acceptance_rate))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -178,11 +193,11 @@ def describe(evaluations: list[Evaluation]) -> str:
     greedy = sum(counts["greedy_outputs"] for counts in manifests)
     prompts = {(key[0], key[2]) for evaluation in evaluations for key in evaluation.counts}
     seeds = {evaluation.seed for evaluation in evaluations if evaluation.loss != "pretrained"}
-    return (
-        f"{len(prompts)} prompts, {len(seeds)} seed{'s' * (len(seeds) != 1)} a loss, "
-        f"c = {evaluations[0].size_ratio:.4f}. Greedy text equal to the target's own in {greedy - unlike} of {greedy} "
-        f"decodings."
-    )
+    ratio, plural = evaluations[0].size_ratio, "s" * (len(seeds) != 1)
+    described = f"{len(prompts)} prompts, {len(seeds)} seed{plural} a loss, c = {ratio:.4f}."
+    if greedy:
+        described += f" Greedy text equal to the target's own in {greedy - unlike} of {greedy} decodings."
+    return described
 
 
 def commits(evaluations: list[Evaluation]) -> str:
@@ -191,9 +206,27 @@ def commits(evaluations: list[Evaluation]) -> str:
     return ", ".join(sorted({manifest["environment"]["commit"] for manifest in manifests}))
 
 
-def gammas(rows: list[Row]) -> list[int]:
-    """Every gamma that was run, ascending."""
-    return sorted({row.gamma for row in rows})
+def in_order(gammas: Iterable[Gamma]) -> list[Gamma]:
+    """Each gamma once: numbers ascending, then "adaptive"."""
+    return sorted(set(gammas), key=lambda gamma: (isinstance(gamma, str), gamma))
+
+
+def positions_table(evaluations: list[Evaluation]) -> str:
+    """The acceptance rate at each place of a block, over all tasks and seeds, at the largest gamma."""
+    largest = max((gamma for one in evaluations for gamma, *_ in one.positions if isinstance(gamma, int)), default=0)
+    lines = [
+        "| drafter | " + " | ".join(f"draft {place}" for place in range(1, largest + 1)) + " |",
+        "| --- |" + " --- |" * largest,
+    ]
+    for loss in dict.fromkeys(one.loss for one in evaluations):
+        sums = np.zeros((2, largest))
+        for one in evaluations:
+            for gamma, *counts in one.positions:
+                if one.loss == loss and gamma == largest:
+                    sums[:, : len(counts[0])] += np.array(counts)
+        rates = [f"{accepted / tested:.2f}" if tested else "" for accepted, tested in sums.T]
+        lines.append(f"| {loss} | " + " | ".join(rates) + " |")
+    return "\n".join(lines) if largest else ""
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, list[dict[str, float]]]]:

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from drafter.batches import response_sequence
 from drafter.rows import Rows
 
 VOCABULARY = 64
@@ -121,6 +122,11 @@ def world(tmp_path_factory):
 
     main([*overrides, "losses=[kld,tvdpp]", "seeds=[1]"])
     return overrides, folder / "run"
+
+
+def answered(prompt_ids, response_ids, temperature=1.0):
+    """A sample of a prompt and its response."""
+    return response_sequence({"prompt_ids": prompt_ids, "response_ids": response_ids, "temperature": temperature})
 
 
 def finished_rows(folder, files, stage):

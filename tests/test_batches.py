@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from drafter.batches import Sequence, by_budget, collate, response_sequence
+from drafter.batches import Sequence, by_budget, collate
+from tests.conftest import answered
 
 
 def test_a_packed_sequence_of_l_tokens_has_l_minus_1_targets():
@@ -12,25 +13,24 @@ def test_a_packed_sequence_of_l_tokens_has_l_minus_1_targets():
 
 
 def test_a_response_has_one_place_a_token_and_none_in_the_prompt():
-    row = {"prompt_ids": [1, 2, 3], "response_ids": [7, 8]}
-    batch = collate([response_sequence(row), Sequence(np.arange(8), 1, True)])
+    batch = collate([answered([1, 2, 3], [7, 8], 0.5), Sequence(np.arange(8), 1, True)])
     next_tokens = batch.input_ids_BT.roll(-1, 1)
     assert next_tokens[0][batch.target_mask_BT[0]].tolist() == [7, 8]
     assert batch.is_text_B.tolist() == [False, True]
+    assert batch.temperature_B[0] == 0.5
+    assert batch.temperature_B[1].isnan()
 
 
 def test_padding_is_on_the_right_and_outside_attention_and_loss():
-    rows = [{"prompt_ids": [1], "response_ids": [2, 3]}, {"prompt_ids": [1, 4, 5], "response_ids": [6, 7, 8]}]
-    batch = collate([response_sequence(row) for row in rows])
+    batch = collate([answered([1], [2, 3]), answered([1, 4, 5], [6, 7, 8])])
     assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
     assert batch.input_ids_BT[0].tolist() == [1, 2, 3, 0, 0, 0]
     assert batch.target_mask_BT[0].tolist() == [True, True, False, False, False, False]
 
 
 def test_cached_states_follow_the_places_row_by_row():
-    rows = [{"prompt_ids": [1, 9], "response_ids": [2, 3]}, {"prompt_ids": [1], "response_ids": [6]}]
-    states = [torch.full((len(row["response_ids"]), 4), float(number)) for number, row in enumerate(rows)]
-    samples = [response_sequence(row, state) for row, state in zip(rows, states, strict=True)]
+    states = [torch.full((count, 4), float(number)) for number, count in enumerate((2, 1))]
+    samples = [answered([1, 9], [2, 3])._replace(cached_N=states[0]), answered([1], [6])._replace(cached_N=states[1])]
     batch = collate([samples[0], Sequence(np.arange(5), 1, True), samples[1]])
     assert batch.cached_N.shape == (3, 4)
     places = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()[:, 0]

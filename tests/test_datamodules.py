@@ -8,7 +8,7 @@ from drafter import rows
 from drafter.batches import Sequence
 from drafter.datamodules import InMemory, Mixture, Order, PackedText, Responses, SequenceData
 from drafter.distributions import Drawn, Sparse
-from drafter.responses import SCHEMA
+from drafter.responses import schema
 from drafter.storage import Folder
 from drafter.target_cache import ExactFormat, SparseFormat, write_cache
 from tests.conftest import finished_rows
@@ -37,8 +37,8 @@ def text(tmp_path):
 def responses(tmp_path_factory):
     folder = Folder(tmp_path_factory.mktemp("responses"))
     for number in range(4):
-        rows.write_shard(folder, number, ROWS[25 * number : 25 * number + 25], SCHEMA, {})
-    return finished_rows(folder, rows.finish(folder, 4, SCHEMA)[0], "respond")
+        rows.write_shard(folder, number, ROWS[25 * number : 25 * number + 25], schema(0.95), {})
+    return finished_rows(folder, rows.finish(folder, 4, schema(0.95))[0], "respond")
 
 
 def numbered(lengths):

@@ -6,6 +6,7 @@ from drafter.metrics import (
     Counts,
     acceptance_rate,
     block_efficiency,
+    by_position,
     by_prompt,
     count,
     estimate,
@@ -13,7 +14,7 @@ from drafter.metrics import (
     paired_difference,
     token_rate_ratio,
 )
-from drafter.speculative import Block, Decoded
+from drafter.speculative import Block, Decoded, Seconds
 
 
 def counts(tokens=10, target_calls=5, accepted=5, tested=8, seconds=1.0, baseline_tokens=10, baseline_seconds=2.0):
@@ -32,21 +33,32 @@ def test_the_counts_of_a_handmade_decoding():
     decoded = Decoded(
         tokens=[1, 2, 3, 9, 4, 5, 6, 7],
         blocks=[
-            Block(drafted=[1, 2, 3], accepted=3, emitted=[1, 2, 3, 9]),  # all 3 tested
-            Block(drafted=[8, 8, 8], accepted=0, emitted=[4]),  # the first one rejected: 1 tested
-            Block(drafted=[5, 8, 8], accepted=1, emitted=[5, 6]),  # one accepted, one rejected: 2 tested
-            Block(drafted=[7, 8, 8], accepted=1, emitted=[7]),  # the text ends with the accepted one: 1 tested
+            Block([1, 2, 3], accepted=3, emitted=[1, 2, 3, 9], chances=(1.0, 0.5, 0.5), room=3),  # all 3 tested
+            Block([8, 8, 8], accepted=0, emitted=[4], chances=(0.0, 1.0, 1.0), room=3),  # the first one rejected
+            Block([5, 8, 8], accepted=1, emitted=[5, 6], chances=(0.5, 0.0, 1.0), room=3),  # 2 tested
+            Block([7, 8, 8], accepted=1, emitted=[7], chances=(0.9, 0.9, 0.9), room=0),  # 7 ends the text: 1 tested
         ],
-        seconds=0.5,
+        seconds=Seconds(0.5, 0.1, 0.3),
     )
-    baseline = Decoded(tokens=[1] * 6, blocks=[Block([], 0, [1])] * 6, seconds=0.75)
+    baseline = Decoded([1] * 6, [Block([], 0, [1])] * 6, Seconds(0.75))
     assert count(decoded, baseline) == Counts(
-        tokens=8, target_calls=4, accepted=5, tested=7, seconds=0.5, baseline_tokens=6, baseline_seconds=0.75
+        tokens=8,
+        target_calls=4,
+        accepted=5,
+        tested=7,
+        seconds=0.5,
+        baseline_tokens=6,
+        baseline_seconds=0.75,
+        drafted=12,
+        expected=(1 + 1 + 0.5 + 0.25) + 1 + 1.5 + 1,
+        drafting_seconds=0.1,
+        verifying_seconds=0.3,
     )
+    assert by_position(decoded.blocks) == ([3, 1, 1], [4, 2, 1])
 
 
 def test_a_decoding_without_drafts_tests_nothing():
-    decoded = Decoded(tokens=[1, 2], blocks=[Block([], 0, [1]), Block([], 0, [2])], seconds=0.1)
+    decoded = Decoded(tokens=[1, 2], blocks=[Block([], 0, [1]), Block([], 0, [2])], seconds=Seconds(0.1))
     row = count(decoded, decoded)
     assert (row.accepted, row.tested) == (0, 0)
     assert block_efficiency(np.array(row)) == 1

@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from drafter.batches import Sequence, collate, response_sequence
+from drafter.batches import Sequence, collate
 from drafter.datamodules import InMemory, SequenceData
 from drafter.losses import kld, tvd, tvdpp
 from drafter.models import hidden_states
 from drafter.modules import Distillation, Pretraining, adamw, next_token_loss
-from tests.conftest import capped, small_model
+from drafter.offline import acceptance_of_written, expected_blocks
+from drafter.warping import Sampling
+from tests.conftest import answered, capped, small_model
 
-ROWS = [{"prompt_ids": [1, 2, 3], "response_ids": [n % 60 + 1, 5, (7 * n) % 50]} for n in range(12)]
-RESPONSES = [response_sequence(row) for row in ROWS]
+RESPONSES = [answered([1, 2, 3], [n % 60 + 1, 5, (7 * n) % 50]) for n in range(12)]
 TEXT = [Sequence(np.arange(n, n + 20), 1, True) for n in range(4)]
 
 
@@ -87,7 +88,7 @@ def test_the_loss_weighs_responses_and_text_by_the_share(target, share):
 
 
 def test_yardsticks_are_averages_over_tokens_not_batches(target):
-    uneven = [response_sequence({"prompt_ids": [1], "response_ids": list(range(2, 2 + n))}) for n in (1, 9, 2, 3, 8)]
+    uneven = [answered([1], list(range(2, 2 + n))) for n in (1, 9, 2, 3, 8)]
     module = Distillation(target, trainable(), kld, 0.0, 1e-9)
     metrics = fit(module, RESPONSES, steps=3, validation=uneven).callback_metrics
     batch = collate(uneven)
@@ -143,3 +144,21 @@ def test_a_batch_of_text_alone_trains_on_its_text(target):
         module.log = lambda *_, **__: None
         reference = 0.5 * next_token_loss(module.drafter, collate(TEXT))
         torch.testing.assert_close(module.training_step(collate(TEXT), 0), reference)
+
+
+def test_block_efficiency_is_logged_for_greedy_and_for_sampled_responses(target):
+    module = Distillation(target, trainable(), kld, 0.0, 1e-9, num_speculative_tokens=2, response_top_p=0.9)
+    rows = [(0.0, [7, 8, 9, 10, 11]), (1.0, [3, 4, 5]), (0.7, [20, 21, 22, 23]), (0.0, [5])]
+    samples = [answered([1, 2], tokens, temperature) for temperature, tokens in rows]
+    metrics = fit(module, steps=1, validation=samples).callback_metrics
+    sums = {True: [0, 0.0], False: [0, 0.0]}
+    for temperature, tokens in rows:
+        ids = torch.tensor([[1, 2, *tokens]])
+        with torch.no_grad():
+            p, q = (model(input_ids=ids).logits[0, 1:-1] for model in (module.drafter, target))
+        accept = acceptance_of_written(p, q, torch.tensor(tokens), Sampling(temperature, 0.9))
+        of_kind = sums[temperature == 0]
+        of_kind[0] += len(tokens)
+        of_kind[1] += expected_blocks(accept[None], torch.tensor([len(tokens)]), 2).item()
+    for name, (tokens, blocks) in (("greedy", sums[True]), ("sampled", sums[False])):
+        assert metrics[f"val/block_efficiency_{name}"].item() == pytest.approx(tokens / blocks, rel=1e-4)

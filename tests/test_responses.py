@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drafter.engines import Limits, Request, transformers_engine
-from drafter.responses import SCHEMA, plan, shards, write_responses
+from drafter.responses import plan, schema, shards, write_responses
 from drafter.rows import finish
 from drafter.storage import Folder
 from tests.conftest import VOCABULARY, finished_rows
@@ -12,6 +12,7 @@ from tests.conftest import VOCABULARY, finished_rows
 INSTRUCTIONS = [{"id": str(i), "kind": "k", "split": "train"} for i in range(3)]
 PROMPTS = [[1, 2], [3, 4, 5], [6]]
 LIMITS = Limits(top_p=0.95, max_new_tokens=12, stop_ids=[7])
+SCHEMA = schema(0.95)
 HOW = {"stop_ids": [7], "vocabulary": VOCABULARY, "seed": 3}
 
 
@@ -40,12 +41,12 @@ def test_shards_hold_every_request_once_with_like_ones_side_by_side():
 def test_an_interrupted_run_and_any_number_of_ranks_write_the_same(target, tmp_path):
     parts, engine = shards(requests(), 3), transformers_engine(target, LIMITS, batch_tokens=40)
     whole, resumed, ranks = (Folder(tmp_path / name) for name in ("whole", "resumed", "ranks"))
-    write_responses(engine, parts, whole, **HOW)
-    write_responses(engine, parts[:2], resumed, **HOW)
+    write_responses(engine, parts, whole, SCHEMA, **HOW)
+    write_responses(engine, parts[:2], resumed, SCHEMA, **HOW)
     resumed.write("00002.arrow", b"a shard whose index was not written")
-    write_responses(engine, parts, resumed, **HOW)
+    write_responses(engine, parts, resumed, SCHEMA, **HOW)
     for rank, world_size in ((1, 3), (0, 2), (1, 2)):
-        write_responses(engine, parts, ranks, **HOW, rank=rank, world_size=world_size)
+        write_responses(engine, parts, ranks, SCHEMA, **HOW, rank=rank, world_size=world_size)
     files = [finish(folder, 3, SCHEMA)[0] for folder in (whole, resumed, ranks)]
     assert files[0] == files[1] == files[2]
     assert len(finished_rows(whole, files[0], "respond")) == 7
@@ -53,7 +54,7 @@ def test_an_interrupted_run_and_any_number_of_ranks_write_the_same(target, tmp_p
 
 def test_a_row_is_what_was_asked_and_what_came_back(target, tmp_path):
     folder = Folder(tmp_path)
-    write_responses(transformers_engine(target, LIMITS, 100), [requests()], folder, **HOW)
+    write_responses(transformers_engine(target, LIMITS, 100), [requests()], folder, SCHEMA, **HOW)
     files, notes = finish(folder, 1, SCHEMA)
     rows = finished_rows(folder, files, "respond")
     assert notes[0]["failed"] == {}
@@ -67,7 +68,7 @@ def test_a_row_is_what_was_asked_and_what_came_back(target, tmp_path):
 
 def test_what_the_tokenizer_cannot_read_and_what_is_empty_is_counted_and_left_out(tmp_path):
     answers = [[5, 7], [], [VOCABULARY, 7], [9], [3, VOCABULARY + 5], [7], [7]]
-    write_responses(lambda part: answers, [requests()], Folder(tmp_path), **HOW)
+    write_responses(lambda part: answers, [requests()], Folder(tmp_path), SCHEMA, **HOW)
     files, notes = finish(Folder(tmp_path), 1, SCHEMA)
     assert notes[0]["failed"] == {"an empty response": 1, "an id beyond the tokenizer's": 2}
     rows = finished_rows(Folder(tmp_path), files, "respond")
@@ -80,12 +81,12 @@ def test_another_seed_gives_other_samples(target, tmp_path):
     found = []
     for seed in (1, 2):
         folder = Folder(tmp_path / str(seed))
-        write_responses(transformers_engine(target, LIMITS, 100), parts, folder, **{**HOW, "seed": seed})
+        write_responses(transformers_engine(target, LIMITS, 100), parts, folder, SCHEMA, **{**HOW, "seed": seed})
         found.append(finish(folder, 1, SCHEMA)[0])
     assert found[0] != found[1]
 
 
 def test_a_set_without_any_row_is_refused(tmp_path):
-    write_responses(lambda part: [[]] * len(part), [requests()], Folder(tmp_path), **HOW)
+    write_responses(lambda part: [[]] * len(part), [requests()], Folder(tmp_path), SCHEMA, **HOW)
     with pytest.raises(ValueError, match=r"has no row.*'an empty response': 7"):
         finish(Folder(tmp_path), 1, SCHEMA)

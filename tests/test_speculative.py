@@ -5,7 +5,15 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from drafter.speculative import Block, Sampling, autoregressive_decode, speculative_decode, verify, warp
+from drafter.speculative import (
+    Adaptive,
+    Block,
+    autoregressive_decode,
+    speculative_decode,
+    speculative_decode_batch,
+    verify,
+)
+from drafter.warping import Sampling, in_nucleus, warp
 from tests.conftest import VOCABULARY, small_model
 
 GREEDY = Sampling()
@@ -39,7 +47,7 @@ def _stub_cache(monkeypatch):
             assert tokens < 0
             self.length += tokens
 
-    monkeypatch.setattr("drafter.speculative.DynamicCache", Cache)
+    monkeypatch.setattr("drafter.decoders.DynamicCache", Cache)
 
 
 def script(*tokens):
@@ -71,8 +79,8 @@ class TestStubs:
     def test_a_stop_token_inside_a_block_ends_the_text(self):
         decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 3)), [0], 5, 12, GREEDY, [3])
         assert decoded.tokens == [1, 2, 3]
-        assert decoded.blocks == [Block([1, 2, 3, 1, 2], 3, [1, 2, 3])]
-        assert decoded.blocks[0].tested == 3
+        assert decoded.blocks == [Block([1, 2, 3, 1, 2], 3, [1, 2, 3], (1.0,) * 5, room=2)]
+        assert decoded.blocks[0].tested == decoded.blocks[0].expected == 3
 
     @pytest.mark.parametrize("limit", range(1, 9))
     def test_the_length_limit_is_exact_and_no_draft_goes_beyond_it(self, limit):
@@ -111,7 +119,8 @@ def test_a_copy_of_the_target_is_always_accepted(target, gamma, sampling):
 
 # The chi-square tests below accept a correct decoder with probability 1 - 1e-3 each (fixed seeds: it is decided once).
 FALSE_ALARM = 1e-3
-SAMPLES = 6000
+SAMPLES = 20_000
+SAMPLINGS = [Sampling(temperature, top_p) for temperature in (1.0, 0.6) for top_p in (1.0, 0.9)]
 
 
 def chi_square_tail(statistic, freedom):
@@ -120,82 +129,175 @@ def chi_square_tail(statistic, freedom):
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
-def test_of_counts(counts, probabilities):
+def p_value(counts, probabilities):
+    """Of the hypothesis that the counts come from the probabilities."""
     expected = probabilities * counts.sum()
     pooled = expected >= 5  # the usual condition; the rare rest forms one cell
     observed = np.append(counts[pooled], counts[~pooled].sum())
     expected = np.append(expected[pooled], expected[~pooled].sum())
     kept = expected > 0
     assert observed[~kept].sum() == 0, "a token came out that the target never gives"
+    if kept.sum() == 1:
+        return 1.0  # there is nothing else that could have come out, and it has
     statistic = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
     return chi_square_tail(statistic, kept.sum() - 1)
 
 
-test_of_counts.__test__ = False
-
-
 def accept_all(drafted, p, q, generator):
-    return len(drafted), int(torch.multinomial(q[-1], 1, generator=generator))
+    accepted, _, chances = verify(drafted, p, q, generator)
+    own = torch.multinomial(q[:, -1], 1, generator=generator)[:, 0]
+    return torch.full_like(accepted, drafted.shape[1]), own, chances
 
 
 def resample_from_q(drafted, p, q, generator):
     """The classic mistake: the right accept test, but a rejection draws from q and not from the residual."""
-    accepted, own = verify(drafted, p, q, generator)
-    return accepted, own if accepted == len(drafted) else int(torch.multinomial(q[accepted], 1, generator=generator))
+    accepted, _, chances = verify(drafted, p, q, generator)
+    own = torch.multinomial(q[torch.arange(len(q)), accepted], 1, generator=generator)[:, 0]
+    return accepted, own, chances
 
 
 def pairs_from(rule, p, q, gamma, generator):
     """Histogram over pairs of tokens of SAMPLES decodings from a first-order chain given by p and q, (V, V) each."""
-    vocabulary = p.shape[-1]
-    counts = np.zeros(vocabulary * vocabulary)
-    for _ in range(SAMPLES):
-        text = [0]
-        while len(text) < 3:
-            drafted = []
-            for _ in range(gamma):
-                last = [*text, *drafted][-1]
-                drafted.append(int(torch.multinomial(p[last], 1, generator=generator)))
-            states = [*text, *drafted][-gamma - 1 :]
-            accepted, own = rule(torch.tensor(drafted), p[states[:-1]], q[states], generator)
-            text += [*drafted[:accepted], own]
-        counts[text[1] * vocabulary + text[2]] += 1
-    return counts
+
+    def block(last):
+        states = [last]
+        for _ in range(gamma):
+            states.append(torch.multinomial(p[states[-1]], 1, generator=generator)[:, 0])
+        states = torch.stack(states, 1)
+        accepted, own, _ = rule(states[:, 1:], p[states[:, :-1]], q[states], generator)
+        places = torch.arange(gamma + 1)
+        return accepted, torch.where(
+            places < accepted[:, None], states[:, 1:][:, places.clamp_max(gamma - 1)], own[:, None]
+        )
+
+    accepted, emitted = block(torch.zeros(SAMPLES, dtype=torch.long))
+    _, again = block(emitted[:, 0])
+    second = torch.where(accepted > 0, emitted[:, 1], again[:, 0])
+    return np.bincount(emitted[:, 0] * len(p) + second, minlength=len(p) ** 2)
 
 
 @pytest.fixture(scope="module")
 def chain():
     generator = torch.Generator().manual_seed(3)
-    return (2 * torch.randn(2, 4, 4, generator=generator)).unbind(0)
+    return (2 * torch.randn(2, 6, 6, generator=generator)).unbind(0)
 
 
-@pytest.mark.parametrize("gamma", [1, 3])
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6, 0.9)])
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_pairs_of_sampled_tokens_have_the_targets_distribution(chain, sampling, gamma):
     p, q = (warp(logits, sampling) for logits in chain)
     counts = pairs_from(verify, p, q, gamma, torch.Generator().manual_seed(0))
-    expected = (q[0][:, None] * q).flatten().double().numpy()
-    assert test_of_counts(counts, expected) > FALSE_ALARM
+    assert p_value(counts, (q[0][:, None] * q).flatten().double().numpy()) > FALSE_ALARM
 
 
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("rule", [accept_all, resample_from_q])
-def test_a_wrong_accept_rule_is_seen(chain, rule):
-    p, q = (warp(logits, Sampling(1.0)) for logits in chain)
-    counts = pairs_from(rule, p, q, 3, torch.Generator().manual_seed(0))
-    assert test_of_counts(counts, (q[0][:, None] * q).flatten().double().numpy()) < FALSE_ALARM
+def test_a_wrong_accept_rule_is_seen(chain, rule, sampling, gamma):
+    p, q = (warp(logits, sampling) for logits in chain)
+    counts = pairs_from(rule, p, q, gamma, torch.Generator().manual_seed(0))
+    expected = (q[0][:, None] * q).flatten().double().numpy()
+    # A token that the target never gives is seen at once, before any statistic.
+    assert counts[expected == 0].sum() > 0 or p_value(counts, expected) < FALSE_ALARM
 
 
-def test_the_whole_loop_samples_the_targets_distribution():
+def distribution_of_pairs(target, prompt, sampling):
+    with torch.inference_mode():
+        once = warp(target(input_ids=torch.tensor([prompt])).logits[0, -1], sampling)
+        rows = torch.tensor([[*prompt, token] for token in range(6)])
+        twice = warp(target(input_ids=rows).logits[:, -1], sampling)
+    return (once[:, None] * twice).flatten().double().numpy()
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5, Adaptive(5, 0.4)])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_whole_loop_samples_the_targets_distribution_for_texts_of_any_length_side_by_side(sampling, gamma):
+    target, drafter = (small_model(seed, vocab=6, sharpness=20.0) for seed in (1, 2))
+    generator, prompts = torch.Generator().manual_seed(0), ([0, 1], [3], [5, 2, 4])
+    decoded = speculative_decode_batch(target, drafter, list(prompts) * 1500, gamma, 2, sampling, [], generator)
+    for number, prompt in enumerate(prompts):
+        counts = np.bincount([6 * one.tokens[0] + one.tokens[1] for one in decoded[number::3]], minlength=36)
+        assert p_value(counts, distribution_of_pairs(target, prompt, sampling)) > FALSE_ALARM
+
+
+def test_one_text_by_itself_samples_the_targets_distribution():
     target, drafter = (small_model(seed, vocab=6, sharpness=40.0) for seed in (1, 2))
-    sampling, generator = Sampling(0.8, 0.95), torch.Generator().manual_seed(0)
-    counts = np.zeros(36)
+    sampling, generator, counts = Sampling(0.8, 0.95), torch.Generator().manual_seed(0), np.zeros(36)
     for _ in range(800):
         first, second = speculative_decode(target, drafter, [0, 1], 3, 2, sampling, [], generator).tokens
         counts[first * 6 + second] += 1
-    with torch.inference_mode():
-        once = warp(target(input_ids=torch.tensor([[0, 1]])).logits[0, -1:], sampling)[0]
-        rows = torch.tensor([[0, 1, token] for token in range(6)])
-        twice = warp(target(input_ids=rows).logits[:, -1], sampling)
-    assert test_of_counts(counts, (once[:, None] * twice).flatten().double().numpy()) > FALSE_ALARM
+    assert p_value(counts, distribution_of_pairs(target, [0, 1], sampling)) > FALSE_ALARM
+
+
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2], [2, 3, 8, 4]]
+
+
+@pytest.mark.parametrize("gamma", [1, 4, Adaptive(6, 0.2)])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[3, 1], [4, 1], [5, 9]], PROMPTS[:1]], ids=["ragged", "even", "one"])
+def test_texts_side_by_side_are_greedily_what_each_is_alone(target, drafter, prompts, gamma):
+    batch = speculative_decode_batch(target, drafter, prompts, gamma, 30, GREEDY, [5])
+    for prompt, decoded in zip(prompts, batch, strict=True):
+        alone = speculative_decode(target, drafter, prompt, gamma, 30, GREEDY, [5])
+        assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, 30, GREEDY, [5]).tokens
+        assert [token for block in decoded.blocks for token in block.emitted] == decoded.tokens
+        if not isinstance(gamma, Adaptive):  # whose drafts go on as long as any text's drafter is sure
+            assert [(block.accepted, block.emitted) for block in decoded.blocks] == [
+                (block.accepted, block.emitted) for block in alone.blocks
+            ]
+
+
+def test_models_with_learned_positions_go_side_by_side_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    models = []
+    for seed, width in ((1, 32), (2, 16)):
+        torch.manual_seed(seed)
+        config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=width, n_layer=2, n_head=2)
+        models.append(GPT2LMHeadModel(config).eval())
+        models[-1].transformer.wte.weight.data.mul_(20)
+    for prompt, decoded in zip(PROMPTS, speculative_decode_batch(*models, PROMPTS, 3, 20, GREEDY, [5]), strict=True):
+        assert decoded.tokens == autoregressive_decode(models[0], prompt, 20, GREEDY, [5]).tokens
+
+
+def test_a_model_whose_window_is_shorter_than_the_texts_is_refused_side_by_side(drafter):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=16,
+    )
+    windowed = MistralForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"its last 16 tokens .* decode them one at a time"):
+        speculative_decode_batch(windowed, drafter, PROMPTS, 3, 20, GREEDY, [])
+    short = speculative_decode_batch(windowed, drafter, [[1], [2]], 3, 8, GREEDY, [])
+    assert short[1].tokens == autoregressive_decode(windowed, [2], 8, GREEDY, []).tokens
+
+
+def test_an_unsure_drafter_drafts_one_token_and_a_sure_one_all(target):
+    unsure = speculative_decode(target, small_model(2, sharpness=0.0), [1, 2], Adaptive(5, 0.5), 20, GREEDY, [])
+    assert {len(block.drafted) for block in unsure.blocks[:-1]} == {1}
+    sure = speculative_decode(target, small_model(2, sharpness=1e4), [1, 2], Adaptive(5, 0.5), 20, GREEDY, [])
+    assert max(len(block.drafted) for block in sure.blocks) == 5
+
+
+def test_chances_are_those_of_the_accept_test(target, drafter):
+    sampling, generator = Sampling(0.8), torch.Generator().manual_seed(0)
+    blocks = [
+        block
+        for _ in range(150)
+        for block in speculative_decode(target, drafter, [1, 2], 3, 12, sampling, [], generator).blocks
+    ]
+    expected = sum(float(np.prod(block.chances[: j + 1])) for block in blocks for j in range(len(block.chances)))
+    accepted = sum(block.accepted for block in blocks)
+    # The coin flips' standard error: each block's accepted count has a variance of at most (3/2)^2 here.
+    assert abs(expected - accepted) < 5 * 1.5 * len(blocks) ** 0.5
+    assert all(0 <= chance <= 1 for block in blocks for chance in block.chances)
 
 
 def test_warping_agrees_with_transformers_warpers():
@@ -219,3 +321,10 @@ def test_what_cannot_be_decoded_is_refused_before_any_call(target):
     ]:
         with pytest.raises(ValueError, match=message):
             speculative_decode(None, None, prompt, gamma, limit, GREEDY, [])
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p_and_all_that_tie_with_its_last():
+    probs = torch.tensor([[0.1, 0.5, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]])
+    assert in_nucleus(probs, 0.6).tolist() == [[False, True, True, True], [True] * 4, [False, True, False, False]]
+    assert in_nucleus(probs, 0.5).tolist() == [[False, True, False, False], [True] * 4, [False, True, False, False]]
+    assert in_nucleus(probs, 1e-9).sum(-1).tolist() == [1, 4, 1]

@@ -37,7 +37,11 @@ def evaluation(root, name, loss, seed, tasks=TASKS, gammas=GAMMAS, accepted=None
                 kept = accepted + i % 3  # prompts differ, so that intervals have a width
                 row = {"tokens": 10 + kept, "target_calls": 10, "accepted": kept, "tested": 30, "seconds": 1.0}
                 baseline = {"baseline_tokens": 20, "baseline_seconds": 2.0}
-                counts.append({"task": task, "gamma": gamma, "prompt": f"{task}:{i}", **row, **baseline})
+                more = {"drafted": 30, "expected": 10.0 + kept, "drafting_seconds": 0.3, "verifying_seconds": 0.6}
+                places = {"by_position": [[kept, 0, 0], [10, 10, 10]]}
+                counts.append(
+                    {"task": task, "gamma": gamma, "prompt": f"{task}:{i}", **row, **baseline, **more, **places}
+                )
             blocks = [
                 {"accepted": ["drafted ", "<b>bold</b>"], "rejected": ["refused"], "own": [" added"]},
                 {"accepted": [], "rejected": [], "own": ["<|im_end|>"]},
@@ -190,11 +194,11 @@ def test_without_a_pretrained_drafter_every_gain_is_blank(tmp_path):
 def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_the_pretrained(root):
     rows = [row for row in summarise(read_evaluations(root / "evaluate")) if row.gamma == 3]
     header, rule, *lines = [cells(line) for line in markdown(rows).splitlines()]
-    assert header == ["task", "drafter", "τ", "τ − pretrained", "MBSU", "token rate", "acceptance rate"]
+    assert header == ["task", "drafter", "τ", "expected τ", "τ − pretrained", "MBSU", "token rate", "acceptance rate"]
     assert rule == ["---"] * len(header)
     assert [line[:2] for line in lines] == [[task, loss] for task in TASKS for loss in ("pretrained", "kld", "tvd")]
-    assert [line[3] for line in lines if line[1] == "pretrained"] == ["", ""]
-    assert [line[3] for line in lines if line[1] == "kld"] == ["+0.60 [+0.60, +0.60]"] * 2
+    assert [line[4] for line in lines if line[1] == "pretrained"] == ["", ""]
+    assert [line[4] for line in lines if line[1] == "kld"] == ["+0.60 [+0.60, +0.60]"] * 2
     assert all(len(line) == len(header) for line in lines)
     assert lines[0][2].startswith("1.70 [")
 
@@ -218,7 +222,8 @@ def test_the_command_writes_results_figures_and_report(root, capsys):
     figures = {f"figures/{name}.{kind}" for name in ("block_efficiency", "curves") for kind in ("png", "svg")}
     assert written == {"results.md", "report.html"} | figures
     results = (report / "results.md").read_text()
-    assert re.findall(r"### (.*)", results) == ["γ = 3", "γ = 5"]
+    assert re.findall(r"### (.*)", results)[:2] == ["γ = 3", "γ = 5"]
+    assert "| drafter | draft 1 | draft 2 | draft 3 | draft 4 | draft 5 |" in results
     assert "10 prompts, 2 seeds a loss, c = 0.0400" in results
     assert "in 31 of 32 decodings" in results  # four evaluations of 8, one of which differs once
     assert str(report / "report.html") in capsys.readouterr().out
@@ -302,7 +307,8 @@ def test_the_report_has_a_table_for_each_gamma_with_the_best_drafter_of_each_tas
 def test_a_task_that_was_not_run_at_a_gamma_has_no_line_in_the_report(tmp_path):
     value = Estimate(2.0, 1.5, 2.5)
     rows = [
-        Row("pretrained", task, gamma, 1, 1, value, None, value, value, value) for task, gamma in (("a", 3), ("b", 5))
+        Row("pretrained", task, gamma, 1, 1, value, value, None, value, value, value)
+        for task, gamma in (("a", 3), ("b", 5))
     ]
     write_html(tmp_path / "page.html", rows, {"block_efficiency": "<svg></svg>", "curves": "<svg></svg>"}, {}, ["note"])
     text = (tmp_path / "page.html").read_text()

@@ -7,7 +7,7 @@ from drafter import rows
 from drafter.batches import collate, response_sequence
 from drafter.distributions import Sparse
 from drafter.losses import acceptance_rate, kld
-from drafter.responses import SCHEMA
+from drafter.responses import schema
 from drafter.storage import Folder
 from drafter.target_cache import ExactFormat, SparseFormat, live_target, restore, target_at, write_cache
 from tests.conftest import capped, finished_rows, small_model
@@ -31,8 +31,8 @@ ROWS = [
 def responses(tmp_path_factory):
     folder = Folder(tmp_path_factory.mktemp("responses"))
     for number in (0, 1):
-        rows.write_shard(folder, number, ROWS[4 * number : 4 * number + 4], SCHEMA, {})
-    return finished_rows(folder, rows.finish(folder, 2, SCHEMA)[0], "respond")
+        rows.write_shard(folder, number, ROWS[4 * number : 4 * number + 4], schema(0.95), {})
+    return finished_rows(folder, rows.finish(folder, 2, schema(0.95))[0], "respond")
 
 
 def cached(target, responses, path, format, **how):

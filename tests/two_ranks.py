@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from drafter import losses
-from drafter.batches import Sequence, response_sequence
+from drafter.batches import Sequence
 from drafter.datamodules import InMemory, SequenceData
 from drafter.modules import Distillation
 from drafter.ranks import leave_at_exit
-from tests.conftest import small_model
+from tests.conftest import answered, small_model
 
 
 def main(out, loss):
@@ -24,9 +24,7 @@ def main(out, loss):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     # Answers of many lengths, and some texts, which a rank may have none of.
     samples = [
-        Sequence(np.arange(n, n + 9), 1, True)
-        if n % 6 == 0
-        else response_sequence({"prompt_ids": [n], "response_ids": list(range(1, 2 + n % 5))})
+        Sequence(np.arange(n, n + 9), 1, True) if n % 6 == 0 else answered([n], list(range(1, 2 + n % 5)), n % 2)
         for n in range(24)
     ]
     module = Distillation(

@@ -1,0 +1,136 @@
+"""A model with its key-value cache, fed a few tokens at a time: one text, or several of different lengths.
+
+`feed(ids, starts, keep)` gives each row's tokens the places from its start on, whatever was cached there before is
+forgotten, and returns the logits of the last `keep` of them. So a rejected draft costs nothing but the next start.
+
+Shapes: B rows, T tokens fed, C the cache's capacity in tokens, V vocabulary.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+
+class Decoder:
+    """One text, with transformers' own cache, masks and positions: any model that can forget its last tokens."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.cache, self.length = model, DynamicCache(), 0
+        self.argument = cache_argument(model)
+
+    def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
+        """The logits of the last `keep` tokens, shape (1, keep, V)."""
+        (start,) = starts
+        if start < self.length:
+            self.cache.crop(start - self.length)
+        self.length = start + len(ids[0])
+        fed = torch.tensor(ids, device=self.model.device)
+        return self.model(input_ids=fed, use_cache=True, logits_to_keep=keep, **{self.argument: self.cache}).logits
+
+    def select(self, rows: list[int]) -> None:
+        """There is one row."""
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer in tensors of a fixed size, written at each row's own places."""
+
+    def __init__(self, places: "_Places"):
+        super().__init__()
+        self.places = places
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make room for the capacity."""
+        shapes = [(*states.shape[:2], self.places.capacity, states.shape[3]) for states in (key_states, value_states)]
+        self.keys, self.values = (key_states.new_zeros(shape) for shape in shapes)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new ones; return all up to the longest row's end."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows_B1, places_BT, end = self.places.rows_B1, self.places.places_BT, self.places.end
+        for stored, states in ((self.keys, key_states), (self.values, value_states)):
+            stored[rows_B1, :, places_BT] = states.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Not asked for: the mask is given."""
+        return self.places.end, 0
+
+    def get_seq_length(self) -> int:
+        """The longest row's length before this call."""
+        return self.places.end - self.places.places_BT.shape[1]
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return self.places.capacity
+
+
+class _Places:
+    """Where each row's next tokens go; shared by the layers of one cache."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.rows_B1 = self.places_BT = torch.empty(0)
+        self.end = 0
+
+    def set(self, starts: list[int], count: int, device: torch.device) -> None:
+        """The next call writes `count` tokens a row, from its start on."""
+        self.rows_B1 = torch.arange(len(starts), device=device)[:, None]
+        self.places_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+        self.end = max(starts) + count
+
+
+class RaggedDecoder:
+    """Several texts of different lengths in one batch, each advancing on its own.
+
+    Masks and positions are given to the model outright, so that it needs to know nothing of the rows' lengths.
+
+    Raises:
+        ValueError: the model attends to a window of its own, shorter than the capacity.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int):
+        config = model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        if window and window < capacity:
+            raise ValueError(
+                f"{type(model).__name__} attends to its last {window} tokens in some layers, and these texts may have "
+                f"{capacity}: decode them one at a time (batch_size=1)"
+            )
+        self.model, self.places = model, _Places(capacity)
+        self.cache = Cache(layers=[_RaggedLayer(self.places) for _ in range(config.num_hidden_layers)])
+        self.argument = cache_argument(model)
+
+    def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
+        """The logits of each row's last `keep` tokens, shape (B, keep, V); as many tokens are fed to each row."""
+        device, count = self.model.device, len(ids[0])
+        self.places.set(starts, count, device)
+        seen_BTC = torch.arange(self.places.end, device=device) <= self.places.places_BT[..., None]
+        return self.model(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=seen_BTC[:, None],
+            position_ids=self.places.places_BT,
+            use_cache=True,
+            logits_to_keep=keep,
+            **{self.argument: self.cache},
+        ).logits
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows alone."""
+        kept = torch.tensor(rows, device=self.model.device)
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name that a model's forward has for its cache.
+
+    transformers 5.24 renamed the argument; earlier ones, and models with code of their own, keep the old name.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
