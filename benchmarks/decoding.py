@@ -1,0 +1,126 @@
+"""Tokens a second: our loop, transformers' assisted generation and autoregressive decoding, in one run.
+
+    python -m benchmarks.decoding [--target DIR] [--drafter DIR] [--gamma 3] [--temperature 0] [--batch 8]
+
+After `make demo`; by default its target and its KLD drafter. Each prompt is decoded by every method in turn, so that a
+busy machine is the same for all. Assisted generation drafts the same number of tokens (a constant schedule, no
+confidence threshold) and samples from the same distribution (top_k 0). Process time is of one thread; wall time is the
+same run's. The batch rows decode that many prompts at once, by our loop and by transformers' batched generation.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+from transformers import GenerationConfig
+
+from drafter.models import load_target, load_tokenizer
+from drafter.prompts import encode_prompt, stop_ids
+from drafter.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.warping import Sampling
+
+
+def methods(target, drafter, arguments, stops):
+    """Name -> a function of prompts that gives each one's new tokens."""
+    sampling, limit, gamma = Sampling(arguments.temperature), arguments.max_new_tokens, arguments.gamma
+    generator = torch.Generator().manual_seed(0)
+
+    def autoregressive(prompts):
+        return [autoregressive_decode(target, prompt, limit, sampling, stops, generator).tokens for prompt in prompts]
+
+    def ours(prompts):
+        return [
+            speculative_decode(target, drafter, prompt, gamma, limit, sampling, stops, generator).tokens
+            for prompt in prompts
+        ]
+
+    def ours_batched(prompts):
+        decoded = speculative_decode_batch(target, drafter, prompts, gamma, limit, sampling, stops, generator)
+        return [one.tokens for one in decoded]
+
+    how = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0} if arguments.temperature else {}
+    config = GenerationConfig(max_new_tokens=limit, eos_token_id=stops, pad_token_id=0, **how)
+    # The assistant's own settings are read from its generation config.
+    drafter.generation_config.num_assistant_tokens = gamma
+    drafter.generation_config.num_assistant_tokens_schedule = "constant"
+    drafter.generation_config.assistant_confidence_threshold = 0.0
+
+    def generated(prompts, **more):
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **more)
+            found.append(output[0, len(prompt) :].tolist())
+        return found
+
+    return {
+        "autoregressive, ours": autoregressive,
+        "autoregressive, transformers": generated,
+        "speculative, ours": ours,
+        "speculative, transformers": lambda prompts: generated(prompts, assistant_model=drafter),
+    }, ours_batched
+
+
+def main():
+    """Print a line a method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="assets/tiny-target")
+    parser.add_argument("--drafter", default="runs/tiny/finetune/kld-seed1")
+    parser.add_argument("--tasks", default="runs/tiny/data/tasks.jsonl")
+    parser.add_argument("--gamma", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    target, drafter = load_target(arguments.target), load_target(arguments.drafter)
+    tokenizer = load_tokenizer(arguments.target)
+    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    with open(arguments.tasks) as file:
+        rows = [json.loads(line) for line in file]
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows[:: max(1, len(rows) // arguments.prompts)]]
+    prompts = prompts[: arguments.prompts]
+    single, batched = methods(target, drafter, arguments, stops)
+    for method in (*single.values(), batched):
+        method(prompts[:2])
+    totals = {name: [0, 0.0, 0.0] for name in single}
+    greedy_differences = dict.fromkeys(single, 0)
+    for prompt in prompts:
+        tokens = {name: timed(totals[name], method, [prompt]) for name, method in single.items()}
+        for name in single:
+            greedy_differences[name] += tokens[name] != tokens["autoregressive, ours"]
+    size = f"batch of {arguments.batch}"
+    totals |= {f"speculative, ours, {size}": [0, 0.0, 0.0]}
+    alone = single["speculative, ours"](prompts) if arguments.temperature == 0 else None
+    together = []
+    for start in range(0, len(prompts), arguments.batch):
+        part = prompts[start : start + arguments.batch]
+        together += timed(totals[f"speculative, ours, {size}"], batched, part)
+    print(f"{len(prompts)} prompts, gamma {arguments.gamma}, temperature {arguments.temperature}, one thread")
+    base = totals["autoregressive, ours"]
+    for name, (count, process, wall) in totals.items():
+        ratio = (count / process) / (base[0] / base[1])
+        print(
+            f"{name:32s} {count / process:7.1f} tokens/s of process time  {count / wall:7.1f} of wall time  x{ratio:.2f}"
+        )
+    if alone is not None:
+        print(f"greedy texts unlike the autoregressive one: {greedy_differences}")
+        print(
+            f"greedy texts of the batch unlike those alone: {sum(a != b for a, b in zip(alone, together, strict=True))}"
+        )
+
+
+def timed(total, method, prompts):
+    """Run it, and add its tokens, process time and wall time."""
+    process, wall = time.process_time(), time.perf_counter()
+    found = method(prompts)
+    total[0] += sum(map(len, found))
+    total[1] += time.process_time() - process
+    total[2] += time.perf_counter() - wall
+    return found
+
+
+if __name__ == "__main__":
+    main()
