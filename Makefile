@@ -8,9 +8,10 @@ ARGS ?=
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m experiments
+comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check prepare pretrain respond cache finetune evaluate tables tiny-target clean
+.PHONY: help setup demo test check prepare pretrain respond cache finetune evaluate gamma tables tiny-target clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,9 @@ finetune: setup ## stage 3: distillation, for LOSSES x SEEDS
 
 evaluate: setup ## stage 4: speculative decoding against the baseline
 	$(RUN).evaluate scale=$(SCALE) $(ARGS)
+
+gamma: setup ## which gamma pays on this machine, for the drafter of LOSSES and SEEDS that come first
+	$(RUN).gamma scale=$(SCALE) gamma.drafter=runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(word 1,$(subst $(comma), ,$(SEEDS))) $(ARGS)
 
 tables: setup ## stage 5: Markdown, figures, HTML report
 	$(RUN).tables scale=$(SCALE) $(ARGS)

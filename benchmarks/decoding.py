@@ -15,6 +15,7 @@ import time
 import torch
 from transformers import GenerationConfig
 
+from drafter.decoders import Compiled
 from drafter.models import load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
@@ -39,6 +40,8 @@ def methods(target, drafter, arguments, stops):
         decoded = speculative_decode_batch(target, drafter, prompts, gamma, limit, sampling, stops, generator)
         return [one.tokens for one in decoded]
 
+    if isinstance(drafter, Compiled):
+        return {"autoregressive, ours": autoregressive, "speculative, ours": ours}, ours_batched
     how = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0} if arguments.temperature else {}
     config = GenerationConfig(max_new_tokens=limit, eos_token_id=stops, pad_token_id=0, **how)
     # The assistant's own settings are read from its generation config.
@@ -72,6 +75,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--compile", action="store_true", help="our loop with compiled models beside")
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -83,6 +87,10 @@ def main():
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows[:: max(1, len(rows) // arguments.prompts)]]
     prompts = prompts[: arguments.prompts]
     single, batched = methods(target, drafter, arguments, stops)
+    if arguments.compile:
+        longest = max(map(len, prompts)) + arguments.max_new_tokens + arguments.gamma + 1
+        compiled, _ = methods(*(Compiled(model, longest) for model in (target, drafter)), arguments, stops)
+        single |= {f"{name}, compiled": compiled[name] for name in compiled if name.endswith("ours")}
     for method in (*single.values(), batched):
         method(prompts[:2])
     totals = {name: [0, 0.0, 0.0] for name in single}
@@ -102,9 +110,8 @@ def main():
     base = totals["autoregressive, ours"]
     for name, (count, process, wall) in totals.items():
         ratio = (count / process) / (base[0] / base[1])
-        print(
-            f"{name:32s} {count / process:7.1f} tokens/s of process time  {count / wall:7.1f} of wall time  x{ratio:.2f}"
-        )
+        rates = f"{count / process:7.1f} tokens/s of process time  {count / wall:7.1f} of wall time"
+        print(f"{name:32s} {rates}  x{ratio:.2f}")
     if alone is not None:
         print(f"greedy texts unlike the autoregressive one: {greedy_differences}")
         print(

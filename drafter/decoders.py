@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 
@@ -29,6 +29,58 @@ class Decoder:
         self.length = start + len(ids[0])
         fed = torch.tensor(ids, device=self.model.device)
         return self.model(input_ids=fed, use_cache=True, logits_to_keep=keep, **{self.argument: self.cache}).logits
+
+    def select(self, rows: list[int]) -> None:
+        """There is one row."""
+
+
+class Compiled:
+    """A model whose calls of a few tokens are compiled (torch.compile), and a cache of a fixed size: a text at a time.
+
+    Where a call costs its Python and not its weights, as with small models on a CPU, this is where the time goes. The
+    first call of each number of tokens compiles for some ten seconds; texts go on using what was compiled.
+
+    Args:
+        model: any that works with transformers' StaticCache.
+        capacity: the longest text, in tokens.
+        longest: calls of more tokens than this, such as prompts, are not compiled.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int, longest: int = 9):
+        self.model, self.longest, self.capacity, self.length = model, longest, capacity, 0
+        self.argument = cache_argument(model)
+        self.cache = StaticCache(config=model.config, max_cache_len=capacity)
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self.forward = torch.compile(model.forward, dynamic=False)
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
+    @torch.inference_mode()
+    def decoder(self) -> "Compiled":
+        """Itself, for a new text."""
+        self.cache.reset()
+        self.length = 0
+        return self
+
+    def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
+        """The logits of the last `keep` tokens, shape (1, keep, V).
+
+        Raises:
+            ValueError: the text is longer than the capacity.
+        """
+        (start,), count = starts, len(ids[0])
+        if start + count > self.capacity:
+            raise ValueError(f"a text of {start + count} tokens exceeds the compiled decoder's {self.capacity}")
+        if start < self.length:
+            self.cache.crop(start - self.length)
+        self.length = start + count
+        forward = self.forward if count <= self.longest else self.model
+        fed = torch.tensor(ids, device=self.model.device)
+        # All logits are made, so that one compiled call serves every `keep`.
+        return forward(input_ids=fed, use_cache=True, **{self.argument: self.cache}).logits[:, -keep:]
 
     def select(self, rows: list[int]) -> None:
         """There is one row."""
@@ -126,6 +178,11 @@ class RaggedDecoder:
         kept = torch.tensor(rows, device=self.model.device)
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+
+
+def decoder_of(model: PreTrainedModel | Compiled) -> Decoder | Compiled:
+    """A decoder of one new text."""
+    return model.decoder() if isinstance(model, Compiled) else Decoder(model)
 
 
 def cache_argument(model: PreTrainedModel) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from drafter.decoders import Decoder, RaggedDecoder
+from drafter.decoders import Compiled, RaggedDecoder, decoder_of
 from drafter.warping import Sampling, warp
 
 
@@ -121,15 +121,20 @@ def verify(
     p_BG, q_BG = p_BGV.gather(-1, chosen_BG1)[..., 0], q_BGV[:, :count].gather(-1, chosen_BG1)[..., 0]
     uniform_BG = torch.rand(p_BG.shape, generator=generator, device=p_BG.device)
     accepted_B = (uniform_BG * p_BG < q_BG).long().cumprod(1).sum(1)
-    final_BV = q_BGV[torch.arange(len(q_BGV)), accepted_B]
+    final_BV = _at(q_BGV, accepted_B)
     if count:
-        against_BV = p_BGV[torch.arange(len(p_BGV)), accepted_B.clamp_max(count - 1)]
+        against_BV = _at(p_BGV, accepted_B.clamp_max(count - 1))
         residual_BV = (final_BV - against_BV).clamp_min(0)
         # Where p = q up to rounding, a rejection has probability ~0, and the residual is q itself.
         use_B1 = (accepted_B[:, None] < count) & (residual_BV.sum(-1, keepdim=True) > 0)
         final_BV = torch.where(use_B1, residual_BV, final_BV)
     own_B = torch.multinomial(final_BV, 1, generator=generator)[:, 0]
     return accepted_B, own_B, (q_BG / p_BG).clamp_max(1)
+
+
+def _at(values_BGV: torch.Tensor, places_B: torch.Tensor) -> torch.Tensor:
+    """One place of each text, shape (B, V)."""
+    return values_BGV.gather(1, places_B[:, None, None].expand(-1, 1, values_BGV.shape[-1]))[:, 0]
 
 
 def verify_greedy(drafted_BG: torch.Tensor, best_BG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -140,8 +145,8 @@ def verify_greedy(drafted_BG: torch.Tensor, best_BG: torch.Tensor) -> tuple[torc
 
 
 def speculative_decode(
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
+    target: PreTrainedModel | Compiled,
+    drafter: PreTrainedModel | Compiled,
     prompt: list[int],
     num_speculative_tokens: int | Adaptive,
     max_new_tokens: int,
@@ -159,7 +164,7 @@ def speculative_decode(
     """
     how = num_speculative_tokens, max_new_tokens, sampling, stop_ids, generator
     check_decoding(num_speculative_tokens, max_new_tokens, prompt)
-    return _decode(Decoder(target), Decoder(drafter), [prompt], *how)[0]
+    return _decode(decoder_of(target), decoder_of(drafter), [prompt], *how)[0]
 
 
 def speculative_decode_batch(
@@ -197,7 +202,7 @@ def _decode(
     generator: torch.Generator | None,
 ) -> list[Decoded]:
     """The loop. `known` is how many tokens of a text are cached: all but its last one or two."""
-    clock = _Clock(slow.model)
+    clock = _Clock(slow.model.device)
     texts, ends = [list(prompt) for prompt in prompts], [len(prompt) + max_new_tokens for prompt in prompts]
     blocks: list[list[Block]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
@@ -283,7 +288,7 @@ def _draft(
 
 @torch.inference_mode()
 def autoregressive_decode(
-    target: PreTrainedModel,
+    target: PreTrainedModel | Compiled,
     prompt: list[int],
     max_new_tokens: int,
     sampling: Sampling,
@@ -292,7 +297,7 @@ def autoregressive_decode(
 ) -> Decoded:
     """Continue a prompt one token a target call, with the same cache and the same sampling: the baseline."""
     check_decoding(1, max_new_tokens, prompt)
-    clock, model, text = _Clock(target), Decoder(target), list(prompt)
+    clock, model, text = _Clock(target.device), decoder_of(target), list(prompt)
     blocks: list[Block] = []
     fed, start = text[:], 0
     while len(blocks) < max_new_tokens and not (blocks and text[-1] in stop_ids):
@@ -321,8 +326,8 @@ def check_decoding(num_speculative_tokens: int | Adaptive, max_new_tokens: int, 
 class _Clock:
     """Seconds in drafting, in verifying and in all; on a GPU it waits for what was asked to be done."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.device = model.device
+    def __init__(self, device: torch.device):
+        self.device = device
         self.parts = [0.0, 0.0]
         self.began = self.last = self._now()
 

@@ -8,6 +8,7 @@ are shared out to the ranks a part at a time, and an interrupted evaluation goes
 import logging
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +77,8 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     target = load_target(**cfg.target).to(ranks.device)
     drafters = {path: load_drafter(path, tokenizer, target) for path in pending}
-    work = prompts(cfg, tokenizer, min(map(context_length, (target, *drafters.values()))))
+    context = min(map(context_length, (target, *drafters.values())))
+    work = prompts(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, cfg.evaluate.sampling)
     parts = [work[start : start + PART] for start in range(0, len(work), PART)]
     for drafter in drafters.values():  # first calls are slow, and nobody's fault
         speculative_decode(target, drafter, work[0].prompt, 3, 8, Sampling(), [])
@@ -100,20 +102,20 @@ def main(cfg: DictConfig) -> None:
 def check(cfg: DictConfig) -> None:
     """Refuse what would fail, or mean something else, after the model is loaded."""
     for task, how in cfg.task.items():
-        sampling_of(task, how, cfg)
+        sampling_of(task, how, cfg.evaluate.sampling)
         for gamma in cfg.evaluate.num_speculative_tokens:
             check_decoding(gamma_of(gamma, cfg), how.max_new_tokens, [0])
 
 
-def sampling_of(task: str, how: DictConfig, cfg: DictConfig) -> Sampling:
-    """How a task is decoded: as it says itself, or as evaluate.sampling says of all.
+def sampling_of(task: str, how: DictConfig, overrides: Mapping[str, Any]) -> Sampling:
+    """How a task is decoded: as it says itself, or as `overrides` (evaluate.sampling) says of all.
 
     Raises:
         ValueError: a key that is neither temperature nor top_p, or a value out of its range.
     """
-    if unknown := set(cfg.evaluate.sampling) - {"temperature", "top_p"}:
+    if unknown := set(overrides) - {"temperature", "top_p"}:
         raise ValueError(f"evaluate.sampling has {sorted(unknown)}; it takes temperature and top_p")
-    sampling = Sampling(**{"temperature": how.temperature, "top_p": how.top_p, **cfg.evaluate.sampling})
+    sampling = Sampling(**{"temperature": how.temperature, "top_p": how.top_p, **overrides})
     if sampling.temperature < 0:
         raise ValueError(f"task.{task}: temperature is {sampling.temperature}, must be 0 (greedy) or above")
     if not 0 < sampling.top_p <= 1:
@@ -147,14 +149,20 @@ def load_drafter(path: str, tokenizer: PreTrainedTokenizerBase, target: PreTrain
     return drafter
 
 
-def prompts(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> list[Task]:
-    """Every task's prompts, encoded and checked, the tasks in turn: so that a part of them all is a fair sample."""
+def prompts(
+    cfg: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    per_task: int,
+    overrides: Mapping[str, Any],
+) -> list[Task]:
+    """The first `per_task` prompts of every task, encoded and checked, and how they are decoded (see sampling_of)."""
     every = read_jsonl(f"{cfg.inputs.data}/tasks.jsonl")
     tasks = []
     for name, how in cfg.task.items():
-        rows = [row for row in every if row["task"] == name][: cfg.evaluate.prompts_per_task]
+        rows = [row for row in every if row["task"] == name][:per_task]
         encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows], how.max_new_tokens, context)
-        sampling = sampling_of(name, how, cfg)
+        sampling = sampling_of(name, how, overrides)
         tasks += [
             Task(name, row["id"], row["prompt"], prompt, how.max_new_tokens, sampling)
             for row, prompt in zip(rows, encoded, strict=True)

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 if TYPE_CHECKING:
+    from experiments.gamma import Row as GammaRow
     from experiments.tables import Row
 
 # Okabe and Ito's palette, which colour-blind readers tell apart; the pretrained drafter is grey.
@@ -83,6 +84,27 @@ def draw_curves(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("finetuning step")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+        return _save(figure, path)
+
+
+def draw_gammas(rows: Sequence["GammaRow"], path: Path) -> str:
+    """The speed-up at each gamma, a panel a task: predicted as a line, measured with 95% intervals; the SVG's text."""
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(tasks), figsize=(3.1 * len(tasks), 3.2), sharey=True, squeeze=False)
+        for axis, task in zip(axes[0], tasks, strict=True):
+            of_task = [row for row in rows if row.task == task]
+            gammas = [row.gamma for row in of_task]
+            value, low, high = np.array([row.measured for row in of_task]).T
+            axis.plot(gammas, [row.predicted for row in of_task], color=PALETTE[0], label="predicted")
+            axis.errorbar(gammas, value, (value - low, high - value), fmt="o", color=PALETTE[5], label="measured")
+            axis.axhline(1, color="#333333", linewidth=0.8)
+            axis.set_title(task.replace("_", " "))
+            axis.set_xlabel("γ")
+            axis.set_xticks(gammas)
+        axes[0][0].set_ylabel("speed-up over the target alone")
+        axes[0][0].set_ylim(bottom=0)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
         return _save(figure, path)
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 from tests.objectives import at_places
 
 CONF = Path(__file__).parent.parent / "conf"
-STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "tables")
+STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "gamma", "tables")
 SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))

@@ -6,6 +6,7 @@ The target is a GPT-2 with learned positions and a word-level tokenizer without 
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ import torch
 from hydra.errors import HydraException
 from transformers import AutoModelForCausalLM
 
-from drafter.artifacts import ArtifactError, read_jsonl
+from drafter.artifacts import ArtifactError, model_fingerprint, read_jsonl, write_jsonl
 from drafter.models import VocabularyError
-from experiments.pipeline import NAMES, STAGES, configured, main
+from experiments.pipeline import configured, main
 from tests.conftest import WORDS, save_target
 
 
@@ -23,7 +24,7 @@ def stage(name, overrides):
     from hydra import initialize_config_module
 
     with initialize_config_module("conf", version_base="1.3"):
-        STAGES[NAMES.index(name)].main(configured(name, overrides))
+        import_module(f"experiments.{name}").main(configured(name, overrides))
 
 
 def snapshot(folder):
@@ -119,9 +120,57 @@ def test_every_kind_of_objective_trains(world, tmp_path, how):
     assert all(not torch.equal(after[key], before[key]) for key in after if after[key].ndim > 1)
 
 
+def test_an_evaluation_with_adaptive_drafts_goes_on_where_it_was_cut(world, tmp_path):
+    overrides, root = world
+    command = [*overrides, f"out={tmp_path}/out", f"drafters=[{root}/drafter,{root}/finetune/kld-seed1]"]
+    command += ["evaluate.num_speculative_tokens=[2,adaptive]"]
+    stage("evaluate", command)
+    rows = {name: read_jsonl(tmp_path / "out" / name / "counts.jsonl") for name in ("drafter", "kld-seed1")}
+    for found in rows.values():
+        assert {row["gamma"] for row in found} == {2, "adaptive"}
+        for row in found:
+            accepted, tested = row["by_position"]
+            assert (sum(accepted), sum(tested)) == (row["accepted"], row["tested"])
+            assert 0 < row["drafting_seconds"] + row["verifying_seconds"] <= row["seconds"]
+    # The baseline was decoded once for both.
+    times = [[row["baseline_seconds"] for row in found] for found in rows.values()]
+    assert times[0] == times[1]
+    for path in (tmp_path / "out" / "drafter" / "manifest.json", tmp_path / "out" / "drafter" / "counts.jsonl"):
+        path.unlink()
+    settings = json.loads((tmp_path / "out" / "kld-seed1" / "manifest.json").read_text())
+    settings["inputs"]["drafter"] = model_fingerprint(str(root / "drafter"))
+    (tmp_path / "out" / "drafter" / "started.json").write_text(json.dumps(settings))
+    part = [{**row, "message": "kept", "blocks": []} for row in rows["drafter"]]
+    write_jsonl(tmp_path / "out" / "drafter" / "part-00000.jsonl", part)
+    stage("evaluate", command)
+    assert read_jsonl(tmp_path / "out" / "drafter" / "counts.jsonl") == rows["drafter"]
+    assert read_jsonl(tmp_path / "out" / "drafter" / "samples.jsonl")[0]["message"] == "kept"
+
+
+def test_the_gamma_report_says_of_each_task_what_is_best(world, tmp_path):
+    overrides, root = world
+    how = [f"gamma.drafter={root}/finetune/kld-seed1", "gamma.largest=3", "gamma.prompts_per_task=3"]
+    stage("gamma", [*overrides, *how, f"out={tmp_path}/gamma"])
+    folder = tmp_path / "gamma" / "kld-seed1"
+    page = (folder / "gamma.md").read_text()
+    for task in ("prompts", "sampled"):
+        section = page.split(f"## {task}\n\n")[1]
+        assert section.startswith(("No γ pays on this machine", "γ = "))
+        assert section.count("\n| ") >= 4
+    assert (folder / "gamma.png").stat().st_size > 10_000
+    rows = [row for row in read_jsonl(folder / "gamma.jsonl") if row["task"] == "prompts"]
+    counts = [row for row in read_jsonl(folder / "counts.jsonl") if row["task"] == "prompts"]
+    for row in rows:  # greedily, the estimate from the target's texts is what decoding gives
+        decoded = [one for one in counts if one["gamma"] == row["gamma"]]
+        tokens, calls = (sum(one[name] for one in decoded) for name in ("tokens", "target_calls"))
+        assert row["block_efficiency"] == pytest.approx(tokens / calls)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
+        ("evaluate", "evaluate.num_speculative_tokens=[3,many]", ValueError, "has 'many': numbers and 'adaptive'"),
+        ("gamma", "gamma.largest=0", ValueError, "gamma.largest is 0"),
         ("respond", "respond.top_p=0.5", ArtifactError, "settings.top_p: there 0.95, asked for 0.5"),
         ("pretrain", "seed=7", ArtifactError, "settings.seed: there 0, asked for 7"),
         ("respond", "inputs.data=nowhere", ArtifactError, "nowhere holds no finished 'prepare'"),

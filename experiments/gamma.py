@@ -1,0 +1,176 @@
+"""Which gamma, and is it worth it? One page for a target, a drafter, a machine and each task. Config: conf/gamma.yaml.
+
+The target answers each prompt by itself; from those texts alone follows tau at every gamma (see drafter.offline), from
+the timed calls c and v (see drafter.costs), and from both the predicted speed-up. Then each gamma is decoded.
+"""
+
+import logging
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedModel
+
+from drafter.artifacts import Stage, model_fingerprint, write_jsonl
+from drafter.costs import Costs, measure
+from drafter.decoders import Compiled
+from drafter.metrics import Counts, Estimate, count, estimate
+from drafter.models import context_length, load_target, load_tokenizer
+from drafter.offline import acceptance_of_written, expected_blocks
+from drafter.prompts import stop_ids
+from drafter.speculative import autoregressive_decode, speculative_decode
+from experiments.evaluate import Task, load_drafter, prompts, sampling_of
+from experiments.figures import draw_gammas
+from experiments.inputs import data_fingerprint, plain, target_fingerprint
+
+log = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """A task at a gamma: block efficiency, what a block costs, and the speed-up as predicted and as measured."""
+
+    task: str
+    gamma: int
+    block_efficiency: float
+    cost: float
+    predicted: float
+    measured: Estimate
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="gamma")
+def main(cfg: DictConfig) -> None:
+    """Measure, and write gamma.md, gamma.jsonl and the figure."""
+    check(cfg)
+    inputs = {
+        "data": data_fingerprint(cfg),
+        "target": target_fingerprint(cfg),
+        "drafter": model_fingerprint(cfg.gamma.drafter),
+    }
+    settings = {**plain(cfg.gamma), "tasks": plain(cfg.task), "seed": cfg.seed}
+    del settings["drafter"]  # its fingerprint is among the inputs
+    stage = Stage(Path(cfg.out) / Path(cfg.gamma.drafter).name, "gamma", settings, inputs)
+    if stage.complete:
+        return log.info("%s is up to date", stage.directory)
+    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    target = load_target(**cfg.target).to("cuda" if torch.cuda.is_available() else "cpu")
+    drafter = load_drafter(cfg.gamma.drafter, tokenizer, target)
+    work = prompts(cfg, tokenizer, min(map(context_length, (target, drafter))), cfg.gamma.prompts_per_task, {})
+    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    models = [target, drafter]
+    if cfg.gamma.compile:
+        longest = max(len(task.prompt) + task.max_new_tokens for task in work) + cfg.gamma.largest + 1
+        models = [Compiled(model, longest) for model in models]
+    costs = measure(models[0], models[1], work[0].prompt, cfg.gamma.largest)
+    rows, counts = [], []
+    for name in cfg.task:
+        tasks = [task for task in work if task.name == name]
+        found = decode_all(tasks, models, stops, cfg)
+        efficiencies = block_efficiencies(tasks, found, target, drafter, cfg.gamma.largest)
+        for gamma, efficiency in enumerate(efficiencies, start=1):
+            of_gamma = {task.prompt_id: np.array(row[1][gamma]) for task, row in zip(tasks, found, strict=True)}
+            cost, speedup = costs.block(gamma), estimate(of_gamma, "token_rate_ratio")
+            rows.append(Row(name, gamma, efficiency, cost, efficiency / cost, speedup))
+            counts += [
+                {"task": name, "gamma": gamma, "prompt": prompt, **Counts(*values.tolist())._asdict()}
+                for prompt, values in of_gamma.items()
+            ]
+    page = report(rows, costs, cfg)
+    write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
+    write_jsonl(stage.directory / "counts.jsonl", counts)
+    (stage.directory / "gamma.md").write_text(page)
+    draw_gammas(rows, stage.directory / "gamma")
+    stage.finish(counts={"c": costs.ratio, "v": [costs.verification(g) for g in range(1, cfg.gamma.largest + 1)]})
+    print(page)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a range of gammas that is none, and tasks that cannot be decoded."""
+    if cfg.gamma.largest < 1:
+        raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at least 1")
+    for task, how in cfg.task.items():
+        sampling_of(task, how, {})
+
+
+def decode_all(
+    tasks: list[Task], models: list[PreTrainedModel | Compiled], stops: list[int], cfg: DictConfig
+) -> list[tuple[list[int], dict[int, Counts]]]:
+    """Each prompt's text by the target alone, and the counts of its decoding at each gamma, one after the other."""
+    (target, drafter), found = models, []
+    for task in tasks:
+        limit, sampling = task.max_new_tokens, task.sampling
+        generator = torch.Generator(target.device).manual_seed(zlib.crc32(task.prompt_id.encode()) + cfg.seed)
+        baseline = autoregressive_decode(target, task.prompt, limit, sampling, stops, generator)
+        counts = {}
+        for gamma in range(1, cfg.gamma.largest + 1):
+            decoded = speculative_decode(target, drafter, task.prompt, gamma, limit, sampling, stops, generator)
+            counts[gamma] = count(decoded, baseline)
+        found.append((baseline.tokens, counts))
+    return found
+
+
+@torch.inference_mode()
+def block_efficiencies(
+    tasks: list[Task],
+    found: list[tuple[list[int], Any]],
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    largest: int,
+) -> list[float]:
+    """tau at gamma = 1 ... largest, from the texts that the target wrote."""
+    blocks, tokens = np.zeros(largest), 0
+    for task, (text, _) in zip(tasks, found, strict=True):
+        ids = torch.tensor([[*task.prompt, *text]], device=target.device)
+        p_LV, q_LV = (model(input_ids=ids, logits_to_keep=len(text) + 1).logits[0, :-1] for model in (drafter, target))
+        written = torch.tensor(text, device=target.device)
+        accept_BL = acceptance_of_written(p_LV, q_LV, written, task.sampling)[None]
+        lengths_B = torch.tensor([len(text)], device=target.device)
+        blocks += [expected_blocks(accept_BL, lengths_B, gamma).item() for gamma in range(1, largest + 1)]
+        tokens += len(text)
+    return (tokens / blocks).tolist()
+
+
+def report(rows: list[Row], costs: Costs, cfg: DictConfig) -> str:
+    """The page, in Markdown."""
+    how = "both models compiled" if cfg.gamma.compile else "no model compiled"
+    lines = [
+        f"# Which γ for {cfg.gamma.drafter}",
+        "",
+        f"On this machine ({how}) a drafter's call takes {1e3 * costs.drafter:.2f} ms, the target's of one token "
+        f"{1e3 * costs.target[0]:.2f} ms: c = {costs.ratio:.2f}. The target's call of γ + 1 tokens takes v(γ) as long. "
+        f"A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the target's own token.",
+        "",
+    ]
+    for name in dict.fromkeys(row.task for row in rows):
+        of_task = [row for row in rows if row.task == name]
+        lines += [f"## {name}", "", verdict(of_task), ""]
+        lines += ["| γ | τ | v | cγ + v | predicted speed-up | measured |", "| --- | --- | --- | --- | --- | --- |"]
+        for row in of_task:
+            value, low, high = row.measured
+            lines.append(
+                f"| {row.gamma} | {row.block_efficiency:.2f} | {costs.verification(row.gamma):.2f} | {row.cost:.2f} | "
+                f"{row.predicted:.2f} | {value:.2f} [{low:.2f}, {high:.2f}] |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def verdict(rows: list[Row]) -> str:
+    """One sentence: the best gamma, or that none pays, and why."""
+    best = max(rows, key=lambda row: row.measured[0])
+    value, low, high = best.measured
+    speed = f"{value:.2f} [{low:.2f}, {high:.2f}] times as fast as the target alone"
+    if value > 1:
+        sure = "" if low > 1 else ", within the noise of 1"
+        return f"γ = {best.gamma} is best: {speed}{sure}."
+    return (
+        f"No γ pays on this machine: at the best, γ = {best.gamma}, it is {speed}. A block there costs {best.cost:.2f} "
+        f"target calls and gives {best.block_efficiency:.2f} tokens: to pay, it would have to give more than it costs."
+    )
+
+
+if __name__ == "__main__":
+    main()
