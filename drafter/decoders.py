@@ -7,6 +7,8 @@ Shapes: B rows, T tokens fed, C the cache's capacity in tokens, V vocabulary.
 """
 
 import inspect
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -50,8 +52,7 @@ class Compiled:
         self.model, self.longest, self.capacity, self.length = model, longest, capacity, 0
         self.argument = cache_argument(model)
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        self.forward = torch.compile(model.forward, dynamic=False)
+        self.calls: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -77,10 +78,18 @@ class Compiled:
         if start < self.length:
             self.cache.crop(start - self.length)
         self.length = start + count
-        forward = self.forward if count <= self.longest else self.model
-        fed = torch.tensor(ids, device=self.model.device)
+        if count not in self.calls:
+            self.calls[count] = self._call() if count > self.longest else torch.compile(self._call(), dynamic=False)
         # All logits are made, so that one compiled call serves every `keep`.
-        return forward(input_ids=fed, use_cache=True, **{self.argument: self.cache}).logits[:, -keep:]
+        return self.calls[count](torch.tensor(ids, device=self.model.device))[:, -keep:]
+
+    def _call(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        def call(ids_BT: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(input_ids=ids_BT, use_cache=True, **{self.argument: self.cache}).logits
+            return logits
+
+        # A code object of its own: what was compiled for others under the same one would be tried first, each time.
+        return FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
 
     def select(self, rows: list[int]) -> None:
         """There is one row."""

@@ -14,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 
 from drafter.storage import flush_directory
 
@@ -66,6 +67,8 @@ class Resuming(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         file = Path(self.curve.log_dir) / "metrics.csv"
+        if rank_zero_only.rank > 0 or not file.exists():  # the first rank writes the curve, and the checkpoint
+            return {"curve": []}
         with file.open(newline="") as rows:
             return {"curve": list(csv.DictReader(rows))}
 

@@ -118,6 +118,8 @@ class Rows(Sequence[Row]):
 
     def read(self, indices: Sequence[int]) -> list[Row]:
         """Those rows; a list of numbers is a flat numpy array."""
+        if len(indices) == 0:
+            return []
         index = self._index
         ranges = [
             (_shard(index["shard"][i]), int(index["start"][i]), int(index["start"][i] + index["bytes"][i]))

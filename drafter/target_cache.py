@@ -71,8 +71,8 @@ class SparseFormat(NamedTuple):
 
     def columns(self, hidden_NH: torch.Tensor | None, logits: Logits, tokens_N: torch.Tensor) -> dict[str, Any]:
         """What is stored of N positions: an array (N, …) a column. The own token's log-probability is log_q's last."""
-        parts = []
-        step = max(1, CHUNK_ENTRIES["cpu"] // logits(slice(0, 1)).shape[-1])
+        parts, one_V = [], logits(slice(0, 1))
+        step = max(1, CHUNK_ENTRIES.get(one_V.device.type, CHUNK_ENTRIES["cuda"]) // one_V.shape[-1])
         for start in range(0, len(tokens_N), step):
             logits_nV = logits(slice(start, start + step)).float()
             _refuse_not_finite(logits_nV, "logits")

@@ -14,7 +14,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from experiments.gamma import Row as GammaRow
-    from experiments.tables import Row
+    from experiments.results import Row
 
 # Okabe and Ito's palette, which colour-blind readers tell apart; the pretrained drafter is grey.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
@@ -22,6 +22,8 @@ YARDSTICKS = {
     "val/acceptance_rate": "acceptance rate α (higher is better)",
     "val/kld": "KLD, nats (lower is better)",
     "val/argmax_agreement": "argmax agreement (higher is better)",
+    "val/block_efficiency_greedy": "τ, greedy responses, without decoding",
+    "val/block_efficiency_sampled": "τ, sampled responses, without decoding",
 }
 STYLE: Any = {
     "font.size": 10,
@@ -72,9 +74,11 @@ def draw_efficiency(rows: Sequence["Row"], path: Path) -> str:
 def draw_curves(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> str:
     """Each yardstick along finetuning: a line a loss (the mean of its seeds), a band from the least to the most."""
     colour = colours(list(curves))
+    logged = [row for seeds in curves.values() for rows in seeds.values() for row in rows]
+    shown = {key: title for key, title in YARDSTICKS.items() if all(key in row for row in logged)}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(YARDSTICKS), figsize=(4 * len(YARDSTICKS), 3.4))
-        for axis, (key, title) in zip(axes, YARDSTICKS.items(), strict=True):
+        figure, axes = plt.subplots(1, len(shown), figsize=(3.7 * len(shown), 3.4), squeeze=False)
+        for axis, (key, title) in zip(axes[0], shown.items(), strict=True):
             for loss, seeds in curves.items():
                 shared = min(len(rows) for rows in seeds.values())
                 steps = [row["step"] for row in next(iter(seeds.values()))[:shared]]
@@ -83,7 +87,7 @@ def draw_curves(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path
                 axis.fill_between(steps, values.min(0), values.max(0), color=colour[loss], alpha=0.2, linewidth=0)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("finetuning step")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
         return _save(figure, path)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 if TYPE_CHECKING:
-    from experiments.tables import Row
+    from experiments.results import Row
 
 
 def write_html(

@@ -17,7 +17,8 @@ from drafter.metrics import Estimate
 from experiments import tables
 from experiments.figures import colours, draw_curves, draw_efficiency
 from experiments.report import by_prompt, write_html
-from experiments.tables import POOLED, Row, markdown, read_curves, read_evaluations, summarise, with_interval
+from experiments.results import POOLED, Row, read_curves, read_evaluations, summarise
+from experiments.tables import markdown, with_interval
 
 TASKS = {"open_ended": 6, "code": 4}  # prompts of each
 GAMMAS = (3, 5)

@@ -1,0 +1,92 @@
+"""Block efficiency without decoding against decoding: how far apart, and at what price.
+
+    python -m benchmarks.offline [ROOT] [--drafter DIR]        after `make demo`; ROOT is runs/tiny
+
+The target answers the validation prompts DRAWS times; from these texts the drafter's block efficiency is computed, as
+at each validation: one forward of both models, batched. Then the same prompts are decoded with the drafter as often.
+Seconds are process time of one thread; those of the texts are not counted, which a training run has anyway.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from drafter.batches import by_budget, collate, response_sequence
+from drafter.engines import Limits, Request, transformers_engine
+from drafter.models import load_target, load_tokenizer
+from drafter.offline import acceptance_of_written, expected_blocks, split_rows
+from drafter.prompts import stop_ids
+from drafter.rows import Rows
+from drafter.speculative import speculative_decode
+from drafter.warping import Sampling
+
+TARGET, PROMPTS, DRAWS, LENGTH = "assets/tiny-target", 100, {0.0: 1, 0.7: 6, 1.0: 6}, 64
+
+
+@torch.inference_mode()
+def without_decoding(target, drafter, rows, sampling, gamma):
+    """Tokens and expected blocks of each text."""
+    tokens, blocks = np.zeros(len(rows)), np.zeros(len(rows))
+    for batch in by_budget([len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows], 4096):
+        texts = collate([response_sequence(rows[i]) for i in batch])
+        mask = texts.target_mask_BT
+        p, q = (
+            model(input_ids=texts.input_ids_BT, attention_mask=texts.attention_mask_BT).logits[mask]
+            for model in (drafter, target)
+        )
+        written, lengths = texts.input_ids_BT.roll(-1, 1)[mask], mask.sum(1)
+        accept = split_rows(acceptance_of_written(p, q, written, sampling), lengths)
+        tokens[batch], blocks[batch] = lengths, expected_blocks(accept, lengths, gamma)
+    return tokens, blocks
+
+
+def ratio(tokens, blocks):
+    """Block efficiency and its standard error over texts."""
+    value = tokens.sum() / blocks.sum()
+    return value, np.std(tokens - value * blocks) * len(tokens) ** 0.5 / blocks.sum()
+
+
+def main():
+    """Print a line a temperature and gamma."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", default="runs/tiny")
+    parser.add_argument("--drafter", default="runs/tiny/finetune/kld-seed1")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    target, drafter = load_target(TARGET), load_target(arguments.drafter)
+    stops = stop_ids(load_tokenizer(TARGET), target.generation_config.eos_token_id)
+    responses = Rows(f"{arguments.root}/responses", "respond")
+    held_out = [i for i, split in enumerate(responses.splits) if split == "validation"][:PROMPTS]
+    prompts = [row["prompt_ids"].tolist() for row in responses.read(held_out)]
+    for temperature, draws in DRAWS.items():
+        sampling, generator = Sampling(temperature, 0.95), torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        engine = transformers_engine(target, Limits(0.95, LENGTH, stops), 16_384)
+        requests = [Request("", "", "", temperature, prompt) for prompt in prompts * draws]
+        rows = [
+            {"prompt_ids": request.prompt_ids, "response_ids": tokens, "temperature": temperature}
+            for request, tokens in zip(requests, engine(requests), strict=True)
+        ]
+        for gamma in (3, 5):
+            began = time.process_time()
+            offline = ratio(*without_decoding(target, drafter, rows, sampling, gamma))
+            cheap = time.process_time() - began
+            began = time.process_time()
+            decoded = [
+                speculative_decode(target, drafter, prompt, gamma, LENGTH, sampling, stops, generator)
+                for prompt in prompts * draws
+            ]
+            dear = time.process_time() - began
+            counts = np.array([(len(one.tokens), len(one.blocks)) for one in decoded], dtype=float)
+            online = ratio(*counts.T)
+            print(
+                f"temperature {temperature}, gamma {gamma}: without decoding {offline[0]:.3f} ± {offline[1]:.3f}, "
+                f"decoded {online[0]:.3f} ± {online[1]:.3f}: {100 * (offline[0] / online[0] - 1):+.1f}%; "
+                f"{cheap:.1f} s against {dear:.1f} s, 1/{dear / cheap:.0f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
