@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from drafter.distributions import Sparse
-
-Cached = torch.Tensor | Sparse  # hidden states (N, H), or a sparse distribution
+from drafter.distributions import Drawn, Sparse
 
 
 class Batch(NamedTuple):
@@ -29,7 +27,7 @@ class Batch(NamedTuple):
     target_mask_BT: torch.Tensor
     is_text_B: torch.Tensor
     temperature_B: torch.Tensor
-    cached_N: Cached | None = None
+    cached_N: torch.Tensor | Sparse | None = None  # hidden states (N, H), or sparse distributions
 
 
 class Sequence(NamedTuple):
@@ -38,7 +36,7 @@ class Sequence(NamedTuple):
     ids_T: np.ndarray
     num_context: int
     is_text: bool
-    cached_N: Cached | None = None
+    cached_N: torch.Tensor | Drawn | None = None
     temperature: float = math.nan
 
 
@@ -73,16 +71,16 @@ def response_mask(batch: Batch) -> torch.Tensor:
     return batch.target_mask_BT & ~batch.is_text_B[:, None]
 
 
-def response_sequence(row: dict[str, Any], cached_N: Cached | None = None) -> Sequence:
+def response_sequence(row: dict[str, Any], cached_N: torch.Tensor | Drawn | None = None) -> Sequence:
     """A row of responses (see responses.COLUMNS) as a sample: the prompt is context, the response is predicted."""
     ids = np.concatenate([row["prompt_ids"], row["response_ids"]])
     return Sequence(ids, len(row["prompt_ids"]), False, cached_N, row["temperature"])
 
 
-def _joined(parts: list[Cached | None]) -> Cached | None:
+def _joined(parts: list[torch.Tensor | Drawn | None]) -> torch.Tensor | Sparse | None:
     """What is cached of all samples, one after the other; packed text has nothing."""
-    sparse = [part for part in parts if isinstance(part, Sparse)]
-    if sparse:
-        return Sparse.cat(sparse)
+    drawn = [part for part in parts if isinstance(part, Drawn)]
+    if drawn:
+        return Drawn.cat(drawn).weighted()
     hidden = [part for part in parts if isinstance(part, torch.Tensor)]
     return torch.cat(hidden) if hidden else None

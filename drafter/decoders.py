@@ -10,10 +10,16 @@ import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import CacheLayerMixin
+
+from drafter.models import has_plain_head
+
+# Models, as long as they live -> whether their logits are the output embedding of their last hidden states.
+_PLAIN: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 class Decoder:
@@ -21,7 +27,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.cache, self.length = model, DynamicCache(), 0
-        self.argument = cache_argument(model)
+        self.call = logits_of(model)
 
     def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
         """The logits of the last `keep` tokens, shape (1, keep, V)."""
@@ -29,8 +35,7 @@ class Decoder:
         if start < self.length:
             self.cache.crop(start - self.length)
         self.length = start + len(ids[0])
-        fed = torch.tensor(ids, device=self.model.device)
-        return self.model(input_ids=fed, use_cache=True, logits_to_keep=keep, **{self.argument: self.cache}).logits
+        return self.call(torch.tensor(ids, device=self.model.device), self.cache, keep)
 
     def select(self, rows: list[int]) -> None:
         """There is one row."""
@@ -50,7 +55,7 @@ class Compiled:
 
     def __init__(self, model: PreTrainedModel, capacity: int, longest: int = 9):
         self.model, self.longest, self.capacity, self.length = model, longest, capacity, 0
-        self.argument = cache_argument(model)
+        self.argument = cache_argument(type(model))
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
         self.calls: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
@@ -166,21 +171,15 @@ class RaggedDecoder:
             )
         self.model, self.places = model, _Places(capacity)
         self.cache = Cache(layers=[_RaggedLayer(self.places) for _ in range(config.num_hidden_layers)])
-        self.argument = cache_argument(model)
+        self.call = logits_of(model)
 
     def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
         """The logits of each row's last `keep` tokens, shape (B, keep, V); as many tokens are fed to each row."""
         device, count = self.model.device, len(ids[0])
         self.places.set(starts, count, device)
         seen_BTC = torch.arange(self.places.end, device=device) <= self.places.places_BT[..., None]
-        return self.model(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=seen_BTC[:, None],
-            position_ids=self.places.places_BT,
-            use_cache=True,
-            logits_to_keep=keep,
-            **{self.argument: self.cache},
-        ).logits
+        given = {"attention_mask": seen_BTC[:, None], "position_ids": self.places.places_BT}
+        return self.call(torch.tensor(ids, device=device), self.cache, keep, **given)
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows alone."""
@@ -194,9 +193,37 @@ def decoder_of(model: PreTrainedModel | Compiled) -> Decoder | Compiled:
     return model.decoder() if isinstance(model, Compiled) else Decoder(model)
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    """The name that a model's forward has for its cache.
+def logits_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
+    """A function of ids, a cache, how many last places are wanted, and other arguments that gives their logits.
+
+    Where they are the output embedding of the last hidden states, it asks for those: of a small model's call, a
+    twentieth is spent on the way around.
+    """
+    if model not in _PLAIN:
+        _PLAIN[model] = isinstance(model, PreTrainedModel) and has_plain_head(model)
+    if not _PLAIN[model]:
+        argument = cache_argument(type(model))
+
+        def whole(ids_BT: torch.Tensor, cache: Any, keep: int, **given: Any) -> torch.Tensor:
+            given |= {"use_cache": True, "logits_to_keep": keep, argument: cache}
+            logits: torch.Tensor = model(input_ids=ids_BT, **given).logits
+            return logits
+
+        return whole
+    body, head = model.base_model, model.get_output_embeddings()
+    inner = cache_argument(type(body))
+
+    def last(ids_BT: torch.Tensor, cache: Any, keep: int, **given: Any) -> torch.Tensor:
+        output = body(input_ids=ids_BT, use_cache=True, **{inner: cache}, **given)
+        logits: torch.Tensor = head(output.last_hidden_state[:, -keep:])
+        return logits
+
+    return last
+
+
+def cache_argument(kind: Any) -> str:
+    """The name that a class of models has for its cache.
 
     transformers 5.24 renamed the argument; earlier ones, and models with code of their own, keep the old name.
     """
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"

@@ -28,18 +28,14 @@ class Sparse(NamedTuple):
         """The positions of a slice."""
         return Sparse(self.ids_NK[rows], self.log_q_NK[rows], self.weight_NK[rows])
 
-    @classmethod
-    def cat(cls, parts: "list[Sparse]") -> "Sparse":
-        """The positions of all parts, one after the other."""
-        return cls(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-
 
 class Drawn(NamedTuple):
-    """What a `Sparse` is made of, and what a cache keeps: its tokens, and the log of the mass outside the top-k."""
+    """What a `Sparse` is made of, and a cache keeps: its tokens, and the log of the mass outside the `top_k` first."""
 
     ids_NK: torch.Tensor
     log_q_NK: torch.Tensor
     log_rest_N: torch.Tensor
+    top_k: int
 
     @classmethod
     def of(cls, logits_NV: torch.Tensor, tokens_N: torch.Tensor, top_k: int, num_samples: int) -> "Drawn":
@@ -51,15 +47,22 @@ class Drawn(NamedTuple):
         # Where nothing is left outside the top-k, any token will do: its weight is zero.
         drawn_NS = torch.multinomial(torch.where(rest_N1 > 0, others_NV, 1.0), num_samples, replacement=True)
         ids_NK = torch.cat([top_NK, drawn_NS, tokens_N[:, None]], -1)
-        return cls(ids_NK, log_q_NV.gather(-1, ids_NK), rest_N1[:, 0].log())
+        return cls(ids_NK, log_q_NV.gather(-1, ids_NK), rest_N1[:, 0].log(), top_k)
 
-    def weighted(self, top_k: int) -> Sparse:
+    @classmethod
+    def cat(cls, parts: "list[Drawn]") -> "Drawn":
+        """The positions of all parts, one after the other."""
+        ids_NK, log_q_NK, log_rest_N = (torch.cat(field) for field in list(zip(*parts, strict=True))[:3])
+        return cls(ids_NK, log_q_NK, log_rest_N, parts[0].top_k)
+
+    def weighted(self) -> Sparse:
         """With each token's weight."""
-        log_drawn_NS = self.log_q_NK[:, top_k:-1]
-        log_share_N1 = self.log_rest_N[:, None] - math.log(log_drawn_NS.shape[-1])
+        log_q_NK, log_rest_N = _wide(self.log_q_NK), _wide(self.log_rest_N)
+        log_drawn_NS = log_q_NK[:, self.top_k : -1]
+        log_share_N1 = log_rest_N[:, None] - math.log(log_drawn_NS.shape[-1])
         weight_NS = torch.where(log_share_N1 > -math.inf, (log_share_N1 - log_drawn_NS).exp(), 0.0)
-        top_NK = torch.ones_like(self.log_q_NK[:, :top_k])
-        return Sparse(self.ids_NK, self.log_q_NK, torch.cat([top_NK, weight_NS, torch.zeros_like(log_share_N1)], -1))
+        top_NK = torch.ones_like(log_q_NK[:, : self.top_k])
+        return Sparse(self.ids_NK, log_q_NK, torch.cat([top_NK, weight_NS, torch.zeros_like(log_share_N1)], -1))
 
 
 Target = torch.Tensor | Sparse  # logits (N, V), or a sparse distribution

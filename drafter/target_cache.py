@@ -77,7 +77,7 @@ class SparseFormat(NamedTuple):
             logits_nV = logits(slice(start, start + step)).float()
             _refuse_not_finite(logits_nV, "logits")
             drawn = Drawn.of(logits_nV, tokens_N[start : start + step], self.top_k, self.num_samples)
-            parts.append((*drawn, logits_nV.logsumexp(-1)))
+            parts.append((*drawn[:-1], logits_nV.logsumexp(-1)))
         ids_NK, log_q_NK, log_rest_N, log_z_N = (torch.cat(part) for part in zip(*parts, strict=True))
         return {
             "ids": ids_NK[:, :-1].cpu().numpy(),
@@ -90,20 +90,20 @@ class SparseFormat(NamedTuple):
 Format = ExactFormat | SparseFormat
 
 
-def restore(row: rows.Row, schema: pa.Schema) -> torch.Tensor | Sparse | None:
-    """What a loss takes as the target, from a row of a cache; of a row of responses, None."""
+def restore(row: rows.Row, schema: pa.Schema) -> torch.Tensor | Drawn | None:
+    """What a sample brings of the target, from a row of a cache; from a row of responses, None."""
     count = len(row["response_ids"])
     if "hidden" in row:
         return _restored(row, schema, "hidden").reshape(count, -1)
     if "ids" not in row:
         return None
-    ids_NK = torch.from_numpy(row["ids"].astype(np.int64)).reshape(count, -1)
-    tokens_N1 = torch.from_numpy(row["response_ids"].astype(np.int64))[:, None]
+    ids_NK = np.concatenate([row["ids"].reshape(count, -1), row["response_ids"][:, None]], axis=1, dtype=np.int64)
     return Drawn(
-        torch.cat([ids_NK, tokens_N1], -1),
-        _restored(row, schema, "log_q").float().reshape(count, -1),
-        _restored(row, schema, "log_rest").float(),
-    ).weighted(int(schema.field("ids").metadata[b"top_k"]))
+        torch.from_numpy(ids_NK),
+        _restored(row, schema, "log_q").reshape(count, -1),
+        _restored(row, schema, "log_rest"),
+        int(schema.field("ids").metadata[b"top_k"]),
+    )
 
 
 def write_cache(

@@ -95,7 +95,7 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
         require(cfg.inputs.cache, "target", cache["inputs"]["target"], inputs["target"])
         if "top_k" in cache["settings"]["format"]:
             tokens_N = torch.zeros(2, dtype=torch.long)
-            sparse = Drawn.of(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted(1)
+            sparse = Drawn.of(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted()
             try_loss(loss, sparse, Places(tokens_N, torch.tensor([1, 0])))
     else:
         inputs["responses"] = responses_fingerprint(cfg)

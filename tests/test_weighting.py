@@ -5,20 +5,20 @@ from functools import partial
 import pytest
 import torch
 
-from drafter.batches import collate, response_sequence
+from drafter.batches import collate
 from drafter.chunked import Head
 from drafter.losses import kld
 from drafter.modules import Distillation
 from drafter.weighting import furthest_behind, prefix_confidence, uniform
-from tests.conftest import small_model
+from tests.conftest import answered, small_model
 
-ROWS = [{"prompt_ids": [1, 2], "response_ids": [5 + row + n for n in range(1 + 2 * row)]} for row in range(4)]
+ROWS = [[5 + row + n for n in range(1 + 2 * row)] for row in range(4)]
 
 
 @pytest.fixture
 def seen(target, drafter):
     """The predicted positions of a batch of responses of 1, 3, 5 and 7 tokens, and the batch."""
-    batch = collate([response_sequence(row) for row in ROWS])
+    batch = collate([answered([1, 2], row) for row in ROWS])
     module = Distillation(target, drafter, kld, 0.0, 1e-3)
     with torch.no_grad():
         hidden = drafter.base_model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT)
@@ -32,7 +32,7 @@ def logits_of(model, batch):
 
 def test_places_are_the_responses_tokens_and_what_follows_them(seen):
     predicted, _ = seen
-    assert predicted.places.tokens_N.tolist() == [token for row in ROWS for token in row["response_ids"]]
+    assert predicted.places.tokens_N.tolist() == [token for row in ROWS for token in row]
     assert predicted.places.following_N.tolist() == [0, 2, 1, 0, 4, 3, 2, 1, 0, 6, 5, 4, 3, 2, 1, 0]
 
 
@@ -47,7 +47,7 @@ def test_a_position_weighs_what_it_adds_to_the_accepted_length_of_every_block_th
     confidence = 0.7 * probs.gather(-1, predicted.places.tokens_N[:, None])[:, 0] + 0.3
     expected, first = [], 0
     for row in ROWS:
-        c = confidence[first : first + len(row["response_ids"])].tolist()
+        c = confidence[first : first + len(row)].tolist()
         first += len(c)
         for k in range(len(c)):
             weight = 0.0
