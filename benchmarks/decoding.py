@@ -101,6 +101,7 @@ def main():
             greedy_differences[name] += tokens[name] != tokens["autoregressive, ours"]
     size = f"batch of {arguments.batch}"
     totals |= {f"speculative, ours, {size}": [0, 0.0, 0.0]}
+    prompts.sort(key=len)  # a batch reads its prompts padded to the longest
     alone = single["speculative, ours"](prompts) if arguments.temperature == 0 else None
     together = []
     for start in range(0, len(prompts), arguments.batch):

@@ -3,11 +3,13 @@
     python -m benchmarks.offline [ROOT] [--drafter DIR]        after `make demo`; ROOT is runs/tiny
 
 The target answers the validation prompts DRAWS times; from these texts the drafter's block efficiency is computed, as
-at each validation: one forward of both models, batched. Then the same prompts are decoded with the drafter as often.
-Seconds are process time of one thread; those of the texts are not counted, which a training run has anyway.
+at each validation: one forward of the drafter, batched, and the target's distributions from a cache. Then the same
+prompts are decoded with the drafter as often. Seconds are process time of one thread; those of the texts and of the
+cache, which a training run has anyway, are not counted.
 """
 
 import argparse
+import tempfile
 import time
 
 import numpy as np
@@ -15,31 +17,47 @@ import torch
 
 from drafter.batches import by_budget, collate, response_sequence
 from drafter.engines import Limits, Request, transformers_engine
-from drafter.models import load_target, load_tokenizer
+from drafter.models import hidden_states, load_target, load_tokenizer
 from drafter.offline import acceptance_of_written, expected_blocks, split_rows
 from drafter.prompts import stop_ids
-from drafter.rows import Rows
+from drafter.responses import schema
+from drafter.rows import Rows, finish, write_shard
 from drafter.speculative import speculative_decode
+from drafter.storage import Folder
+from drafter.target_cache import ExactFormat, restore, target_at, write_cache
 from drafter.warping import Sampling
+from tests.conftest import finished_rows
 
 TARGET, PROMPTS, DRAWS, LENGTH = "assets/tiny-target", 100, {0.0: 1, 0.7: 6, 1.0: 6}, 64
 
 
 @torch.inference_mode()
-def without_decoding(target, drafter, rows, sampling, gamma):
+def without_decoding(target, drafter, cache, sampling, gamma):
     """Tokens and expected blocks of each text."""
-    tokens, blocks = np.zeros(len(rows)), np.zeros(len(rows))
-    for batch in by_budget([len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows], 4096):
-        texts = collate([response_sequence(rows[i]) for i in batch])
+    tokens, blocks = np.zeros(len(cache)), np.zeros(len(cache))
+    for batch in by_budget(cache.lengths.tolist(), 4096):
+        texts = collate([response_sequence(row, restore(row, cache.schema)) for row in cache.read(batch)])
         mask = texts.target_mask_BT
-        p, q = (
-            model(input_ids=texts.input_ids_BT, attention_mask=texts.attention_mask_BT).logits[mask]
-            for model in (drafter, target)
-        )
-        written, lengths = texts.input_ids_BT.roll(-1, 1)[mask], mask.sum(1)
-        accept = split_rows(acceptance_of_written(p, q, written, sampling), lengths)
-        tokens[batch], blocks[batch] = lengths, expected_blocks(accept, lengths, gamma)
+        hidden, head = hidden_states(drafter, texts.input_ids_BT, texts.attention_mask_BT)[mask], drafter.lm_head
+        written, lengths, q = texts.input_ids_BT.roll(-1, 1)[mask], mask.sum(1), target_at(target, texts)
+        parts = [slice(start, start + 256) for start in range(0, len(written), 256)]
+        accept = torch.cat([acceptance_of_written(head(hidden[n]), q(n), written[n], sampling) for n in parts])
+        tokens[batch] = lengths
+        blocks[batch] = expected_blocks(split_rows(accept, lengths), lengths, gamma)
     return tokens, blocks
+
+
+def cached(target, requests, answers, folder):
+    """The texts, with the target's distributions."""
+    written = [
+        {**request._asdict(), "id": str(number), "response_ids": tokens, "truncated": False}
+        for number, (request, tokens) in enumerate(zip(requests, answers, strict=True))
+    ]
+    texts = Folder(f"{folder}/texts")
+    write_shard(texts, 0, written, schema(0.95), {})
+    rows = finished_rows(texts, finish(texts, 1, schema(0.95))[0], "respond")
+    count, columns = write_cache(target, rows, Folder(folder), ExactFormat(), batch_tokens=4096, shard_size=256, seed=0)
+    return finished_rows(Folder(folder), finish(Folder(folder), count, columns)[0], "cache")
 
 
 def ratio(tokens, blocks):
@@ -64,14 +82,11 @@ def main():
         sampling, generator = Sampling(temperature, 0.95), torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         engine = transformers_engine(target, Limits(0.95, LENGTH, stops), 16_384)
-        requests = [Request("", "", "", temperature, prompt) for prompt in prompts * draws]
-        rows = [
-            {"prompt_ids": request.prompt_ids, "response_ids": tokens, "temperature": temperature}
-            for request, tokens in zip(requests, engine(requests), strict=True)
-        ]
+        requests = [Request("", "", "validation", temperature, prompt) for prompt in prompts * draws]
+        cache = cached(target, requests, engine(requests), tempfile.mkdtemp())
         for gamma in (3, 5):
             began = time.process_time()
-            offline = ratio(*without_decoding(target, drafter, rows, sampling, gamma))
+            offline = ratio(*without_decoding(target, drafter, cache, sampling, gamma))
             cheap = time.process_time() - began
             began = time.process_time()
             decoded = [

@@ -16,10 +16,12 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
-from drafter.models import has_plain_head
+from drafter.models import has_plain_head, vocabulary_rows
 
 # Models, as long as they live -> whether their logits are the output embedding of their last hidden states.
 _PLAIN: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+# Models, as long as they live -> whether they can be decoded side by side.
+_SIDE_BY_SIDE: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 class Decoder:
@@ -158,16 +160,25 @@ class RaggedDecoder:
     Masks and positions are given to the model outright, so that it needs to know nothing of the rows' lengths.
 
     Raises:
-        ValueError: the model attends to a window of its own, shorter than the capacity.
+        ValueError: the model attends to a window of its own, shorter than the capacity; or it makes something else of
+            given masks and positions than of its own (ALiBi, for one).
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int):
+        if model not in _SIDE_BY_SIDE:
+            _SIDE_BY_SIDE[model] = True  # so that the trial may make decoders
+            _SIDE_BY_SIDE[model] = _agrees_with_itself(model)
+        if not _SIDE_BY_SIDE[model]:
+            raise ValueError(
+                f"{type(model).__name__} does not take masks and positions as they are given: decode its texts one at "
+                f"a time"
+            )
         config = model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         if window and window < capacity:
             raise ValueError(
                 f"{type(model).__name__} attends to its last {window} tokens in some layers, and these texts may have "
-                f"{capacity}: decode them one at a time (batch_size=1)"
+                f"{capacity}: decode them one at a time"
             )
         self.model, self.places = model, _Places(capacity)
         self.cache = Cache(layers=[_RaggedLayer(self.places) for _ in range(config.num_hidden_layers)])
@@ -186,6 +197,21 @@ class RaggedDecoder:
         kept = torch.tensor(rows, device=self.model.device)
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+
+
+@torch.inference_mode()
+def _agrees_with_itself(model: PreTrainedModel) -> bool:
+    """Whether two texts side by side, one of them shorter, get the logits that each gets alone."""
+    vocabulary = vocabulary_rows(model)
+    texts, last = [[token % vocabulary for token in text] for text in ([1, 2, 3, 4], [3, 1, 2])], [5 % vocabulary, 0]
+    together = RaggedDecoder(model, 8)
+    try:
+        together.feed([[*text, 0][:4] for text in texts], [0, 0], 1)
+        ours = together.feed([last, last], [len(text) for text in texts], 2)
+    except (TypeError, ValueError, RuntimeError):
+        return False  # it has no such arguments, or other shapes in mind
+    theirs = torch.cat([Decoder(model).feed([[*text, *last]], [0], 2) for text in texts])
+    return torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
 
 
 def decoder_of(model: PreTrainedModel | Compiled) -> Decoder | Compiled:

@@ -137,11 +137,11 @@ def _at(values_BGV: torch.Tensor, places_B: torch.Tensor) -> torch.Tensor:
     return values_BGV.gather(1, places_B[:, None, None].expand(-1, 1, values_BGV.shape[-1]))[:, 0]
 
 
-def verify_greedy(drafted_BG: torch.Tensor, best_BG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def verify_greedy(drafted: list[list[int]], best: list[list[int]]) -> tuple[list[int], list[int], list[list[float]]]:
     """`verify` for distributions with all mass on one token: the target's best one at each of G + 1 places."""
-    same_BG = (drafted_BG == best_BG[:, : drafted_BG.shape[1]]).long()
-    accepted_B = same_BG.cumprod(1).sum(1)
-    return accepted_B, best_BG.gather(1, accepted_B[:, None])[:, 0], same_BG.float()
+    chances = [[float(x == y) for x, y in zip(*row, strict=False)] for row in zip(drafted, best, strict=True)]
+    accepted = [next((place for place, chance in enumerate(row) if not chance), len(row)) for row in chances]
+    return accepted, [row[place] for row, place in zip(best, accepted, strict=True)], chances
 
 
 def speculative_decode(
@@ -219,12 +219,12 @@ def _decode(
         fed = [texts[i][start:] + row for i, start, row in zip(active, known[0], drafted, strict=True)]
         logits_BGV = slow.feed(fed, known[0], count + 1)
         if sampling.temperature == 0:
-            result = verify_greedy(drafts.tokens_BG, logits_BGV.argmax(-1))
+            accepted, own, chances = verify_greedy(drafted, logits_BGV.argmax(-1).tolist())
         else:
             q_BGV = warp(logits_BGV, sampling)
             p_BGV = torch.stack(drafts.p_GBV, 1) if count else q_BGV[:, :0]
             result = verify(drafts.tokens_BG, p_BGV, q_BGV, generator)
-        accepted, own, chances = (part.tolist() for part in result)
+            accepted, own, chances = (part.tolist() for part in result)
         clock.verified()
         going: list[int] = []
         starts: tuple[list[int], list[int]] = ([], [])

@@ -279,6 +279,18 @@ def test_a_model_whose_window_is_shorter_than_the_texts_is_refused_side_by_side(
     assert short[1].tokens == autoregressive_decode(windowed, [2], 8, GREEDY, []).tokens
 
 
+def test_a_model_that_counts_positions_from_its_own_mask_is_refused_side_by_side(drafter):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    alibi = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)).eval()
+    with pytest.raises(ValueError, match="BloomForCausalLM does not take masks and positions as they are given"):
+        speculative_decode_batch(alibi, drafter, PROMPTS, 3, 20, GREEDY, [])
+    assert speculative_decode(alibi, drafter, [1, 2], 3, 8, GREEDY, []).tokens == (
+        autoregressive_decode(alibi, [1, 2], 8, GREEDY, []).tokens
+    )
+
+
 def test_an_unsure_drafter_drafts_one_token_and_a_sure_one_all(target):
     unsure = speculative_decode(target, small_model(2, sharpness=0.0), [1, 2], Adaptive(5, 0.5), 20, GREEDY, [])
     assert {len(block.drafted) for block in unsure.blocks[:-1]} == {1}
