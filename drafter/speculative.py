@@ -229,15 +229,11 @@ def _decode(
         going: list[int] = []
         starts: tuple[list[int], list[int]] = ([], [])
         for row, i in enumerate(active):
-            emitted = _until_stop([*drafted[row][: accepted[row]], own[row]], stop_ids)[: ends[i] - len(texts[i])]
-            drafts_of_row = drafted[row][: ends[i] - len(texts[i]) - 1]
-            kept = min(accepted[row], len(emitted), len(drafts_of_row))
-            chances_of_row = tuple(chances[row][: len(drafts_of_row)])
-            before_stop = len(_until_stop([*drafts_of_row, -1], stop_ids)) - 1
-            blocks[i].append(Block(drafts_of_row, kept, emitted, chances_of_row, before_stop))
             before = len(texts[i])
-            texts[i] += emitted
-            if len(texts[i]) < ends[i] and emitted[-1] not in stop_ids:
+            block = _block(drafted[row], accepted[row], own[row], chances[row], ends[i] - before, stop_ids)
+            blocks[i].append(block)
+            texts[i] += block.emitted
+            if len(texts[i]) < ends[i] and block.emitted[-1] not in stop_ids:
                 going.append(row)
                 starts[0].append(len(texts[i]) - 1)
                 starts[1].append(min(len(texts[i]) - 1, before + max(count - 1, 0)))
@@ -250,6 +246,16 @@ def _decode(
         known = starts[0], [len(texts[i]) - lacking for i in active]
     seconds = clock.seconds(len(prompts))
     return [Decoded(texts[i][len(prompt) :], blocks[i], seconds) for i, prompt in enumerate(prompts)]
+
+
+def _block(drafted: list[int], accepted: int, own: int, chances: list[float], room: int, stop_ids: list[int]) -> Block:
+    """A text's block, cut where its room or a stop token ends it: other texts may have had more room to draft in."""
+    emitted = _until_stop([*drafted[:accepted], own], stop_ids)[:room]
+    drafted = drafted[: room - 1]
+    before_stop = len(_until_stop([*drafted, -1], stop_ids)) - 1
+    return Block(
+        drafted, min(accepted, len(emitted), len(drafted)), emitted, tuple(chances[: len(drafted)]), before_stop
+    )
 
 
 def _draft(
