@@ -33,9 +33,9 @@ ROWS, DRAWS, STEPS, ROUNDS = 96, 8, 25, 4
 FORMATS = {
     "exact, bfloat16": ExactFormat(),
     "exact, float32": ExactFormat("float32"),
-    "sparse, k=64 m=8, float16": SparseFormat(),
-    "sparse, k=64 m=8, bfloat16": SparseFormat(dtype="bfloat16"),
-    "sparse, k=16 m=8, float16": SparseFormat(16),
+    "sparse, k=32 m=40": SparseFormat(),
+    "sparse, k=64 m=8": SparseFormat(64, 8),
+    "sparse, k=16 m=8": SparseFormat(16, 8),
 }
 MEASURES = {"alpha": acceptance_rate, "TVD": tvd, "KLD": kld}
 
@@ -125,7 +125,7 @@ def throughput(target, root):
     responses, text = Rows(f"{root}/responses", "respond"), PackedText(f"{root}/data/train.npy", 256)
     with tempfile.TemporaryDirectory() as folder:
         sets = {"live target": responses}
-        for name in ("exact, bfloat16", "sparse, k=64 m=8, float16"):
+        for name in ("exact, bfloat16", "sparse, k=32 m=40"):
             sets[name], _ = written(target, responses, f"{folder}/{name}", FORMATS[name], 0)
         drafter = load_model(f"{root}/drafter")
         module = Distillation(target, drafter, kld, 0.1, 1e-4)

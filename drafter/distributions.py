@@ -39,13 +39,22 @@ class Drawn(NamedTuple):
 
     @classmethod
     def of(cls, logits_NV: torch.Tensor, tokens_N: torch.Tensor, top_k: int, num_samples: int) -> "Drawn":
-        """The top_k most likely tokens, `num_samples` draws from the others, with replacement, and `tokens_N`."""
+        """The top_k most likely tokens, `num_samples` draws from the others, and `tokens_N`.
+
+        The draws are systematic: one at random in each of as many equal parts of the others' mass. Each is a draw from
+        them all, so that nothing is biased, and a likely token is drawn as often as it should be, not by chance.
+        """
         log_q_NV = F.log_softmax(_wide(logits_NV), dim=-1)
         top_NK = log_q_NV.topk(top_k, dim=-1).indices
         others_NV = log_q_NV.exp().scatter(-1, top_NK, 0.0)
         rest_N1 = others_NV.sum(-1, keepdim=True)
-        # Where nothing is left outside the top-k, any token will do: its weight is zero.
-        drawn_NS = torch.multinomial(torch.where(rest_N1 > 0, others_NV, 1.0), num_samples, replacement=True)
+        offset_N1 = torch.rand(rest_N1.shape, device=rest_N1.device, dtype=rest_N1.dtype)
+        place_NS = (torch.arange(num_samples, device=rest_N1.device) + offset_N1) / num_samples
+        cumulative_NV = others_NV.cumsum(-1)
+        drawn_NS = torch.searchsorted(cumulative_NV, place_NS * cumulative_NV[:, -1:], right=True)
+        # Rounding may reach past the last token that has any mass; where none has, any token will do: it weighs zero.
+        last_N1 = cumulative_NV.argmax(-1, keepdim=True)
+        drawn_NS = torch.minimum(drawn_NS, last_N1)
         ids_NK = torch.cat([top_NK, drawn_NS, tokens_N[:, None]], -1)
         return cls(ids_NK, log_q_NV.gather(-1, ids_NK), rest_N1[:, 0].log(), top_k)
 

@@ -50,8 +50,8 @@ class ExactFormat(NamedTuple):
 class SparseFormat(NamedTuple):
     """`top_k` tokens and `num_samples` draws from the others, their log-probabilities, and log Z, in `dtype`."""
 
-    top_k: int = 64
-    num_samples: int = 8
+    top_k: int = 32
+    num_samples: int = 40
     dtype: str = "float16"
 
     def fields(self, vocabulary: int) -> list[pa.Field]:

@@ -149,7 +149,7 @@ def test_a_target_that_is_not_finite_is_refused_and_not_stored(target, responses
 @pytest.mark.parametrize(
     ("format", "message"),
     [
-        (SparseFormat(top_k=64), r"top_k=64 and num_samples=8 for 64 tokens"),
+        (SparseFormat(top_k=64), r"top_k=64 and num_samples=40 for 64 tokens"),
         (SparseFormat(top_k=4, num_samples=0), "num_samples=0"),
         (SparseFormat(top_k=4, dtype="int8"), r"dtype is 'int8', must be one of bfloat16, float16, float32"),
         (ExactFormat("float8"), r"dtype is 'float8'"),
