@@ -65,8 +65,7 @@ class SparseFormat(NamedTuple):
         k = {b"top_k": str(self.top_k).encode()}
         return [
             pa.field("ids", pa.list_(ids), metadata=k),
-            *(_field(name, self.dtype) for name in ("log_q", "log_rest")),
-            _field("log_z", "float32"),
+            *(_field(name, self.dtype) for name in ("log_q", "log_rest", "log_z")),
         ]
 
     def columns(self, hidden_NH: torch.Tensor | None, logits: Logits, tokens_N: torch.Tensor) -> dict[str, Any]:
@@ -83,7 +82,7 @@ class SparseFormat(NamedTuple):
             "ids": ids_NK[:, :-1].cpu().numpy(),
             "log_q": _stored(log_q_NK, self.dtype),
             "log_rest": _stored(log_rest_N, self.dtype),
-            "log_z": _stored(log_z_N, "float32"),
+            "log_z": _stored(log_z_N, self.dtype),
         }
 
 

@@ -140,7 +140,7 @@ def report(rows: list[Row], costs: Costs, cfg: DictConfig) -> str:
         f"# Which γ for {cfg.gamma.drafter}",
         "",
         f"On this machine ({how}) a drafter's call takes {1e3 * costs.drafter:.2f} ms, the target's of one token "
-        f"{1e3 * costs.target[0]:.2f} ms: c = {costs.ratio:.2f}. The target's call of γ + 1 tokens takes v(γ) as long. "
+        f"{1e3 * costs.target[0]:.2f} ms: c = {costs.ratio:.2f}. Its call of γ + 1 tokens takes v(γ) times as long. "
         f"A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the target's own token.",
         "",
     ]
