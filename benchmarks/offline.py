@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from drafter.batches import by_budget, collate, response_sequence
+from drafter.batches import by_budget, collate, next_tokens, response_sequence
 from drafter.engines import Limits, Request, transformers_engine
 from drafter.models import hidden_states, load_target, load_tokenizer
 from drafter.offline import acceptance_of_written, expected_blocks, split_rows
@@ -39,7 +39,7 @@ def without_decoding(target, drafter, cache, sampling, gamma):
         texts = collate([response_sequence(row, restore(row, cache.schema)) for row in cache.read(batch)])
         mask = texts.target_mask_BT
         hidden, head = hidden_states(drafter, texts.input_ids_BT, texts.attention_mask_BT)[mask], drafter.lm_head
-        written, lengths, q = texts.input_ids_BT.roll(-1, 1)[mask], mask.sum(1), target_at(target, texts)
+        written, lengths, q = next_tokens(texts)[mask], mask.sum(1), target_at(target, texts)
         parts = [slice(start, start + 256) for start in range(0, len(written), 256)]
         accept = torch.cat([acceptance_of_written(head(hidden[n]), q(n), written[n], sampling) for n in parts])
         tokens[batch] = lengths

@@ -12,12 +12,11 @@ from functools import partial
 
 import torch
 
-from drafter.batches import collate, response_sequence
+from drafter.batches import collate, next_tokens, response_sequence
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted
 from drafter.losses import batch_statistic, tvd, tvdpp
 from drafter.models import hidden_states, load_model, load_target
-from drafter.modules import next_tokens
 from drafter.rows import Rows
 from drafter.target_cache import restore, target_at
 

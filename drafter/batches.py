@@ -71,6 +71,11 @@ def response_mask(batch: Batch) -> torch.Tensor:
     return batch.target_mask_BT & ~batch.is_text_B[:, None]
 
 
+def next_tokens(batch: Batch) -> torch.Tensor:
+    """The token after each position, shape (B, T); the last column is arbitrary, and never predicted."""
+    return batch.input_ids_BT.roll(-1, dims=1)
+
+
 def response_sequence(row: dict[str, Any], cached_N: torch.Tensor | Drawn | None = None) -> Sequence:
     """A row of responses (see responses.COLUMNS) as a sample: the prompt is context, the response is predicted."""
     ids = np.concatenate([row["prompt_ids"], row["response_ids"]])

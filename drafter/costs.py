@@ -6,13 +6,12 @@ tau / (c gamma + v). (Leviathan et al., arXiv 2211.17192, theorem 3.8, has v = 1
 """
 
 import statistics
-import time
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from drafter.decoders import Compiled, decoder_of
+from drafter.decoders import Compiled, decoder_of, now
 
 REPEATS = 15
 
@@ -50,15 +49,8 @@ def measure(
     seconds: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
     for _ in range(REPEATS + 2):
         for (model, count), decoder in kinds.items():
-            _wait(slow.model.device)
-            began = time.perf_counter()
+            began = now(slow.model.device)
             decoder.feed([text[:count]], [len(text)], count)
-            _wait(slow.model.device)
-            seconds[model, count].append(time.perf_counter() - began)
+            seconds[model, count].append(now(slow.model.device) - began)
     medians = {kind: statistics.median(times[2:]) for kind, times in seconds.items()}  # the first ones warm up
     return Costs(medians["drafter", 1], [medians["target", count] for count in range(1, largest + 2)])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens fed, C the cache's capacity in tokens, V vocabulary.
 """
 
 import inspect
+import time
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -25,15 +26,34 @@ _SIDE_BY_SIDE: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 class Decoder:
-    """One text, with transformers' own cache, masks and positions: any model that can forget its last tokens."""
+    """One text, with transformers' own cache, masks and positions: any model that can forget its last tokens.
 
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.cache, self.length = model, DynamicCache(), 0
-        self.call = logits_of(model)
+    Args:
+        model: the model.
+        cache, call: the cache, and what gives the logits (see `logits_of`), where they are not the usual ones.
+        capacity: the longest text that the cache can hold; None: any.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: Cache | None = None,
+        call: Callable[..., torch.Tensor] | None = None,
+        capacity: int | None = None,
+    ):
+        self.model, self.length, self.capacity = model, 0, capacity
+        self.cache = DynamicCache() if cache is None else cache
+        self.call = call or logits_of(model)
 
     def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
-        """The logits of the last `keep` tokens, shape (1, keep, V)."""
+        """The logits of the last `keep` tokens, shape (1, keep, V).
+
+        Raises:
+            ValueError: the text is longer than the capacity.
+        """
         (start,) = starts
+        if self.capacity is not None and start + len(ids[0]) > self.capacity:
+            raise ValueError(f"a text of {start + len(ids[0])} tokens exceeds the compiled decoder's {self.capacity}")
         if start < self.length:
             self.cache.crop(start - self.length)
         self.length = start + len(ids[0])
@@ -56,7 +76,7 @@ class Compiled:
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, longest: int = 9):
-        self.model, self.longest, self.capacity, self.length = model, longest, capacity, 0
+        self.model, self.longest, self.capacity = model, longest, capacity
         self.argument = cache_argument(type(model))
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
         self.calls: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
@@ -67,28 +87,17 @@ class Compiled:
         return self.model.device
 
     @torch.inference_mode()
-    def decoder(self) -> "Compiled":
-        """Itself, for a new text."""
+    def decoder(self) -> Decoder:
+        """A decoder of a new text; that of the text before it is of no more use."""
         self.cache.reset()
-        self.length = 0
-        return self
+        return Decoder(self.model, self.cache, self._logits, self.capacity)
 
-    def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
-        """The logits of the last `keep` tokens, shape (1, keep, V).
-
-        Raises:
-            ValueError: the text is longer than the capacity.
-        """
-        (start,), count = starts, len(ids[0])
-        if start + count > self.capacity:
-            raise ValueError(f"a text of {start + count} tokens exceeds the compiled decoder's {self.capacity}")
-        if start < self.length:
-            self.cache.crop(start - self.length)
-        self.length = start + count
+    def _logits(self, ids_BT: torch.Tensor, _: Cache, keep: int) -> torch.Tensor:
+        count = ids_BT.shape[1]
         if count not in self.calls:
             self.calls[count] = self._call() if count > self.longest else torch.compile(self._call(), dynamic=False)
         # All logits are made, so that one compiled call serves every `keep`.
-        return self.calls[count](torch.tensor(ids, device=self.model.device))[:, -keep:]
+        return self.calls[count](ids_BT)[:, -keep:]
 
     def _call(self) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(ids_BT: torch.Tensor) -> torch.Tensor:
@@ -97,9 +106,6 @@ class Compiled:
 
         # A code object of its own: what was compiled for others under the same one would be tried first, each time.
         return FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
-
-    def select(self, rows: list[int]) -> None:
-        """There is one row."""
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -214,7 +220,7 @@ def _agrees_with_itself(model: PreTrainedModel) -> bool:
     return torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
 
 
-def decoder_of(model: PreTrainedModel | Compiled) -> Decoder | Compiled:
+def decoder_of(model: PreTrainedModel | Compiled) -> Decoder:
     """A decoder of one new text."""
     return model.decoder() if isinstance(model, Compiled) else Decoder(model)
 
@@ -245,6 +251,13 @@ def logits_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
         return logits
 
     return last
+
+
+def now(device: torch.device) -> float:
+    """Wall-clock seconds, once what was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def cache_argument(kind: Any) -> str:

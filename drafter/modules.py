@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from drafter.batches import Batch, response_mask
+from drafter.batches import Batch, next_tokens, response_mask
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted, chunked_sum, chunked_values
 from drafter.distributions import Target, most_likely
@@ -216,11 +216,6 @@ def next_token_sum(model: PreTrainedModel, hidden_NH: torch.Tensor, tokens_N: to
         return F.cross_entropy(logits_nV.float(), tokens_N[rows], reduction="none")
 
     return chunked_sum(values, hidden_NH, Head.of(model.get_output_embeddings()))
-
-
-def next_tokens(batch: Batch) -> torch.Tensor:
-    """The token after each position, shape (B, T); the last column is arbitrary, and never predicted."""
-    return batch.input_ids_BT.roll(-1, dims=1)
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> dict[str, Any]:

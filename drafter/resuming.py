@@ -6,7 +6,6 @@ resumed run's losses are those of an uninterrupted one, to the last bit on a CPU
 """
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from drafter.storage import flush_directory
+from drafter.storage import whole_file
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -26,15 +25,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with whole_file(Path(path)) as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        flush_directory(path.parent)
 
 
 class Resuming(lightning.Callback):

@@ -6,7 +6,9 @@ store's own writes are like that. Reads are by range, many at once.
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 
@@ -70,7 +72,14 @@ class Folder:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file on disk atomically: a reader sees the old one or the new one, never half of one.
+    """Write a file on disk atomically; see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, that takes its place once it is whole: a reader sees the old one or the new one.
 
     Raises:
         OSError: it cannot be written; what was there stays.
@@ -79,11 +88,11 @@ def write_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-        flush_directory(path.parent)
+        _flush_directory(path.parent)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
         raise OSError(
@@ -93,7 +102,7 @@ def write_file(path: Path, data: bytes) -> None:
         ) from problem
 
 
-def flush_directory(path: Path) -> None:
+def _flush_directory(path: Path) -> None:
     """Make a rename last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

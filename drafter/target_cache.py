@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drafter import rows
-from drafter.batches import Batch, by_budget, collate, response_sequence
+from drafter.batches import Batch, by_budget, collate, next_tokens, response_sequence
 from drafter.chunked import CHUNK_ENTRIES, Head
 from drafter.distributions import Drawn, Sparse, Target
 from drafter.models import has_plain_head, hidden_states, vocabulary_rows
@@ -154,7 +154,7 @@ def _rows(
     hidden_NH, logits = live_target(target, batch, plain_head)
     if hidden_NH is not None:
         _refuse_not_finite(hidden_NH, f"hidden states for the responses {[row['id'] for row in chosen]}")
-    tokens_N = batch.input_ids_BT.roll(-1, dims=1)[batch.target_mask_BT]
+    tokens_N = next_tokens(batch)[batch.target_mask_BT]
     columns = format.columns(hidden_NH, logits, tokens_N)
     ends = np.cumsum([len(row["response_ids"]) for row in chosen])[:-1]
     parts = {name: np.split(array, ends) for name, array in columns.items()}

@@ -10,7 +10,7 @@ from drafter.artifacts import Stage
 from drafter.models import load_target
 from drafter.ranks import join, wait_for_all
 from drafter.target_cache import write_cache
-from experiments.inputs import plain, responses_fingerprint, target_inputs
+from experiments.inputs import plain, responses_fingerprint, target_inputs, target_named
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
             "tokens": tokens,
             "bytes_per_token": round(size / tokens, 1),
             "undecided_mass": sum(note["undecided_mass"] for note in notes) / tokens,
-            "target": {"path": cfg.target.path, "revision": cfg.target.revision, "dtype": cfg.target.dtype},
+            "target": target_named(cfg),
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)

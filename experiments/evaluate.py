@@ -57,6 +57,10 @@ class Task(NamedTuple):
     max_new_tokens: int
     sampling: Sampling
 
+    def random(self, device: torch.device, seed: int) -> torch.Generator:
+        """Random numbers of its own, whatever was decoded before it."""
+        return torch.Generator(device).manual_seed(zlib.crc32(self.prompt_id.encode()) + seed)
+
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
@@ -175,7 +179,7 @@ def decode(
 ) -> dict[str, list[tuple[dict[str, Any], Decoded]]]:
     """One prompt: the baseline once, then each drafter at each gamma. Rows of counts, with what they count."""
     how = task.max_new_tokens, task.sampling, stops
-    generator = torch.Generator(target.device).manual_seed(zlib.crc32(task.prompt_id.encode()) + cfg.seed)
+    generator = task.random(target.device, cfg.seed)
     baseline = autoregressive_decode(target, task.prompt, *how, generator)
     found: dict[str, list[tuple[dict[str, Any], Decoded]]] = {path: [] for path in drafters}
     for path, drafter in drafters.items():

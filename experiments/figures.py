@@ -12,9 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.results import Row, in_order
+
 if TYPE_CHECKING:
     from experiments.gamma import Row as GammaRow
-    from experiments.results import Row
 
 # Okabe and Ito's palette, which colour-blind readers tell apart; the pretrained drafter is grey.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
@@ -42,10 +43,10 @@ def colours(losses: Sequence[str]) -> dict[str, str]:
     return {"pretrained": "#999999"} | {loss: PALETTE[i % len(PALETTE)] for i, loss in enumerate(trained)}
 
 
-def draw_efficiency(rows: Sequence["Row"], path: Path) -> str:
+def draw_efficiency(rows: Sequence[Row], path: Path) -> str:
     """Bars of block efficiency with 95% intervals, a panel for each gamma; the SVG's text."""
     losses, tasks = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("loss", "task"))
-    gammas = list(dict.fromkeys(row.gamma for row in sorted(rows, key=lambda row: str(row.gamma))))
+    gammas = in_order(row.gamma for row in rows)
     colour, width = colours(losses), 0.8 / len(losses)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(

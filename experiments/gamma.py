@@ -5,7 +5,6 @@ the timed calls c and v (see drafter.costs), and from both the predicted speed-u
 """
 
 import logging
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +101,7 @@ def decode_all(
     (target, drafter), found = models, []
     for task in tasks:
         limit, sampling = task.max_new_tokens, task.sampling
-        generator = torch.Generator(target.device).manual_seed(zlib.crc32(task.prompt_id.encode()) + cfg.seed)
+        generator = task.random(target.device, cfg.seed)
         baseline = autoregressive_decode(target, task.prompt, limit, sampling, stops, generator)
         counts = {}
         for gamma in range(1, cfg.gamma.largest + 1):

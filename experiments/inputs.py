@@ -30,6 +30,11 @@ def target_inputs(cfg: DictConfig) -> dict[str, str]:
     return {"target": target_fingerprint(cfg), "tokenizer": tokenizer}
 
 
+def target_named(cfg: DictConfig) -> dict[str, Any]:
+    """What a manifest says of the target for people to read; its fingerprint is among the inputs."""
+    return {"path": cfg.target.path, "revision": cfg.target.revision, "dtype": cfg.target.dtype}
+
+
 def responses_fingerprint(cfg: DictConfig) -> str:
     """The responses' fingerprint; responses of another target are refused."""
     found = read_manifest(cfg.inputs.responses, "respond")["inputs"]["target"]

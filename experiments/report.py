@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
-if TYPE_CHECKING:
-    from experiments.results import Row
+from experiments.results import Row, in_order, rank
 
 
 def write_html(
     path: Path,
-    rows: Sequence["Row"],
+    rows: Sequence[Row],
     figures: dict[str, str],
     samples: dict[str, list[dict[str, Any]]],
     notes: list[str],
@@ -32,7 +31,7 @@ def write_html(
     page = environment.get_template("report.html.jinja").render(
         rows=rows,
         tasks=list(dict.fromkeys(row.task for row in rows)),
-        gammas=list(dict.fromkeys(row.gamma for row in sorted(rows, key=lambda row: str(row.gamma)))),
+        gammas=in_order(row.gamma for row in rows),
         figures=figures,
         samples=by_prompt(samples),
         notes=notes,
@@ -45,7 +44,7 @@ def by_prompt(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The first text of each task at the smallest gamma, with every drafter's decoding of it."""
     chosen: dict[str, dict[str, Any]] = {}
     for drafter, texts in samples.items():
-        for text in sorted(texts, key=lambda text: str(text["gamma"])):
+        for text in sorted(texts, key=lambda text: rank(text["gamma"])):
             row = chosen.setdefault(text["task"], {**text, "decodings": {}})
             if (text["prompt"], text["gamma"]) == (row["prompt"], row["gamma"]):
                 tokens = sum(len(block["accepted"]) + len(block["own"]) for block in text["blocks"])

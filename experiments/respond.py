@@ -14,7 +14,7 @@ from drafter.models import context_limit, generation_eos, load_target, load_toke
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
-from experiments.inputs import data_fingerprint, plain, target_inputs
+from experiments.inputs import data_fingerprint, plain, target_inputs, target_named
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
             "skipped": skipped,
             "failed": failed,
             "truncated": sum(note["truncated"] for note in notes),
-            "target": {"path": cfg.target.path, "revision": cfg.target.revision, "dtype": cfg.target.dtype},
+            "target": target_named(cfg),
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)

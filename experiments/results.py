@@ -119,8 +119,13 @@ def cell(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str
 
 
 def in_order(gammas: Iterable[Gamma]) -> list[Gamma]:
-    """Each gamma once: numbers ascending, then "adaptive"."""
-    return sorted(set(gammas), key=lambda gamma: (isinstance(gamma, str), gamma))
+    """Each gamma once, by rank."""
+    return sorted(set(gammas), key=rank)
+
+
+def rank(gamma: Gamma) -> tuple[bool, Gamma]:
+    """Numbers ascending, then "adaptive"."""
+    return isinstance(gamma, str), gamma
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, list[dict[str, float]]]]:

@@ -5,14 +5,8 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from drafter.speculative import (
-    Adaptive,
-    Block,
-    autoregressive_decode,
-    speculative_decode,
-    speculative_decode_batch,
-    verify,
-)
+from drafter.accepting import Block, verify
+from drafter.speculative import Adaptive, autoregressive_decode, speculative_decode, speculative_decode_batch
 from drafter.warping import Sampling, in_nucleus, warp
 from tests.conftest import VOCABULARY, small_model
 

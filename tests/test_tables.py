@@ -17,7 +17,7 @@ from drafter.metrics import Estimate
 from experiments import tables
 from experiments.figures import colours, draw_curves, draw_efficiency
 from experiments.report import by_prompt, write_html
-from experiments.results import POOLED, Row, read_curves, read_evaluations, summarise
+from experiments.results import POOLED, Row, in_order, read_curves, read_evaluations, summarise
 from experiments.tables import markdown, with_interval
 
 TASKS = {"open_ended": 6, "code": 4}  # prompts of each
@@ -202,6 +202,10 @@ def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_th
     assert [line[4] for line in lines if line[1] == "kld"] == ["+0.60 [+0.60, +0.60]"] * 2
     assert all(len(line) == len(header) for line in lines)
     assert lines[0][2].startswith("1.70 [")
+
+
+def test_gammas_are_in_the_order_of_numbers_and_adaptive_comes_last():
+    assert in_order(["adaptive", 10, 3, 10]) == [3, 10, "adaptive"]
 
 
 def test_an_interval_is_written_with_two_decimals_and_a_sign_on_demand():
