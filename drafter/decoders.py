@@ -21,8 +21,8 @@ from drafter.models import has_plain_head, vocabulary_rows
 
 # Models, as long as they live -> whether their logits are the output embedding of their last hidden states.
 _PLAIN: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
-# Models, as long as they live -> whether they can be decoded side by side.
-_SIDE_BY_SIDE: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+# Models, as long as they live -> whether they take masks and positions as they are given.
+_TAKES_PLACES: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 class Decoder:
@@ -32,6 +32,7 @@ class Decoder:
         model: the model.
         cache, call: the cache, and what gives the logits (see `logits_of`), where they are not the usual ones.
         capacity: the longest text that the cache can hold; None: any.
+        placed: give masks and positions to calls of several new tokens, which is faster than to have them made.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Decoder:
         cache: Cache | None = None,
         call: Callable[..., torch.Tensor] | None = None,
         capacity: int | None = None,
+        placed: bool = False,
     ):
-        self.model, self.length, self.capacity = model, 0, capacity
+        self.model, self.length, self.capacity, self.placed = model, 0, capacity, placed
         self.cache = DynamicCache() if cache is None else cache
         self.call = call or logits_of(model)
 
@@ -57,7 +59,11 @@ class Decoder:
         if start < self.length:
             self.cache.crop(start - self.length)
         self.length = start + len(ids[0])
-        return self.call(torch.tensor(ids, device=self.model.device), self.cache, keep)
+        device = self.model.device
+        given = {}
+        if self.placed and start and len(ids[0]) > 1:
+            given = _given(torch.arange(start, self.length, device=device)[None], self.length)
+        return self.call(torch.tensor(ids, device=device), self.cache, keep, **given)
 
     def select(self, rows: list[int]) -> None:
         """There is one row."""
@@ -163,39 +169,21 @@ class _Places:
 class RaggedDecoder:
     """Several texts of different lengths in one batch, each advancing on its own.
 
-    Masks and positions are given to the model outright, so that it needs to know nothing of the rows' lengths.
-
-    Raises:
-        ValueError: the model attends to a window of its own, shorter than the capacity; or it makes something else of
-            given masks and positions than of its own (ALiBi, for one).
+    Masks and positions are given to the model outright, so that it needs to know nothing of the rows' lengths;
+    `check_side_by_side` says whether it takes them.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int):
-        if model not in _SIDE_BY_SIDE:
-            _SIDE_BY_SIDE[model] = True  # so that the trial may make decoders
-            _SIDE_BY_SIDE[model] = _agrees_with_itself(model)
-        if not _SIDE_BY_SIDE[model]:
-            raise ValueError(
-                f"{type(model).__name__} does not take masks and positions as they are given: decode its texts one at "
-                f"a time"
-            )
-        config = model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        if window and window < capacity:
-            raise ValueError(
-                f"{type(model).__name__} attends to its last {window} tokens in some layers, and these texts may have "
-                f"{capacity}: decode them one at a time"
-            )
         self.model, self.places = model, _Places(capacity)
-        self.cache = Cache(layers=[_RaggedLayer(self.places) for _ in range(config.num_hidden_layers)])
+        layers = model.config.get_text_config().num_hidden_layers
+        self.cache = Cache(layers=[_RaggedLayer(self.places) for _ in range(layers)])
         self.call = logits_of(model)
 
     def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
         """The logits of each row's last `keep` tokens, shape (B, keep, V); as many tokens are fed to each row."""
         device, count = self.model.device, len(ids[0])
         self.places.set(starts, count, device)
-        seen_BTC = torch.arange(self.places.end, device=device) <= self.places.places_BT[..., None]
-        given = {"attention_mask": seen_BTC[:, None], "position_ids": self.places.places_BT}
+        given = _given(self.places.places_BT, self.places.end)
         return self.call(torch.tensor(ids, device=device), self.cache, keep, **given)
 
     def select(self, rows: list[int]) -> None:
@@ -203,6 +191,47 @@ class RaggedDecoder:
         kept = torch.tensor(rows, device=self.model.device)
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+
+
+def _given(places_BT: torch.Tensor, end: int) -> dict[str, torch.Tensor]:
+    """Each token's position, and a mask by which it sees what lies before it and itself, of `end` places."""
+    seen_BTC = torch.arange(end, device=places_BT.device) <= places_BT[..., None]
+    return {"attention_mask": seen_BTC[:, None], "position_ids": places_BT}
+
+
+def check_side_by_side(model: PreTrainedModel, capacity: int) -> None:
+    """Refuse a model whose texts of up to `capacity` tokens a RaggedDecoder cannot hold.
+
+    Raises:
+        ValueError: it attends to a window of its own, shorter than the capacity; or it makes something else of given
+            masks and positions than of its own (ALiBi, for one).
+    """
+    if not _takes_places(model):
+        raise ValueError(
+            f"{type(model).__name__} does not take masks and positions as they are given: decode its texts one at a "
+            f"time"
+        )
+    window = _window(model)
+    if window and window < capacity:
+        raise ValueError(
+            f"{type(model).__name__} attends to its last {window} tokens in some layers, and these texts may have "
+            f"{capacity}: decode them one at a time"
+        )
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """How many tokens the layers that see fewest attend to; None: all."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, "attention_chunk_size", None)]
+    if getattr(config, "use_sliding_window", True):
+        windows.append(getattr(config, "sliding_window", None))
+    return min((window for window in windows if window), default=None)
+
+
+def _takes_places(model: Any) -> bool:
+    if model not in _TAKES_PLACES:
+        _TAKES_PLACES[model] = isinstance(model, PreTrainedModel) and _agrees_with_itself(model)
+    return _TAKES_PLACES[model]
 
 
 @torch.inference_mode()
@@ -222,7 +251,9 @@ def _agrees_with_itself(model: PreTrainedModel) -> bool:
 
 def decoder_of(model: PreTrainedModel | Compiled) -> Decoder:
     """A decoder of one new text."""
-    return model.decoder() if isinstance(model, Compiled) else Decoder(model)
+    if isinstance(model, Compiled):
+        return model.decoder()
+    return Decoder(model, placed=_takes_places(model) and _window(model) is None)
 
 
 def logits_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:

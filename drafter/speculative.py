@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from drafter.accepting import Block, settled, verify, verify_greedy
-from drafter.decoders import Compiled, RaggedDecoder, decoder_of, now
+from drafter.decoders import Compiled, RaggedDecoder, check_side_by_side, decoder_of, now
 from drafter.warping import Sampling, warp
 
 
@@ -101,11 +101,13 @@ def speculative_decode_batch(
     """`speculative_decode` of several prompts side by side, each text advancing by what it accepts.
 
     Raises:
-        ValueError: as above, or a model's attention does not allow it (see decoders.RaggedDecoder).
+        ValueError: as above, or a model's attention does not allow it (see decoders.check_side_by_side).
     """
     for prompt in prompts:
         check_decoding(num_speculative_tokens, max_new_tokens, prompt)
     capacity = max(map(len, prompts), default=0) + max_new_tokens + longest(num_speculative_tokens) + 1
+    for model in (target, drafter):
+        check_side_by_side(model, capacity)
     slow, fast = (RaggedDecoder(model, capacity) for model in (target, drafter))
     how = num_speculative_tokens, max_new_tokens, sampling, stop_ids, generator
     return _decode(slow, fast, prompts, *how)
