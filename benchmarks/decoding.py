@@ -5,7 +5,7 @@
 After `make demo`; by default its target and its KLD drafter. Each prompt is decoded by every method in turn, so that a
 busy machine is the same for all. Assisted generation drafts the same number of tokens (a constant schedule, no
 confidence threshold) and samples from the same distribution (top_k 0). Process time is of one thread; wall time is the
-same run's. The batch rows decode that many prompts at once, by our loop and by transformers' batched generation.
+same run's. The batch row has that many texts side by side; where one ends, the next prompt takes its place.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def methods(target, drafter, arguments, stops):
         ]
 
     def ours_batched(prompts):
-        decoded = speculative_decode_batch(target, drafter, prompts, gamma, limit, sampling, stops, generator)
+        size = arguments.batch
+        decoded = speculative_decode_batch(target, drafter, prompts, gamma, limit, sampling, stops, generator, size)
         return [one.tokens for one in decoded]
 
     if isinstance(drafter, Compiled):
@@ -101,12 +102,8 @@ def main():
             greedy_differences[name] += tokens[name] != tokens["autoregressive, ours"]
     size = f"batch of {arguments.batch}"
     totals |= {f"speculative, ours, {size}": [0, 0.0, 0.0]}
-    prompts.sort(key=len)  # a batch reads its prompts padded to the longest
     alone = single["speculative, ours"](prompts) if arguments.temperature == 0 else None
-    together = []
-    for start in range(0, len(prompts), arguments.batch):
-        part = prompts[start : start + arguments.batch]
-        together += timed(totals[f"speculative, ours, {size}"], batched, part)
+    together = timed(totals[f"speculative, ours, {size}"], batched, prompts)
     print(f"{len(prompts)} prompts, gamma {arguments.gamma}, temperature {arguments.temperature}, one thread")
     base = totals["autoregressive, ours"]
     for name, (count, process, wall) in totals.items():

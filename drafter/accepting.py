@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from drafter.warping import draw
+
 
 class Block(NamedTuple):
     """One target call: the tokens drafted, how many of them were accepted, and the tokens that it gave.
@@ -71,7 +73,7 @@ def verify(
         # Where p = q up to rounding, a rejection has probability ~0, and the residual is q itself.
         use_B1 = (accepted_B[:, None] < count) & (residual_BV.sum(-1, keepdim=True) > 0)
         final_BV = torch.where(use_B1, residual_BV, final_BV)
-    own_B = torch.multinomial(final_BV, 1, generator=generator)[:, 0]
+    own_B = draw(final_BV, generator)
     return accepted_B, own_B, (q_BG / p_BG).clamp_max(1)
 
 

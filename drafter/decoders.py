@@ -68,6 +68,9 @@ class Decoder:
     def select(self, rows: list[int]) -> None:
         """There is one row."""
 
+    def seat(self, row: int, ids: list[int]) -> None:
+        """There is one text."""
+
 
 class Compiled:
     """A model whose calls of a few tokens are compiled (torch.compile), and a cache of a fixed size: a text at a time.
@@ -185,6 +188,15 @@ class RaggedDecoder:
         self.places.set(starts, count, device)
         given = _given(self.places.places_BT, self.places.end)
         return self.call(torch.tensor(ids, device=device), self.cache, keep, **given)
+
+    def seat(self, row: int, ids: list[int]) -> None:
+        """Give a row to another text, and read its first tokens."""
+        if ids:
+            alone = Decoder(self.model)
+            alone.feed([ids], [0], 1)
+            for layer, read in zip(self.cache.layers, alone.cache.layers, strict=True):
+                for stored, states in ((layer.keys, read.keys), (layer.values, read.values)):
+                    stored[row, :, : len(ids)] = states[0]
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows alone."""

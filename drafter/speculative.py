@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from drafter.accepting import Block, settled, verify, verify_greedy
 from drafter.decoders import Compiled, RaggedDecoder, check_side_by_side, decoder_of, now
-from drafter.warping import Sampling, warp
+from drafter.warping import Sampling, draw, warp
 
 
 class Seconds(NamedTuple):
@@ -55,6 +55,8 @@ class Feeds(Protocol):
 
     def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor: ...
 
+    def seat(self, row: int, ids: list[int]) -> None: ...
+
     def select(self, rows: list[int]) -> None: ...
 
 
@@ -85,7 +87,7 @@ def speculative_decode(
     """
     how = num_speculative_tokens, max_new_tokens, sampling, stop_ids, generator
     check_decoding(num_speculative_tokens, max_new_tokens, prompt)
-    return _decode(decoder_of(target), decoder_of(drafter), [prompt], *how)[0]
+    return _decode(decoder_of(target), decoder_of(drafter), [prompt], 1, *how)[0]
 
 
 def speculative_decode_batch(
@@ -97,12 +99,18 @@ def speculative_decode_batch(
     sampling: Sampling,
     stop_ids: list[int],
     generator: torch.Generator | None = None,
+    batch_size: int | None = None,
 ) -> list[Decoded]:
     """`speculative_decode` of several prompts side by side, each text advancing by what it accepts.
 
+    At most `batch_size` of them at a time (None: all); the next in line takes the place of a text that has ended.
+
     Raises:
-        ValueError: as above, or a model's attention does not allow it (see decoders.check_side_by_side).
+        ValueError: as above, batch_size is below 1, or a model's attention does not allow it (see
+            decoders.check_side_by_side).
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     for prompt in prompts:
         check_decoding(num_speculative_tokens, max_new_tokens, prompt)
     capacity = max(map(len, prompts), default=0) + max_new_tokens + longest(num_speculative_tokens) + 1
@@ -110,7 +118,7 @@ def speculative_decode_batch(
         check_side_by_side(model, capacity)
     slow, fast = (RaggedDecoder(model, capacity) for model in (target, drafter))
     how = num_speculative_tokens, max_new_tokens, sampling, stop_ids, generator
-    return _decode(slow, fast, prompts, *how)
+    return _decode(slow, fast, prompts, batch_size or len(prompts), *how)
 
 
 @torch.inference_mode()
@@ -118,6 +126,7 @@ def _decode(
     slow: Feeds,
     fast: Feeds,
     prompts: list[list[int]],
+    batch_size: int,
     num_speculative_tokens: int | Adaptive,
     max_new_tokens: int,
     sampling: Sampling,
@@ -128,8 +137,8 @@ def _decode(
     clock = _Clock(slow.model.device)
     texts, ends = [list(prompt) for prompt in prompts], [len(prompt) + max_new_tokens for prompt in prompts]
     blocks: list[list[Block]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    known = _read_prompts(slow, texts), _read_prompts(fast, texts)
+    active, waiting = list(range(len(prompts)))[:batch_size], list(range(batch_size, len(prompts)))[::-1]
+    known = _read_prompts(slow, texts[:batch_size]), _read_prompts(fast, texts[:batch_size])
     while active:
         room = max(ends[i] - len(texts[i]) for i in active)
         # The last token of a text is always the target's own, so a draft never reaches beyond the limit.
@@ -151,7 +160,7 @@ def _decode(
         clock.verified()
         going: list[int] = []
         starts: tuple[list[int], list[int]] = ([], [])
-        for row, i in enumerate(active):
+        for row, i in enumerate(list(active)):
             before = len(texts[i])
             block = settled(drafted[row], accepted[row], own[row], chances[row], ends[i] - before, stop_ids)
             blocks[i].append(block)
@@ -160,6 +169,12 @@ def _decode(
                 going.append(row)
                 starts[0].append(len(texts[i]) - 1)
                 starts[1].append(min(len(texts[i]) - 1, before + max(count - 1, 0)))
+            elif waiting:
+                active[row] = i = waiting.pop()
+                for model, places in zip((slow, fast), starts, strict=True):
+                    model.seat(row, texts[i][:-1])
+                    places.append(len(texts[i]) - 1)
+                going.append(row)
         if len(going) < len(active) and going:
             slow.select(going)
             fast.select(going)
@@ -193,7 +208,7 @@ def _draft(
         else:
             p_BV = warp(logits_BV, sampling)
             probabilities.append(p_BV)
-            chosen_B = torch.multinomial(p_BV, 1, generator=generator)[:, 0]
+            chosen_B = draw(p_BV, generator)
         tokens.append(chosen_B)
         if adaptive and p_BV is not None:
             sure_B = sure_B.to(p_BV) * p_BV.gather(1, chosen_B[:, None])[:, 0]
@@ -220,11 +235,11 @@ def autoregressive_decode(
     blocks: list[Block] = []
     fed, start = text[:], 0
     while len(blocks) < max_new_tokens and not (blocks and text[-1] in stop_ids):
-        logits_V = model.feed([fed], [start], 1)[0, -1]
+        logits_1V = model.feed([fed], [start], 1)[:, -1]
         if sampling.temperature == 0:
-            token = int(logits_V.argmax())
+            token = int(logits_1V.argmax())
         else:
-            token = int(torch.multinomial(warp(logits_V, sampling), 1, generator=generator))
+            token = int(draw(warp(logits_1V, sampling), generator))
         start += len(fed)
         fed = [token]
         text.append(token)

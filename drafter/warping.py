@@ -37,6 +37,18 @@ def warp(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return probs_V
 
 
+def draw(weights_BV: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One token of each row, shape (B,), with a probability in proportion to its weight; never one of weight 0.
+
+    By the inverse of the cumulative distribution, in float64: torch.multinomial draws V random numbers for each row.
+    """
+    cumulative_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+    total_B1 = cumulative_BV[:, -1:]
+    uniform_B1 = torch.rand(total_B1.shape, generator=generator, device=total_B1.device, dtype=torch.float64)
+    below_B1 = torch.minimum(uniform_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(cumulative_BV, below_B1, right=True)[:, 0]
+
+
 def in_nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
     """True for the smallest set of most likely tokens whose mass reaches top_p, with all that tie with its last."""
     sorted_V = _descending(probs_V)

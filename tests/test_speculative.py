@@ -7,7 +7,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from drafter.accepting import Block, verify
 from drafter.speculative import Adaptive, autoregressive_decode, speculative_decode, speculative_decode_batch
-from drafter.warping import Sampling, in_nucleus, warp
+from drafter.warping import Sampling, draw, in_nucleus, warp
 from tests.conftest import VOCABULARY, small_model
 
 GREEDY = Sampling()
@@ -208,7 +208,7 @@ def distribution_of_pairs(target, prompt, sampling):
 def test_the_whole_loop_samples_the_targets_distribution_for_texts_of_any_length_side_by_side(sampling, gamma):
     target, drafter = (small_model(seed, vocab=6, sharpness=20.0) for seed in (1, 2))
     generator, prompts = torch.Generator().manual_seed(0), ([0, 1], [3], [5, 2, 4])
-    decoded = speculative_decode_batch(target, drafter, list(prompts) * 1500, gamma, 2, sampling, [], generator)
+    decoded = speculative_decode_batch(target, drafter, list(prompts) * 1500, gamma, 2, sampling, [], generator, 4400)
     for number, prompt in enumerate(prompts):
         counts = np.bincount([6 * one.tokens[0] + one.tokens[1] for one in decoded[number::3]], minlength=36)
         assert p_value(counts, distribution_of_pairs(target, prompt, sampling)) > FALSE_ALARM
@@ -226,10 +226,11 @@ def test_one_text_by_itself_samples_the_targets_distribution():
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2], [2, 3, 8, 4]]
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("gamma", [1, 4, Adaptive(6, 0.2)])
 @pytest.mark.parametrize("prompts", [PROMPTS, [[3, 1], [4, 1], [5, 9]], PROMPTS[:1]], ids=["ragged", "even", "one"])
-def test_texts_side_by_side_are_greedily_what_each_is_alone(target, drafter, prompts, gamma):
-    batch = speculative_decode_batch(target, drafter, prompts, gamma, 30, GREEDY, [5])
+def test_texts_side_by_side_are_greedily_what_each_is_alone(target, drafter, prompts, gamma, batch_size):
+    batch = speculative_decode_batch(target, drafter, prompts, gamma, 30, GREEDY, [5], batch_size=batch_size)
     for prompt, decoded in zip(prompts, batch, strict=True):
         alone = speculative_decode(target, drafter, prompt, gamma, 30, GREEDY, [5])
         assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, 30, GREEDY, [5]).tokens
@@ -306,6 +307,19 @@ def test_chances_are_those_of_the_accept_test(target, drafter):
     assert all(0 <= chance <= 1 for block in blocks for chance in block.chances)
 
 
+def test_tokens_are_drawn_in_proportion_to_their_weights_and_none_of_weight_zero():
+    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.5, 0.0])
+    drawn = draw(weights.expand(20_000, -1), torch.Generator().manual_seed(0))
+    assert p_value(np.bincount(drawn, minlength=6)[[1, 3, 4]], np.array([3, 1, 0.5]) / 4.5) > FALSE_ALARM
+    assert set(drawn.tolist()) == {1, 3, 4}
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_draw_tokens_of_some_weight(monkeypatch, uniform):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
+    assert draw(torch.tensor([[0.0, 0.1, 0.7, 0.0]])).tolist() == [2 if uniform else 1]
+
+
 def test_warping_agrees_with_transformers_warpers():
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -327,6 +341,8 @@ def test_what_cannot_be_decoded_is_refused_before_any_call(target):
     ]:
         with pytest.raises(ValueError, match=message):
             speculative_decode(None, None, prompt, gamma, limit, GREEDY, [])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        speculative_decode_batch(None, None, [[1]], 3, 5, GREEDY, [], batch_size=0)
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p_and_all_that_tie_with_its_last():
