@@ -7,7 +7,7 @@ every batch. Samples of like length share a batch.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,17 +75,32 @@ class PackedText:
 
 
 class Responses:
-    """The target's responses of one split ("train" or "validation"), with what is cached of the target, if anything.
+    """The responses of one split ("train" or "validation"), with what is cached of the target, if anything.
+
+    Args:
+        rows: of a distillation set or its cache.
+        split: which.
+        share: how much of them is taken, at random and for all seeds alike.
+        kinds: those to instructions of these kinds alone; None: all.
 
     Raises:
         ValueError: there is none.
     """
 
-    def __init__(self, rows: Rows, split: str):
+    def __init__(self, rows: Rows, split: str, share: float = 1.0, kinds: Collection[str] | None = None):
         self.rows = rows
-        self.indices = np.flatnonzero(rows.splits == split)
-        if len(self.indices) == 0:
+        chosen = np.flatnonzero(rows.splits == split)
+        if len(chosen) == 0:
             raise ValueError(f"there are no responses of the split '{split}': ask for more (respond.num_responses)")
+        if kinds is not None:
+            known = np.unique(rows.kinds[chosen])
+            chosen = chosen[np.isin(rows.kinds[chosen], list(kinds))]
+            if len(chosen) == 0:
+                raise ValueError(f"finetune.kinds is {list(kinds)}, but the responses are of {known.tolist()}")
+        count = round(share * len(chosen))
+        if not 0 < count <= len(chosen):
+            raise ValueError(f"finetune.responses_share is {share}: it takes {count} of {len(chosen)} responses")
+        self.indices = np.sort(np.random.default_rng(0).permutation(chosen)[:count])
 
     @property
     def lengths(self) -> np.ndarray:

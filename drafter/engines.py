@@ -7,6 +7,7 @@ them, or up to the limit.
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -100,6 +101,25 @@ def _generate(
     )
     grown = output[:, width:].tolist()
     return [tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), None)] for tokens in grown]
+
+
+def references_engine(tokens: dict[str, list[int]]) -> Engine:
+    """Answers that the data has: id of an instruction -> tokens."""
+    return lambda requests: [tokens[request.id] for request in requests]
+
+
+def mixed_engine(engines: list[Engine]) -> Engine:
+    """Engines that answer in equal shares; which one answers an instruction depends on its id alone."""
+
+    def answer(requests: list[Request]) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in requests]
+        for number, engine in enumerate(engines):
+            mine = [i for i, request in enumerate(requests) if crc32(request.id.encode()) % len(engines) == number]
+            for i, tokens in zip(mine, engine([requests[i] for i in mine]) if mine else [], strict=True):
+                answers[i] = tokens
+        return answers
+
+    return answer
 
 
 def vllm_engine(

@@ -40,6 +40,7 @@ def write_shard(folder: Folder, number: int, rows: list[Row], schema: pa.Schema,
         {
             "id": row["id"],
             "split": row["split"],
+            "kind": row["kind"],
             "shard": number,
             "start": int(end) - len(part),
             "bytes": len(part),
@@ -105,6 +106,11 @@ class Rows(Sequence[Row]):
     def splits(self) -> np.ndarray:
         """Of each row: "train" or "validation"."""
         return self._index["split"]
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """Of each row: the kind of its instruction."""
+        return self._index["kind"]
 
     @property
     def lengths(self) -> np.ndarray:

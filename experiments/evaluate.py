@@ -41,7 +41,7 @@ from drafter.prompts import encode_prompts, stop_ids
 from drafter.ranks import join, wait_for_all
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
-from experiments.inputs import data_fingerprint, plain, target_fingerprint
+from experiments.inputs import STEPS, data_fingerprint, plain, target_fingerprint
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -136,7 +136,8 @@ def find_drafters(patterns: list[str]) -> list[str]:
     found = []
     for pattern in patterns:
         local = sorted(path for path in glob(pattern) if (Path(path) / "config.json").exists())
-        finished = [path for path in local if (Path(path) / MANIFEST).exists() or "*" not in pattern]
+        whole = (path for path in local if (Path(path) / MANIFEST).exists() or Path(path).parent.name == STEPS)
+        finished = list(whole) if "*" in pattern else local
         if not finished and ("*" in pattern or pattern.startswith((".", "/")) or pattern.count("/") != 1):
             raise ArtifactError(
                 f"drafters: '{pattern}' matches no trained drafter; run the stages before, or correct it"
@@ -243,14 +244,16 @@ def finish(
 
 
 def identity_of(path: str) -> dict[str, Any]:
-    """What the tables call a drafter: the loss and seed of its finetuning, or how it came about."""
-    manifest = Path(path) / MANIFEST
+    """What the tables call a drafter: the loss and seed of its finetuning, and the step it was kept at."""
+    manifest, step = Path(path) / MANIFEST, None
+    if Path(path).parent.name == STEPS:
+        manifest, step = Path(path).parent.parent / MANIFEST, int(Path(path).name.rsplit("-step", 1)[1])
     if not manifest.exists():
-        return {"loss": Path(path).name, "seed": 0}
+        return {"loss": Path(path).name, "seed": 0, "step": None}
     stage = "finetune" if '"stage": "finetune"' in manifest.read_text() else "pretrain"
-    settings = read_manifest(path, stage)["settings"]
+    settings = read_manifest(manifest.parent, stage)["settings"]
     name = settings["name"].rsplit("-seed", 1)[0] if stage == "finetune" else "pretrained"
-    return {"loss": name, "seed": settings["seed"]}
+    return {"loss": name, "seed": settings["seed"], "step": step}
 
 
 def as_text(decoded: Decoded, tokenizer: Any) -> list[dict[str, Any]]:

@@ -19,14 +19,23 @@ from drafter.models import check_same_vocabulary, check_same_width, load_model, 
 from drafter.modules import Distillation
 from drafter.rows import Rows
 from drafter.weighting import Weighting
+from experiments import on_policy
 from experiments.inputs import data_fingerprint, plain, responses_fingerprint, target_fingerprint
-from experiments.training import save, train, training_settings
+from experiments.training import KeptSteps, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
 def main(cfg: DictConfig) -> None:
+    """One finetuning, or several on sets that the drafter writes (conf/distillation)."""
+    if cfg.distillation.rounds:
+        on_policy.run(cfg, finetune)
+    else:
+        finetune(cfg)
+
+
+def finetune(cfg: DictConfig) -> None:
     """Load target, drafter, responses and cache, all checked against each other; train; save."""
     loss, weighting = check(cfg)
     inputs = checked_inputs(cfg, loss)
@@ -40,12 +49,14 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     check_same_vocabulary(tokenizer, load_tokenizer(cfg.inputs.drafter))
     check_same_width(target, drafter)
-    rows = Rows(cfg.inputs.cache, "cache") if cfg.inputs.cache else Rows(cfg.inputs.responses, "respond")
+    kind = "cache" if cfg.inputs.cache else "respond"
+    rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)
+    judged_on = Rows(cfg.inputs.validation, kind) if cfg.inputs.validation else rows
     text = PackedText(Path(cfg.inputs.data) / "train.npy", cfg.finetune.sequence_length)
-    training = Mixture(Responses(rows, "train"), text, cfg.finetune.text_share, cfg.seed)
-    data = SequenceData(
-        training, Responses(rows, "validation"), cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers
-    )
+    responses = Responses(rows, "train", cfg.finetune.responses_share, cfg.finetune.kinds)
+    training = Mixture(responses, text, cfg.finetune.text_share, cfg.seed)
+    judges = Responses(judged_on, "validation")
+    data = SequenceData(training, judges, cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers)
     if "reference" in cfg.weighting:
         reference = load_target(cfg.weighting.reference)
         check_same_width(target, reference)
@@ -58,9 +69,10 @@ def main(cfg: DictConfig) -> None:
         cfg.finetune.learning_rate,
         weighting=weighting,
         num_speculative_tokens=cfg.finetune.num_speculative_tokens,
-        response_top_p=float(rows.schema.metadata[b"top_p"]),
+        response_top_p=float(judged_on.schema.metadata[b"top_p"]),
     )
-    trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name)
+    kept = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every)
+    trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name, [kept])
     save(drafter, tokenizer, stage, trainer)
 
 
@@ -99,6 +111,8 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
             try_loss(loss, sparse, Places(tokens_N, torch.tensor([1, 0])))
     else:
         inputs["responses"] = responses_fingerprint(cfg)
+    if cfg.inputs.validation:
+        inputs["validation"] = fingerprint(cfg.inputs.validation, "cache" if cfg.inputs.cache else "respond")
     if "reference" in cfg.weighting:
         inputs["reference"] = model_fingerprint(cfg.weighting.reference)
     return inputs

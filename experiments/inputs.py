@@ -6,6 +6,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from drafter.artifacts import fingerprint, model_fingerprint, read_manifest, require, tokenizer_fingerprint
 
+STEPS = "steps"  # the folder of a finetuning that has its drafter at some of its steps
+
 
 def plain(section: Any) -> Any:
     """A config section as plain Python values, interpolations resolved."""

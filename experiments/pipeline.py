@@ -1,93 +1,151 @@
-"""All stages in one process: prepare, pretrain, respond, cache, finetune (losses x seeds), evaluate, tables.
+"""All stages in one process: prepare, pretrain, respond, cache, finetune, evaluate, tables.
 
-Config: conf/pipeline.yaml. Each stage is composed from its own config with the same overrides, as on its own command
-line, and skips itself where it is up to date; so an interrupted pipeline goes on with the same command.
+Config: conf/pipeline.yaml. What is finetuned is losses x seeds and the cells of the named experiments' sweeps
+(conf/experiment); the sets that these need are made once for all. Each stage is composed from its own config with the
+same overrides, as on its own command line, and skips itself where it is up to date, so an interrupted pipeline goes on
+with the same command. A finetuning that fails does not stop the others, and is named at the end.
 """
 
 import logging
 import os
-import re
 import sys
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
+from experiments.composing import cells, concerning, configured, first_key
+from experiments.inputs import STEPS
 
 STAGES = (prepare, pretrain, respond, cache, finetune, evaluate, tables)
 NAMES = tuple(module.__name__.rsplit(".", 1)[-1] for module in STAGES)
 
 
+class Job(NamedTuple):
+    """A stage's run, and what Hydra knows of it."""
+
+    module: ModuleType
+    cfg: DictConfig
+    hydra: DictConfig
+
+    def choice(self, group: str) -> str | None:
+        """Which config was chosen of a group."""
+        choice: str | None = self.hydra.hydra.runtime.choices.get(group)
+        return choice
+
+
 def main(arguments: list[str]) -> None:
-    """Run the stages with the given overrides."""
+    """Run the stages with the given overrides.
+
+    Raises:
+        RuntimeError: finetunings failed, once all others are done.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "lightning.pytorch", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     disable_progress_bar()  # of loading weights; the stages' own bars stay
-    own = [argument for argument in arguments if argument.partition("=")[0] in ("losses", "seeds")]
-    others = [argument for argument in arguments if argument not in own]
     with initialize_config_module("conf", version_base="1.3"):
-        plan = compose("pipeline", own)
-        shared = routed(others)
-        jobs = [
-            (module, configured(name, overrides + shared[name]))
-            for module, name in zip(STAGES, NAMES, strict=True)
-            for overrides in runs(name, plan)
-        ]
-        for module, cfg in jobs:  # a wrong value of the last stage is found before the first one computes
-            if hasattr(module, "check"):
-                module.check(cfg)
-        for module, cfg in jobs:
-            run(module, cfg)
+        plan = compose("pipeline", [argument for argument in arguments if first_key(argument) in compose("pipeline")])
+        others = [argument for argument in arguments if first_key(argument) not in plan]
+        check_known(others)
+        jobs = list(planned(plan, others))
+        for job in jobs:  # a wrong value of the last stage is found before the first one computes
+            if hasattr(job.module, "check"):
+                job.module.check(job.cfg)
+        failed: dict[str, Exception] = {}
+        for job in jobs:
+            if job.module is evaluate:
+                job.cfg.drafters = [path for path in job.cfg.drafters if path.split(f"/{STEPS}/")[0] not in failed]
+            try:
+                run(job)
+            except Exception as problem:
+                if job.module is not finetune:
+                    raise
+                logging.exception("%s failed", job.cfg.out)
+                failed[job.cfg.out] = problem
+    if failed:
+        named = "\n".join(f"  {out}: {problem}" for out, problem in failed.items())
+        raise RuntimeError(f"{len(failed)} of the finetunings failed, all else is done:\n{named}")
 
 
-def runs(stage: str, plan: DictConfig) -> list[list[str]]:
-    """The overrides of each run of a stage: finetune has one for each loss and seed, every other stage one."""
-    if stage != "finetune":
-        return [[]]
-    return [[f"loss={loss}", f"seed={seed}"] for seed in plan.seeds for loss in plan.losses]
+def planned(plan: DictConfig, others: list[str]) -> Iterator[Job]:
+    """Every run of every stage, in order."""
+    yield job(prepare, others)
+    yield job(pretrain, others)
+    finetunings = [job(finetune, others, cell) for cell in finetuned(plan)]
+    written = [one.choice("distillation") for one in finetunings if not one.cfg.distillation.rounds]
+    for name in dict.fromkeys(["target", *written]):  # each set once, whatever reads it
+        yield job(respond, others, [f"distillation={name}"])
+        yield job(cache, others, [f"distillation={name}"])
+    yield from finetunings
+    variants = [one for one in finetunings if one.choice("variant")]
+    if variants:
+        yield evaluated(variants, others, "evaluate_variants", plan.of_variants)
+    whole = [one for one in finetunings if one not in variants]
+    kept = [
+        one
+        for one in whole
+        if one.choice("loss") in plan.along.losses
+        and one.cfg.seed in plan.along.seeds
+        and 0 < one.cfg.finetune.keep_every < one.cfg.finetune.max_steps
+    ]
+    if kept:
+        yield evaluated(kept, others, "evaluate_steps", plan.of_variants, f"/{STEPS}/*")
+    yield job(evaluate, others)
+    yield job(tables, others)
 
 
-def routed(arguments: list[str]) -> dict[str, list[str]]:
-    """Stage -> the overrides that concern it: those whose first key its config has.
+def finetuned(plan: DictConfig) -> list[list[str]]:
+    """The overrides of each finetuning."""
+    found = [[f"loss={loss}", f"seed={seed}"] for seed in plan.seeds or [] for loss in plan.losses]
+    for experiment in plan.experiments:
+        for cell in cells("finetune", experiment):
+            ours = [override for override in cell if override.partition("=")[0] != "seed"]
+            seeds = [f"seed={seed}" for seed in plan.seeds] if plan.seeds else list(set(cell) - set(ours))
+            found += [cell for cell in ([*ours, seed] for seed in seeds) if cell not in found]
+    return found
+
+
+def job(module: ModuleType, others: list[str], overrides: list[str] | None = None) -> Job:
+    """A stage with the pipeline's overrides and its own."""
+    name = module.__name__.rsplit(".", 1)[-1]
+    cfg = configured(name, [*concerning(name, others), *(overrides or [])])
+    return Job(module, cfg, HydraConfig.instance().cfg)
+
+
+def evaluated(trained: list[Job], others: list[str], out: str, how: DictConfig, below: str = "") -> Job:
+    """An evaluation of these finetunings' drafters in a directory of its own."""
+    made = job(evaluate, others)
+    made.cfg.out = f"{made.cfg.root}/{out}"
+    made.cfg.drafters = [f"{one.cfg.out}{below}" for one in trained]
+    made.cfg.evaluate.num_speculative_tokens = how.num_speculative_tokens
+    return made
+
+
+def check_known(arguments: list[str]) -> None:
+    """Refuse an override that concerns no stage.
 
     Raises:
-        ValueError: an override concerns no stage.
+        ValueError: names it.
     """
-    keys = {name: set(compose(name)) for name in NAMES}
-    known = sorted(set().union(*keys.values()))
-    first = {argument: re.split(r"[.=@]", argument.lstrip("+~"))[0] for argument in arguments}
-    for argument, key in first.items():
-        if key not in known:
-            raise ValueError(f"'{argument}' is a setting of no stage: '{key}' is none of {known}")
-    return {name: [argument for argument in arguments if first[argument] in keys[name]] for name in NAMES}
+    known = sorted(set().union(*(compose(name) for name in NAMES)))
+    for argument in arguments:
+        if first_key(argument) not in known:
+            raise ValueError(f"'{argument}' is a setting of no stage: '{first_key(argument)}' is none of {known}")
 
 
-def configured(name: str, overrides: list[str]) -> DictConfig:
-    """A stage's config, composed as its own command line would, with every interpolation resolved.
-
-    Raises:
-        ValueError: a required value (`???`) was not given.
-    """
-    cfg = compose(name, overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ValueError(f"{name} needs a value for {', '.join(missing)}: give it as `{missing[0]}=...`")
-    OmegaConf.resolve(cfg)
-    return cfg
-
-
-def run(module: ModuleType, cfg: DictConfig) -> None:
+def run(job: Job) -> None:
     """One stage, as its own command line would run it."""
-    module.main(cfg)
+    HydraConfig.instance().cfg = job.hydra
+    job.module.main(job.cfg)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,9 @@ def datasets(cfg: DictConfig) -> tuple[dict[str, Iterator[str]], dict[str, Itera
             for number, row in enumerate(_read(source)):
                 prompt = render(source.template, row) if matches(row, source.where) else ""
                 if prompt and is_heldout(prompt, cfg.data.heldout_percent) == (split == "validation"):
-                    yield {"id": f"{Path(source.path).stem}:{number}", "kind": Path(source.path).stem, "prompt": prompt}
+                    name = Path(source.path).stem
+                    reference = render(source.reference, row) if source.get("reference") else ""
+                    yield {"id": f"{name}:{number}", "kind": name, "prompt": prompt, "reference": reference}
 
     def task(name: str) -> Iterator[Row]:
         for number, row in enumerate(_read(cfg.task[name])):

@@ -1,4 +1,4 @@
-"""Stage 2: the target answers the instructions. Config: conf/respond.yaml."""
+"""Stage 2: the instructions are answered, by the target or another (conf/distillation). Config: conf/respond.yaml."""
 
 import logging
 from collections import Counter
@@ -8,9 +8,17 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter import rows
-from drafter.artifacts import Stage, read_jsonl
-from drafter.engines import Engine, Limits, Request, transformers_engine, vllm_engine
-from drafter.models import context_limit, generation_eos, load_target, load_tokenizer
+from drafter.artifacts import Stage, model_fingerprint, read_jsonl
+from drafter.engines import (
+    Engine,
+    Limits,
+    Request,
+    mixed_engine,
+    references_engine,
+    transformers_engine,
+    vllm_engine,
+)
+from drafter.models import check_same_vocabulary, context_limit, generation_eos, load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
@@ -24,6 +32,8 @@ def main(cfg: DictConfig) -> None:
     """Encode the instructions, check them all, then generate shard by shard."""
     check(cfg)
     inputs = {"data": data_fingerprint(cfg), **target_inputs(cfg)}
+    if cfg.respond.by in ("drafter", "mixture"):
+        inputs["drafter"] = model_fingerprint(cfg.inputs.drafter)
     stage = Stage(cfg.out, "respond", {**plain(cfg.respond), "seed": cfg.seed}, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
@@ -33,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     parts = shards(requests, settings.shard_size)
     limits = Limits(settings.top_p, settings.max_new_tokens, stop_ids(tokenizer, generation_eos(**cfg.target)))
     write_responses(
-        engine(cfg, limits, ranks),
+        engine(cfg, limits, ranks, tokenizer),
         parts,
         stage.folder,
         schema(settings.top_p),
@@ -68,10 +78,14 @@ def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Req
     settings, instructions = cfg.respond, read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")
     context = context_limit(cfg.target.path, cfg.target.revision)
     requests, skipped = [], Counter[str]()
-    for split, number in (("train", settings.num_responses), ("validation", settings.num_responses // 10)):
+    for split in settings.splits:
+        number = settings.num_responses if split == "train" else settings.num_responses // 10
         chosen = [row for row in instructions if row["split"] == split]
+        if settings.by == "reference":
+            skipped["no reference answer"] += sum(not row.get("reference") for row in chosen)
+            chosen = [row for row in chosen if row.get("reference")]
         if not chosen:
-            raise ValueError(f"{cfg.inputs.data} has no {split} instructions")
+            raise ValueError(f"{cfg.inputs.data} has no {split} instructions" + f" for respond.by={settings.by}")
         prompts = [encode_prompt(tokenizer, row["prompt"]) for row in chosen]
         wanted = plan(chosen, prompts, list(settings.temperatures), number)
         fitting = [request for request in wanted if len(request.prompt_ids) + settings.max_new_tokens <= context]
@@ -85,12 +99,32 @@ def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Req
     return requests, +skipped
 
 
-def engine(cfg: DictConfig, limits: Limits, ranks: Ranks) -> Engine:
-    """The engine that respond.engine names."""
-    if cfg.respond.engine == "vllm":
-        return vllm_engine(**cfg.target, limits=limits, seed=cfg.seed, **plain(cfg.respond.vllm))
-    target = load_target(**cfg.target).to(ranks.device)
-    return transformers_engine(target, limits, cfg.respond.batch_tokens)
+def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """The engine of whom respond.by names; the target's is of the kind that respond.engine names."""
+
+    def targets() -> Engine:
+        if cfg.respond.engine == "vllm":
+            return vllm_engine(**cfg.target, limits=limits, seed=cfg.seed, **plain(cfg.respond.vllm))
+        return transformers_engine(load_target(**cfg.target).to(ranks.device), limits, cfg.respond.batch_tokens)
+
+    def drafters() -> Engine:
+        check_same_vocabulary(tokenizer, load_tokenizer(cfg.inputs.drafter))
+        drafter = load_target(cfg.inputs.drafter).to(ranks.device)
+        return transformers_engine(drafter, limits, cfg.respond.batch_tokens)
+
+    def references() -> Engine:
+        answers = {row["id"]: row["reference"] for row in read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")}
+        encoded = tokenizer(list(answers.values()), add_special_tokens=False)["input_ids"]
+        ended = ([*ids, *limits.stop_ids[:1]][: limits.max_new_tokens] for ids in encoded)
+        return references_engine(dict(zip(answers, ended, strict=True)))
+
+    by = {
+        "target": targets,
+        "drafter": drafters,
+        "reference": references,
+        "mixture": lambda: mixed_engine([targets(), drafters()]),
+    }
+    return by[cfg.respond.by]()
 
 
 def check(cfg: DictConfig) -> None:
@@ -105,6 +139,7 @@ def check(cfg: DictConfig) -> None:
         ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
         ("num_responses", settings.num_responses >= 10, "at least 10 (a tenth of them beside for validation)"),
         ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
+        ("by", settings.by in ("target", "drafter", "mixture", "reference"), "target, drafter, mixture or reference"),
         ("engine", settings.engine in ("transformers", "vllm"), "transformers or vllm"),
     ):
         if not allowed:

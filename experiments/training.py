@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from drafter.artifacts import Stage
 from drafter.datamodules import SequenceData
 from drafter.ranks import leave_at_exit
 from drafter.resuming import AtomicCheckpoints, Resuming
-from experiments.inputs import plain
+from experiments.inputs import STEPS, plain
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
 def training_settings(section: DictConfig) -> dict[str, Any]:
-    """What of a training stage's settings determines its result: how it is loaded does not."""
+    """What of a training stage's settings determines its result: how it is loaded and what is kept do not."""
     settings: dict[str, Any] = plain(section)
-    return {name: value for name, value in settings.items() if name != "num_workers"}
+    return {name: value for name, value in settings.items() if name not in ("num_workers", "keep_every")}
 
 
 def train(
@@ -37,6 +38,7 @@ def train(
     settings: DictConfig,
     cfg: DictConfig,
     name: str,
+    callbacks: Sequence[lightning.Callback] = (),
 ) -> lightning.Trainer:
     """Fit for settings.max_steps, going on from the checkpoint that an interrupted run has left."""
     leave_at_exit()
@@ -58,7 +60,7 @@ def train(
             logger=[curve, *weights_and_biases(cfg, stage, name)],
             plugins=[AtomicCheckpoints()],
             enable_checkpointing=False,  # Lightning's own; ours is the callback
-            callbacks=[Resuming(last, curve, cfg.seed)],
+            callbacks=[*callbacks, Resuming(last, curve, cfg.seed)],
         )
         if not last.exists():
             trainer.validate(module, data, verbose=False)
@@ -69,6 +71,25 @@ def train(
     if wandb.run is not None:
         wandb.finish()
     return trainer
+
+
+class KeptSteps(lightning.Callback):
+    """Keeps the drafter of every so many steps, as <directory>/steps/<name>-step<step>: a Hugging Face directory."""
+
+    def __init__(self, directory: Path, name: str, tokenizer: PreTrainedTokenizerBase, every: int):
+        self.folder, self.name, self.tokenizer, self.every = directory / STEPS, name, tokenizer, every
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write it where there is one to keep; the last step's is the result itself."""
+        step = trainer.global_step
+        path = self.folder / f"{self.name}-step{step}"
+        wanted = self.every and 0 < step < trainer.max_steps and step % self.every == 0
+        if wanted and trainer.is_global_zero and not path.exists():
+            half = path.with_name(path.name + ".tmp")
+            shutil.rmtree(half, ignore_errors=True)
+            pl_module.drafter.save_pretrained(half)
+            self.tokenizer.save_pretrained(half)
+            half.rename(path)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage, trainer: lightning.Trainer) -> None:

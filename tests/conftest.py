@@ -92,7 +92,13 @@ def world(tmp_path_factory):
     write_jsonl(folder / "text.jsonl", [{"text": text} for text in sentences * 12])
     write_jsonl(
         folder / "asked.jsonl",
-        [{"prompt": f"what did the {WORDS[3 + i % 6]} do {'? ' * (i % 40 + 1)}"} for i in range(240)],
+        [
+            {
+                "prompt": f"what did the {WORDS[3 + i % 6]} do {'? ' * (i % 40 + 1)}",
+                "answer": f"the {WORDS[3 + i % 5]} ran",
+            }
+            for i in range(240)
+        ],
     )
     write_jsonl(folder / "task.jsonl", [{"question": f"who saw the {word} ?"} for word in WORDS[3:7]])
     task = f"{{path: {folder}/task.jsonl, split: train, name: null, revision: null, template: '{{question}}', "
@@ -108,6 +114,7 @@ def world(tmp_path_factory):
         f"target.path={folder}/target",
         f"data.pretraining.path={folder}/text.jsonl",
         f"data.instructions.0.path={folder}/asked.jsonl",
+        "data.instructions.0.reference='{answer}'",
         "data.heldout_percent=25",
         "drafter.max_position_embeddings=64",
         "scale.sequence_length=16",

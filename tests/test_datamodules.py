@@ -16,7 +16,7 @@ from tests.conftest import finished_rows
 ROWS = [
     {
         "id": str(number),
-        "kind": "k",
+        "kind": f"k{number % 3}",
         "split": "validation" if number % 10 == 0 else "train",
         "temperature": 1.0,
         "prompt_ids": [1, 2],
@@ -83,6 +83,30 @@ def test_a_cached_response_brings_its_own_distributions(target, responses, tmp_p
             assert batch.cached_N.log_q_NK[place, -1].item() == pytest.approx(own.item(), rel=1e-3)
         else:
             torch.testing.assert_close(target.lm_head(batch.cached_N[place]), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_share_of_the_responses_is_the_same_ones_each_time(responses):
+    part = Responses(responses, "train", share=0.3)
+    assert len(part) == 27
+    assert len(set(part.indices)) == 27
+    assert set(part.indices) < set(Responses(responses, "train").indices)
+    assert part.indices.tolist() == Responses(responses, "train", share=0.3).indices.tolist()
+    assert max(part.indices) > 60  # from all of the set, whose order is by temperature and length
+    assert Responses(responses, "train", share=1.0).indices.tolist() == [i for i in range(100) if i % 10]
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5, 0.001])
+def test_a_share_that_takes_nothing_or_too_much_is_refused(responses, share):
+    with pytest.raises(ValueError, match=f"finetune.responses_share is {share}"):
+        Responses(responses, "train", share)
+
+
+def test_responses_to_some_kinds_of_instruction_are_chosen(responses):
+    assert Responses(responses, "train", kinds=["k2"]).indices.tolist() == [i for i in range(2, 100, 3) if i % 10]
+    with pytest.raises(
+        ValueError, match=r"finetune.kinds is \['other'\], but the responses are of \['k0', 'k1', 'k2'\]"
+    ):
+        Responses(responses, "train", kinds=["other"])
 
 
 def test_an_empty_split_is_refused(responses):

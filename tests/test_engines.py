@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from drafter.engines import Limits, Request, transformers_engine, vllm_engine
+from drafter.engines import Limits, Request, mixed_engine, transformers_engine, vllm_engine
 from drafter.speculative import Sampling, autoregressive_decode
 from tests.conftest import VOCABULARY, small_model
 from tests.test_responses import requests
@@ -40,6 +40,18 @@ def test_an_answer_ends_with_its_first_stop_token(target):
     for tokens in transformers_engine(target, Limits(0.95, 12, stops), 100)(requests()):
         assert all(token not in stops for token in tokens[:-1])
         assert tokens[-1] in stops or len(tokens) == 12
+
+
+def test_a_mixture_has_each_answer_from_one_engine_whatever_is_asked_beside():
+    asked = [Request(str(i), "k", "train", 1.0, [1]) for i in range(400)]
+    engine = mixed_engine(
+        [lambda rows: [[1, int(row.id)] for row in rows], lambda rows: [[2, int(row.id)] for row in rows]]
+    )
+    answers = engine(asked)
+    assert [tokens[1] for tokens in answers] == list(range(400))
+    assert 160 < [tokens[0] for tokens in answers].count(1) < 240
+    assert engine(asked[5:9]) == answers[5:9]
+    assert engine(asked[:1]) == answers[:1]
 
 
 @pytest.mark.parametrize("stops", [[], [7, 9]])

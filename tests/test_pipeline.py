@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from drafter.artifacts import ArtifactError, model_fingerprint, read_jsonl, write_jsonl
 from drafter.models import VocabularyError
-from experiments.pipeline import configured, main
+from experiments.composing import configured
+from experiments.pipeline import main
 from tests.conftest import WORDS, save_target
 
 

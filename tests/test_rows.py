@@ -13,6 +13,7 @@ from tests.conftest import finished_rows
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
+        ("kind", pa.string()),
         ("split", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("response_ids", pa.list_(pa.int32())),
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
 def row(number):
     return {
         "id": str(number),
+        "kind": "even" if number % 2 == 0 else "odd",
         "split": "validation" if number % 5 == 0 else "train",
         "prompt_ids": [number] * (number % 3 + 1),
         "response_ids": list(range(number % 4)),

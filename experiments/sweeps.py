@@ -1,0 +1,46 @@
+"""What a Hydra multirun says at its end: which cells failed. The others are finished whatever becomes of one."""
+
+import atexit
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+class Failures(Callback):
+    """Notes each failed job in a file, whichever process or machine it ran on, and names them all at the end."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Forget the sweep before."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            shutil.rmtree(_folder(config), ignore_errors=True)
+            # Hydra raises the first failed job's error before it would call on_multirun_end.
+            atexit.register(_tell, _folder(config))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Keep its overrides and its error."""
+        if job_return.status == JobStatus.FAILED and str(config.hydra.mode).endswith("MULTIRUN"):
+            folder = _folder(config)
+            folder.mkdir(parents=True, exist_ok=True)
+            cell = " ".join(job_return.overrides or [])
+            try:
+                _ = job_return.return_value
+            except Exception as error:  # whatever it was, it is to be told
+                (folder / str(config.hydra.job.num)).write_text(f"{cell}: {type(error).__name__}: {error}\n")
+
+
+def _folder(config: DictConfig) -> Path:
+    return Path(config.hydra.sweep.dir) / "failed"
+
+
+def _tell(folder: Path) -> None:
+    failed = sorted(folder.glob("*"), key=lambda path: int(path.name))
+    if failed:
+        print(f"{len(failed)} cells of the sweep failed; all others are finished:", file=sys.stderr)
+        for path in failed:
+            print(f"  {path.read_text().strip()}", file=sys.stderr)
