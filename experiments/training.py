@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -112,16 +113,23 @@ def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]
         folder = Path(cfg.root).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        line = re.sub(r"-seed\d+", "", name)  # the seeds of one loss are one line, with a band
         logger = WandbLogger(
             name=name,
             save_dir=folder,
             project=cfg.logger.project,
-            group=cfg.logger.group,
+            group=cfg.logger.group or line,
             job_type=stage.identity["stage"],
-            tags=[cfg.scale.name],
+            tags=[cfg.scale.name, line],
             mode=mode,
             settings=wandb.Settings(console="off", silent=True),
-            config={"stage": stage.identity, "config": OmegaConf.to_container(cfg)},
+            config={
+                "drafter": line,
+                "seed": cfg.seed,
+                "scale": cfg.scale.name,
+                "stage": stage.identity,
+                "config": OmegaConf.to_container(cfg),
+            },
         )
         _ = logger.experiment  # starts the run: what can fail, fails here
         return [logger]
