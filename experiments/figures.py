@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from drafter.metrics import Estimate
 from experiments.results import Row, in_order
 
 if TYPE_CHECKING:
@@ -88,6 +89,35 @@ def draw_curves(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path
                 axis.fill_between(steps, values.min(0), values.max(0), color=colour[loss], alpha=0.2, linewidth=0)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("finetuning step")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+        return _save(figure, path)
+
+
+def draw_along(found: dict[str, dict[str, list[tuple[int, Estimate]]]], path: Path) -> str:
+    """Block efficiency along finetuning, a panel a task and a line a loss (see paper.along); the SVG's text."""
+    colour = colours(list(found))
+    tasks = list(dict.fromkeys(task for lines in found.values() for task in lines))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(tasks), figsize=(3.1 * len(tasks), 3.2), squeeze=False)
+        for axis, task in zip(axes[0], tasks, strict=True):
+            for number, (loss, lines) in enumerate(found.items()):
+                steps, values = zip(*lines[task], strict=True)
+                value, low, high = np.array(values).T
+                shift = (number - (len(found) - 1) / 2) * 0.008 * max(steps)  # so that intervals lie side by side
+                axis.errorbar(
+                    np.array(steps) + shift,
+                    value,
+                    (value - low, high - value),
+                    color=colour[loss],
+                    label=loss,
+                    linewidth=1.6,
+                    elinewidth=0.8,
+                    marker="o",
+                    markersize=3,
+                )
+            axis.set_title(task.replace("_", " "))
+            axis.set_xlabel("finetuning step")
+        axes[0][0].set_ylabel("block efficiency τ")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
         return _save(figure, path)
 

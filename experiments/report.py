@@ -1,43 +1,70 @@
-"""One self-contained HTML page: results, curves, and responses coloured by who wrote each token."""
+"""One self-contained HTML page: tables that sort, curves by loss and seed, and responses coloured by who wrote what."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from plotly.offline import get_plotlyjs
 
-from experiments.results import Row, in_order, rank
+from experiments.figures import YARDSTICKS, colours
+from experiments.results import rank
+from experiments.tabular import Table
+
+Curves = dict[str, dict[int, list[dict[str, float]]]]
+CAPTIONS = {
+    "block_efficiency": "Block efficiency by task and loss",
+    "checkpoints": "Block efficiency along finetuning",
+}
 
 
 def write_html(
     path: Path,
-    rows: Sequence[Row],
+    tables: Sequence[Table],
+    curves: Curves,
     figures: dict[str, str],
     samples: dict[str, list[dict[str, Any]]],
     notes: list[str],
-    base: str = "pretrained",
 ) -> None:
     """Render report.html.jinja.
 
     Args:
-        rows: the results.
+        path: of the page.
+        tables: as in results.md.
+        curves: loss -> seed -> validation rows (see results.read_curves).
         figures: name -> SVG text.
         samples: drafter -> decoded texts (see evaluate.as_text).
-        notes: sentences under the tables.
-        base: the drafter that the others are compared with.
+        notes: sentences under the title.
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.jinja").render(
-        rows=rows,
-        tasks=list(dict.fromkeys(row.task for row in rows)),
-        gammas=in_order(row.gamma for row in rows),
-        figures=figures,
+        tables=tables,
+        lines=lines(curves),
+        plotly=get_plotlyjs() if curves else "",
+        figures={CAPTIONS[name]: figure for name, figure in figures.items() if name in CAPTIONS},
         samples=by_prompt(samples),
         notes=notes,
-        base=base,
     )
     path.write_text(page)
+
+
+def lines(curves: Curves) -> str:
+    """What the page's script draws, as JSON that may stand in a script element."""
+    colour = colours(list(curves))
+    data = {
+        "yardsticks": [{"key": key, "title": title} for key, title in YARDSTICKS.items()],
+        "losses": [
+            {
+                "name": loss,
+                "colour": colour[loss],
+                "seeds": [{"seed": seed, "rows": rows} for seed, rows in seeds.items()],
+            }
+            for loss, seeds in curves.items()
+        ],
+    }
+    return json.dumps(data).replace("<", "\\u003c")
 
 
 def by_prompt(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ class Evaluation(NamedTuple):
     counts: dict[tuple[str, Gamma, str], Counts]
     positions: list[tuple[Gamma, list[int], list[int]]]  # accepted and tested drafts at each place of a block
     directory: Path
+    step: int | None = None  # of a drafter that was kept along its finetuning
 
 
 class Row(NamedTuple):
@@ -43,11 +44,7 @@ class Row(NamedTuple):
 
 
 def read_evaluations(folder: Path, base: str = "pretrained") -> list[Evaluation]:
-    """Every finished evaluation, those of the drafter that the others are compared with first.
-
-    Raises:
-        ArtifactError: there is none, or none of `base`, unless that is the pretrained drafter.
-    """
+    """Every finished evaluation, those of the drafter that the others are compared with first."""
     found = []
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         manifest = read_manifest(path.parent, "evaluate")
@@ -60,12 +57,21 @@ def read_evaluations(folder: Path, base: str = "pretrained") -> list[Evaluation]
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
         ratio = summary["drafter_parameters"] / summary["target_parameters"]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
-        found.append(Evaluation(summary["loss"], summary["seed"], ratio, in_domain, counts, positions, path.parent))
+        about = summary["loss"], summary["seed"], ratio, in_domain
+        found.append(Evaluation(*about, counts, positions, path.parent, summary.get("step")))
+    return sorted(found, key=lambda one: (one.loss != base, one.loss, one.seed, one.step or 0))
+
+
+def check_evaluations(found: list[Evaluation], folder: Path, base: str) -> None:
+    """Refuse to make tables of nothing.
+
+    Raises:
+        ArtifactError: there is no evaluation, or none of `base`, unless that is the pretrained drafter.
+    """
     if not found:
         raise ArtifactError(f"no finished evaluation under {folder}: run `python -m experiments.evaluate` first")
     if base not in (names := {evaluation.loss for evaluation in found} | {"pretrained"}):
         raise ArtifactError(f"base is '{base}', but what was evaluated under {folder} is {sorted(names)}")
-    return sorted(found, key=lambda evaluation: (evaluation.loss != base, evaluation.loss, evaluation.seed))
 
 
 def summarise(evaluations: list[Evaluation], base: str = "pretrained") -> list[Row]:

@@ -1,10 +1,12 @@
-"""Stage 5: counts -> Markdown tables, figures and the HTML report. Config: conf/tables.yaml. No torch here.
+"""Stage 5: counts -> tables (Markdown and LaTeX), figures and the HTML report. Config: conf/tables.yaml. No torch here.
 
 Every figure is computed from the counts of the evaluations, summed over prompts and seeds; intervals are bootstrap 95%
-intervals over prompts. A cell that was not run is left blank.
+intervals over prompts. What was not run is left blank. runs.json traces each number to the runs that it comes from.
 """
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,20 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from drafter.artifacts import environment, read_jsonl, read_manifest
-from drafter.metrics import Estimate
-from experiments.figures import draw_curves, draw_efficiency
+from drafter.artifacts import MANIFEST, environment, fingerprint, read_jsonl, read_manifest, write_json
+from experiments import paper
+from experiments.figures import draw_along, draw_curves, draw_efficiency
 from experiments.report import write_html
-from experiments.results import Evaluation, Row, in_order, read_curves, read_evaluations, summarise
+from experiments.results import (
+    Evaluation,
+    Row,
+    check_evaluations,
+    in_order,
+    read_curves,
+    read_evaluations,
+    summarise,
+)
+from experiments.tabular import Table, with_interval
 
 log = logging.getLogger(__name__)
 CONVENTION = (
@@ -29,57 +40,112 @@ CONVENTION = (
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="tables")
 def main(cfg: DictConfig) -> None:
-    """Read every finished evaluation under the root, write results.md, figures/ and report.html."""
-    out = Path(cfg.out)
-    evaluations = read_evaluations(Path(cfg.root) / "evaluate", cfg.base)
-    rows = summarise(evaluations, cfg.base)
-    curves = read_curves(Path(cfg.root) / "finetune")
+    """Read every finished evaluation under the root; write results.md, tables/, figures/, report.html and runs.json."""
+    root, out = Path(cfg.root), Path(cfg.out)
+    evaluations, variants, steps = (
+        read_evaluations(root / name, cfg.base) for name in ("evaluate", "evaluate_variants", "evaluate_steps")
+    )
+    check_evaluations(evaluations, root / "evaluate", cfg.base)
+    rows, curves = summarise(evaluations, cfg.base), read_curves(root / "finetune")
+    last = max((row["step"] for seeds in curves.values() for lines in seeds.values() for row in lines), default=0)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     figures = {
         "block_efficiency": draw_efficiency(rows, out / "figures" / "block_efficiency"),
         "curves": draw_curves(curves, out / "figures" / "curves"),
     }
+    if steps:
+        found = paper.along(steps, evaluations, int(last))
+        figures["checkpoints"] = draw_along(found, out / "figures" / "checkpoints")
+    tables = [*questions(cfg, evaluations, variants), *details(rows, evaluations, cfg.base)]
     notes = [
         CONVENTION,
         describe(evaluations),
         where_the_time_goes(evaluations),
-        f"Measured on {machine()}, commit {commits(evaluations)}.",
+        f"Measured on {machine()}, commit {commits([*evaluations, *variants, *steps])}.",
     ]
-    tables = {
-        f"γ = {gamma}": markdown([row for row in rows if row.gamma == gamma], cfg.base)
-        for gamma in in_order(row.gamma for row in rows)
-    }
-    tables["Acceptance rate by place in the block, all tasks, at the largest γ"] = positions_table(evaluations)
-    sections = [f"### {title}\n\n{table}\n" for title, table in tables.items() if table]
-    (out / "results.md").write_text("\n".join([*sections, *(f"{note}\n" for note in notes)]))
+    (out / "tables").mkdir(exist_ok=True)
+    for table in tables:
+        (out / "tables" / f"{table.name}.md").write_text(f"### {table.title}\n\n{table.markdown()}\n")
+        (out / "tables" / f"{table.name}.tex").write_text(table.latex())
+    sections = [f"### {table.title}\n\n{table.markdown()}\n" for table in tables]
+    traced = "runs.json has each run behind these numbers: its command, commit, versions, settings and inputs."
+    (out / "results.md").write_text("\n".join([*sections, *(f"{note}\n" for note in [*notes, traced])]))
+    write_json(out / "runs.json", runs(root))
     samples = {
-        evaluation.directory.name: read_jsonl(evaluation.directory / "samples.jsonl")
-        for evaluation in evaluations
-        if evaluation.seed == min(other.seed for other in evaluations if other.loss == evaluation.loss)
+        one.directory.name: read_jsonl(one.directory / "samples.jsonl")
+        for one in evaluations
+        if one.seed == min(other.seed for other in evaluations if other.loss == one.loss)
     }
-    write_html(out / "report.html", rows, figures, samples, notes, cfg.base)
+    write_html(out / "report.html", tables, curves, figures, samples, notes)
     print("\n".join([*sections, *notes, f"report: {out / 'report.html'}"]))
+    if cfg.publish:
+        publish(out, Path(cfg.publish))
 
 
-def markdown(rows: list[Row], base: str = "pretrained") -> str:
-    """One line a task and loss."""
-    lines = [
-        f"| task | drafter | τ | expected τ | τ − {base} | MBSU | token rate | acceptance rate |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+def questions(cfg: DictConfig, evaluations: list[Evaluation], variants: list[Evaluation]) -> list[Table]:
+    """The tables of the paper's questions, as far as there is anything to put into them."""
+    gamma = in_order(gamma for one in evaluations for _, gamma, _ in one.counts)[0]
+    tables = [architectures(cfg, evaluations)]
+    if len({one.loss for one in evaluations} - {"pretrained"}) > 1:
+        tables.append(paper.losses(evaluations))
+    tables.append(paper.out_of_domain(evaluations, gamma))
+    if any("-only_" not in one.loss for one in variants):
+        tables.append(paper.data(evaluations, variants))
+    if any("-only_" in one.loss for one in variants):
+        tables.append(paper.transfer(evaluations, variants))
+    return [table for table in tables if table.rows]
+
+
+def architectures(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
+    """The models of these evaluations, as far as their configs are at hand."""
+    counts = read_manifest(evaluations[0].directory, "evaluate")["counts"]
+    found = {name: Path(path) / "config.json" for name, path in cfg.models.items()}
+    configs = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+    return paper.models(configs, {name: counts[f"{name}_parameters"] for name in cfg.models})
+
+
+def details(rows: list[Row], evaluations: list[Evaluation], base: str) -> list[Table]:
+    """A table for each gamma with every task and drafter, and the acceptance rate by place."""
+    tables = [
+        by_task([row for row in rows if row.gamma == gamma], f"gamma_{gamma}", f"γ = {gamma}", base)
+        for gamma in in_order(row.gamma for row in rows)
     ]
+    return [*tables, *positions_table(evaluations)]
+
+
+def by_task(rows: list[Row], name: str, title: str, base: str = "pretrained") -> Table:
+    """One line a task and loss; the highest τ of a task is bold."""
+    columns = ["task", "drafter", "τ", "expected τ", f"τ − {base}", "MBSU", "token rate", "acceptance rate"]
+    lines = []
     for task in dict.fromkeys(row.task for row in rows):
-        for row in (row for row in rows if row.task == task):
-            gain = with_interval(row.gain, signed=True) if row.gain else ""
-            cells = [task, row.loss, with_interval(row.block_efficiency), with_interval(row.expected), gain]
+        of_task = [row for row in rows if row.task == task]
+        best = max(row.block_efficiency.value for row in of_task)
+        for row in of_task:
+            value = with_interval(row.block_efficiency)
+            cells = [f"**{value}**" if row.block_efficiency.value == best else value]
+            cells += [with_interval(row.expected), with_interval(row.gain, signed=True)]
             cells += map(with_interval, (row.speedup, row.token_rate_ratio, row.acceptance_rate))
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([task.replace("_", " "), row.loss, *cells])
+    return Table(name, title, columns, lines)
 
 
-def with_interval(value: Estimate, signed: bool = False) -> str:
-    """2.31 [2.20, 2.44]"""
-    sign = "+" if signed else ""
-    return f"{value.value:{sign}.2f} [{value.low:{sign}.2f}, {value.high:{sign}.2f}]"
+def runs(root: Path) -> dict[str, Any]:
+    """Directory -> what its manifest says of how it came about, and the fingerprint that other runs name it by."""
+    found = {}
+    for path in sorted(root.rglob(MANIFEST)):
+        manifest = json.loads(path.read_text())
+        kept = {key: value for key, value in manifest.items() if key != "files"}
+        found[str(path.parent)] = {**kept, "fingerprint": fingerprint(path.parent, manifest["stage"])}
+    return found
+
+
+def publish(out: Path, folder: Path) -> None:
+    """Copy what belongs into a repository: all but the report and the vector figures, which are large."""
+    for name in ("results.md", "runs.json"):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(out / name, folder / name)
+    for name in ("tables", "figures"):
+        shutil.copytree(out / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.svg"))
 
 
 def describe(evaluations: list[Evaluation]) -> str:
@@ -116,22 +182,20 @@ def commits(evaluations: list[Evaluation]) -> str:
     return ", ".join(sorted({manifest["environment"]["commit"] for manifest in manifests}))
 
 
-def positions_table(evaluations: list[Evaluation]) -> str:
-    """The acceptance rate at each place of a block, over all tasks and seeds, at the largest gamma."""
+def positions_table(evaluations: list[Evaluation]) -> list[Table]:
+    """The acceptance rate at each place of a block, over all tasks and seeds, at the largest gamma, if there is one."""
     largest = max((gamma for one in evaluations for gamma, *_ in one.positions if isinstance(gamma, int)), default=0)
-    lines = [
-        "| drafter | " + " | ".join(f"draft {place}" for place in range(1, largest + 1)) + " |",
-        "| --- |" + " --- |" * largest,
-    ]
+    lines = []
     for loss in dict.fromkeys(one.loss for one in evaluations):
         sums = np.zeros((2, largest))
         for one in evaluations:
             for gamma, *counts in one.positions:
                 if one.loss == loss and gamma == largest:
                     sums[:, : len(counts[0])] += np.array(counts)
-        rates = [f"{accepted / tested:.2f}" if tested else "" for accepted, tested in sums.T]
-        lines.append(f"| {loss} | " + " | ".join(rates) + " |")
-    return "\n".join(lines) if largest else ""
+        lines.append([loss, *(f"{accepted / tested:.2f}" if tested else "" for accepted, tested in sums.T)])
+    columns = ["drafter", *(f"draft {place}" for place in range(1, largest + 1))]
+    title = f"Acceptance rate by place in the block, all tasks, γ = {largest}"
+    return [Table("positions", title, columns, lines)] if largest else []
 
 
 def machine() -> str:
