@@ -1,4 +1,5 @@
 # make demo   the whole method on the embedded default        make test   the test suite
+# make tables the paper's comparisons, into results/          make curves  loss curves, drawn here
 # Variables: SCALE=tiny|smoke|llama2  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  ARGS="any Hydra override"
 PYTHON ?= python3
 SCALE ?= tiny
@@ -11,7 +12,8 @@ RUN := $(PY) -m experiments
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check prepare pretrain respond cache finetune evaluate gamma tables tiny-target clean
+.PHONY: help setup demo test check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
+  tables table-models table-losses table-ood table-data table-transfer figure-checkpoints curves sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,8 +59,37 @@ evaluate: setup ## stage 4: speculative decoding against the baseline
 gamma: setup ## which gamma pays on this machine, for the drafter of LOSSES and SEEDS that come first
 	$(RUN).gamma scale=$(SCALE) gamma.drafter=runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(word 1,$(subst $(comma), ,$(SEEDS))) $(ARGS)
 
-tables: setup ## stage 5: Markdown, figures, HTML report
+report: setup ## stage 5: tables, figures and the HTML report of whatever has been evaluated
 	$(RUN).tables scale=$(SCALE) $(ARGS)
+
+# The paper's comparisons, with three seeds, into results/SCALE. Each runs what it needs, and nothing twice.
+SUITE := $(RUN).pipeline scale=$(SCALE) publish=results/$(SCALE)
+ALONG := along.losses=[kld,tvd,tvdpp] along.seeds=[1]
+TRANSFER := transfer$(if $(filter llama2,$(SCALE)),_paper)
+
+tables: setup ## every table and figure of the paper's questions
+	$(SUITE) losses=[] seeds=null experiments=[losses,data,$(TRANSFER)] $(ALONG) $(ARGS)
+
+table-models: setup ## architectures, parameters, c
+	$(SUITE) losses=[] $(ARGS)
+
+table-losses table-ood: setup ## which loss, in and out of the domain
+	$(SUITE) losses=[] seeds=null experiments=[losses] $(ARGS)
+
+table-data: setup ## how much the training data matter
+	$(SUITE) losses=[tvdpp] seeds=[1,2,3] experiments=[data] $(ARGS)
+
+table-transfer: setup ## trained on one kind of instruction, tested on all tasks
+	$(SUITE) losses=[tvdpp] seeds=[1,2,3] experiments=[$(TRANSFER)] $(ARGS)
+
+figure-checkpoints: setup ## block efficiency along finetuning
+	$(SUITE) losses=[kld,tvd,tvdpp] seeds=[1] $(ALONG) $(ARGS)
+
+curves: setup ## the finetunings' validation curves so far, finished or not
+	$(RUN).curves scale=$(SCALE) $(ARGS)
+
+sync: setup ## upload the offline runs to Weights & Biases
+	$(VENV)/bin/wandb sync --include-offline $(wildcard runs/$(SCALE)/wandb/offline-run-*)
 
 tiny-target: setup ## make the embedded default's target again (two hours)
 	$(RUN).tiny_target $(ARGS)

@@ -50,6 +50,7 @@ def main(cfg: DictConfig) -> None:
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
+    wait_for_all()  # the next stage of this process may read it
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ from experiments.results import Row, in_order
 if TYPE_CHECKING:
     from experiments.gamma import Row as GammaRow
 
-# Okabe and Ito's palette, which colour-blind readers tell apart; the pretrained drafter is grey.
-PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+# Okabe and Ito's palette, which colour-blind readers tell apart, without its yellow, which is faint on white.
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C510A"]
+# A loss has its colour whatever else is shown; the pretrained drafter is grey.
+KNOWN = dict(zip(("kld", "tvd", "tvdpp", "nla", "jsd", "rkl", "ce", "lk_hybrid"), PALETTE, strict=True))
 YARDSTICKS = {
     "val/acceptance_rate": "acceptance rate α (higher is better)",
     "val/kld": "KLD, nats (lower is better)",
@@ -40,8 +42,9 @@ STYLE: Any = {
 
 def colours(losses: Sequence[str]) -> dict[str, str]:
     """One colour a loss, the same in every figure."""
-    trained = sorted(loss for loss in losses if loss != "pretrained")
-    return {"pretrained": "#999999"} | {loss: PALETTE[i % len(PALETTE)] for i, loss in enumerate(trained)}
+    others = sorted(loss for loss in losses if loss != "pretrained" and loss not in KNOWN)
+    free = [colour for loss, colour in KNOWN.items() if loss not in losses] or PALETTE
+    return KNOWN | {"pretrained": "#999999"} | {loss: free[i % len(free)] for i, loss in enumerate(others)}
 
 
 def draw_efficiency(rows: Sequence[Row], path: Path) -> str:

@@ -67,6 +67,7 @@ def main(cfg: DictConfig) -> None:
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
+    wait_for_all()  # the next stage of this process may read it
 
 
 def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:

@@ -1,13 +1,14 @@
 """Evaluations on disk -> rows of results: counts summed over prompts and seeds, bootstrap intervals. No torch here."""
 
 import csv
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from drafter.artifacts import MANIFEST, ArtifactError, read_jsonl, read_manifest
+from drafter.artifacts import MANIFEST, STARTED, ArtifactError, read_jsonl, read_manifest
 from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference
 
 POOLED = "in domain, all"
@@ -135,15 +136,17 @@ def rank(gamma: Gamma) -> tuple[bool, Gamma]:
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, list[dict[str, float]]]]:
-    """loss -> seed -> the validation rows (step and val/*) of its finetuning."""
+    """loss -> seed -> the validation rows (step and val/*) of its finetuning, whether it has ended or not."""
     curves: dict[str, dict[int, list[dict[str, float]]]] = {}
-    for path in sorted(folder.glob(f"*/{MANIFEST}")):
-        settings = read_manifest(path.parent, "finetune")["settings"]
-        with (path.parent / "logs" / "metrics.csv").open() as file:
+    for path in sorted(folder.glob("*/logs/metrics.csv")):
+        records = (path.parent.parent / name for name in (MANIFEST, STARTED))
+        settings = json.loads(next(record for record in records if record.exists()).read_text())["settings"]
+        with path.open() as file:
             rows = [row for row in csv.DictReader(file) if row.get("val/kld")]
         kept = [
             {key: float(row[key]) for key in row if key == "step" or (key.startswith("val/") and row[key])}
             for row in rows
         ]
-        curves.setdefault(settings["name"].rsplit("-seed", 1)[0], {})[settings["seed"]] = kept
+        if kept:
+            curves.setdefault(settings["name"].rsplit("-seed", 1)[0], {})[settings["seed"]] = kept
     return curves

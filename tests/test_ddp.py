@@ -1,6 +1,7 @@
 """Two ranks under torchrun, on CPU with gloo, do what one process does."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -52,3 +53,15 @@ def test_two_ranks_finetune_and_evaluate(world, tmp_path):
     run(*TORCHRUN, "-m", "experiments.evaluate", *overrides, drafters, f"out={tmp_path}/evaluate")
     assert {path.parent.name for path in tmp_path.glob("evaluate/*/manifest.json")} == {"two", "drafter"}
     assert all(len(read_jsonl(tmp_path / "evaluate" / name / "counts.jsonl")) == 12 for name in ("two", "drafter"))
+
+
+def test_two_ranks_run_a_sweep_cell_by_cell_and_on_policy_rounds(world, tmp_path):
+    overrides, root = world
+    sweep = ["-m", "loss=kld,tvd", "seed=1", STEPS, f"out={tmp_path}/${{name}}"]
+    run(*TORCHRUN, "-m", "experiments.finetune", *sweep, *overrides)
+    assert {path.parent.name for path in tmp_path.glob("*/manifest.json")} == {"kld-seed1", "tvd-seed1"}
+    shutil.copytree(root, tmp_path / "root")
+    here = [*overrides, f"root={tmp_path}/root", "variant=drafter", "distillation.rounds=2"]
+    run(*TORCHRUN, "-m", "experiments.finetune", *here, "loss=kld", STEPS)
+    assert manifest(tmp_path / "root" / "variants" / "kld-drafter-seed0")["counts"]["steps"] == 2
+    assert manifest(tmp_path / "root" / "rounds" / "kld-drafter-seed0" / "1" / "drafter")["counts"]["steps"] == 1

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -134,7 +135,27 @@ def test_a_multirun_names_its_failed_cell_and_finishes_the_rest(suite, tmp_path)
     assert {path.parent.name for path in folder.glob("*/manifest.json")} == {"kld-seed1", "nla-seed1"}
 
 
-@pytest.mark.parametrize(("experiment", "count"), [("losses", 24), ("data", 24), ("transfer", 9)])
+@pytest.mark.skipif(find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason="needs drafter[joblib]")
+def test_joblib_runs_cells_side_by_side_and_names_the_one_that_failed(suite, tmp_path):
+    command, _ = suite
+    overrides = [
+        part for part in command if part.split("=")[0] not in ("losses", "seeds", "experiments", "along.losses")
+    ]
+    (tmp_path / "tvd-seed1").mkdir()
+    (tmp_path / "tvd-seed1" / "something.json").write_text("{}")
+    sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "loss=kld,tvd,nla", "seed=1"]
+    where = [f"out={tmp_path}/${{name}}", "finetune.max_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.finetune", *sweep, *overrides, *where], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "loss=tvd seed=1" in done.stderr.split("1 cells of the sweep failed")[1]
+    assert {path.parent.name for path in tmp_path.glob("*/manifest.json")} == {"kld-seed1", "nla-seed1"}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "count"), [("losses", 24), ("data", 24), ("transfer", 12), ("transfer_paper", 9)]
+)
 def test_experiments_are_sweeps_that_hydra_knows(experiment, count):
     with initialize_config_module("conf", version_base="1.3"):
         found = cells("finetune", experiment)

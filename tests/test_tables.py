@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from drafter.artifacts import ArtifactError, Stage, write_jsonl
 from drafter.metrics import Estimate
-from experiments import tables
+from experiments import curves, tables
 from experiments.figures import colours, draw_curves, draw_efficiency
 from experiments.report import by_prompt, write_html
 from experiments.results import POOLED, check_evaluations, in_order, read_curves, read_evaluations, summarise
@@ -229,6 +229,22 @@ def test_curves_are_the_validation_rows_by_loss_and_seed(root):
     assert "train/loss" not in curves["kld"][1][0]
 
 
+def test_the_curves_of_a_finetuning_that_is_still_running_are_drawn_too(root):
+    folder = root / "finetune" / "kld-seed1"
+    (folder / "manifest.json").rename(folder / "started.json")
+    assert sorted(read_curves(root / "finetune")["kld"]) == [1, 2]
+    cfg = {
+        "folders": [str(root / "finetune"), str(root / "variants")],
+        "only": ["kld"],
+        "out": str(root / "new" / "curves"),
+    }
+    curves.main(OmegaConf.create(cfg))
+    assert ">kld</text>" in (root / "new" / "curves.svg").read_text()
+    assert ">tvd</text>" not in (root / "new" / "curves.svg").read_text()
+    with pytest.raises(ValueError, match=r"has logged \['nla'\]: \['kld', 'tvd'\]"):
+        curves.main(OmegaConf.create({**cfg, "only": ["nla"]}))
+
+
 def test_the_command_writes_results_figures_and_report(root, capsys):
     report = run_tables(root)
     written = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
@@ -296,7 +312,9 @@ def test_a_cell_that_was_not_run_is_left_blank_in_the_figure(tmp_path, gammas):
 
 def test_each_loss_has_one_colour_whatever_the_order_and_the_pretrained_is_grey():
     assert colours(["kld", "pretrained", "tvd"]) == colours(["tvd", "kld"])
-    assert len(set(colours(["kld", "tvd", "tvdpp"]).values())) == 4
+    assert colours(["tvd", "mine"])["tvd"] == colours(["kld", "tvd"])["tvd"]
+    for losses in (["kld", "tvd", "tvdpp"], ["kld", "mine", "another", "nla"]):
+        assert len({colours(losses)[loss] for loss in [*losses, "pretrained"]}) == len(losses) + 1
     assert colours([])["pretrained"] == "#999999"
 
 

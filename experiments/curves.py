@@ -1,0 +1,32 @@
+"""Validation curves of the finetunings under a root, finished or running, drawn here. Config: conf/curves.yaml."""
+
+import logging
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from experiments.figures import draw_curves
+from experiments.results import read_curves
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="curves")
+def main(cfg: DictConfig) -> None:
+    """Draw ${out}.png and .svg: each yardstick, a line a loss and a band over its seeds.
+
+    Raises:
+        ValueError: nothing was logged.
+    """
+    curves = {name: seeds for folder in cfg.folders for name, seeds in read_curves(Path(folder)).items()}
+    chosen = {name: seeds for name, seeds in curves.items() if not cfg.only or name in cfg.only}
+    if not chosen:
+        raise ValueError(f"no finetuning in {list(cfg.folders)} has logged {cfg.only or 'anything'}: {sorted(curves)}")
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    draw_curves(chosen, Path(cfg.out))
+    log.info("%s.png: %s", cfg.out, ", ".join(f"{name} ({len(seeds)})" for name, seeds in chosen.items()))
+
+
+if __name__ == "__main__":
+    main()

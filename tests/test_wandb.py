@@ -1,0 +1,49 @@
+"""What an offline run tells Weights & Biases, read back by its own tool."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_pipeline import stage
+
+WANDB = Path(sys.executable).parent / "wandb"
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Two seeds of a loss, with everything that was recorded of them: name -> the lines of `wandb leet inspect`."""
+    overrides, root = world
+    folder = tmp_path_factory.mktemp("wandb")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        for seed in (1, 2):
+            kept = [part for part in overrides if part != "logger=csv" and not part.startswith("root=")]
+            inputs = [f"inputs.{name}={root}/{name}" for name in ("data", "drafter", "responses", "cache")]
+            stage(
+                "finetune",
+                [*kept, *inputs, f"root={folder}/{seed}", "loss=kld", f"seed={seed}", "finetune.max_steps=2"],
+            )
+            (log,) = (folder / str(seed)).glob("wandb/offline-run-*/run-*.wandb")
+            read = subprocess.run([WANDB, "leet", "inspect", "--json", str(log)], capture_output=True, text=True)
+            assert read.returncode == 0, read.stderr
+            found[seed] = read.stdout
+    return found
+
+
+def test_the_seeds_of_a_loss_share_a_group_and_losses_can_be_told_apart(runs):
+    for seed, text in runs.items():
+        assert f"kld-seed{seed}" in text
+        run = next(json.loads(line) for line in text.splitlines() if '"run_group"' in line or '"runGroup"' in line)
+        told = json.dumps(run)
+        for part in ('"kld"', '"finetune"', '"smoke"'):
+            assert part in told
+
+
+def test_the_common_yardsticks_are_recorded(runs):
+    for text in runs.values():
+        for name in ("val/acceptance_rate", "val/kld", "val/tvd", "val/block_efficiency_greedy"):
+            assert name in text
