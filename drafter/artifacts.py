@@ -43,15 +43,24 @@ class Stage:
         name: the stage's name, e.g. "respond".
         settings: JSON-like values that determine the content.
         inputs: name -> fingerprint of each upstream artifact (see `fingerprint`).
+        made_by: what else the manifest says of how it came about, e.g. the command; no part of the identity.
 
     Raises:
         ArtifactError: the directory holds another identity, or files of unknown origin, or another process is writing
             there; nothing in it is changed.
     """
 
-    def __init__(self, directory: str | Path, name: str, settings: dict[str, Any], inputs: dict[str, str]):
+    def __init__(
+        self,
+        directory: str | Path,
+        name: str,
+        settings: dict[str, Any],
+        inputs: dict[str, str],
+        made_by: dict[str, Any] | None = None,
+    ):
         self.folder = Folder(directory)
         self.identity = json.loads(json.dumps({"stage": name, "settings": settings, "inputs": inputs}))
+        self.made_by = made_by or {}
         self.began = time.time()
         self._release: Callable[[], Any] = lambda: None
         self._look()
@@ -82,6 +91,7 @@ class Stage:
             **self.identity,
             "files": files,
             "counts": counts or {},
+            **self.made_by,
             "environment": environment(),
             "seconds": round(time.time() - self.began, 1),
         }
@@ -184,7 +194,7 @@ def environment() -> dict[str, Any]:
         text=True,
     )
     return {
-        "argv": sys.argv,
+        "argv": sys.orig_argv,
         "commit": git.stdout.strip() or "unknown",
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in LOGGED_VERSIONS},
         "cpus": os.cpu_count(),

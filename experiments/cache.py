@@ -6,11 +6,10 @@ import hydra
 from omegaconf import DictConfig
 
 from drafter import rows
-from drafter.artifacts import Stage
 from drafter.models import load_target
 from drafter.ranks import join, wait_for_all
 from drafter.target_cache import write_cache
-from experiments.inputs import plain, responses_fingerprint, target_inputs, target_named
+from experiments.inputs import claim, plain, responses_fingerprint, target_inputs, target_named
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """One forward of the target over every response."""
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
-    stage = Stage(cfg.out, "cache", {**plain(cfg.cache), "seed": cfg.seed}, inputs)
+    stage = claim(cfg, "cache", {**plain(cfg.cache), "seed": cfg.seed}, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     ranks = join()

@@ -41,7 +41,7 @@ from drafter.prompts import encode_prompts, stop_ids
 from drafter.ranks import join, wait_for_all
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
-from experiments.inputs import STEPS, data_fingerprint, plain, target_fingerprint
+from experiments.inputs import STEPS, claim, data_fingerprint, plain, target_fingerprint
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -57,9 +57,9 @@ class Task(NamedTuple):
     max_new_tokens: int
     sampling: Sampling
 
-    def random(self, device: torch.device, seed: int) -> torch.Generator:
-        """Random numbers of its own, whatever was decoded before it."""
-        return torch.Generator(device).manual_seed(zlib.crc32(self.prompt_id.encode()) + seed)
+    def random(self, device: torch.device, seed: int, use: str = "") -> torch.Generator:
+        """Random numbers of its own for each use, whatever else is decoded in the same run."""
+        return torch.Generator(device).manual_seed(zlib.crc32(f"{self.prompt_id}:{use}".encode()) + seed)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
@@ -69,8 +69,13 @@ def main(cfg: DictConfig) -> None:
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
     settings = {**plain(cfg.evaluate), "tasks": plain(cfg.task), "seed": cfg.seed}
     stages = {
-        path: Stage(
-            Path(cfg.out) / Path(path).name, "evaluate", settings, {**shared, "drafter": model_fingerprint(path)}
+        path: claim(
+            cfg,
+            "evaluate",
+            settings,
+            {**shared, "drafter": model_fingerprint(path)},
+            Path(cfg.out) / Path(path).name,
+            (f"drafters=['{path}']",),
         )
         for path in find_drafters(list(cfg.drafters))
     }
@@ -180,11 +185,11 @@ def decode(
 ) -> dict[str, list[tuple[dict[str, Any], Decoded]]]:
     """One prompt: the baseline once, then each drafter at each gamma. Rows of counts, with what they count."""
     how = task.max_new_tokens, task.sampling, stops
-    generator = task.random(target.device, cfg.seed)
-    baseline = autoregressive_decode(target, task.prompt, *how, generator)
+    baseline = autoregressive_decode(target, task.prompt, *how, task.random(target.device, cfg.seed))
     found: dict[str, list[tuple[dict[str, Any], Decoded]]] = {path: [] for path in drafters}
     for path, drafter in drafters.items():
         for gamma in cfg.evaluate.num_speculative_tokens:
+            generator = task.random(target.device, cfg.seed, f"{Path(path).name} {gamma}")
             decoded = speculative_decode(target, drafter, task.prompt, gamma_of(gamma, cfg), *how, generator)
             row = {
                 "task": task.name,

@@ -9,7 +9,7 @@ import lightning
 import torch
 from omegaconf import DictConfig
 
-from drafter.artifacts import Stage, fingerprint, model_fingerprint, read_manifest, require
+from drafter.artifacts import fingerprint, model_fingerprint, read_manifest, require
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted
 from drafter.datamodules import Mixture, PackedText, Responses, SequenceData, text_samples
@@ -20,7 +20,7 @@ from drafter.modules import Distillation
 from drafter.rows import Rows
 from drafter.weighting import Weighting
 from experiments import on_policy
-from experiments.inputs import data_fingerprint, plain, responses_fingerprint, target_fingerprint
+from experiments.inputs import claim, data_fingerprint, plain, responses_fingerprint, target_fingerprint
 from experiments.training import KeptSteps, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def finetune(cfg: DictConfig) -> None:
     inputs = checked_inputs(cfg, loss)
     settings = {**training_settings(cfg.finetune), "loss": plain(cfg.loss), "weighting": plain(cfg.weighting)}
     settings |= {"name": cfg.name, "seed": cfg.seed}
-    stage = Stage(cfg.out, "finetune", settings, inputs)
+    stage = claim(cfg, "finetune", settings, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)

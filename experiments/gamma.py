@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from drafter.artifacts import Stage, model_fingerprint, write_jsonl
+from drafter.artifacts import model_fingerprint, write_jsonl
 from drafter.costs import Costs, measure
 from drafter.decoders import Compiled
 from drafter.metrics import Counts, Estimate, count, estimate
@@ -24,7 +24,7 @@ from drafter.prompts import stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode
 from experiments.evaluate import Task, load_drafter, prompts, sampling_of
 from experiments.figures import draw_gammas
-from experiments.inputs import data_fingerprint, plain, target_fingerprint
+from experiments.inputs import claim, data_fingerprint, plain, target_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     }
     settings = {**plain(cfg.gamma), "tasks": plain(cfg.task), "seed": cfg.seed}
     del settings["drafter"]  # its fingerprint is among the inputs
-    stage = Stage(Path(cfg.out) / Path(cfg.gamma.drafter).name, "gamma", settings, inputs)
+    stage = claim(cfg, "gamma", settings, inputs, Path(cfg.out) / Path(cfg.gamma.drafter).name)
     if stage.complete:
         return log.info("%s is up to date", stage.directory)
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)

@@ -1,10 +1,13 @@
-"""What the stages' scripts share: config sections as plain values, and the checks of what they read."""
+"""What the stages' scripts share: config sections as plain values, their claims, and the checks of what they read."""
 
+import shlex
+from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from drafter.artifacts import fingerprint, model_fingerprint, read_manifest, require, tokenizer_fingerprint
+from drafter.artifacts import Stage, fingerprint, model_fingerprint, read_manifest, require, tokenizer_fingerprint
 
 STEPS = "steps"  # the folder of a finetuning that has its drafter at some of its steps
 
@@ -12,6 +15,27 @@ STEPS = "steps"  # the folder of a finetuning that has its drafter at some of it
 def plain(section: Any) -> Any:
     """A config section as plain Python values, interpolations resolved."""
     return OmegaConf.to_container(section, resolve=True)
+
+
+def claim(
+    cfg: DictConfig,
+    name: str,
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    directory: Path | None = None,
+    instead: tuple[str, ...] = (),
+) -> Stage:
+    """A stage's claim on its directory (default: cfg.out), with its config and the command that makes it again.
+
+    Args:
+        instead: overrides of that command, in the place of what was given for the same keys.
+    """
+    how, taken = HydraConfig.get(), {override.partition("=")[0] for override in instead}
+    overrides = [override for override in how.overrides.task if override.partition("=")[0] not in taken]
+    if how.runtime.choices.get("experiment"):
+        overrides.append("hydra.mode=RUN")  # this cell of its sweep alone
+    command = shlex.join(["python", "-m", f"experiments.{name}", *overrides, *instead])
+    return Stage(directory or cfg.out, name, settings, inputs, {"command": command, "config": plain(cfg)})
 
 
 def data_fingerprint(cfg: DictConfig) -> str:

@@ -6,6 +6,7 @@ all that holds for those holds for these: resumable, on any number of ranks, and
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -21,25 +22,29 @@ def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
         cfg: a finetuning's config.
         finetune: one finetuning on a set that is there.
     """
-    before = HydraConfig.instance().cfg
-    given = [override for override in HydraConfig.get().overrides.task if first_key(override) != "distillation"]
-    given.append(f"distillation={HydraConfig.get().runtime.choices['distillation']}")
+    before, given = HydraConfig.instance().cfg, HydraConfig.get().overrides.task
+    written = f"distillation={HydraConfig.get().runtime.choices['distillation']}"
+    elsewhere = [override for override in given if first_key(override) != "distillation"]
     rounds, steps, drafter = cfg.distillation.rounds, cfg.finetune.max_steps, cfg.inputs.drafter
     OmegaConf.resolve(cfg)
     try:
         for number in range(1, rounds + 1):
             folder, last = f"{cfg.root}/rounds/{cfg.name}/{number}", number == rounds
-            answers, judged = (configured(name, concerning(name, given)) for name in ("respond", "cache"))
-            answers.out, answers.inputs.data, answers.inputs.drafter = f"{folder}/responses", cfg.inputs.data, drafter
-            judged.out, judged.inputs.responses = f"{folder}/cache", answers.out
-            trained = cfg.copy()
-            trained.inputs.drafter, trained.inputs.cache = drafter, judged.out
-            trained.finetune.max_steps = steps * number // rounds - steps * (number - 1) // rounds
-            trained.out = cfg.out if last else f"{folder}/drafter"
-            trained.name = cfg.name if last else f"{cfg.name}-round{number}"
-            respond.main(answers)
-            cache.main(judged)
-            finetune(trained)
-            drafter = trained.out
+            answers, judged = f"{folder}/responses", f"{folder}/cache"
+            trained = cfg.out if last else f"{folder}/drafter"
+            reading = [f"out={answers}", f"inputs.data={cfg.inputs.data}", f"inputs.drafter={drafter}"]
+            step(respond, [*concerning("respond", elsewhere), written, *reading])
+            step(cache, [*concerning("cache", elsewhere), written, f"out={judged}", f"inputs.responses={answers}"])
+            of_round = steps * number // rounds - steps * (number - 1) // rounds
+            overrides = [f"inputs.drafter={drafter}", f"inputs.cache={judged}", f"finetune.max_steps={of_round}"]
+            name = cfg.name if last else f"{cfg.name}-round{number}"
+            overrides += [f"out={trained}", f"name={name}", "distillation.rounds=0"]
+            finetune(configured("finetune", [*given, *overrides]))
+            drafter = trained
     finally:
         HydraConfig.instance().cfg = before
+
+
+def step(module: ModuleType, overrides: list[str]) -> None:
+    """One stage of a round, as its own command line would run it."""
+    module.main(configured(module.__name__.rsplit(".", 1)[-1], overrides))

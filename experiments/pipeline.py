@@ -123,11 +123,10 @@ def job(module: ModuleType, others: list[str], overrides: list[str] | None = Non
 
 def evaluated(trained: list[Job], others: list[str], out: str, how: DictConfig, below: str = "") -> Job:
     """An evaluation of these finetunings' drafters in a directory of its own."""
-    made = job(evaluate, others)
-    made.cfg.out = f"{made.cfg.root}/{out}"
-    made.cfg.drafters = [f"{one.cfg.out}{below}" for one in trained]
-    made.cfg.evaluate.num_speculative_tokens = how.num_speculative_tokens
-    return made
+    drafters = ",".join(f"'{one.cfg.out}{below}'" for one in trained)
+    gammas = ",".join(map(str, how.num_speculative_tokens))
+    overrides = [f"out=${{root}}/{out}", f"drafters=[{drafters}]", f"evaluate.num_speculative_tokens=[{gammas}]"]
+    return job(evaluate, others, overrides)
 
 
 def check_known(arguments: list[str]) -> None:

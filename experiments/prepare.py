@@ -10,13 +10,13 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from drafter.artifacts import Stage, tokenizer_fingerprint, write_jsonl
+from drafter.artifacts import tokenizer_fingerprint, write_jsonl
 from drafter.corpus import Doc, extract, is_heldout, pack, pretraining_texts
 from drafter.instructions import IN_DOMAIN, derive
 from drafter.models import load_tokenizer
 from drafter.prompts import encode_prompt
 from drafter.sources import matches, read_rows, render
-from experiments.inputs import plain
+from experiments.inputs import claim, plain
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     """Write train.npy and heldout.npy, instructions.jsonl and tasks.jsonl."""
     settings = {"prepare": plain(cfg.prepare), "data": plain(cfg.data), "task": plain(cfg.task), "seed": cfg.seed}
     inputs = {"tokenizer": tokenizer_fingerprint(cfg.target.path, cfg.target.revision)}
-    stage = Stage(cfg.out, "prepare", settings, inputs)
+    stage = claim(cfg, "prepare", settings, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)

@@ -7,11 +7,10 @@ import hydra
 import lightning
 from omegaconf import DictConfig
 
-from drafter.artifacts import Stage
 from drafter.datamodules import PackedText, SequenceData
 from drafter.models import build_drafter, load_tokenizer, special_ids, vocabulary_width
 from drafter.modules import Pretraining
-from experiments.inputs import data_fingerprint, plain
+from experiments.inputs import claim, data_fingerprint, plain
 from experiments.training import save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Build the drafter for the target's vocabulary, train it on packed text, save it."""
     settings = {**training_settings(cfg.pretrain), "drafter": plain(cfg.drafter), "seed": cfg.seed}
-    stage = Stage(cfg.out, "pretrain", settings, {"data": data_fingerprint(cfg)})
+    stage = claim(cfg, "pretrain", settings, {"data": data_fingerprint(cfg)})
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)

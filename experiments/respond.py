@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter import rows
-from drafter.artifacts import Stage, model_fingerprint, read_jsonl
+from drafter.artifacts import model_fingerprint, read_jsonl
 from drafter.engines import (
     Engine,
     Limits,
@@ -22,7 +22,7 @@ from drafter.models import check_same_vocabulary, context_limit, generation_eos,
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
-from experiments.inputs import data_fingerprint, plain, target_inputs, target_named
+from experiments.inputs import claim, data_fingerprint, plain, target_inputs, target_named
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     inputs = {"data": data_fingerprint(cfg), **target_inputs(cfg)}
     if cfg.respond.by in ("drafter", "mixture"):
         inputs["drafter"] = model_fingerprint(cfg.inputs.drafter)
-    stage = Stage(cfg.out, "respond", {**plain(cfg.respond), "seed": cfg.seed}, inputs)
+    stage = claim(cfg, "respond", {**plain(cfg.respond), "seed": cfg.seed}, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     ranks, settings = join(), cfg.respond

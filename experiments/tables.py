@@ -69,7 +69,9 @@ def main(cfg: DictConfig) -> None:
         (out / "tables" / f"{table.name}.tex").write_text(table.latex())
     sections = [f"### {table.title}\n\n{table.markdown()}\n" for table in tables]
     traced = "runs.json has each run behind these numbers: its command, commit, versions, settings and inputs."
-    (out / "results.md").write_text("\n".join([*sections, *(f"{note}\n" for note in [*notes, traced])]))
+    text = "\n".join([*sections, *(f"{note}\n" for note in [*notes, traced])])
+    news = not (out / "results.md").exists() or (out / "results.md").read_text() != text
+    (out / "results.md").write_text(text)
     write_json(out / "runs.json", runs(root))
     samples = {
         one.directory.name: read_jsonl(one.directory / "samples.jsonl")
@@ -78,6 +80,10 @@ def main(cfg: DictConfig) -> None:
     }
     write_html(out / "report.html", tables, curves, figures, samples, notes)
     print("\n".join([*sections, *notes, f"report: {out / 'report.html'}"]))
+    if cfg.logger.wandb and news:
+        from experiments.recording import record_tables  # takes a second: paid only where something is recorded
+
+        record_tables(cfg, tables, out)
     if cfg.publish:
         publish(out, Path(cfg.publish))
 
@@ -134,7 +140,7 @@ def runs(root: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(root.rglob(MANIFEST)):
         manifest = json.loads(path.read_text())
-        kept = {key: value for key, value in manifest.items() if key != "files"}
+        kept = {key: value for key, value in manifest.items() if key not in ("files", "config")}
         found[str(path.parent)] = {**kept, "fingerprint": fingerprint(path.parent, manifest["stage"])}
     return found
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import hydra
 import lightning
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.artifacts import Stage
@@ -21,6 +20,7 @@ from drafter.datamodules import SequenceData
 from drafter.ranks import leave_at_exit
 from drafter.resuming import AtomicCheckpoints, Resuming
 from experiments.inputs import STEPS, plain
+from experiments.recording import run_settings
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -105,32 +105,14 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stag
 
 
 def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]:
-    """Its logger if configured, offline unless logged in, and never a reason to fail."""
+    """Its logger if configured (see recording)."""
     if not cfg.logger.wandb or int(os.environ.get("RANK", 0)) > 0:
         return []
     try:
         wandb.finish()  # the run before, in a sweep
-        folder = Path(cfg.root).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-        line = re.sub(r"-seed\d+", "", name)  # the seeds of one loss are one line, with a band
-        logger = WandbLogger(
-            name=name,
-            save_dir=folder,
-            project=cfg.logger.project,
-            group=cfg.logger.group or line,
-            job_type=stage.identity["stage"],
-            tags=[cfg.scale.name, line],
-            mode=mode,
-            settings=wandb.Settings(console="off", silent=True),
-            config={
-                "drafter": line,
-                "seed": cfg.seed,
-                "scale": cfg.scale.name,
-                "stage": stage.identity,
-                "config": OmegaConf.to_container(cfg),
-            },
-        )
+        settings = run_settings(cfg, name, stage.identity["stage"])
+        settings["config"] |= {"stage": stage.identity}
+        logger = WandbLogger(save_dir=settings.pop("dir"), **settings)
         _ = logger.experiment  # starts the run: what can fail, fails here
         return [logger]
     except Exception as problem:  # any failure of a third party's logging is worth one line, not the run

@@ -1,6 +1,8 @@
 """The sweeps of conf/experiment: through the pipeline, and as Hydra multiruns with a cell that fails."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -91,6 +93,34 @@ def test_a_second_run_repeats_nothing(suite):
     before = {path: what for path, what in snapshot(root).items() if "report" not in path.parts}
     main(command)
     assert {path: what for path, what in snapshot(root).items() if "report" not in path.parts} == before
+
+
+@pytest.mark.parametrize(
+    ("made", "stage", "content"),
+    [
+        ("variants/tvdpp-greedy-seed1", "finetune", "model.safetensors"),
+        ("variants/tvdpp-drafter-seed1", "finetune", "model.safetensors"),
+        ("evaluate_variants/tvdpp-greedy-seed1", "evaluate", "samples.jsonl"),
+    ],
+)
+def test_any_run_is_made_again_by_the_one_command_in_its_manifest(suite, tmp_path, made, stage, content):
+    _, root = suite
+    before = read_manifest(root / made, stage)
+    assert before["config"]["root"] == str(root)
+    assert before["environment"]["commit"]
+    shutil.move(root / made, tmp_path / "away")
+    command = shlex.split(before["command"])
+    assert command[:2] == ["python", "-m"]
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    try:
+        subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, env=environment)
+        after = read_manifest(root / made, stage)
+    finally:
+        shutil.rmtree(root / made, ignore_errors=True)
+        shutil.move(tmp_path / "away", root / made)
+    assert after["command"] == before["command"]
+    assert after["files"][content] == before["files"][content]
+    assert (after["settings"], after["inputs"]) == (before["settings"], before["inputs"])
 
 
 def test_a_cell_that_fails_does_not_stop_the_others_and_is_named(suite, tmp_path):

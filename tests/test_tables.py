@@ -106,7 +106,15 @@ def run_tables(root):
 
 def settings(root, out, **more):
     models = {name: str(root / name) for name in ("target", "drafter")}
-    return {"root": str(root), "out": str(out), "base": "pretrained", "publish": None, "models": models, **more}
+    return {
+        "root": str(root),
+        "out": str(out),
+        "base": "pretrained",
+        "publish": None,
+        "models": models,
+        "logger": {"wandb": False},
+        **more,
+    }
 
 
 class Page(HTMLParser):

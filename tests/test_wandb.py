@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from experiments import tables
 from tests.test_pipeline import stage
+from tests.test_tables import pipeline_root, settings
 
 WANDB = Path(sys.executable).parent / "wandb"
 
@@ -47,3 +50,16 @@ def test_the_common_yardsticks_are_recorded(runs):
     for text in runs.values():
         for name in ("val/acceptance_rate", "val/kld", "val/tvd", "val/block_efficiency_greedy"):
             assert name in text
+
+
+def test_the_tables_are_recorded_once_with_all_that_was_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    root = pipeline_root(tmp_path)
+    logger = {"wandb": True, "project": "drafter", "group": None}
+    cfg = OmegaConf.create(settings(root, root / "report", logger=logger, seed=0, scale={"name": "tiny"}))
+    tables.main(cfg)
+    tables.main(cfg)
+    (log,) = root.glob("wandb/offline-run-*/run-*.wandb")
+    read = subprocess.run([WANDB, "leet", "inspect", "--json", str(log)], capture_output=True, text=True)
+    for part in ("tables/losses", "tables/gamma_3", "results-tiny", "runs.json", "figures/curves.png"):
+        assert part in read.stdout, part
