@@ -1,0 +1,196 @@
+"""What an exported drafter says of itself, from its manifests: how to serve it, what it is worth, how it was made."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from omegaconf import DictConfig, OmegaConf
+
+from drafter.artifacts import MANIFEST, model_fingerprint, read_manifest
+from drafter.gate import Difference, template
+from drafter.metrics import Estimate
+from drafter.models import load_tokenizer
+from drafter.trimming import read_kept
+from experiments.results import POOLED, Row, read_evaluations, summarise
+from experiments.tabular import Table, with_interval
+
+DEFAULT_GAMMA = 3  # the paper's, where nothing was measured
+
+
+class Facts(NamedTuple):
+    """What is known of a drafter: the manifest and config of its making, and the rows of its evaluation."""
+
+    manifest: dict[str, Any]
+    config: dict[str, Any]
+    rows: list[Row]
+    size_ratio: float | None
+
+    @property
+    def best(self) -> Row | None:
+        """The gamma with the highest MBSU over the tasks in the domain; none where nothing was measured."""
+        fixed = [row for row in self.rows if isinstance(row.gamma, int)]
+        pooled = [row for row in fixed if row.task == POOLED] or fixed
+        return max(pooled, key=lambda row: row.speedup.value, default=None)
+
+    @property
+    def gamma(self) -> int:
+        """How many tokens to draft."""
+        return int(self.best.gamma) if self.best else DEFAULT_GAMMA
+
+
+def gather(drafter: str, target: str | None) -> Facts:
+    """What lies beside a drafter; little, if it is none of this project's. `target` None: without its evaluation."""
+    path = Path(drafter) / MANIFEST
+    manifest = json.loads(path.read_text()) if path.exists() else {}
+    config = manifest.get("config", {})
+    if not config or target is None:
+        return Facts(manifest, config, [], None)
+    found = []
+    for folder in sorted(Path(config["root"]).glob("evaluate*")):
+        ours = folder / Path(drafter).name / MANIFEST
+        if ours.exists() and read_manifest(ours.parent, "evaluate")["inputs"]["drafter"] == model_fingerprint(drafter):
+            found += [one for one in read_evaluations(folder) if one.directory == ours.parent]
+    rows = summarise(found[:1], base=found[0].loss) if found else []
+    return Facts(manifest, config, rows, found[0].size_ratio if found else None)
+
+
+def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
+    """Engine -> the command, or the lines of Python, that serve the pair."""
+    if kind == "gguf":
+        file = f"{drafter}/{next(iter(Path(drafter).glob('*.gguf')), Path('drafter.gguf')).name}"
+        options = f"--model-draft {file} --spec-type draft-simple --spec-draft-n-max {gamma}"
+        return {"llama.cpp (the target converted likewise)": f"llama-server --model target.gguf {options}"}
+    if kind == "openvino":
+        lines = [
+            "import openvino_genai as genai",
+            f'pipe = genai.LLMPipeline("target-openvino", "CPU", draft_model=genai.draft_model("{drafter}", "CPU"))',
+            f'print(pipe.generate("…", max_new_tokens=256, do_sample=False, num_assistant_tokens={gamma}))',
+        ]
+        return {"OpenVINO GenAI, greedy (the target exported by optimum-cli)": "\n".join(lines)}
+    speculative = json.dumps({"model": drafter, "num_speculative_tokens": gamma, "method": "draft_model"})
+    sglang = (
+        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm STANDALONE "
+        f"--speculative-draft-model-path {drafter} --speculative-num-steps {gamma} --speculative-eagle-topk 1 "
+        f"--speculative-num-draft-tokens {gamma + 1}"
+    )
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'tokenizer = AutoTokenizer.from_pretrained("{target}")',
+        f'target = AutoModelForCausalLM.from_pretrained("{target}")',
+        f'drafter = AutoModelForCausalLM.from_pretrained("{drafter}")',
+        'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True, '
+        'return_tensors="pt", return_dict=True)',
+        "print(tokenizer.decode(target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)[0]))",
+    ]
+    return {
+        "vLLM": f"vllm serve {target} --speculative-config '{speculative}'",
+        "SGLang": sglang,
+        "transformers": "\n".join(lines),
+    }
+
+
+def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Difference]) -> None:
+    """README.md of an exported directory, with the hub's header."""
+    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    is_path = Path(cfg.target.path).exists()
+    header = {
+        "library_name": {"hf": "transformers", "gguf": "gguf", "openvino": "openvino"}[cfg.export.format],
+        "pipeline_tag": "text-generation",
+        "tags": ["speculative-decoding", "draft-model"],
+        **({} if is_path else {"base_model": cfg.target.path}),
+        **({"license": cfg.export.license} if cfg.export.license else {}),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.get_template("model_card.md.jinja").render(
+        header=OmegaConf.to_yaml(OmegaConf.create(header)).strip(),
+        cfg=cfg,
+        facts=facts,
+        made=making(facts),
+        worth=worth(facts.rows).markdown() if facts.rows else "",
+        best=facts.best,
+        interval=with_interval,
+        commands=serving(cfg.export.format, cfg.target.path, str(folder), facts.gamma),
+        vocabulary=len(tokenizer.get_vocab()),
+        template=template(tokenizer),
+        differences=differences,
+        kept=read_kept(cfg.export.drafter),
+    )
+    (folder / "README.md").write_text(text)
+
+
+def worth(rows: list[Row]) -> Table:
+    """Each task at each gamma."""
+    columns = ["task", "γ", "prompts", "τ", "MBSU", "acceptance rate", "token rate"]
+    lines = []
+    for row in rows:
+        figures: list[Estimate] = [row.block_efficiency, row.speedup, row.acceptance_rate, row.token_rate_ratio]
+        lines.append([row.task.replace("_", " "), str(row.gamma), str(row.prompts), *map(with_interval, figures)])
+    return Table("worth", "What it is worth", columns, lines)
+
+
+def making(facts: Facts) -> dict[str, str]:
+    """How the drafter came about, in the words of its manifests; a part that is not at hand is left out."""
+    manifest, config = facts.manifest, facts.config
+    if not config:
+        return {}
+    told = {"architecture": "see config.json"}
+    if manifest["stage"] == "trim":
+        told["head"] = f"{manifest['counts']['kept']} of {manifest['counts']['vocabulary']} tokens kept"
+        return told | making(gather(config["trim"]["drafter"], None))
+    told["seed"], told["command"] = str(config["seed"]), f"`{manifest['command']}`"
+    if manifest["stage"] == "finetune":
+        settings, loss = manifest["settings"], dict(manifest["settings"]["loss"])
+        named = str(loss.pop("_target_", "")).rsplit(".", 1)[-1]
+        loss.pop("_partial_", None)
+        told["distillation loss"] = named + (f" {loss}" if loss else "")
+        told["distillation"] = (
+            f"{settings['max_steps']} steps of {settings['batch_size']} samples, "
+            f"{settings['text_share']:.0%} of them text; {manifest['seconds']:.0f} s"
+        )
+        told |= written(config)
+        told |= pretrained(config["inputs"].get("drafter", ""))
+    else:
+        told |= pretrained(str(config["out"]))
+    told["data"] = ", ".join(sources(config["data"]))
+    environment = manifest["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return told | {"code": f"commit {environment['commit']}; {versions}"}
+
+
+def written(config: dict[str, Any]) -> dict[str, str]:
+    """The responses that were trained on."""
+    folder = config["inputs"].get("cache") or config["inputs"].get("responses") or ""
+    if not (Path(folder) / MANIFEST).exists():
+        return {}
+    counts = json.loads((Path(folder) / MANIFEST).read_text())["counts"]
+    size = (
+        f"{counts['rows']} responses of {counts['tokens']} tokens"
+        if "rows" in counts
+        else f"{counts['written']} responses"
+    )
+    how = config["distillation"]
+    return {"responses": f"{size}, written by: {how['by']}, at temperatures {how['temperatures']}"}
+
+
+def pretrained(folder: str) -> dict[str, str]:
+    """The pretraining that a drafter began with."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return {}
+    manifest = json.loads(path.read_text())
+    if manifest["stage"] != "pretrain":
+        return {}
+    settings = manifest["settings"]
+    tokens = settings["max_steps"] * settings["batch_size"] * settings["sequence_length"]
+    return {"pretraining": f"{settings['max_steps']} steps, {tokens:,} tokens, {manifest['seconds']:.0f} s"}
+
+
+def sources(data: dict[str, Any]) -> list[str]:
+    """Names of the data sets, with the revision where one is given."""
+    if "packages" in data:
+        return ["docstrings and code of " + ", ".join(data["packages"])]
+    found = [data["pretraining"], *data["instructions"]]
+    return [str(one["path"]) + (f" ({one['revision']})" if one.get("revision") else "") for one in found]

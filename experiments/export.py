@@ -1,0 +1,156 @@
+"""A drafter as serving engines load it, once it has passed the gate, with a model card. Config: conf/export.yaml.
+
+The exported directory has the target's tokenizer, chat template and end-of-text ids: the gate has made sure that the
+vocabulary is the same, and engines compare the rest. Weights are those of the untrimmed head: no engine that drafts
+with a model of its own knows a head of fewer tokens, so a trimmed drafter's list of tokens lies beside them.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import GenerationConfig, PreTrainedModel
+
+from drafter.artifacts import Stage, model_fingerprint, sha256
+from drafter.gate import Difference, check_pair, with_rows
+from drafter.models import generation_eos, load_model, load_tokenizer, special_ids, vocabulary_width
+from drafter.prompts import stop_ids
+from drafter.trimming import KEPT, read_kept, write_kept
+from experiments import to_gguf
+from experiments.card import Facts, gather, serving, write_card
+from experiments.inputs import claim, plain
+from experiments.recording import record
+
+log = logging.getLogger(__name__)
+# What each format calls a number's type.
+DTYPES = {
+    "hf": {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"},
+    "gguf": {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "q8_0"},
+    "openvino": {"float32": "fp32", "float16": "fp16", "int8": "int8"},
+}
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="export")
+def main(cfg: DictConfig) -> None:
+    """Check, save, convert, describe; print how to serve it."""
+    cfg = resolved(cfg)
+    check(cfg)
+    differences = check_pair(cfg.target.path, cfg.export.drafter, cfg.target.revision, cfg.pad_vocabulary)
+    facts = gather(cfg.export.drafter, cfg.target.path)
+    inputs = {
+        "drafter": model_fingerprint(cfg.export.drafter),
+        "target": model_fingerprint(cfg.target.path, cfg.target.revision),
+    }
+    settings = {key: value for key, value in plain(cfg.export).items() if key != "drafter"}
+    stage = claim(cfg, "export", settings, inputs)
+    if not stage.complete:
+        export(cfg, stage, facts, differences)
+        if facts.config and facts.config["logger"]["wandb"]:
+            card = stage.directory / "README.md"
+            record(OmegaConf.create(facts.config), "model-card", f"card-{stage.directory.name}", card)
+    print(f"{stage.directory}: {cfg.export.format}, {cfg.export.dtype}\n")
+    for difference in differences:
+        print(f"  {difference}")
+    for engine, command in serving(cfg.export.format, cfg.target.path, str(stage.directory), facts.gamma).items():
+        print(f"\n{engine}\n{command}")
+
+
+def resolved(cfg: DictConfig) -> DictConfig:
+    """The config with what the drafter's own manifest knows: its target."""
+    cfg = cfg.copy()
+    known = gather(cfg.export.drafter, None).config
+    if cfg.target.path is None and known:
+        cfg.target = {"path": known["target"]["path"], "revision": known["target"]["revision"]}
+    if cfg.target.path is None:
+        raise ValueError(f"{cfg.export.drafter} does not say which target it was trained for: give target.path=…")
+    cfg.out = cfg.out or f"exports/{Path(cfg.export.drafter).name}-{cfg.export.format}"
+    return cfg
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be made, and tools that are not there, before anything is loaded.
+
+    Raises:
+        ValueError: names the value and what would do.
+    """
+    kind, dtype, converter = cfg.export.format, cfg.export.dtype, cfg.gguf.converter
+    if kind not in DTYPES:
+        raise ValueError(f"export.format is '{kind}', must be one of {sorted(DTYPES)}")
+    if dtype not in DTYPES[kind]:
+        raise ValueError(f"export.dtype is '{dtype}'; the format {kind} has {sorted(DTYPES[kind])}")
+    if kind == "gguf" and not (converter and Path(converter).is_file()):
+        raise ValueError(
+            f"gguf.converter is '{converter}': give the path of convert_hf_to_gguf.py in a checkout of llama.cpp, "
+            f"and with gguf.python a Python that has what it asks for"
+        )
+    tool = cfg.gguf.python if kind == "gguf" else cfg.openvino.command
+    if kind != "hf" and not shutil.which(tool):
+        raise ValueError(f"'{tool}' is no command here: docs/SERVING.md says how to install what {kind} needs")
+
+
+def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Difference]) -> None:
+    """Write the directory, its card and its manifest."""
+    out = stage.directory
+    plain_copy = out if cfg.export.format == "hf" else out / "hf.tmp"
+    shutil.rmtree(out / "hf.tmp", ignore_errors=True)  # of a run that was cut off
+    save_hf(cfg, plain_copy, facts.gamma)
+    if cfg.export.format == "gguf":
+        file = out / f"{Path(cfg.export.drafter).name}.gguf"
+        to_gguf.convert(plain_copy, file, DTYPES["gguf"][cfg.export.dtype], **plain(cfg.gguf))
+    if cfg.export.format == "openvino":
+        to_openvino(plain_copy, out, DTYPES["openvino"][cfg.export.dtype], cfg.openvino.command)
+    shutil.rmtree(out / "hf.tmp", ignore_errors=True)
+    write_card(out, cfg, facts, differences)
+    files = {str(path.relative_to(out)): sha256(path) for path in sorted(out.rglob("*")) if is_content(path)}
+    stage.finish(files, {"num_speculative_tokens": facts.gamma})
+
+
+def is_content(path: Path) -> bool:
+    """Whether a file is the export's, and not a stage's record."""
+    return path.is_file() and path.name not in ("started.json", ".lock") and path.suffix != ".tmp"
+
+
+@torch.no_grad()
+def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
+    """A Hugging Face directory whose tokenizer, template and end-of-text ids are the target's."""
+    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    model: PreTrainedModel = with_rows(
+        load_model(cfg.export.drafter), vocabulary_width(cfg.target.path, cfg.target.revision)
+    )
+    kept, dtype = read_kept(cfg.export.drafter), cfg.export.dtype if cfg.export.format == "hf" else "float32"
+    model.to(getattr(torch, dtype))
+    ids: dict[str, Any] = special_ids(tokenizer)
+    for name, token in ids.items():
+        setattr(model.config, name, token)
+    ids["eos_token_id"] = stop_ids(tokenizer, generation_eos(cfg.target.path, cfg.target.revision))
+    # transformers reads from the assistant's generation config how it drafts: always gamma tokens, however sure it is.
+    model.generation_config = GenerationConfig(
+        **ids,
+        num_assistant_tokens=gamma,
+        num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.0,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if kept:
+        write_kept(folder, kept)
+
+
+def to_openvino(source: Path, out: Path, weight_format: str, command: str) -> None:
+    """By optimum-intel: the model with its cache inside, the tokenizer and the detokenizer.
+
+    Raises:
+        RuntimeError: with the last lines that it printed.
+    """
+    task = ["--task", "text-generation-with-past", "--weight-format", weight_format]
+    to_gguf.run([command, "export", "openvino", "--model", str(source), *task, str(out)])
+    if (source / KEPT).exists():
+        shutil.copy(source / KEPT, out / KEPT)
+
+
+if __name__ == "__main__":
+    main()
