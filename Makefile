@@ -6,14 +6,17 @@ SCALE ?= tiny
 LOSSES ?= kld,tvd,tvdpp
 SEEDS ?= 1
 ARGS ?=
+FORMAT ?= hf
 VENV ?= .venv
+SERVING := .venv-serving
 PY := $(VENV)/bin/python
 RUN := $(PY) -m experiments
 comma := ,
+DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(word 1,$(subst $(comma), ,$(SEEDS)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
-  tables table-models table-losses table-ood table-data table-transfer figure-checkpoints curves sync
+  test-serving trim export tables table-models table-losses table-ood table-data table-transfer figure-checkpoints curves sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +35,20 @@ demo: setup ## every stage on SCALE, then the results table, figures and report
 
 test: setup ## the test suite
 	$(PY) -m pytest
+
+test-serving: demo $(SERVING)/.installed ## the demo's drafter in OpenVINO and llama.cpp, in an environment of their own
+	$(PY) -m pytest tests/serving -s
+
+# optimum-intel wants an older transformers. torchvision comes with it, is not used, and keeps transformers from loading.
+# The source distribution of llama-cpp-python has llama.cpp's converter in it; node-llama-cpp has llama.cpp, built.
+$(SERVING)/.installed: tests/serving/requirements.txt
+	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/serving/requirements.txt
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision
+	$(SERVING)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(SERVING) llama-cpp-python==0.3.36
+	tar -xzf $(SERVING)/llama_cpp_python-0.3.36.tar.gz -C $(SERVING)
+	-npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(SERVING) node-llama-cpp@3.22.1
+	touch $@
 
 check: setup ## formatting, lint and types
 	$(VENV)/bin/ruff format --check .
@@ -57,7 +74,13 @@ evaluate: setup ## stage 4: speculative decoding against the baseline
 	$(RUN).evaluate scale=$(SCALE) $(ARGS)
 
 gamma: setup ## which gamma pays on this machine, for the drafter of LOSSES and SEEDS that come first
-	$(RUN).gamma scale=$(SCALE) gamma.drafter=runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(word 1,$(subst $(comma), ,$(SEEDS))) $(ARGS)
+	$(RUN).gamma scale=$(SCALE) gamma.drafter=$(DRAFTER) $(ARGS)
+
+trim: setup ## how many tokens the drafter's head should keep, for LOSSES and SEEDS that come first
+	$(RUN).trim scale=$(SCALE) trim.drafter=$(DRAFTER) $(ARGS)
+
+export: setup ## that drafter as FORMAT=hf|gguf|openvino, with a model card
+	$(RUN).export export.drafter=$(DRAFTER) export.format=$(FORMAT) $(ARGS)
 
 report: setup ## stage 5: tables, figures and the HTML report of whatever has been evaluated
 	$(RUN).tables scale=$(SCALE) $(ARGS)

@@ -125,9 +125,15 @@ def estimate(rows: dict[str, np.ndarray], figure: str, resamples: int = 2000) ->
 
 
 def paired_difference(
-    rows: dict[str, np.ndarray], reference: dict[str, np.ndarray], figure: str, resamples: int = 2000
+    rows: dict[str, np.ndarray],
+    reference: dict[str, np.ndarray],
+    figure: str,
+    resamples: int = 2000,
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> Estimate:
     """How much a figure of `rows` exceeds that of `reference`: both are resampled by the same draw of prompts.
+
+    Each is multiplied by its factor first: what turns tau into MBSU is a constant of the drafter's.
 
     Raises:
         ValueError: the two were not measured on the same prompts.
@@ -137,7 +143,7 @@ def paired_difference(
     matrices = np.stack([np.stack([part[name] for name in rows]) for part in (rows, reference)])
     ours, theirs = FIGURES[figure](_resampled_sums(matrices, resamples))
     value, base = FIGURES[figure](matrices.sum(1))
-    return _estimate(float(value - base), ours - theirs)
+    return _estimate(float(factors[0] * value - factors[1] * base), factors[0] * ours - factors[1] * theirs)
 
 
 def _resampled_sums(matrices: np.ndarray, resamples: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The frozen target, the trainable drafter, and the check that the two share one vocabulary."""
+"""The frozen target, the trainable drafter, and what their configs say of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
-
-class VocabularyError(ValueError):
-    """Target and drafter do not give the same meaning to the same token id."""
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -69,40 +65,6 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def check_same_vocabulary(target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBase) -> None:
-    """Every id has the same piece in both.
-
-    Raises:
-        VocabularyError: names the sizes or the first id that differs.
-    """
-    ours, theirs = target.get_vocab(), drafter.get_vocab()
-    if ours == theirs:
-        return
-    if len(ours) != len(theirs):
-        what = f"the target has {len(ours)} tokens, the drafter {len(theirs)}"
-    else:
-        piece = min(
-            (piece for piece in ours | theirs if ours.get(piece) != theirs.get(piece)),
-            key=lambda piece: ours.get(piece, len(ours)),
-        )
-        what = f"{piece!r} is id {ours.get(piece)} in the target and {theirs.get(piece)} in the drafter"
-    raise VocabularyError(f"target and drafter have different vocabularies: {what}. Train a drafter for this target")
-
-
-def check_same_width(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
-    """Both models score the same number of tokens.
-
-    Raises:
-        VocabularyError: they do not.
-    """
-    ours, theirs = vocabulary_rows(target), vocabulary_rows(drafter)
-    if ours != theirs:
-        raise VocabularyError(
-            f"target and drafter have different vocabularies: the target scores {ours} tokens, the drafter {theirs}. "
-            f"Train a drafter for this target"
-        )
-
-
 def vocabulary_width(path: str, revision: str | None = None) -> int:
     """How many tokens a model scores: its embedding's rows, padding included, read from its config alone."""
     with _named(path):
@@ -132,8 +94,9 @@ def generation_eos(path: str, revision: str | None = None, **_: Any) -> int | li
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters, a tied one counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters, a tied one counted once; of a trimmed drafter (see trimming) without the rows that its head lost."""
+    uncounted = sum(getattr(module, "uncounted_parameters", 0) for module in model.modules())
+    return sum(parameter.numel() for parameter in model.parameters()) - uncounted
 
 
 def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -176,7 +139,7 @@ def _context(config: Any) -> int:
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """How many tokens a model scores, padding included."""
-    return int(model.get_output_embeddings().weight.shape[0])
+    return int(model.get_output_embeddings().out_features)
 
 
 @contextmanager

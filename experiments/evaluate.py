@@ -5,6 +5,7 @@ prompt: the baseline is decoded once for all of them, and a ratio of token rates
 are shared out to the ranks a part at a time, and an interrupted evaluation goes on with the missing parts.
 """
 
+import json
 import logging
 import zlib
 from collections import Counter
@@ -25,13 +26,10 @@ from drafter.artifacts import (
     Stage,
     model_fingerprint,
     read_jsonl,
-    read_manifest,
     write_jsonl,
 )
 from drafter.metrics import by_position, count
 from drafter.models import (
-    check_same_vocabulary,
-    check_same_width,
     context_length,
     load_target,
     load_tokenizer,
@@ -41,7 +39,7 @@ from drafter.prompts import encode_prompts, stop_ids
 from drafter.ranks import join, wait_for_all
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
-from experiments.inputs import STEPS, claim, data_fingerprint, plain, target_fingerprint
+from experiments.inputs import STEPS, claim, data_fingerprint, frozen_drafter, plain, target_fingerprint
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -85,9 +83,10 @@ def main(cfg: DictConfig) -> None:
     ranks = join()
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     target = load_target(**cfg.target).to(ranks.device)
-    drafters = {path: load_drafter(path, tokenizer, target) for path in pending}
+    drafters = {path: frozen_drafter(cfg, path).to(ranks.device) for path in pending}
     context = min(map(context_length, (target, *drafters.values())))
     work = prompts(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, cfg.evaluate.sampling)
+    gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
     parts = [work[start : start + PART] for start in range(0, len(work), PART)]
     for drafter in drafters.values():  # first calls are slow, and nobody's fault
         speculative_decode(target, drafter, work[0].prompt, 3, 8, Sampling(), [])
@@ -97,7 +96,7 @@ def main(cfg: DictConfig) -> None:
         missing = {path: file for path, file in missing.items() if not file.exists()}
         rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
         for task in parts[number] if missing else []:
-            decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, cfg)
+            decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, gammas, cfg.seed)
             for path, of_drafter in decoded.items():
                 rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
         for path, file in missing.items():
@@ -151,14 +150,6 @@ def find_drafters(patterns: list[str]) -> list[str]:
     return found
 
 
-def load_drafter(path: str, tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> PreTrainedModel:
-    """A drafter on the target's device, its vocabulary checked."""
-    check_same_vocabulary(tokenizer, load_tokenizer(path))
-    drafter = load_target(path).to(target.device)
-    check_same_width(target, drafter)
-    return drafter
-
-
 def prompts(
     cfg: DictConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -181,16 +172,21 @@ def prompts(
 
 
 def decode(
-    task: Task, target: PreTrainedModel, drafters: dict[str, PreTrainedModel], stops: list[int], cfg: DictConfig
+    task: Task,
+    target: PreTrainedModel,
+    drafters: dict[str, PreTrainedModel],
+    stops: list[int],
+    gammas: Mapping[int | str, int | Adaptive],
+    seed: int,
 ) -> dict[str, list[tuple[dict[str, Any], Decoded]]]:
     """One prompt: the baseline once, then each drafter at each gamma. Rows of counts, with what they count."""
     how = task.max_new_tokens, task.sampling, stops
-    baseline = autoregressive_decode(target, task.prompt, *how, task.random(target.device, cfg.seed))
+    baseline = autoregressive_decode(target, task.prompt, *how, task.random(target.device, seed))
     found: dict[str, list[tuple[dict[str, Any], Decoded]]] = {path: [] for path in drafters}
     for path, drafter in drafters.items():
-        for gamma in cfg.evaluate.num_speculative_tokens:
-            generator = task.random(target.device, cfg.seed, f"{Path(path).name} {gamma}")
-            decoded = speculative_decode(target, drafter, task.prompt, gamma_of(gamma, cfg), *how, generator)
+        for gamma, drafts in gammas.items():
+            generator = task.random(target.device, seed, f"{Path(path).name} {gamma}")
+            decoded = speculative_decode(target, drafter, task.prompt, drafts, *how, generator)
             row = {
                 "task": task.name,
                 "gamma": gamma,
@@ -255,9 +251,8 @@ def identity_of(path: str) -> dict[str, Any]:
         manifest, step = Path(path).parent.parent / MANIFEST, int(Path(path).name.rsplit("-step", 1)[1])
     if not manifest.exists():
         return {"loss": Path(path).name, "seed": 0, "step": None}
-    stage = "finetune" if '"stage": "finetune"' in manifest.read_text() else "pretrain"
-    settings = read_manifest(manifest.parent, stage)["settings"]
-    name = settings["name"].rsplit("-seed", 1)[0] if stage == "finetune" else "pretrained"
+    settings = json.loads(manifest.read_text())["settings"]
+    name = settings.get("name", "pretrained").rsplit("-seed", 1)[0]
     return {"loss": name, "seed": settings["seed"], "step": step}
 
 

@@ -17,6 +17,7 @@ from experiments.results import Row, in_order
 
 if TYPE_CHECKING:
     from experiments.gamma import Row as GammaRow
+    from experiments.trim import Row as TrimRow
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, without its yellow, which is faint on white.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C510A"]
@@ -143,6 +144,21 @@ def draw_gammas(rows: Sequence["GammaRow"], path: Path) -> str:
         axes[0][0].set_ylabel("speed-up over the target alone")
         axes[0][0].set_ylim(bottom=0)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        return _save(figure, path)
+
+
+def draw_trimming(rows: Sequence["TrimRow"], path: Path) -> str:
+    """MBSU and block efficiency by the tokens that the head keeps; the SVG's text."""
+    sizes = [row.tokens for row in rows]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.2))
+        for axis, field in zip(axes, ("speedup", "block_efficiency"), strict=True):
+            value, low, high = np.array([getattr(row, field) for row in rows]).T
+            axis.errorbar(sizes, value, [value - low, high - value], color=KNOWN["tvdpp"], marker="o", capsize=3)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.set_xlabel("tokens that the head keeps")
+            axis.set_title({"speedup": "MBSU", "block_efficiency": "block efficiency τ"}[field], fontsize=10)
         return _save(figure, path)
 
 

@@ -14,10 +14,12 @@ from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted
 from drafter.datamodules import Mixture, PackedText, Responses, SequenceData, text_samples
 from drafter.distributions import Drawn, Target
+from drafter.gate import check_pair, load_drafter
 from drafter.losses import Loss, batch_statistic, with_context
-from drafter.models import check_same_vocabulary, check_same_width, load_model, load_target, load_tokenizer
+from drafter.models import load_target, load_tokenizer
 from drafter.modules import Distillation
 from drafter.rows import Rows
+from drafter.trimming import read_kept
 from drafter.weighting import Weighting
 from experiments import on_policy
 from experiments.inputs import claim, data_fingerprint, plain, responses_fingerprint, target_fingerprint
@@ -45,10 +47,9 @@ def finetune(cfg: DictConfig) -> None:
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
-    target, drafter = load_target(**cfg.target), load_model(cfg.inputs.drafter)
+    drafter = load_drafter(cfg.inputs.drafter, cfg.target.path, cfg.target.revision, cfg.pad_vocabulary)
+    target = load_target(**cfg.target)
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
-    check_same_vocabulary(tokenizer, load_tokenizer(cfg.inputs.drafter))
-    check_same_width(target, drafter)
     kind = "cache" if cfg.inputs.cache else "respond"
     rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)
     judged_on = Rows(cfg.inputs.validation, kind) if cfg.inputs.validation else rows
@@ -58,8 +59,8 @@ def finetune(cfg: DictConfig) -> None:
     judges = Responses(judged_on, "validation")
     data = SequenceData(training, judges, cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers)
     if "reference" in cfg.weighting:
+        check_pair(cfg.target.path, cfg.weighting.reference, cfg.target.revision)
         reference = load_target(cfg.weighting.reference)
-        check_same_width(target, reference)
         weighting = partial(weighting, reference=reference)
     module = Distillation(
         target,
@@ -85,6 +86,8 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     if "reference" not in cfg.weighting:
         weighting(Predicted(zeros, Head(zeros), lambda rows: zeros[rows], places), batch=None)
     text_samples(0, cfg.finetune.text_share)
+    if read_kept(cfg.inputs.drafter):
+        raise ValueError(f"inputs.drafter is {cfg.inputs.drafter}, which is trimmed: give the one it was made from")
     return loss, weighting
 
 

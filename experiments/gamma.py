@@ -22,9 +22,9 @@ from drafter.models import context_length, load_target, load_tokenizer
 from drafter.offline import acceptance_of_written, expected_blocks
 from drafter.prompts import stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode
-from experiments.evaluate import Task, load_drafter, prompts, sampling_of
+from experiments.evaluate import Task, prompts, sampling_of
 from experiments.figures import draw_gammas
-from experiments.inputs import claim, data_fingerprint, plain, target_fingerprint
+from experiments.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> None:
         return log.info("%s is up to date", stage.directory)
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     target = load_target(**cfg.target).to("cuda" if torch.cuda.is_available() else "cpu")
-    drafter = load_drafter(cfg.gamma.drafter, tokenizer, target)
+    drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
     work = prompts(cfg, tokenizer, min(map(context_length, (target, drafter))), cfg.gamma.prompts_per_task, {})
     stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
     models = [target, drafter]

@@ -6,8 +6,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 from drafter.artifacts import Stage, fingerprint, model_fingerprint, read_manifest, require, tokenizer_fingerprint
+from drafter.gate import load_drafter
 
 STEPS = "steps"  # the folder of a finetuning that has its drafter at some of its steps
 
@@ -43,6 +45,12 @@ def data_fingerprint(cfg: DictConfig) -> str:
     found = read_manifest(cfg.inputs.data, "prepare")["inputs"]["tokenizer"]
     require(cfg.inputs.data, "tokenizer", found, tokenizer_fingerprint(cfg.target.path, cfg.target.revision))
     return fingerprint(cfg.inputs.data, "prepare")
+
+
+def frozen_drafter(cfg: DictConfig, path: str) -> PreTrainedModel:
+    """A drafter to decode with, once it has passed the gate."""
+    drafter = load_drafter(path, cfg.target.path, cfg.target.revision, cfg.pad_vocabulary)
+    return drafter.requires_grad_(False).eval()
 
 
 def target_fingerprint(cfg: DictConfig) -> str:

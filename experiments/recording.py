@@ -34,11 +34,17 @@ def run_settings(cfg: DictConfig, name: str, job_type: str) -> dict[str, Any]:
 
 def record_tables(cfg: DictConfig, tables: list[Table], folder: Path) -> None:
     """A run of its own with each table, and all that the stage wrote as an artifact."""
+    logged = {f"tables/{table.name}": wandb.Table(columns=table.columns, data=table.rows) for table in tables}
+    record(cfg, "tables", f"results-{cfg.scale.name}", folder, logged)
+
+
+def record(cfg: DictConfig, kind: str, name: str, path: Path, logged: dict[str, Any] | None = None) -> None:
+    """A run of its own with what is logged, and a file or a directory as an artifact."""
     try:
-        with wandb.init(**run_settings(cfg, "tables", "tables")) as run:
-            run.log({f"tables/{table.name}": wandb.Table(columns=table.columns, data=table.rows) for table in tables})
-            artifact = wandb.Artifact(f"results-{cfg.scale.name}", type="results")
-            artifact.add_dir(str(folder))
+        with wandb.init(**run_settings(cfg, name, kind)) as run:
+            run.log(logged or {})
+            artifact = wandb.Artifact(name, type=kind)
+            (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
             run.log_artifact(artifact)
     except Exception as problem:  # any failure of a third party's logging is worth one line, not the run
-        log.warning("Weights & Biases has no record of the tables: %s", problem)
+        log.warning("Weights & Biases has no record of %s: %s", path, problem)

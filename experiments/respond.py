@@ -18,11 +18,11 @@ from drafter.engines import (
     transformers_engine,
     vllm_engine,
 )
-from drafter.models import check_same_vocabulary, context_limit, generation_eos, load_target, load_tokenizer
+from drafter.models import context_limit, generation_eos, load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
-from experiments.inputs import claim, data_fingerprint, plain, target_inputs, target_named
+from experiments.inputs import claim, data_fingerprint, frozen_drafter, plain, target_inputs, target_named
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
         return transformers_engine(load_target(**cfg.target).to(ranks.device), limits, cfg.respond.batch_tokens)
 
     def drafters() -> Engine:
-        check_same_vocabulary(tokenizer, load_tokenizer(cfg.inputs.drafter))
-        drafter = load_target(cfg.inputs.drafter).to(ranks.device)
+        drafter = frozen_drafter(cfg, cfg.inputs.drafter).to(ranks.device)
         return transformers_engine(drafter, limits, cfg.respond.batch_tokens)
 
     def references() -> Engine:

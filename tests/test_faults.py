@@ -255,7 +255,7 @@ def test_a_drafter_without_the_padding_of_its_targets_vocabulary_is_refused(worl
     drafter.save_pretrained(tmp_path / "narrow")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_file(tmp_path / "narrow" / name, (root / "drafter" / name).read_bytes())
-    with pytest.raises(ValueError, match=rf"the target scores 24 tokens, the drafter {len(WORDS)}"):
+    with pytest.raises(ValueError, match=rf"the target has 24, the drafter {len(WORDS)}. Give pad_vocabulary=true"):
         stage("finetune", [*overrides, f"inputs.drafter={tmp_path}/narrow", f"out={tmp_path}/out", "loss=kld"])
 
 

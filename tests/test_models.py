@@ -6,10 +6,7 @@ import yaml
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from drafter.models import (
-    VocabularyError,
     build_drafter,
-    check_same_vocabulary,
-    check_same_width,
     context_length,
     hidden_states,
     load_model,
@@ -35,15 +32,6 @@ SMALL = {
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def tokenizer_of(lines):
-    return train_tokenizer(lines, 280, 64)
-
-
-@pytest.fixture
-def tokenizer():
-    return tokenizer_of(["the area of a rectangle is width times height"] * 2)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
@@ -51,51 +39,6 @@ def saved(tmp_path_factory):
     build_drafter(SMALL, 300, SPECIAL).save_pretrained(path)
     train_tokenizer(["the area of a rectangle"], 280, 64).save_pretrained(path)
     return str(path)
-
-
-def test_a_tokenizer_has_the_same_vocabulary_as_its_own_copy(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    check_same_vocabulary(tokenizer, load_tokenizer(str(tmp_path)))
-
-
-def test_vocabularies_of_different_sizes_are_refused_with_both_sizes(tokenizer):
-    larger = tokenizer_of(["the area of a rectangle is width times height"] * 2)
-    larger.add_tokens(["<|one|>", "<|two|>"])
-    with pytest.raises(VocabularyError) as refusal:
-        check_same_vocabulary(tokenizer, larger)
-    assert f"the target has {len(tokenizer)} tokens, the drafter {len(tokenizer) + 2}" in str(refusal.value)
-
-
-def test_vocabularies_that_differ_in_one_piece_are_refused_with_that_piece(tokenizer):
-    ours, theirs = (tokenizer_of(["the area of a rectangle is width times height"] * 2) for _ in range(2))
-    ours.add_tokens(["<|one|>"])
-    theirs.add_tokens(["<|two|>"])
-    with pytest.raises(VocabularyError) as refusal:
-        check_same_vocabulary(ours, theirs)
-    number = len(tokenizer)
-    one, two = f"'<|one|>' is id {number} in the target and None", f"'<|two|>' is id None in the target and {number}"
-    assert (one in str(refusal.value)) or (two in str(refusal.value))
-
-
-def test_vocabularies_with_two_ids_exchanged_are_refused_with_the_first_of_them(tokenizer):
-    ours, theirs = (tokenizer_of(["the area of a rectangle is width times height"] * 2) for _ in range(2))
-    ours.add_tokens(["<|one|>", "<|two|>"])
-    theirs.add_tokens(["<|two|>", "<|one|>"])
-    first, second = len(tokenizer), len(tokenizer) + 1
-    with pytest.raises(VocabularyError) as refusal:
-        check_same_vocabulary(ours, theirs)
-    named = [
-        f"'<|one|>' is id {first} in the target and {second} in the drafter",
-        f"'<|two|>' is id {second} in the target and {first} in the drafter",
-    ]
-    assert any(text in str(refusal.value) for text in named)
-
-
-def test_models_of_one_width_agree_and_others_are_refused_with_both_widths():
-    target, same, other = (build_drafter(SMALL, width, SPECIAL) for width in (300, 300, 304))
-    check_same_width(target, same)
-    with pytest.raises(VocabularyError, match="the target scores 300 tokens, the drafter 304"):
-        check_same_width(target, other)
 
 
 def test_the_target_is_frozen_and_in_eval_mode(saved):
@@ -156,7 +99,8 @@ def test_a_built_drafter_has_the_asked_architecture_vocabulary_and_special_ids()
     assert all(parameter.requires_grad for parameter in drafter.parameters())
 
 
-def test_special_ids_are_the_tokenizers(tokenizer):
+def test_special_ids_are_the_tokenizers(saved):
+    tokenizer = load_tokenizer(saved)
     assert special_ids(tokenizer) == SPECIAL
     tokenizer.pad_token = None
     assert special_ids(tokenizer)["pad_token_id"] is None

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from transformers import AutoModelForCausalLM
 
 from drafter.artifacts import ArtifactError, model_fingerprint, read_jsonl, write_jsonl
-from drafter.models import VocabularyError
+from drafter.gate import VocabularyError
 from experiments.composing import configured
 from experiments.pipeline import main
 from tests.conftest import WORDS, save_target
@@ -178,7 +178,7 @@ def test_the_gamma_report_says_of_each_task_what_is_best(world, tmp_path):
         ("respond", "target.path={other}", ArtifactError, "was made with the tokenizer"),
         ("cache", "target.path={reseeded}", ArtifactError, "was made with the target"),
         ("finetune", "target.path={reseeded}", ArtifactError, "was made with the target"),
-        ("evaluate", "drafters=[{stranger}]", VocabularyError, r"'\?' is id 18 in the target and 19"),
+        ("evaluate", "drafters=[{stranger}]", VocabularyError, r"'\?' as id 18, the drafter .* '\?' as id 19"),
         ("evaluate", "drafters=[./nothing]", ArtifactError, "'./nothing' matches no trained drafter"),
         ("evaluate", "evaluate.num_speculative_tokens=[3,0]", ValueError, "num_speculative_tokens .* is 0"),
         ("evaluate", "task.prompts.max_new_tokens=62", ValueError, "exceeds the context of 64 tokens"),
