@@ -39,7 +39,7 @@ class FixedPredictor extends TokenPredictor {
 
 async function load(path) {
     const model = await llama.loadModel({modelPath: path});
-    return (await model.createContext({contextSize: 512, batchSize: 512}));
+    return (await model.createContext({contextSize: 512, batchSize: 512, threads: 1}));
 }
 
 const target = await load(asked.target);
