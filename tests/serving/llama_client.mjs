@@ -1,6 +1,6 @@
 // Decodes prompts with llama.cpp, alone or with a drafter: node-llama-cpp's own predictor, or one that always drafts
 // gamma tokens. Run by Node in the serving environment.
-// stdin: {"target", "drafter" or null, "predictor": "own"|"fixed", "num_speculative_tokens", "prompts", "max_new_tokens"}
+// stdin: {"target", "drafter" or null, "predictor": "own"|"fixed", "num_speculative_tokens", "prompts", "max_new_tokens", "stop_ids"}
 // stdout, last line: [{"tokens", "target_calls", "accepted", "refuted"}, ...]
 import {readFileSync} from "node:fs";
 import {DraftSequenceTokenPredictor, getLlama, TokenPredictor} from "node-llama-cpp";
@@ -55,7 +55,7 @@ for (const prompt of asked.prompts) {
     const tokens = [];
     for await (const token of sequence.evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
         tokens.push(token);
-        if (tokens.length === asked.max_new_tokens)
+        if (tokens.length === asked.max_new_tokens || asked.stop_ids.includes(token))
             break;
     }
     const counted = sequence.tokenPredictions;

@@ -138,20 +138,20 @@ def llama_client(tmp_path):
 
 
 def test_llama_cpp(pair, ggufs, llama_client):
-    prompts, _, alone, _ = pair
+    prompts, stops, alone, _ = pair
     target, drafter = map(str, ggufs)
     asked = {"target": target, "drafter": None, "prompts": prompts, "max_new_tokens": LIMIT}
-    asked["num_speculative_tokens"] = GAMMA
+    asked |= {"num_speculative_tokens": GAMMA, "stop_ids": stops}
     assert [row["tokens"] for row in answered(llama_client, asked)] == alone
     compared("llama.cpp", answered(llama_client, asked | {"drafter": drafter, "predictor": "fixed"}), pair)
 
 
 def test_llama_cpp_with_the_predictor_of_node_llama_cpp(pair, ggufs, llama_client):
     # It lets one target call pass without drafts after each refuted one, so that it accepts less: only texts are equal.
-    prompts, _, alone, drafted = pair
+    prompts, stops, alone, drafted = pair
     target, drafter = map(str, ggufs)
     asked = {"target": target, "drafter": drafter, "predictor": "own", "prompts": prompts, "max_new_tokens": LIMIT}
-    found = answered(llama_client, asked | {"num_speculative_tokens": GAMMA})
+    found = answered(llama_client, asked | {"num_speculative_tokens": GAMMA, "stop_ids": stops})
     assert [row["tokens"] for row in found] == alone
     assert 0 < sum(row["accepted"] for row in found) < sum(block.accepted for one in drafted for block in one.blocks)
 
