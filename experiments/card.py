@@ -39,12 +39,17 @@ class Facts(NamedTuple):
         return int(self.best.gamma) if self.best else DEFAULT_GAMMA
 
 
-def gather(drafter: str, target: str | None) -> Facts:
-    """What lies beside a drafter; little, if it is none of this project's. `target` None: without its evaluation."""
-    path = Path(drafter) / MANIFEST
-    manifest = json.loads(path.read_text()) if path.exists() else {}
+def manifest_of(folder: str) -> dict[str, Any]:
+    """What made a directory; nothing, if it was no stage of this project."""
+    path = Path(folder) / MANIFEST
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def gather(drafter: str) -> Facts:
+    """What lies beside a drafter; little, if it is none of this project's."""
+    manifest = manifest_of(drafter)
     config = manifest.get("config", {})
-    if not config or target is None:
+    if not config:
         return Facts(manifest, config, [], None)
     found = []
     for folder in sorted(Path(config["root"]).glob("evaluate*")):
@@ -108,7 +113,7 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         header=OmegaConf.to_yaml(OmegaConf.create(header)).strip(),
         cfg=cfg,
         facts=facts,
-        made=making(facts),
+        made=making(facts.manifest),
         worth=worth(facts.rows).markdown() if facts.rows else "",
         best=facts.best,
         interval=with_interval,
@@ -131,15 +136,15 @@ def worth(rows: list[Row]) -> Table:
     return Table("worth", "What it is worth", columns, lines)
 
 
-def making(facts: Facts) -> dict[str, str]:
+def making(manifest: dict[str, Any]) -> dict[str, str]:
     """How the drafter came about, in the words of its manifests; a part that is not at hand is left out."""
-    manifest, config = facts.manifest, facts.config
+    config = manifest.get("config", {})
     if not config:
         return {}
     told = {"architecture": "see config.json"}
     if manifest["stage"] == "trim":
         told["head"] = f"{manifest['counts']['kept']} of {manifest['counts']['vocabulary']} tokens kept"
-        return told | making(gather(config["trim"]["drafter"], None))
+        return told | making(manifest_of(config["trim"]["drafter"]))
     told["seed"], told["command"] = str(config["seed"]), f"`{manifest['command']}`"
     if manifest["stage"] == "finetune":
         settings, loss = manifest["settings"], dict(manifest["settings"]["loss"])
@@ -163,9 +168,9 @@ def making(facts: Facts) -> dict[str, str]:
 def written(config: dict[str, Any]) -> dict[str, str]:
     """The responses that were trained on."""
     folder = config["inputs"].get("cache") or config["inputs"].get("responses") or ""
-    if not (Path(folder) / MANIFEST).exists():
+    if not (manifest := manifest_of(folder)):
         return {}
-    counts = json.loads((Path(folder) / MANIFEST).read_text())["counts"]
+    counts = manifest["counts"]
     size = (
         f"{counts['rows']} responses of {counts['tokens']} tokens"
         if "rows" in counts
@@ -177,11 +182,8 @@ def written(config: dict[str, Any]) -> dict[str, str]:
 
 def pretrained(folder: str) -> dict[str, str]:
     """The pretraining that a drafter began with."""
-    path = Path(folder) / MANIFEST
-    if not path.exists():
-        return {}
-    manifest = json.loads(path.read_text())
-    if manifest["stage"] != "pretrain":
+    manifest = manifest_of(folder)
+    if manifest.get("stage") != "pretrain":
         return {}
     settings = manifest["settings"]
     tokens = settings["max_steps"] * settings["batch_size"] * settings["sequence_length"]

@@ -5,8 +5,8 @@ vocabulary is the same, and engines compare the rest. Weights are those of the u
 with a model of its own knows a head of fewer tokens, so a trimmed drafter's list of tokens lies beside them.
 """
 
-import logging
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 
-from drafter.artifacts import Stage, model_fingerprint, sha256
+from drafter.artifacts import LOCK, STARTED, Stage, model_fingerprint, sha256
 from drafter.gate import Difference, check_pair, with_rows
 from drafter.models import generation_eos, load_model, load_tokenizer, special_ids, vocabulary_width
 from drafter.prompts import stop_ids
-from drafter.trimming import KEPT, read_kept, write_kept
+from drafter.trimming import read_kept, write_kept
 from experiments import to_gguf
 from experiments.card import Facts, gather, serving, write_card
 from experiments.inputs import claim, plain
 from experiments.recording import record
 
-log = logging.getLogger(__name__)
 # What each format calls a number's type.
 DTYPES = {
     "hf": {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"},
@@ -37,10 +36,10 @@ DTYPES = {
 @hydra.main(version_base="1.3", config_path="../conf", config_name="export")
 def main(cfg: DictConfig) -> None:
     """Check, save, convert, describe; print how to serve it."""
-    cfg = resolved(cfg)
+    facts = gather(cfg.export.drafter)
+    cfg = resolved(cfg, facts.config)
     check(cfg)
     differences = check_pair(cfg.target.path, cfg.export.drafter, cfg.target.revision, cfg.pad_vocabulary)
-    facts = gather(cfg.export.drafter, cfg.target.path)
     inputs = {
         "drafter": model_fingerprint(cfg.export.drafter),
         "target": model_fingerprint(cfg.target.path, cfg.target.revision),
@@ -59,10 +58,9 @@ def main(cfg: DictConfig) -> None:
         print(f"\n{engine}\n{command}")
 
 
-def resolved(cfg: DictConfig) -> DictConfig:
-    """The config with what the drafter's own manifest knows: its target."""
+def resolved(cfg: DictConfig, known: dict[str, Any]) -> DictConfig:
+    """The config with what the drafter's own config knows, if it has one: its target."""
     cfg = cfg.copy()
-    known = gather(cfg.export.drafter, None).config
     if cfg.target.path is None and known:
         cfg.target = {"path": known["target"]["path"], "revision": known["target"]["revision"]}
     if cfg.target.path is None:
@@ -95,14 +93,19 @@ def check(cfg: DictConfig) -> None:
 def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Difference]) -> None:
     """Write the directory, its card and its manifest."""
     out = stage.directory
-    plain_copy = out if cfg.export.format == "hf" else out / "hf.tmp"
+    kind, dtype = cfg.export.format, DTYPES[cfg.export.format][cfg.export.dtype]
+    source = out if kind == "hf" else out / "hf.tmp"
     shutil.rmtree(out / "hf.tmp", ignore_errors=True)  # of a run that was cut off
-    save_hf(cfg, plain_copy, facts.gamma)
-    if cfg.export.format == "gguf":
+    save_hf(cfg, source, facts.gamma)
+    if kind == "gguf":
         file = out / f"{Path(cfg.export.drafter).name}.gguf"
-        to_gguf.convert(plain_copy, file, DTYPES["gguf"][cfg.export.dtype], **plain(cfg.gguf))
-    if cfg.export.format == "openvino":
-        to_openvino(plain_copy, out, DTYPES["openvino"][cfg.export.dtype], cfg.openvino.command)
+        script = [cfg.gguf.python, to_gguf.__file__, cfg.gguf.converter]
+        run([*script, str(source), "--outfile", str(file), "--outtype", dtype])
+    if kind == "openvino":
+        task = ["--task", "text-generation-with-past", "--weight-format", dtype]
+        run([cfg.openvino.command, "export", "openvino", "--model", str(source), *task, str(out)])
+    if kept := read_kept(cfg.export.drafter):
+        write_kept(out, kept)
     shutil.rmtree(out / "hf.tmp", ignore_errors=True)
     write_card(out, cfg, facts, differences)
     files = {str(path.relative_to(out)): sha256(path) for path in sorted(out.rglob("*")) if is_content(path)}
@@ -111,7 +114,7 @@ def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Differ
 
 def is_content(path: Path) -> bool:
     """Whether a file is the export's, and not a stage's record."""
-    return path.is_file() and path.name not in ("started.json", ".lock") and path.suffix != ".tmp"
+    return path.is_file() and path.name not in (STARTED, LOCK) and path.suffix != ".tmp"
 
 
 @torch.no_grad()
@@ -121,8 +124,8 @@ def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
     model: PreTrainedModel = with_rows(
         load_model(cfg.export.drafter), vocabulary_width(cfg.target.path, cfg.target.revision)
     )
-    kept, dtype = read_kept(cfg.export.drafter), cfg.export.dtype if cfg.export.format == "hf" else "float32"
-    model.to(getattr(torch, dtype))
+    if cfg.export.format == "hf":  # the other formats' own converters round
+        model.to(getattr(torch, cfg.export.dtype))
     ids: dict[str, Any] = special_ids(tokenizer)
     for name, token in ids.items():
         setattr(model.config, name, token)
@@ -136,20 +139,18 @@ def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if kept:
-        write_kept(folder, kept)
 
 
-def to_openvino(source: Path, out: Path, weight_format: str, command: str) -> None:
-    """By optimum-intel: the model with its cache inside, the tokenizer and the detokenizer.
+def run(command: list[str]) -> None:
+    """A program of another package.
 
     Raises:
-        RuntimeError: with the last lines that it printed.
+        RuntimeError: it failed; with the last lines that it printed.
     """
-    task = ["--task", "text-generation-with-past", "--weight-format", weight_format]
-    to_gguf.run([command, "export", "openvino", "--model", str(source), *task, str(out)])
-    if (source / KEPT).exists():
-        shutil.copy(source / KEPT, out / KEPT)
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        told = "\n".join((found.stdout + found.stderr).strip().splitlines()[-12:])
+        raise RuntimeError(f"{' '.join(command)} failed:\n{told}")
 
 
 if __name__ == "__main__":

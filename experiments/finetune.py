@@ -22,7 +22,7 @@ from drafter.rows import Rows
 from drafter.trimming import read_kept
 from drafter.weighting import Weighting
 from experiments import on_policy
-from experiments.inputs import claim, data_fingerprint, plain, responses_fingerprint, target_fingerprint
+from experiments.inputs import claim, pair_inputs, plain, responses_fingerprint
 from experiments.training import KeptSteps, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -99,11 +99,7 @@ def try_loss(loss: Loss, target: Target, places: Places) -> None:
 
 def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
     """Fingerprints of what the run reads; refuses parts that were not made from one another, or for this loss."""
-    inputs = {
-        "data": data_fingerprint(cfg),
-        "target": target_fingerprint(cfg),
-        "drafter": model_fingerprint(cfg.inputs.drafter),
-    }
+    inputs = pair_inputs(cfg, cfg.inputs.drafter)
     if cfg.inputs.cache:
         inputs["cache"] = fingerprint(cfg.inputs.cache, "cache")
         cache = read_manifest(cfg.inputs.cache, "cache")

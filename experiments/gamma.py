@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from drafter.artifacts import model_fingerprint, write_jsonl
+from drafter.artifacts import write_jsonl
 from drafter.costs import Costs, measure
 from drafter.decoders import Compiled
 from drafter.metrics import Counts, Estimate, count, estimate
@@ -24,7 +24,7 @@ from drafter.prompts import stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode
 from experiments.evaluate import Task, prompts, sampling_of
 from experiments.figures import draw_gammas
-from experiments.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint
+from experiments.inputs import claim, frozen_drafter, pair_inputs, plain
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,11 @@ class Row(NamedTuple):
 def main(cfg: DictConfig) -> None:
     """Measure, and write gamma.md, gamma.jsonl and the figure."""
     check(cfg)
-    inputs = {
-        "data": data_fingerprint(cfg),
-        "target": target_fingerprint(cfg),
-        "drafter": model_fingerprint(cfg.gamma.drafter),
-    }
     settings = {**plain(cfg.gamma), "tasks": plain(cfg.task), "seed": cfg.seed}
     del settings["drafter"]  # its fingerprint is among the inputs
-    stage = claim(cfg, "gamma", settings, inputs, Path(cfg.out) / Path(cfg.gamma.drafter).name)
+    stage = claim(
+        cfg, "gamma", settings, pair_inputs(cfg, cfg.gamma.drafter), Path(cfg.out) / Path(cfg.gamma.drafter).name
+    )
     if stage.complete:
         return log.info("%s is up to date", stage.directory)
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)

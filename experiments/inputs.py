@@ -69,6 +69,12 @@ def target_named(cfg: DictConfig) -> dict[str, Any]:
     return {"path": cfg.target.path, "revision": cfg.target.revision, "dtype": cfg.target.dtype}
 
 
+def pair_inputs(cfg: DictConfig, drafter: str) -> dict[str, str]:
+    """The fingerprints of what every stage reads that brings a drafter and the target together."""
+    data, target = data_fingerprint(cfg), target_fingerprint(cfg)
+    return {"data": data, "target": target, "drafter": model_fingerprint(drafter)}
+
+
 def responses_fingerprint(cfg: DictConfig) -> str:
     """The responses' fingerprint; responses of another target are refused."""
     found = read_manifest(cfg.inputs.responses, "respond")["inputs"]["target"]

@@ -7,30 +7,8 @@ GPT-2's way, llama.cpp can be told. Run as a script, by the converter's Python, 
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
-
-
-def convert(source: Path, out: Path, outtype: str, converter: str, python: str) -> None:
-    """A Hugging Face directory -> one GGUF file.
-
-    Raises:
-        RuntimeError: with the last lines that the converter printed.
-    """
-    run([python, str(Path(__file__)), converter, str(source), "--outfile", str(out), "--outtype", outtype])
-
-
-def run(command: list[str]) -> None:
-    """A program of another package.
-
-    Raises:
-        RuntimeError: it failed; with the last lines that it printed.
-    """
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        told = "\n".join((found.stdout + found.stderr).strip().splitlines()[-12:])
-        raise RuntimeError(f"{' '.join(command)} failed:\n{told}")
 
 
 def splits_like_gpt2(folder: Path) -> bool:

@@ -4,6 +4,7 @@ The head keeps the tokens that the target's training responses use most (see dra
 smaller c, and drafts that it cannot make are tokens that the target has to add: MBSU says which of the two weighs more.
 """
 
+import copy
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -14,22 +15,15 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from drafter.artifacts import model_fingerprint, write_jsonl
+from drafter.artifacts import write_jsonl
 from drafter.metrics import Counts, Estimate, estimate, memory_bound_speedup, paired_difference
 from drafter.models import context_length, load_target, load_tokenizer, num_parameters, vocabulary_rows
 from drafter.prompts import stop_ids
 from drafter.rows import Rows
 from drafter.trimming import most_used, read_kept, trim, write_kept
-from experiments.evaluate import decode, identity_of, prompts, sampling_of
+from experiments.evaluate import Task, decode, identity_of, prompts, sampling_of
 from experiments.figures import draw_trimming
-from experiments.inputs import (
-    claim,
-    data_fingerprint,
-    frozen_drafter,
-    plain,
-    responses_fingerprint,
-    target_fingerprint,
-)
+from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint
 from experiments.tabular import Table, with_interval
 
 log = logging.getLogger(__name__)
@@ -53,12 +47,7 @@ class Row(NamedTuple):
 def main(cfg: DictConfig) -> None:
     """Decode with each size, write the table, the figure and the drafter of the best size."""
     check(cfg)
-    inputs = {
-        "data": data_fingerprint(cfg),
-        "responses": responses_fingerprint(cfg),
-        "target": target_fingerprint(cfg),
-        "drafter": model_fingerprint(cfg.trim.drafter),
-    }
+    inputs = {**pair_inputs(cfg, cfg.trim.drafter), "responses": responses_fingerprint(cfg)}
     named = identity_of(cfg.trim.drafter)
     settings = {**plain(cfg.trim), "tasks": plain(cfg.task), "seed": named["seed"], "random_seed": cfg.seed}
     del settings["drafter"]  # its fingerprint is among the inputs
@@ -74,9 +63,9 @@ def main(cfg: DictConfig) -> None:
     written = {split: [row["response_ids"] for row in rows if row["split"] == split] for split in set(rows.splits)}
     ranked = most_used([*written["train"], stops], vocabulary_rows(whole))
     sizes = [size for size in cfg.trim.sizes if size < len(ranked)]
-    heads = {size: trim(frozen_drafter(cfg, cfg.trim.drafter), ranked[:size]).to(target.device) for size in sizes}
-    heads[len(ranked)] = whole
-    counts = decode_all(heads, target, stops, cfg)
+    heads = {size: trim(copy.deepcopy(whole), ranked[:size]) for size in sizes} | {len(ranked): whole}
+    context = min(map(context_length, (target, whole)))
+    counts = decode_all(heads, target, stops, prompts(cfg, tokenizer, context, cfg.trim.prompts_per_task, {}), cfg)
     heldout = np.concatenate([np.array(text) for text in written.get("validation") or written["train"]])
     ratios = {size: num_parameters(head) / num_parameters(target) for size, head in heads.items()}
     covered = {size: float(np.isin(heldout, ranked[:size]).mean()) for size in heads}
@@ -105,12 +94,9 @@ def check(cfg: DictConfig) -> None:
 
 
 def decode_all(
-    heads: dict[int, PreTrainedModel], target: PreTrainedModel, stops: list[int], cfg: DictConfig
+    heads: dict[int, PreTrainedModel], target: PreTrainedModel, stops: list[int], work: list[Task], cfg: DictConfig
 ) -> AllCounts:
     """The tasks in the domain (all, if none is): every size decodes each prompt in turn."""
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
-    context = min(map(context_length, (target, *heads.values())))
-    work = prompts(cfg, tokenizer, context, cfg.trim.prompts_per_task, {})
     inside = [task for task in work if cfg.task[task.name].in_domain] or work
     found: AllCounts = {size: {} for size in heads}
     gamma, named = cfg.trim.num_speculative_tokens, {str(size): head for size, head in heads.items()}

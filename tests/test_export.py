@@ -82,7 +82,7 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
         "pipeline_tag": "text-generation",
         "tags": ["speculative-decoding", "draft-model"],
     }
-    facts = gather(str(drafter), "target")
+    facts = gather(str(drafter))
     assert facts.best is not None
     assert f"Draft γ = {facts.gamma} tokens a block" in card
     for row in facts.rows:
