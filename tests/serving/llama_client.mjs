@@ -2,10 +2,10 @@
 // gamma tokens. Run by Node in the serving environment.
 // stdin: {"target", "drafter" or null, "predictor": "own"|"fixed", "num_speculative_tokens", "prompts", "max_new_tokens", "stop_ids"}
 // stdout, last line: [{"tokens", "target_calls", "accepted", "refuted"}, ...]
-import {readFileSync} from "node:fs";
+import {text} from "node:stream/consumers";
 import {DraftSequenceTokenPredictor, getLlama, TokenPredictor} from "node-llama-cpp";
 
-const asked = JSON.parse(readFileSync(0, "utf8"));
+const asked = JSON.parse(await text(process.stdin));
 const gamma = asked.num_speculative_tokens;
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 
@@ -37,9 +37,12 @@ class FixedPredictor extends TokenPredictor {
     }
 }
 
+// llama.cpp keeps its cache in half precision by default, which decides near ties of the argmax otherwise.
+const exact = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
+
 async function load(path) {
     const model = await llama.loadModel({modelPath: path});
-    return (await model.createContext({contextSize: 512, batchSize: 512, threads: 1}));
+    return (await model.createContext({contextSize: 512, batchSize: 512, threads: 1, ...exact}));
 }
 
 const target = await load(asked.target);

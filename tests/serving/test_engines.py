@@ -69,15 +69,9 @@ def export(out, *overrides):
 
 
 def answered(command, asked):
-    found = subprocess.run(
-        [*map(str, command)], input=json.dumps(asked), capture_output=True, text=True, cwd=HERE, env=node_path()
-    )
+    found = subprocess.run([*map(str, command)], input=json.dumps(asked), capture_output=True, text=True, cwd=HERE)
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads(found.stdout.strip().splitlines()[-1])
-
-
-def node_path():
-    return {**os.environ, "NODE_PATH": str(ENVIRONMENT / "node_modules")}
 
 
 def compared(engine, found, pair, accepted_by="accepted"):
