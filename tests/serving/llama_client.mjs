@@ -37,8 +37,8 @@ class FixedPredictor extends TokenPredictor {
     }
 }
 
-// llama.cpp keeps its cache in half precision by default, which decides near ties of the argmax otherwise.
-const exact = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
+// By default the cache and flash attention are in half precision, which decides near ties of the argmax otherwise.
+const exact = {flashAttention: false, experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
 
 async function load(path) {
     const model = await llama.loadModel({modelPath: path});

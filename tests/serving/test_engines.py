@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -41,9 +42,35 @@ def _threads():
     torch.set_num_threads(2)
 
 
+class Pair(NamedTuple):
+    """Both models, prompts, and what the target writes by itself."""
+
+    target: torch.nn.Module
+    drafter: torch.nn.Module
+    prompts: list[list[int]]
+    stops: list[int]
+    alone: list[list[int]]
+
+    def asked(self, target, drafter, gamma=GAMMA):
+        common = {"prompts": self.prompts, "stop_ids": self.stops, "max_new_tokens": LIMIT}
+        return common | {"target": str(target), "drafter": drafter and str(drafter), "num_speculative_tokens": gamma}
+
+    def accepted(self, gamma, first=0):
+        """Of each text the accepted drafts of every block, where `first` tokens were written before the first block."""
+        found = []
+        for prompt, text in zip(self.prompts, self.alone, strict=True):
+            if text[:first] == text:
+                found.append([])
+                continue
+            start, length = prompt + text[:first], LIMIT - first
+            one = speculative_decode(self.target, self.drafter, start, gamma, length, Sampling(), self.stops)
+            assert one.tokens == text[first:]
+            found.append([block.accepted for block in one.blocks])
+        return found
+
+
 @pytest.fixture(scope="module")
 def pair():
-    """Tokenizer, prompts, and what this project makes of them: alone, and with the drafter."""
     tokenizer, target = load_tokenizer(str(TARGET)), load_target(str(TARGET))
     drafter = load_drafter(str(DRAFTER), str(TARGET)).requires_grad_(False).eval()
     stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
@@ -51,9 +78,7 @@ def pair():
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     prompts = [prompt for prompt in prompts if len(prompt) + LIMIT + GAMMA < 512]
     alone = [autoregressive_decode(target, prompt, LIMIT, Sampling(), stops).tokens for prompt in prompts]
-    drafted = [speculative_decode(target, drafter, prompt, GAMMA, LIMIT, Sampling(), stops) for prompt in prompts]
-    assert [one.tokens for one in drafted] == alone
-    return prompts, stops, alone, drafted
+    return Pair(target, drafter, prompts, stops, alone)
 
 
 def export(out, *overrides):
@@ -74,36 +99,37 @@ def answered(command, asked):
     return json.loads(found.stdout.strip().splitlines()[-1])
 
 
-def compared(engine, found, pair, accepted_by="accepted"):
-    """The engine's tokens are ours, and its target calls and accepted drafts within 3%."""
-    prompts, _, alone, drafted = pair
-    unlike = [i for i, row in enumerate(found) if row["tokens"] != alone[i]]
-    calls, ours = sum(row["target_calls"] for row in found), sum(len(one.blocks) for one in drafted)
-    accepted = sum(row[accepted_by] for row in found)
-    ours_accepted = sum(block.accepted for one in drafted for block in one.blocks)
-    tokens = sum(map(len, alone))
+def texts(rows):
+    return [row["tokens"] for row in rows]
+
+
+def compared(engine, rows, calls, accepted, pair):
+    """Target calls and accepted drafts within 3% of this project's, counted in the engine's way, text by text."""
+    theirs = [(row["target_calls"], row["accepted"]) for row in rows]
+    here = list(zip(calls, accepted, strict=True))
+    same = sum(one == other for one, other in zip(theirs, here, strict=True))
+    tokens, (found, drafts) = sum(map(len, pair.alone)), map(sum, zip(*theirs, strict=True))
     print(
-        f"\n{engine}: {len(prompts) - len(unlike)} of {len(prompts)} texts equal; "
-        f"tau {tokens / calls:.3f}, ours {tokens / ours:.3f}; accepted {accepted}, ours {ours_accepted}"
+        f"\n{engine}: tau {tokens / found:.3f}, here {tokens / sum(calls):.3f}; accepted {drafts}, here {sum(accepted)}"
     )
-    assert not unlike
-    assert tokens / calls == pytest.approx(tokens / ours, rel=0.03)
-    assert accepted == pytest.approx(ours_accepted, rel=0.03)
+    print(f"both counts are equal for {same} of {len(rows)} texts")
+    assert (found, drafts) == pytest.approx((sum(calls), sum(accepted)), rel=0.03)
 
 
 def test_openvino(pair, tmp_path):
     needs(ENVIRONMENT / "bin" / "optimum-cli", "optimum-intel")
-    prompts, stops, alone, _ = pair
     drafter = export(tmp_path / "drafter", "export.format=openvino", f"openvino.command={ENVIRONMENT}/bin/optimum-cli")
     target = tmp_path / "target"
     task = ["--task", "text-generation-with-past", "--weight-format", "fp32"]
     command = [ENVIRONMENT / "bin" / "optimum-cli", "export", "openvino", "--model", TARGET, *task, target]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
-    asked = {"target": str(target), "drafter": None, "prompts": prompts, "max_new_tokens": LIMIT, "stop_ids": stops}
-    asked["num_speculative_tokens"] = GAMMA
     client = [PYTHON, HERE / "openvino_client.py"]
-    assert [row["tokens"] for row in answered(client, asked)] == alone
-    compared("OpenVINO GenAI", answered(client, asked | {"drafter": str(drafter)}), pair)
+    assert texts(answered(client, pair.asked(target, None))) == pair.alone
+    found = answered(client, pair.asked(target, drafter))
+    assert texts(found) == pair.alone
+    # Its first call reads the prompt and writes a token, without drafts; its counter leaves out a text's last block.
+    blocks = pair.accepted(GAMMA, first=1)
+    compared("OpenVINO GenAI", found, [1 + len(one) for one in blocks], [sum(one[:-1]) for one in blocks], pair)
 
 
 @pytest.fixture(scope="module")
@@ -132,29 +158,27 @@ def llama_client(tmp_path):
 
 
 def test_llama_cpp(pair, ggufs, llama_client):
-    prompts, stops, alone, _ = pair
-    target, drafter = map(str, ggufs)
-    asked = {"target": target, "drafter": None, "prompts": prompts, "max_new_tokens": LIMIT}
-    asked |= {"num_speculative_tokens": GAMMA, "stop_ids": stops}
-    assert [row["tokens"] for row in answered(llama_client, asked)] == alone
-    compared("llama.cpp", answered(llama_client, asked | {"drafter": drafter, "predictor": "fixed"}), pair)
+    target, drafter = ggufs
+    assert texts(answered(llama_client, pair.asked(target, None))) == pair.alone
+    found = answered(llama_client, pair.asked(target, drafter) | {"predictor": "fixed"})
+    assert texts(found) == pair.alone
+    # node-llama-cpp 3.22 compares a second draft with a list that it never fills, so that one draft a call is accepted
+    # at most, as with gamma 1. It counts those that another token follows: all tokens but one a call.
+    calls = [len(one) for one in pair.accepted(1)]
+    accepted = [len(text) - one for text, one in zip(pair.alone, calls, strict=True)]
+    compared("llama.cpp", found, calls, accepted, pair)
 
 
 def test_llama_cpp_with_the_predictor_of_node_llama_cpp(pair, ggufs, llama_client):
     # It lets one target call pass without drafts after each refuted one, so that it accepts less: only texts are equal.
-    prompts, stops, alone, drafted = pair
-    target, drafter = map(str, ggufs)
-    asked = {"target": target, "drafter": drafter, "predictor": "own", "prompts": prompts, "max_new_tokens": LIMIT}
-    found = answered(llama_client, asked | {"num_speculative_tokens": GAMMA, "stop_ids": stops})
-    assert [row["tokens"] for row in found] == alone
-    assert 0 < sum(row["accepted"] for row in found) < sum(block.accepted for one in drafted for block in one.blocks)
+    found = answered(llama_client, pair.asked(*ggufs) | {"predictor": "own"})
+    assert texts(found) == pair.alone
+    assert 0 < sum(row["accepted"] for row in found) < sum(map(sum, pair.accepted(1)))
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_engines_for_gpus(pair, tmp_path, engine):
     if subprocess.run([str(PYTHON), "-c", f"import {engine}"], capture_output=True).returncode:
         pytest.skip(f"{engine} is not installed in {ENVIRONMENT.name}: it wants a GPU")
-    prompts, _, alone, _ = pair
-    asked = {"target": str(TARGET), "drafter": str(export(tmp_path / "drafter", "export.format=hf"))}
-    asked |= {"prompts": prompts, "max_new_tokens": LIMIT, "num_speculative_tokens": GAMMA, "engine": engine}
-    assert [row["tokens"] for row in answered([PYTHON, HERE / "gpu_client.py"], asked)] == alone
+    asked = pair.asked(TARGET, export(tmp_path / "drafter", "export.format=hf")) | {"engine": engine}
+    assert texts(answered([PYTHON, HERE / "gpu_client.py"], asked)) == pair.alone
