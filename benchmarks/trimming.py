@@ -1,14 +1,16 @@
-"""What trimming the head would do at the paper's shape, computed: 115M drafter, Llama 2 7B Chat, 32,000 tokens.
+"""What trimming the head would do, computed at the shapes of the paper and of Llama 3.1 8B, whose vocabulary is larger.
 
-    python -m benchmarks.trimming --tokenizer DIR --count TEXT… --cover TEXT…
+    python -m benchmarks.trimming [--tokenizer DIR --count TEXT… --cover TEXT…]
 
-The most used tokens are counted in some texts, and what they cover is measured in others. The acceptance rate is taken
-to fall in proportion to what is not covered: alpha' = alpha · coverage, as if every token that the head lost had been
-accepted at the mean rate. tau = (1 − alpha^(γ+1)) / (1 − alpha), with alpha from the paper's tau of 2.3 at γ = 3. No
-weights are needed: the parameters are those of the two configs.
+No weights are needed: the parameters are those of the configs. tau = (1 − alpha^(γ+1)) / (1 − alpha), with alpha from
+the paper's tau of 2.3 at γ = 3. Two columns bound what a smaller head gives: the gain in MBSU if no accepted draft is
+lost, and the share of alpha that may be lost before nothing is gained. With the Llama 2 tokenizer and texts, what the
+head of the paper's drafter loses is estimated: the most used tokens are counted in some texts, their coverage is taken
+in others, and alpha' = alpha · coverage, as if what the head lost had been accepted as often as the rest.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,48 +22,68 @@ from drafter.metrics import memory_bound_speedup
 from drafter.models import build_drafter, load_tokenizer, num_parameters
 from drafter.trimming import most_used
 
-PAPER_TAU, SIZES = 2.3, (1024, 2048, 4096, 8192, 16384, 32000)
+PAPER_TAU, GAMMA = 2.3, 3
+SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+LLAMA2 = LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, vocab_size=32_000)
+LLAMA3 = LlamaConfig(
+    num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128_256
+)
 
 
-def tau(alpha, gamma):
+def tau(alpha, gamma=GAMMA):
     """Tokens per target call where each draft is accepted with the same chance."""
     return (1 - alpha ** (gamma + 1)) / (1 - alpha)
 
 
-def main():
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True)
-    for name in ("count", "cover"):
-        parser.add_argument(f"--{name}", nargs="+", required=True, type=Path)
-    arguments = parser.parse_args()
+CHANCES = np.linspace(0, 0.999, 100_000)
+ALPHA = CHANCES[np.argmin(abs(tau(CHANCES) - PAPER_TAU))]
+
+
+def table(name, drafter, config, coverage):
+    """Print what each size would give; `coverage` says what it covers, where that is known."""
+    with torch.device("meta"):
+        sizes = yaml.safe_load(Path(f"conf/drafter/{drafter}.yaml").read_text())
+        small, target = build_drafter(sizes, config.vocab_size, {}), num_parameters(LlamaForCausalLM(config))
+    whole = num_parameters(small)
+    before = memory_bound_speedup(tau(ALPHA), whole / target, GAMMA)
+    print(f"\n{name}, {drafter}: c = {whole / target:.3%}, alpha {ALPHA:.3f}, MBSU {before:.3f} with the whole head\n")
+    print(
+        "| tokens kept | c | gain, none lost | alpha to lose | covered | gain, lost as covered |\n" + "| --- " * 6 + "|"
+    )
+    for size in [size for size in SIZES if size < config.vocab_size]:
+        ratio = (whole - (config.vocab_size - size) * small.config.hidden_size) / target
+        speedup = partial(memory_bound_speedup, size_ratio=ratio, num_speculative_tokens=GAMMA)
+        may_lose = 1 - CHANCES[np.argmin(abs(speedup(tau(CHANCES)) - before))] / ALPHA
+        covered = coverage(size)
+        then = f"{covered:.2%} | {speedup(tau(ALPHA * covered)) / before - 1:+.1%}" if covered else " | "
+        print(f"| {size} | {ratio:.3%} | {speedup(tau(ALPHA)) / before - 1:+.1%} | {may_lose:.1%} | {then} |")
+
+
+def coverage_of(arguments):
+    """How much of the texts --cover the most used tokens of the texts --count are, by number of tokens."""
+    if not arguments.tokenizer:
+        return lambda size: None
     tokenizer = load_tokenizer(arguments.tokenizer)
     counted, covered = (
         np.concatenate([tokenizer(path.read_text(), add_special_tokens=False)["input_ids"] for path in paths])
         for paths in (arguments.count, arguments.cover)
     )
-    with torch.device("meta"):
-        drafter = build_drafter(yaml.safe_load(Path("conf/drafter/llama2_115m.yaml").read_text()), 32_000, {})
-        target = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008))
-    whole, width = num_parameters(drafter), drafter.config.hidden_size
-    alpha = min(np.linspace(0, 0.99, 10_000), key=lambda chance: abs(tau(chance, 3) - PAPER_TAU))
-    ranked = most_used([counted.tolist()], 32_000)
-    print(f"counted in {len(counted):,} tokens, covered in {len(covered):,}; α = {alpha:.3f}\n")
-    print(
-        "| tokens kept | covered | c | MBSU, γ = 3 | against whole | MBSU, γ = 5 | against whole |\n"
-        + "| --- " * 7
-        + "|"
-    )
-    rows = []
-    for size in SIZES:
-        coverage = float(np.isin(covered, ranked[:size]).mean())
-        ratio = (whole - (32_000 - size) * width) / num_parameters(target)
-        rows.append(
-            (size, coverage, ratio, *(memory_bound_speedup(tau(alpha * coverage, g), ratio, g) for g in (3, 5)))
-        )
-    for size, coverage, ratio, *speedups in rows:
-        cells = [f"{value:.3f} | {value / base - 1:+.1%}" for value, base in zip(speedups, rows[-1][3:], strict=True)]
-        print(f"| {size} | {coverage:.2%} | {ratio:.3%} | {' | '.join(cells)} |")
+    print(f"counted in {len(counted):,} tokens, covered in {len(covered):,}")
+    ranked = most_used([counted.tolist()], LLAMA2.vocab_size)
+    return lambda size: float(np.isin(covered, ranked[:size]).mean())
+
+
+def main():
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer")
+    for name in ("count", "cover"):
+        parser.add_argument(f"--{name}", nargs="+", default=[], type=Path)
+    arguments = parser.parse_args()
+    if bool(arguments.tokenizer) != bool(arguments.count and arguments.cover):
+        parser.error("--tokenizer, --count and --cover belong together")
+    table("Llama 2 7B Chat", "llama2_115m", LLAMA2, coverage_of(arguments))
+    table("Llama 3.1 8B Instruct", "llama3_140m", LLAMA3, lambda size: None)
 
 
 if __name__ == "__main__":

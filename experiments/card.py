@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig
 
 from drafter.artifacts import MANIFEST, model_fingerprint, read_manifest
 from drafter.gate import Difference, template
@@ -113,7 +114,7 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         header=OmegaConf.to_yaml(OmegaConf.create(header)).strip(),
         cfg=cfg,
         facts=facts,
-        made=making(facts.manifest),
+        made=architecture(cfg.export.drafter) | making(facts.manifest) if facts.manifest else {},
         worth=worth(facts.rows).markdown() if facts.rows else "",
         best=facts.best,
         interval=with_interval,
@@ -136,21 +137,28 @@ def worth(rows: list[Row]) -> Table:
     return Table("worth", "What it is worth", columns, lines)
 
 
+def architecture(drafter: str) -> dict[str, str]:
+    """The drafter's shape."""
+    config = AutoConfig.from_pretrained(drafter)
+    shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads"
+    tied = "tied" if config.tie_word_embeddings else "untied"
+    return {"architecture": f"{config.model_type}: {shape}, {config.vocab_size:,} rows of embedding, {tied}"}
+
+
 def making(manifest: dict[str, Any]) -> dict[str, str]:
     """How the drafter came about, in the words of its manifests; a part that is not at hand is left out."""
     config = manifest.get("config", {})
     if not config:
         return {}
-    told = {"architecture": "see config.json"}
     if manifest["stage"] == "trim":
-        told["head"] = f"{manifest['counts']['kept']} of {manifest['counts']['vocabulary']} tokens kept"
-        return told | making(manifest_of(config["trim"]["drafter"]))
-    told["seed"], told["command"] = str(config["seed"]), f"`{manifest['command']}`"
+        head = f"{manifest['counts']['kept']} of {manifest['counts']['vocabulary']} tokens kept"
+        return {"head": head} | making(manifest_of(config["trim"]["drafter"]))
+    told = {"seed": str(config["seed"]), "command": f"`{manifest['command']}`"}
     if manifest["stage"] == "finetune":
         settings, loss = manifest["settings"], dict(manifest["settings"]["loss"])
         named = str(loss.pop("_target_", "")).rsplit(".", 1)[-1]
         loss.pop("_partial_", None)
-        told["distillation loss"] = named + (f" {loss}" if loss else "")
+        told["distillation loss"] = ", ".join([named, *(f"{key} {value}" for key, value in loss.items())])
         told["distillation"] = (
             f"{settings['max_steps']} steps of {settings['batch_size']} samples, "
             f"{settings['text_share']:.0%} of them text; {manifest['seconds']:.0f} s"

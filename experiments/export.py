@@ -65,7 +65,8 @@ def resolved(cfg: DictConfig, known: dict[str, Any]) -> DictConfig:
         cfg.target = {"path": known["target"]["path"], "revision": known["target"]["revision"]}
     if cfg.target.path is None:
         raise ValueError(f"{cfg.export.drafter} does not say which target it was trained for: give target.path=…")
-    cfg.out = cfg.out or f"exports/{Path(cfg.export.drafter).name}-{cfg.export.format}"
+    rounded = "" if cfg.export.dtype == "float32" else f"-{cfg.export.dtype}"
+    cfg.out = cfg.out or f"exports/{Path(cfg.export.drafter).name}-{cfg.export.format}{rounded}"
     return cfg
 
 
