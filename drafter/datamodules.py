@@ -230,7 +230,7 @@ class SequenceData(lightning.LightningDataModule):
         return self._loader(self.train, order)
 
     def val_dataloader(self) -> DataLoader:
-        """Each sample on one rank, and at least one on each.
+        """Each sample on one rank, and as many batches on each rank: a model that is split over them needs all of them.
 
         Raises:
             ValueError: there are fewer samples than ranks.
@@ -239,7 +239,8 @@ class SequenceData(lightning.LightningDataModule):
         count = len(self.validation)
         if count < world_size:
             raise ValueError(f"{count} validation samples are too few for {world_size} ranks: use fewer")
-        batches = max(math.ceil(count / self.batch_size), world_size)
+        rounds = math.ceil(count / (self.batch_size * world_size))
+        batches = world_size * min(rounds, count // world_size)
         ordered = np.argsort(self.validation.lengths, kind="stable")
         parts = np.array_split(ordered, batches)[rank::world_size]
         return self._loader(self.validation, [part.tolist() for part in parts])

@@ -1,11 +1,14 @@
 """The frozen target, the trainable drafter, and what their configs say of them."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,6 +18,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
+from transformers.utils import cached_file
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -24,24 +29,69 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_target(
-    path: str, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    path: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    parallel: str | None = None,
 ) -> PreTrainedModel:
-    """The target: any Hugging Face causal LM, frozen, in eval mode.
+    """The target: any Hugging Face causal LM, frozen, in eval mode; with parallel="tensor" split over all ranks.
 
     Raises:
         OSError: the path is neither a local model directory nor a reachable hub model.
     """
-    model = load_model(path, revision, dtype, trust_remote_code)
+    split = {}
+    if parallel == "tensor":
+        split["distributed_config"] = DistributedConfig(tp_size=dist.get_world_size())
+    model = load_model(path, revision, dtype, trust_remote_code, **split)
     return model.requires_grad_(False).eval()
 
 
+class OutputEmbedding(nn.Module):
+    """All of a target that is needed where its hidden states are cached."""
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self.embedding = embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """What a PreTrainedModel calls it."""
+        return self.embedding
+
+
+def load_output_embedding(
+    path: str, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False, **_: Any
+) -> OutputEmbedding:
+    """A causal LM's output embedding, frozen; the other weights are not read where they are stored as safetensors."""
+    model = meta_model(path, revision, trust_remote_code)
+    embedding = model.get_output_embeddings()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = _stored(path, revision, [names[parameter] for parameter in embedding.parameters()])
+    if found is None:
+        embedding = load_model(path, revision, dtype, trust_remote_code).get_output_embeddings()
+    else:
+        embedding.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter, value in zip(embedding.parameters(), found, strict=True):
+                parameter.copy_(value)
+    return OutputEmbedding(embedding.to(getattr(torch, dtype))).requires_grad_(False).eval()
+
+
+def meta_model(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM of the right shapes, without weights."""
+    with _named(path):
+        config = AutoConfig.from_pretrained(_existing(path), revision=revision, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def load_model(
-    path: str, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    path: str, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False, **how: Any
 ) -> PreTrainedModel:
     """A causal LM from a local directory or the hub, with trainable weights in `dtype`."""
     with _named(path):
         model = AutoModelForCausalLM.from_pretrained(
-            _existing(path), revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            _existing(path), revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **how
         )
     return model.train()
 
@@ -131,6 +181,32 @@ def check_drafter_head(drafter: PreTrainedModel) -> None:
             f"{type(drafter).__name__} changes its logits after the output embedding (a scale or a soft cap): "
             f"choose an architecture that does not, as a drafter"
         )
+
+
+def _stored(path: str, revision: str | None, names: list[str]) -> list[torch.Tensor] | None:
+    """These tensors of a model's safetensors files; None where it has none, or other names."""
+
+    def file(name: str) -> str | None:
+        found: str | None = cached_file(
+            _existing(path),
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return found
+
+    index = file("model.safetensors.index.json")
+    places = json.loads(Path(index).read_text())["weight_map"] if index else dict.fromkeys(names, "model.safetensors")
+    if not set(names) <= set(places) or not all(file(places[name]) for name in names):
+        return None
+    tensors = []
+    for name in names:
+        with safe_open(file(places[name]), "pt") as weights:
+            if name not in weights.keys():  # noqa: SIM118, it is no dictionary
+                return None
+            tensors.append(weights.get_tensor(name))
+    return tensors
 
 
 def _context(config: Any) -> int:

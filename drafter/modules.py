@@ -18,8 +18,9 @@ from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted, chunked_sum, chunked_values
 from drafter.distributions import Target, most_likely
 from drafter.losses import Loss, batch_statistic, kld, tvd
-from drafter.models import check_drafter_head, has_plain_head, hidden_states
+from drafter.models import OutputEmbedding, check_drafter_head, has_plain_head, hidden_states
 from drafter.offline import acceptance_of_written, expected_blocks, split_rows
+from drafter.sharding import shard_frozen, shard_module
 from drafter.target_cache import target_at
 from drafter.warping import Sampling
 from drafter.weighting import Weighting, uniform
@@ -36,14 +37,16 @@ class Pretraining(lightning.LightningModule):
 
     def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1):
         super().__init__()
+        check_drafter_head(model)
         self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
 
-    def on_fit_start(self) -> None:
-        check_drafter_head(self.model)
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard_module(self, self.model, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = next_token_loss(self.model, batch)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, _: int) -> None:
@@ -64,7 +67,7 @@ class Distillation(lightning.LightningModule):
     distributions come from what the batch has cached of them, else from a forward of the target.
 
     Args:
-        target: frozen, in eval mode; with a cache its output embedding alone is used.
+        target: frozen, in eval mode; with a cache its output embedding is enough.
         drafter: the trainable model.
         loss: (logits_p_NV, logits_q_NV) -> values (N,); see losses.
         text_share: weight of the next-token loss where a batch has both kinds.
@@ -72,11 +75,12 @@ class Distillation(lightning.LightningModule):
         weighting: what each response position weighs in the mean; see weighting.
         num_speculative_tokens: gamma of the block efficiency that is logged; see offline.
         response_top_p: what the responses were drawn with.
+        shard_target: split the target over the ranks of each node, where it is not cached; see sharding.
     """
 
     def __init__(
         self,
-        target: PreTrainedModel,
+        target: PreTrainedModel | OutputEmbedding,
         drafter: PreTrainedModel,
         loss: Loss,
         text_share: float,
@@ -85,8 +89,11 @@ class Distillation(lightning.LightningModule):
         weighting: Weighting = uniform,
         num_speculative_tokens: int = 3,
         response_top_p: float = 1.0,
+        shard_target: bool = False,
     ):
         super().__init__()
+        check_drafter_head(drafter)
+        self.shard_target = shard_target
         self.num_speculative_tokens, self.response_top_p = num_speculative_tokens, response_top_p
         self.drafter, self.loss, self.text_share, self.weighting = drafter, loss, text_share, weighting
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -96,14 +103,22 @@ class Distillation(lightning.LightningModule):
         self._yardsticks: list[torch.Tensor] = []
 
     @property
-    def target(self) -> PreTrainedModel:
+    def target(self) -> PreTrainedModel | OutputEmbedding:
         """The frozen target."""
         return self._frozen[0]
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard_module(self, self.drafter, self.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
-        check_drafter_head(self.drafter)
-        self.target.to(self.device)
-        self._target_has_plain_head = has_plain_head(self.target)
+        if isinstance(self.target, PreTrainedModel):
+            if self.shard_target:
+                shard_frozen(self.target, self.device)
+            self.target.to(self.device)
+            self._target_has_plain_head = has_plain_head(self.target)
+        else:
+            self.target.to(self.device)
 
     on_validation_start = on_fit_start
 
@@ -115,7 +130,7 @@ class Distillation(lightning.LightningModule):
         text = next_token_sum(self.drafter, hidden_BTH[text_BT], next_tokens(batch)[text_BT])
         loss = (1 - self.text_share) * distilled * self._per_weight(weights_N)
         loss = loss + self.text_share * text * self._per_weight(text_BT)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, _: int) -> None:

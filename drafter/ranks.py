@@ -9,21 +9,34 @@ import torch.distributed as dist
 
 
 class Ranks(NamedTuple):
-    """This process's number, how many there are, and its device."""
+    """This process's share of the work, how many shares there are, its device, and whether it writes what it makes."""
 
     rank: int
     world_size: int
     device: torch.device
+    writes: bool = True
+
+    @property
+    def first(self) -> bool:
+        """Whether it finishes a stage for all of them."""
+        return self.rank == 0 and self.writes
 
 
-def join() -> Ranks:
-    """Read torchrun's environment and join its process group; alone, there is nothing to join."""
+def join(together: bool = False) -> Ranks:
+    """Read torchrun's environment and join its process group; alone, there is nothing to join.
+
+    Args:
+        together: all ranks do all of the work at once, each a part of every product (see sharding); one of them writes.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, on_gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     leave_at_exit()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    return Ranks(rank, world_size, torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(f"cuda:{local}" if on_gpu else "cpu")
+    return Ranks(0, 1, device, rank == 0) if together else Ranks(rank, world_size, device)
 
 
 def wait_for_all() -> None:

@@ -67,14 +67,17 @@ def write_responses(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    writes: bool = True,
 ) -> None:
-    """Answer this rank's shards (every world_size-th) that are not complete yet.
+    """Answer this rank's shards (every world_size-th) that are not complete yet, and write them.
 
     A response with an id that the tokenizer, of `vocabulary` ids, does not have is left out and counted as failed, and
     so is an empty one.
     """
     mine = [number for number in rows.missing_shards(folder, len(parts)) if number % world_size == rank]
-    with tqdm(total=sum(len(parts[i]) for i in mine), desc="responses", unit="row", disable=rank > 0) as bar:
+    with tqdm(
+        total=sum(len(parts[i]) for i in mine), desc="responses", unit="row", disable=rank > 0 or not writes
+    ) as bar:
         for number in mine:
             torch.manual_seed(seed * 1_000_003 + number)
             written, failed = [], Counter[str]()
@@ -87,5 +90,6 @@ def write_responses(
                     ended = tokens[-1] in stop_ids
                     written.append({**request._asdict(), "response_ids": tokens, "truncated": not ended})
             notes = {"failed": failed, "truncated": sum(row["truncated"] for row in written)}
-            rows.write_shard(folder, number, written, schema, notes)
+            if writes:
+                rows.write_shard(folder, number, written, schema, notes)
             bar.update(len(parts[number]))

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drafter import rows
-from drafter.batches import Batch, by_budget, collate, next_tokens, response_sequence
+from drafter.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
 from drafter.chunked import CHUNK_ENTRIES, Head
 from drafter.distributions import Drawn, Sparse, Target
-from drafter.models import has_plain_head, hidden_states, vocabulary_rows
+from drafter.models import OutputEmbedding, has_plain_head, hidden_states, vocabulary_rows
 from drafter.storage import Folder
 
 STORED = {"bfloat16": pa.uint16(), "float16": pa.float16(), "float32": pa.float32()}
@@ -116,6 +116,7 @@ def write_cache(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    writes: bool = True,
 ) -> tuple[int, pa.Schema]:
     """Store the distributions of all response positions, `shard_size` rows a file; files that are there are kept.
 
@@ -130,7 +131,7 @@ def write_cache(
     schema = pa.schema([*responses.schema, *format.fields(vocabulary_rows(target))], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
     mine = [number for number in rows.missing_shards(folder, len(starts)) if number % world_size == rank]
-    with tqdm(total=shard_size * len(mine), desc="cache", unit="row", disable=rank > 0) as bar:
+    with tqdm(total=shard_size * len(mine), desc="cache", unit="row", disable=rank > 0 or not writes) as bar:
         for number in mine:
             shard = responses[starts[number] : starts[number] + shard_size]
             torch.manual_seed(seed * 1_000_003 + number)
@@ -141,7 +142,8 @@ def write_cache(
                     if "log_rest" in columns:
                         undecided += np.exp(_restored(shard[i], schema, "log_rest").double().numpy()).tolist()
                 bar.update(len(batch))
-            rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})
+            if writes:
+                rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})
     return len(starts), schema
 
 
@@ -169,10 +171,10 @@ def live_target(target: PreTrainedModel, batch: Batch, plain_head: bool) -> tupl
     hidden states are None.
     """
     rows_B, head = ~batch.is_text_B, Head.of(target.get_output_embeddings())
-    if not rows_B.any():
-        return head.weight_VH[:0], lambda rows: head(head.weight_VH[:0])
+    if not rows_B.any():  # a target that is split over ranks needs them all, so that a text stands in, and is not used
+        rows_B = torch.arange(len(rows_B), device=rows_B.device) == 0
     ids_BT, attention_BT = batch.input_ids_BT[rows_B], batch.attention_mask_BT[rows_B]
-    mask_BT = batch.target_mask_BT[rows_B]
+    mask_BT = response_mask(batch)[rows_B]
     if not plain_head:
         logits_NV = target(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits[mask_BT]
         return None, lambda rows: logits_NV[rows]
@@ -180,15 +182,18 @@ def live_target(target: PreTrainedModel, batch: Batch, plain_head: bool) -> tupl
     return hidden_NH, lambda rows: head(hidden_NH[rows]).detach()
 
 
-def target_at(target: PreTrainedModel, batch: Batch, plain_head: bool = True) -> Callable[[slice], Target]:
+def target_at(
+    target: PreTrainedModel | OutputEmbedding, batch: Batch, plain_head: bool = True
+) -> Callable[[slice], Target]:
     """The target's distributions at a slice of the N response places: cached ones, or live."""
     cached = batch.cached_N
-    if cached is None:
-        return live_target(target, batch, plain_head)[1]
     if isinstance(cached, Sparse):
         return cached.__getitem__
+    if cached is None and isinstance(target, PreTrainedModel):
+        return live_target(target, batch, plain_head)[1]
     head = Head.of(target.get_output_embeddings())
-    return lambda rows: head(cached[rows]).detach()
+    hidden_NH = head.weight_VH[:0] if cached is None else cached  # a batch of texts has none
+    return lambda rows: head(hidden_NH[rows]).detach()
 
 
 def _refuse_not_finite(values: torch.Tensor, what: str) -> None:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from drafter import rows
 from drafter.models import load_target
 from drafter.ranks import join, wait_for_all
+from drafter.sharding import check_parallel
 from drafter.target_cache import write_cache
 from experiments.inputs import claim, plain, responses_fingerprint, target_inputs, target_named
 
@@ -17,11 +18,12 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="cache")
 def main(cfg: DictConfig) -> None:
     """One forward of the target over every response."""
+    check(cfg)
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
     stage = claim(cfg, "cache", {**plain(cfg.cache), "seed": cfg.seed}, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
-    ranks = join()
+    ranks = join(cfg.target.parallel == "tensor")
     responses = rows.Rows(cfg.inputs.responses, "respond")
     target = load_target(**cfg.target).to(ranks.device)
     count, schema = write_cache(
@@ -34,9 +36,10 @@ def main(cfg: DictConfig) -> None:
         seed=cfg.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        writes=ranks.writes,
     )
     wait_for_all()
-    if ranks.rank == 0:
+    if ranks.first:
         files, notes = rows.finish(stage.folder, count, schema)
         tokens = responses.response_tokens
         size = sum(size for name, size in stage.folder.sizes().items() if name.endswith(".arrow"))
@@ -50,6 +53,11 @@ def main(cfg: DictConfig) -> None:
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
     wait_for_all()  # the next stage of this process may read it
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a way of splitting the target that this stage does not have."""
+    check_parallel(cfg.target.parallel, "tensor", "cache")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from drafter.models import (
 )
 from drafter.prompts import encode_prompts, stop_ids
 from drafter.ranks import join, wait_for_all
+from drafter.sharding import check_parallel
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
 from experiments.inputs import STEPS, claim, data_fingerprint, frozen_drafter, plain, target_fingerprint
@@ -80,7 +81,7 @@ def main(cfg: DictConfig) -> None:
     pending = {path: stage for path, stage in stages.items() if not stage.complete}
     if not pending:
         return log.info("%s is up to date (%d drafters)", cfg.out, len(stages))
-    ranks = join()
+    ranks = join(cfg.target.parallel == "tensor")
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     target = load_target(**cfg.target).to(ranks.device)
     drafters = {path: frozen_drafter(cfg, path).to(ranks.device) for path in pending}
@@ -99,16 +100,17 @@ def main(cfg: DictConfig) -> None:
             decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, gammas, cfg.seed)
             for path, of_drafter in decoded.items():
                 rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
-        for path, file in missing.items():
+        for path, file in missing.items() if ranks.writes else []:
             write_jsonl(file, rows[path])
     wait_for_all()
-    if ranks.rank == 0:
+    if ranks.first:
         for path, stage in pending.items():
             finish(path, stage, len(parts), drafters[path], target, cfg)
 
 
 def check(cfg: DictConfig) -> None:
     """Refuse what would fail, or mean something else, after the model is loaded."""
+    check_parallel(cfg.target.parallel, "tensor", "evaluate")
     for task, how in cfg.task.items():
         sampling_of(task, how, cfg.evaluate.sampling)
         for gamma in cfg.evaluate.num_speculative_tokens:

@@ -16,14 +16,15 @@ from drafter.datamodules import Mixture, PackedText, Responses, SequenceData, te
 from drafter.distributions import Drawn, Target
 from drafter.gate import check_pair, load_drafter
 from drafter.losses import Loss, batch_statistic, with_context
-from drafter.models import load_target, load_tokenizer
+from drafter.models import load_output_embedding, load_target, load_tokenizer
 from drafter.modules import Distillation
 from drafter.rows import Rows
+from drafter.sharding import check_parallel
 from drafter.trimming import read_kept
 from drafter.weighting import Weighting
 from experiments import on_policy
 from experiments.inputs import claim, pair_inputs, plain, responses_fingerprint
-from experiments.training import KeptSteps, save, train, training_settings
+from experiments.training import KeptSteps, economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def finetune(cfg: DictConfig) -> None:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
     drafter = load_drafter(cfg.inputs.drafter, cfg.target.path, cfg.target.revision, cfg.pad_vocabulary)
-    target = load_target(**cfg.target)
+    target = load_output_embedding(**cfg.target) if cfg.inputs.cache else load_target(**cfg.target)
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     kind = "cache" if cfg.inputs.cache else "respond"
     rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)
@@ -64,13 +65,14 @@ def finetune(cfg: DictConfig) -> None:
         weighting = partial(weighting, reference=reference)
     module = Distillation(
         target,
-        drafter,
+        economical(drafter, cfg.finetune),
         loss,
         cfg.finetune.text_share,
         cfg.finetune.learning_rate,
         weighting=weighting,
         num_speculative_tokens=cfg.finetune.num_speculative_tokens,
         response_top_p=float(judged_on.schema.metadata[b"top_p"]),
+        shard_target=cfg.target.parallel == "fsdp",
     )
     kept = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every)
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name, [kept])
@@ -79,6 +81,8 @@ def finetune(cfg: DictConfig) -> None:
 
 def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     """The loss and the weighting, both tried on two positions: a wrong switch is refused before compute is spent."""
+    if not cfg.inputs.cache:
+        check_parallel(cfg.target.parallel, "fsdp", "finetune")
     loss: Loss = hydra.utils.instantiate(cfg.loss)
     weighting: Weighting = hydra.utils.instantiate(cfg.weighting)
     zeros, places = torch.zeros(2, 2), Places(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))

@@ -11,7 +11,7 @@ from drafter.datamodules import PackedText, SequenceData
 from drafter.models import build_drafter, load_tokenizer, special_ids, vocabulary_width
 from drafter.modules import Pretraining
 from experiments.inputs import claim, data_fingerprint, plain
-from experiments.training import save, train, training_settings
+from experiments.training import economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     lightning.seed_everything(cfg.seed, verbose=False)
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     width = vocabulary_width(cfg.target.path, cfg.target.revision)
-    drafter = build_drafter(plain(cfg.drafter), width, special_ids(tokenizer))
+    drafter = economical(build_drafter(plain(cfg.drafter), width, special_ids(tokenizer)), cfg.pretrain)
     folder, length = Path(cfg.inputs.data), cfg.pretrain.sequence_length
     text, heldout = (PackedText(folder / name, length) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)

@@ -22,6 +22,7 @@ from drafter.models import context_limit, generation_eos, load_target, load_toke
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
+from drafter.sharding import check_parallel
 from experiments.inputs import claim, data_fingerprint, frozen_drafter, plain, target_inputs, target_named
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     stage = claim(cfg, "respond", {**plain(cfg.respond), "seed": cfg.seed}, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
-    ranks, settings = join(), cfg.respond
+    ranks, settings = join(cfg.target.parallel == "tensor"), cfg.respond
     tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
     requests, skipped = asked(cfg, tokenizer)
     parts = shards(requests, settings.shard_size)
@@ -52,9 +53,10 @@ def main(cfg: DictConfig) -> None:
         seed=cfg.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        writes=ranks.writes,
     )
     wait_for_all()
-    if ranks.rank == 0:
+    if ranks.first:
         files, notes = rows.finish(stage.folder, len(parts), schema(settings.top_p))
         failed = sum((Counter(note["failed"]) for note in notes), Counter[str]())
         counts = {
@@ -105,7 +107,8 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
 
     def targets() -> Engine:
         if cfg.respond.engine == "vllm":
-            return vllm_engine(**cfg.target, limits=limits, seed=cfg.seed, **plain(cfg.respond.vllm))
+            model = {name: value for name, value in cfg.target.items() if name != "parallel"}
+            return vllm_engine(**model, limits=limits, seed=cfg.seed, **plain(cfg.respond.vllm))
         return transformers_engine(load_target(**cfg.target).to(ranks.device), limits, cfg.respond.batch_tokens)
 
     def drafters() -> Engine:
@@ -133,6 +136,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ValueError: names the setting.
     """
+    check_parallel(cfg.target.parallel, "tensor", "respond")
     settings = cfg.respond
     for name, allowed, wanted in (
         ("temperatures", settings.temperatures and min(settings.temperatures) >= 0, "0 (greedy) or above, one or more"),

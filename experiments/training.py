@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 import lightning
+import torch
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig
@@ -27,9 +28,19 @@ CHECKPOINTS = "checkpoints"
 
 
 def training_settings(section: DictConfig) -> dict[str, Any]:
-    """What of a training stage's settings determines its result: how it is loaded and what is kept do not."""
+    """What of a training stage's settings determines its result: how it is computed and what is kept do not."""
     settings: dict[str, Any] = plain(section)
-    return {name: value for name, value in settings.items() if name not in ("num_workers", "keep_every")}
+    others = ("num_workers", "keep_every", "gradient_checkpointing", "compile")
+    return {name: value for name, value in settings.items() if name not in others}
+
+
+def economical(model: PreTrainedModel, settings: DictConfig) -> PreTrainedModel:
+    """The model, told to recompute its activations in the backward pass, and compiled, if the settings say so."""
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        model.base_model.compile(dynamic=True)
+    return model
 
 
 def train(
@@ -85,18 +96,27 @@ class KeptSteps(lightning.Callback):
         step = trainer.global_step
         path = self.folder / f"{self.name}-step{step}"
         wanted = self.every and 0 < step < trainer.max_steps and step % self.every == 0
+        weights = weights_of(pl_module.drafter, trainer) if wanted else {}
         if wanted and trainer.is_global_zero and not path.exists():
             half = path.with_name(path.name + ".tmp")
             shutil.rmtree(half, ignore_errors=True)
-            pl_module.drafter.save_pretrained(half)
+            pl_module.drafter.save_pretrained(half, state_dict=weights)
             self.tokenizer.save_pretrained(half)
             half.rename(path)
 
 
+def weights_of(model: PreTrainedModel, trainer: lightning.Trainer) -> dict[str, torch.Tensor]:
+    """The parameters being trained, whole on rank 0 however they are split, a tied one once; all ranks have to ask."""
+    (prefix,) = (f"{name}." for name, child in trainer.lightning_module.named_children() if child is model)
+    state = trainer.strategy.lightning_module_state_dict()
+    return {name: state[prefix + name] for name, _ in model.named_parameters() if prefix + name in state}
+
+
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage, trainer: lightning.Trainer) -> None:
     """Write the trained model beside its logs as a Hugging Face directory, and finish the stage (rank 0 alone)."""
+    weights = weights_of(model, trainer)
     if trainer.is_global_zero:
-        model.save_pretrained(stage.directory)
+        model.save_pretrained(stage.directory, state_dict=weights)
         tokenizer.save_pretrained(stage.directory)
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         stage.finish(counts={"steps": trainer.global_step, **metrics})

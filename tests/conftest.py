@@ -1,11 +1,18 @@
 """Small real objects that several tests use: a tokenizer, and pairs of models with random weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from drafter.batches import response_sequence
 from drafter.rows import Rows
@@ -79,6 +86,16 @@ def save_target(folder, words=WORDS, seed=0):
     model = GPT2LMHeadModel(config)
     model.transformer.wte.weight.data.mul_(20)
     model.save_pretrained(folder)
+
+
+def save_llama(folder, tokenizer):
+    """A Llama for the tokenizer of `save_target`."""
+    model = small_model(3, hidden=32, layers=2, vocab=24, sharpness=60.0)
+    model.generation_config.eos_token_id = 0
+    model.lm_head.weight.data[len(WORDS) :] = 0  # padding is hardly ever written
+    model.save_pretrained(folder)
+    for path in tokenizer.glob("tokenizer*"):
+        shutil.copy(path, folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,127 @@
+"""Every way of training on several ranks, on CPU with gloo: the curve and the drafter are those of one process."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drafter.artifacts import read_jsonl
+from drafter.rows import Rows
+from drafter.target_cache import restore
+from tests.conftest import save_llama
+from tests.test_ddp import TORCHRUN, manifest, run
+from tests.test_pipeline import stage
+
+STEPS = ["loss=tvdpp", "finetune.max_steps=6", "finetune.validate_every=3"]
+FSDP2 = ["trainer=fsdp2"]
+STRATEGIES = {
+    "ddp": [],
+    "fsdp2": FSDP2,
+    "accumulate": ["trainer.accumulate_grad_batches=2"],
+    "checkpointing": ["finetune.gradient_checkpointing=true"],
+    "compile": ["finetune.compile=true"],
+    "live": ["inputs.cache=null"],
+    "target_fsdp": ["inputs.cache=null", "target.parallel=fsdp"],
+    "all_fsdp2": ["inputs.cache=null", "target.parallel=fsdp", *FSDP2, "finetune.gradient_checkpointing=true"],
+}
+# What changes the result, and not only the way to it, is asked of one process too.
+ALSO_ALONE = dict.fromkeys(("live", "target_fsdp", "all_fsdp2"), STRATEGIES["live"])
+ALSO_ALONE["accumulate"] = STRATEGIES["accumulate"]
+
+
+def curve(folder):
+    with (folder / "logs" / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """One process's run with the given overrides, made once."""
+    overrides, _ = world
+    made = {}
+
+    def run_of(extra):
+        key = tuple(extra)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("alone") / "out"
+            run(sys.executable, "-m", "experiments.finetune", *overrides, *STEPS, *extra, f"out={made[key]}")
+        return made[key]
+
+    return run_of
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_have_the_curve_and_the_drafter_of_one_process(world, alone, tmp_path, strategy):
+    overrides, _ = world
+    out = tmp_path / "two"
+    run(*TORCHRUN, "-m", "experiments.finetune", *overrides, *STEPS, *STRATEGIES[strategy], f"out={out}")
+    one = alone(ALSO_ALONE.get(strategy, []))
+    assert manifest(out)["counts"]["steps"] == 6
+    assert len(curve(out)) == len(curve(one)) == 4
+    for found, expected in zip(curve(out), curve(one), strict=True):
+        # The same sums in another order; AdamW's first steps divide by the root of small numbers.
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    two, whole = (load_file(folder / "model.safetensors") for folder in (out, one))
+    assert two.keys() == whole.keys()
+    for name, value in whole.items():
+        assert two[name].sub(value).abs().max() < 2e-3, name
+
+
+@pytest.mark.parametrize("goes_on", ["fsdp2", "alone"])
+def test_a_killed_run_of_two_ranks_goes_on_to_the_curve_of_one_that_was_not(world, alone, tmp_path, goes_on):
+    overrides, _ = world
+    longer = ["finetune.max_steps=26", "finetune.validate_every=4"]
+    command = ["-m", "experiments.finetune", *overrides, *STEPS, *longer, f"out={tmp_path}/out"]
+    process = subprocess.Popen([*TORCHRUN, *command, *FSDP2], start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out" / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    run(*([*TORCHRUN, *command, *FSDP2] if goes_on == "fsdp2" else [sys.executable, *command]))
+    for found, expected in zip(curve(tmp_path / "out"), curve(alone(longer)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_two_ranks_hold_one_target_together_and_answer_as_one_process(world, tmp_path):
+    overrides, root = world
+    save_llama(tmp_path / "target", root.parent / "target")
+    overrides = [*overrides, f"target.path={tmp_path}/target", f"++inputs.data={root}/data"]
+    steps = {"respond": [], "cache": [f"inputs.responses={tmp_path}/respond-one"]}
+    for name, extra in steps.items():
+        command = ["-m", f"experiments.{name}", *overrides, *extra]
+        run(sys.executable, *command, f"out={tmp_path}/{name}-one")
+        run(*TORCHRUN, *command, f"out={tmp_path}/{name}-two", "target.parallel=tensor")
+    one, two = (Rows(tmp_path / f"respond-{name}", "respond") for name in ("one", "two"))
+    assert [row["response_ids"].tolist() for row in two] == [row["response_ids"].tolist() for row in one]
+    one, two = (Rows(tmp_path / f"cache-{name}", "cache") for name in ("one", "two"))
+    for expected, found in zip(one, two, strict=True):
+        expected, found = (restore(row, rows.schema).float() for row, rows in ((expected, one), (found, two)))
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)  # they are kept in bfloat16
+    evaluate = ["-m", "experiments.evaluate", *overrides, f"drafters=[{root}/drafter]"]
+    run(sys.executable, *evaluate, f"out={tmp_path}/evaluate-one")
+    run(*TORCHRUN, *evaluate, f"out={tmp_path}/evaluate-two", "target.parallel=tensor")
+    one, two = (read_jsonl(tmp_path / f"evaluate-{name}" / "drafter" / "counts.jsonl") for name in ("one", "two"))
+    for field in ("tokens", "target_calls", "accepted"):
+        assert [row[field] for row in two] == [row[field] for row in one]
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "message"),
+    [
+        ("respond", "fsdp", r"target\.parallel is 'fsdp', but respond takes null .* or tensor"),
+        ("finetune", "tensor", r"target\.parallel is 'tensor', but finetune takes null .* or fsdp"),
+        ("cache", "tensor", r"target\.parallel is 'tensor', .* the ranks of torchrun: there are none"),
+    ],
+)
+def test_a_way_of_splitting_the_target_that_a_stage_does_not_have_is_refused(world, tmp_path, name, parallel, message):
+    overrides, _ = world
+    with pytest.raises(ValueError, match=message):
+        stage(name, [*overrides, f"target.parallel={parallel}", "++inputs.cache=null", f"out={tmp_path}/out"])
