@@ -15,11 +15,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+from drafter.storage import whole_file
 
 SKIPPED_FOLDERS = {"tests", "test", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor", "testing"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -88,15 +90,33 @@ def pretraining_texts(docs: list[Doc], code_share: float) -> Iterator[str]:
             yield doc.code
 
 
-def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: int, limit: int | None = None) -> np.ndarray:
-    """Tokenize texts and join them, each followed by the token `end`, up to `limit` tokens: uint16 or uint32."""
+def pack(
+    path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: int, limit: int | None = None
+) -> int:
+    """Tokenize texts and join them, each followed by the token `end`, up to `limit` tokens, in a .npy file.
+
+    uint16 or uint32. Texts and tokens pass through, a thousand texts at a time, however many there are. Returns how
+    many tokens were written.
+    """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    pieces, remaining = [np.empty(0, dtype)], iter(texts)
-    with tqdm(total=limit, desc="packing", unit="token", unit_scale=True) as bar:
-        while (limit is None or bar.n < limit) and (batch := list(islice(remaining, 1000))):
-            pieces.append(_encode(batch, tokenizer, end, dtype))
-            bar.update(len(pieces[-1]))
-    return np.concatenate(pieces)[:limit]
+    count, remaining = 0, iter(texts)
+    bar = tqdm(total=limit, desc="packing", unit="token", unit_scale=True)
+    with bar, whole_file(path) as file:
+        _write_header(file, dtype, 0)
+        while (limit is None or count < limit) and (batch := list(islice(remaining, 1000))):
+            tokens = _encode(batch, tokenizer, end, dtype)[: None if limit is None else limit - count]
+            file.write(tokens.tobytes())
+            count += len(tokens)
+            bar.update(len(tokens))
+        file.seek(0)
+        _write_header(file, dtype, count)
+    return count
+
+
+def _write_header(file: BinaryIO, dtype: type, count: int) -> None:
+    """A .npy header, which is as long for any count: numpy leaves room for it to grow."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count,)})
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int, dtype: type) -> np.ndarray:

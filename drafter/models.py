@@ -77,10 +77,16 @@ def load_output_embedding(
     return OutputEmbedding(embedding.to(getattr(torch, dtype))).requires_grad_(False).eval()
 
 
-def meta_model(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal LM of the right shapes, without weights."""
-    with _named(path):
-        config = AutoConfig.from_pretrained(_existing(path), revision=revision, trust_remote_code=trust_remote_code)
+def meta_model(
+    path: str, revision: str | None = None, trust_remote_code: bool = False, shape: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """A causal LM of the right shapes, without weights; of `shape`, its config's fields, where those are given."""
+    if shape:
+        fields = dict(shape)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    else:
+        with _named(path):
+            config = AutoConfig.from_pretrained(_existing(path), revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 

@@ -39,6 +39,19 @@ def join(together: bool = False) -> Ranks:
     return Ranks(0, 1, device, rank == 0) if together else Ranks(rank, world_size, device)
 
 
+def as_under_torchrun() -> None:
+    """In a submitit job of several tasks, on SLURM or this machine: the environment that torchrun would give each."""
+    if "SUBMITIT_EXECUTOR" in os.environ and "RANK" not in os.environ:
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
+
+        job = JobEnvironment()
+        if job.num_tasks > 1:
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            group = {"GROUP_RANK": str(job.node), "GROUP_WORLD_SIZE": str(job.num_nodes)}
+            os.environ.update(group, TORCHELASTIC_RUN_ID=str(job.job_id))
+
+
 def wait_for_all() -> None:
     """Return once every rank has come here."""
     if dist.is_initialized():

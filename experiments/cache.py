@@ -10,6 +10,7 @@ from drafter.models import load_target
 from drafter.ranks import join, wait_for_all
 from drafter.sharding import check_parallel
 from drafter.target_cache import write_cache
+from experiments import dry_run
 from experiments.inputs import claim, plain, responses_fingerprint, target_inputs, target_named
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="cache")
 def main(cfg: DictConfig) -> None:
     """One forward of the target over every response."""
+    if cfg.dry_run:
+        return dry_run.show(cfg, "cache")
     check(cfg)
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
     stage = claim(cfg, "cache", {**plain(cfg.cache), "seed": cfg.seed}, inputs)

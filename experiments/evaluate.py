@@ -40,6 +40,7 @@ from drafter.ranks import join, wait_for_all
 from drafter.sharding import check_parallel
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
+from experiments import dry_run
 from experiments.inputs import STEPS, claim, data_fingerprint, frozen_drafter, plain, target_fingerprint
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Task(NamedTuple):
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate every drafter that has not been, all of them prompt by prompt."""
+    if cfg.dry_run:
+        return dry_run.show(cfg, "evaluate")
     check(cfg)
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
     settings = {**plain(cfg.evaluate), "tasks": plain(cfg.task), "seed": cfg.seed}

@@ -22,7 +22,7 @@ from drafter.rows import Rows
 from drafter.sharding import check_parallel
 from drafter.trimming import read_kept
 from drafter.weighting import Weighting
-from experiments import on_policy
+from experiments import dry_run, on_policy
 from experiments.inputs import claim, pair_inputs, plain, responses_fingerprint
 from experiments.training import KeptSteps, economical, save, train, training_settings
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
 def main(cfg: DictConfig) -> None:
     """One finetuning, or several on sets that the drafter writes (conf/distillation)."""
+    if cfg.dry_run:
+        return dry_run.show(cfg, "finetune")
     if cfg.distillation.rounds:
         on_policy.run(cfg, finetune)
     else:

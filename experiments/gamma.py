@@ -22,6 +22,7 @@ from drafter.models import context_length, load_target, load_tokenizer
 from drafter.offline import acceptance_of_written, expected_blocks
 from drafter.prompts import stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode
+from experiments import dry_run
 from experiments.evaluate import Task, prompts, sampling_of
 from experiments.figures import draw_gammas
 from experiments.inputs import claim, frozen_drafter, pair_inputs, plain
@@ -43,6 +44,8 @@ class Row(NamedTuple):
 @hydra.main(version_base="1.3", config_path="../conf", config_name="gamma")
 def main(cfg: DictConfig) -> None:
     """Measure, and write gamma.md, gamma.jsonl and the figure."""
+    if cfg.dry_run:
+        return dry_run.show(cfg, "gamma")
     check(cfg)
     settings = {**plain(cfg.gamma), "tasks": plain(cfg.task), "seed": cfg.seed}
     del settings["drafter"]  # its fingerprint is among the inputs

@@ -16,6 +16,7 @@ from drafter.instructions import IN_DOMAIN, derive
 from drafter.models import load_tokenizer
 from drafter.prompts import encode_prompt
 from drafter.sources import matches, read_rows, render
+from experiments import dry_run
 from experiments.inputs import claim, plain
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ Row = dict[str, Any]
 @hydra.main(version_base="1.3", config_path="../conf", config_name="prepare")
 def main(cfg: DictConfig) -> None:
     """Write train.npy and heldout.npy, instructions.jsonl and tasks.jsonl."""
+    if cfg.dry_run:
+        return dry_run.show(cfg, "prepare")
     settings = {"prepare": plain(cfg.prepare), "data": plain(cfg.data), "task": plain(cfg.task), "seed": cfg.seed}
     inputs = {"tokenizer": tokenizer_fingerprint(cfg.target.path, cfg.target.revision)}
     stage = claim(cfg, "prepare", settings, inputs)
@@ -56,11 +59,10 @@ def main(cfg: DictConfig) -> None:
     write_jsonl(stage.directory / "tasks.jsonl", prompts)
     counts = {"instructions": len(chosen), "prompts": len(prompts)}
     for part, limit in (("train", cfg.prepare.pretraining_tokens), ("heldout", cfg.prepare.heldout_tokens)):
-        tokens = pack(texts[part], tokenizer, tokenizer.eos_token_id, limit)
-        if len(tokens) == 0:
+        written = pack(stage.directory / f"{part}.npy", texts[part], tokenizer, tokenizer.eos_token_id, limit)
+        if written == 0:
             raise ValueError(f"the corpus is empty: data '{cfg.data.name}' gave no {part} text")
-        np.save(stage.directory / f"{part}.npy", tokens)
-        counts[f"{part}_tokens"] = len(tokens)
+        counts[f"{part}_tokens"] = written
     stage.finish(counts=counts)
     log.info("%s: %s", cfg.out, counts)
 

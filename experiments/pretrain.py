@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from drafter.datamodules import PackedText, SequenceData
 from drafter.models import build_drafter, load_tokenizer, special_ids, vocabulary_width
 from drafter.modules import Pretraining
+from experiments import dry_run
 from experiments.inputs import claim, data_fingerprint, plain
 from experiments.training import economical, save, train, training_settings
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
 def main(cfg: DictConfig) -> None:
     """Build the drafter for the target's vocabulary, train it on packed text, save it."""
+    if cfg.dry_run:
+        return dry_run.show(cfg, "pretrain")
     settings = {**training_settings(cfg.pretrain), "drafter": plain(cfg.drafter), "seed": cfg.seed}
     stage = claim(cfg, "pretrain", settings, {"data": data_fingerprint(cfg)})
     if stage.complete:

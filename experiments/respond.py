@@ -23,6 +23,7 @@ from drafter.prompts import encode_prompt, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
 from drafter.sharding import check_parallel
+from experiments import dry_run
 from experiments.inputs import claim, data_fingerprint, frozen_drafter, plain, target_inputs, target_named
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path="../conf", config_name="respond")
 def main(cfg: DictConfig) -> None:
     """Encode the instructions, check them all, then generate shard by shard."""
+    if cfg.dry_run:
+        return dry_run.show(cfg, "respond")
     check(cfg)
     inputs = {"data": data_fingerprint(cfg), **target_inputs(cfg)}
     if cfg.respond.by in ("drafter", "mixture"):

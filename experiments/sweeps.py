@@ -1,4 +1,4 @@
-"""What a Hydra multirun says at its end: which cells failed. The others are finished whatever becomes of one."""
+"""A Hydra multirun: its jobs' ranks on a cluster, and at its end which cells failed; the others are finished."""
 
 import atexit
 import os
@@ -11,6 +11,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from drafter.ranks import as_under_torchrun
+
 
 class Failures(Callback):
     """Notes each failed job in a file, whichever process or machine it ran on, and names them all at the end."""
@@ -22,10 +24,16 @@ class Failures(Callback):
             # Hydra raises the first failed job's error before it would call on_multirun_end.
             atexit.register(_tell, _folder(config))
 
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Make a rank of each task of a job on a cluster (conf/cluster)."""
+        as_under_torchrun()
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Keep its overrides and its error."""
+        """Keep its overrides and its error; those of a job that was requeued and then succeeded are forgotten."""
+        folder = _folder(config)
+        if job_return.status == JobStatus.COMPLETED:
+            (folder / str(config.hydra.job.get("num", ""))).unlink(missing_ok=True)
         if job_return.status == JobStatus.FAILED and str(config.hydra.mode).endswith("MULTIRUN"):
-            folder = _folder(config)
             folder.mkdir(parents=True, exist_ok=True)
             cell = " ".join(job_return.overrides or [])
             try:

@@ -89,7 +89,7 @@ def packed(parts: dict[str, list[Doc]], tokenizer: PreTrainedTokenizerFast, cfg:
         if not path.exists():
             texts = list(pretraining_texts(docs, cfg.data.code_share))
             order = np.random.default_rng(cfg.seed).permutation(len(texts))
-            np.save(path, pack((texts[i] for i in order), tokenizer, tokenizer.bos_token_id))
+            pack(path, (texts[i] for i in order), tokenizer, tokenizer.bos_token_id)
         result.append(PackedText(path, cfg.pretrain.sequence_length))
         log.info("%s: %d tokens", path, len(result[-1].tokens))
     return result

@@ -21,6 +21,7 @@ from drafter.models import context_length, load_target, load_tokenizer, num_para
 from drafter.prompts import stop_ids
 from drafter.rows import Rows
 from drafter.trimming import most_used, read_kept, trim, write_kept
+from experiments import dry_run
 from experiments.evaluate import Task, decode, identity_of, prompts, sampling_of
 from experiments.figures import draw_trimming
 from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint
@@ -46,6 +47,8 @@ class Row(NamedTuple):
 @hydra.main(version_base="1.3", config_path="../conf", config_name="trim")
 def main(cfg: DictConfig) -> None:
     """Decode with each size, write the table, the figure and the drafter of the best size."""
+    if cfg.dry_run:
+        return dry_run.show(cfg, "trim")
     check(cfg)
     inputs = {**pair_inputs(cfg, cfg.trim.drafter), "responses": responses_fingerprint(cfg)}
     named = identity_of(cfg.trim.drafter)

@@ -44,7 +44,7 @@ def resolved(cfg):
 def stage_of(group, option):
     """The stage that an option's header names in its command, else finetune, which has every group."""
     header = re.match(r"(?:#.*\n)*", (CONF / group / f"{option}.yaml").read_text()).group()
-    named = [name for name in re.findall(r"experiments\.(\w+)", header) if name in STAGES]
+    named = [name for name in re.findall(r"experiments\.(\w+)", header) if name in (*STAGES, "plan")]
     return named[0] if named else "finetune"
 
 

@@ -199,48 +199,57 @@ def test_a_code_share_of_one_gives_all_code_that_there_is():
     ]
 
 
-def test_packed_texts_decode_to_themselves_each_followed_by_the_end_token(tokenizer):
+def packed(folder, *arguments, **limit):
+    count = pack(folder / "packed.npy", *arguments, **limit)
+    tokens = np.load(folder / "packed.npy")
+    np.save(folder / "saved.npy", tokens)
+    assert (folder / "packed.npy").read_bytes() == (folder / "saved.npy").read_bytes()
+    assert len(tokens) == count
+    return tokens
+
+
+def test_packed_texts_decode_to_themselves_each_followed_by_the_end_token(tmp_path, tokenizer):
     texts = ["The area of a rectangle.", "def area(width, height):\n    return width", "Ünïcode ✓"]
     end = tokenizer.eos_token_id
-    tokens = pack(texts, tokenizer, end)
+    tokens = packed(tmp_path, texts, tokenizer, end)
     assert tokens[-1] == end
     pieces = np.split(tokens, np.flatnonzero(tokens == end) + 1)[:-1]
     assert [tokenizer.decode(piece[:-1].tolist()) for piece in pieces] == texts
 
 
-def test_packing_more_texts_than_a_batch_keeps_all_in_order(tokenizer):
+def test_packing_more_texts_than_a_batch_keeps_all_in_order(tmp_path, tokenizer):
     texts = [f"text {i}" for i in range(1234)]  # a batch is 1,000 texts
-    tokens = pack(iter(texts), tokenizer, tokenizer.eos_token_id)
+    tokens = packed(tmp_path, iter(texts), tokenizer, tokenizer.eos_token_id)
     decoded = tokenizer.decode(tokens.tolist()).split(tokenizer.eos_token)
     assert decoded == [*texts, ""]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 10])
-def test_packing_stops_at_the_limit_with_the_first_tokens(tokenizer, limit):
+def test_packing_stops_at_the_limit_with_the_first_tokens(tmp_path, tokenizer, limit):
     texts = ["The area of a rectangle is width times height."] * 3
-    whole = pack(texts, tokenizer, tokenizer.eos_token_id)
-    assert pack(texts, tokenizer, tokenizer.eos_token_id, limit).tolist() == whole[:limit].tolist()
+    whole = packed(tmp_path, texts, tokenizer, tokenizer.eos_token_id)
+    assert packed(tmp_path, texts, tokenizer, tokenizer.eos_token_id, limit).tolist() == whole[:limit].tolist()
 
 
-def test_a_limit_ends_the_reading_of_an_endless_source(tokenizer):
+def test_a_limit_ends_the_reading_of_an_endless_source(tmp_path, tokenizer):
     def endless():
         while True:
             yield "The area of a rectangle is width times height."
 
-    assert len(pack(endless(), tokenizer, tokenizer.eos_token_id, limit=500)) == 500
+    assert len(packed(tmp_path, endless(), tokenizer, tokenizer.eos_token_id, limit=500)) == 500
 
 
-def test_packing_nothing_gives_no_tokens(tokenizer):
-    assert pack([], tokenizer, tokenizer.eos_token_id).shape == (0,)
+def test_packing_nothing_gives_no_tokens(tmp_path, tokenizer):
+    assert packed(tmp_path, [], tokenizer, tokenizer.eos_token_id).shape == (0,)
 
 
-def test_a_small_vocabulary_takes_two_bytes_a_token(tokenizer):
-    assert pack(["width"], tokenizer, 0).dtype == np.uint16
+def test_a_small_vocabulary_takes_two_bytes_a_token(tmp_path, tokenizer):
+    assert packed(tmp_path, ["width"], tokenizer, 0).dtype == np.uint16
 
 
-def test_a_large_vocabulary_takes_four_bytes_and_keeps_its_large_ids():
+def test_a_large_vocabulary_takes_four_bytes_and_keeps_its_large_ids(tmp_path):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = pack(["w69999 w3"], PreTrainedTokenizerFast(tokenizer_object=words), 65_536)
+    tokens = packed(tmp_path, ["w69999 w3"], PreTrainedTokenizerFast(tokenizer_object=words), 65_536)
     assert tokens.dtype == np.uint32
     assert tokens.tolist() == [69_999, 3, 65_536]

@@ -1,11 +1,13 @@
 """Every way of training on several ranks, on CPU with gloo: the curve and the drafter are those of one process."""
 
+import contextlib
 import csv
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +88,27 @@ def test_a_killed_run_of_two_ranks_goes_on_to_the_curve_of_one_that_was_not(worl
     process.wait()
     assert not (tmp_path / "out" / "manifest.json").exists()
     run(*([*TORCHRUN, *command, *FSDP2] if goes_on == "fsdp2" else [sys.executable, *command]))
+    for found, expected in zip(curve(tmp_path / "out"), curve(alone(longer)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_a_job_of_a_cluster_that_is_preempted_is_requeued_and_ends_with_the_same_curve(world, alone, tmp_path):
+    overrides, _ = world
+    longer = ["finetune.max_steps=80", "finetune.validate_every=4"]
+    command = ["-m", "experiments.finetune", *overrides, *STEPS, *longer, f"out={tmp_path}/out", "cluster=local"]
+    jobs = f"hydra.launcher.submitit_folder={tmp_path}/jobs"
+    process = subprocess.Popen([sys.executable, *command, jobs], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"submitit.core._submit" in (line := path.read_bytes()) and bytes(tmp_path) in line:
+                os.kill(int(path.parent.name), signal.SIGUSR2)
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert "failed" not in told
+    assert any("Requeued job" in path.read_text() for path in (tmp_path / "jobs").glob("*log.*"))
     for found, expected in zip(curve(tmp_path / "out"), curve(alone(longer)), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 

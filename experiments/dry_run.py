@@ -1,0 +1,111 @@
+"""A stage without its work: both models without weights, the first rows of its data, its inputs; nothing is written.
+
+`dry_run=true`, or `--dry-run`, on any stage or the pipeline. What would fail after hours fails here, with the same
+error: a model or data set that cannot be reached, a template that does not fit its rows, a prompt that is too long.
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from drafter.artifacts import MANIFEST, read_jsonl
+from drafter.corpus import source_files
+from drafter.models import (
+    build_drafter,
+    context_limit,
+    generation_eos,
+    load_tokenizer,
+    meta_model,
+    num_parameters,
+    special_ids,
+    vocabulary_width,
+)
+from drafter.prompts import encode_prompt, stop_ids
+from drafter.sources import matches, read_rows, render
+from experiments.inputs import plain
+
+ROWS = 3  # of each source
+
+
+def show(cfg: DictConfig, stage: str) -> None:
+    """Print what the stage would work with.
+
+    Raises:
+        OSError: a model or a data set cannot be reached.
+        ValueError: parts do not fit each other.
+        KeyError: a template needs a field that its rows lack.
+    """
+    print(f"dry run of {stage} -> {cfg.out}")
+    for line in (*models(cfg), *data(cfg, stage), *inputs(cfg), *batches(cfg, stage)):
+        print(f"  {line}")
+
+
+def models(cfg: DictConfig) -> Iterator[str]:
+    """Target and drafter on the meta device, and the target's tokenizer."""
+    path, revision = cfg.target.path, cfg.target.revision
+    tokenizer, rows = load_tokenizer(path, revision), vocabulary_width(path, revision)
+    if len(tokenizer) > rows:
+        raise ValueError(f"{path} has {rows} rows of embedding for {len(tokenizer)} tokens of its tokenizer")
+    target = meta_model(path, revision, cfg.target.trust_remote_code)
+    with torch.device("meta"):
+        drafter = build_drafter(plain(cfg.drafter), rows, special_ids(tokenizer))
+    ratio = num_parameters(drafter) / num_parameters(target)
+    context = context_limit(path, revision)
+    yield f"target {path}: {type(target).__name__}, {num_parameters(target):,} parameters, context {context:,}"
+    ends = stop_ids(tokenizer, generation_eos(path, revision))
+    template = "its chat template" if tokenizer.chat_template else "no chat template: prompts stand as they are"
+    yield f"tokenizer: {len(tokenizer):,} tokens, {rows:,} rows, ends at {ends}, {template}"
+    yield f"drafter: {type(drafter).__name__}, {num_parameters(drafter):,} parameters, c = {ratio:.2%}"
+
+
+def data(cfg: DictConfig, stage: str) -> Iterator[str]:
+    """The first rows: of the sources before they are prepared, else of what was prepared."""
+    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+
+    def told(name: str, texts: list[str], as_prompts: bool) -> str:
+        if not texts:
+            raise ValueError(f"{name} has no row that its settings choose")
+        encode = (lambda text: encode_prompt(tokenizer, text)) if as_prompts else tokenizer.tokenize
+        lengths = [len(encode(text)) for text in texts]
+        return f"{name}: rows of {lengths} tokens; the first begins {texts[0][:60]!r}"
+
+    if stage == "prepare" and "packages" in cfg.data:
+        yield f"data: {len(source_files(list(cfg.data.packages))):,} files of {len(cfg.data.packages)} packages"
+    elif stage == "prepare":
+        yield told(cfg.data.pretraining.path, first(cfg.data.pretraining), as_prompts=False)
+        for source in cfg.data.instructions:
+            yield told(source.path, first(source), as_prompts=True)
+        for name, source in cfg.task.items():
+            yield told(f"task {name}, {source.path}", first(source), as_prompts=True)
+    elif (prepared := Path(cfg.get("inputs", {}).get("data") or "") / "instructions.jsonl").exists():
+        yield told(str(prepared), [row["prompt"] for row in read_jsonl(prepared)[:ROWS]], as_prompts=True)
+
+
+def first(source: DictConfig) -> list[str]:
+    """The first rows that a source's settings choose, rendered."""
+    where: dict[str, Any] = plain(source.where) if source.get("where") else {}
+    rows = (row for row in read_rows(source.path, source.split, source.name, source.revision) if matches(row, where))
+    return [render(source.template, row) for row in islice(rows, ROWS)]
+
+
+def inputs(cfg: DictConfig) -> Iterator[str]:
+    """Which directories are finished, and which an earlier stage has to make."""
+    for name, path in (cfg.get("inputs") or {}).items():
+        if path and "://" not in path:
+            known = (Path(path) / MANIFEST).exists() or (Path(path) / "config.json").exists()
+            yield f"{name}: {path} is {'there' if known else 'not there yet: the stages before make it'}"
+
+
+def batches(cfg: DictConfig, stage: str) -> Iterator[str]:
+    """What each rank gets of a batch."""
+    ranks, size = int(os.environ.get("WORLD_SIZE", 1)), (cfg.get(stage) or {}).get("batch_size")
+    if size:
+        if size < ranks:
+            raise ValueError(f"{stage}.batch_size is {size}, less than one sample for each of {ranks} ranks")
+        pieces = cfg.trainer.accumulate_grad_batches
+        yield f"batches of {size} samples over {ranks} ranks, {pieces} to an optimizer step"
