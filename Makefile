@@ -1,6 +1,7 @@
 # make demo   the whole method on the embedded default        make test   the test suite
 # make tables the paper's comparisons, into results/          make curves  loss curves, drawn here
-# Variables: SCALE=tiny|smoke|llama2  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  ARGS="any Hydra override"
+# make plan   what a scale will take, before it runs       make dry-run  models without weights, first rows
+# Variables: SCALE=tiny|smoke|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  ARGS="any Hydra override"
 PYTHON ?= python3
 SCALE ?= tiny
 LOSSES ?= kld,tvd,tvdpp
@@ -16,7 +17,7 @@ DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
-  test-serving trim export tables table-models table-losses table-ood table-data table-transfer figure-checkpoints curves sync
+  plan dry-run test-serving trim export tables table-models table-losses table-ood table-data table-transfer figure-checkpoints curves sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +55,12 @@ check: setup ## formatting, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+plan: setup ## what SCALE will take: memory, disk, hours (ARGS="hardware=a100 plan.gpus=4")
+	$(RUN).plan scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] $(ARGS)
+
+dry-run: setup ## every stage of SCALE without its work: models without weights, first rows
+	$(RUN).pipeline scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] dry_run=true $(ARGS)
 
 prepare: setup ## stage 0: text, instructions, evaluation prompts
 	$(RUN).prepare scale=$(SCALE) $(ARGS)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """One forward of the target over every response."""
     if cfg.dry_run:
-        return dry_run.show(cfg, "cache")
+        return dry_run.show(cfg, "cache", check)
     check(cfg)
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
     stage = claim(cfg, "cache", {**plain(cfg.cache), "seed": cfg.seed}, inputs)

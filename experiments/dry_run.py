@@ -5,7 +5,7 @@ error: a model or data set that cannot be reached, a template that does not fit 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,15 @@ from experiments.inputs import plain
 ROWS = 3  # of each source
 
 
-def show(cfg: DictConfig, stage: str) -> None:
-    """Print what the stage would work with.
+def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = lambda cfg: None) -> None:
+    """Check the settings, as the stage itself does, and print what it would work with.
 
     Raises:
         OSError: a model or a data set cannot be reached.
         ValueError: parts do not fit each other.
         KeyError: a template needs a field that its rows lack.
     """
+    check(cfg)
     print(f"dry run of {stage} -> {cfg.out}")
     for line in (*models(cfg), *data(cfg, stage), *inputs(cfg), *batches(cfg, stage)):
         print(f"  {line}")

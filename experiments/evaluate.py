@@ -66,7 +66,7 @@ class Task(NamedTuple):
 def main(cfg: DictConfig) -> None:
     """Evaluate every drafter that has not been, all of them prompt by prompt."""
     if cfg.dry_run:
-        return dry_run.show(cfg, "evaluate")
+        return dry_run.show(cfg, "evaluate", check)
     check(cfg)
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
     settings = {**plain(cfg.evaluate), "tasks": plain(cfg.task), "seed": cfg.seed}

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """One finetuning, or several on sets that the drafter writes (conf/distillation)."""
     if cfg.dry_run:
-        return dry_run.show(cfg, "finetune")
+        return dry_run.show(cfg, "finetune", check)
     if cfg.distillation.rounds:
         on_policy.run(cfg, finetune)
     else:

@@ -45,7 +45,7 @@ class Row(NamedTuple):
 def main(cfg: DictConfig) -> None:
     """Measure, and write gamma.md, gamma.jsonl and the figure."""
     if cfg.dry_run:
-        return dry_run.show(cfg, "gamma")
+        return dry_run.show(cfg, "gamma", check)
     check(cfg)
     settings = {**plain(cfg.gamma), "tasks": plain(cfg.task), "seed": cfg.seed}
     del settings["drafter"]  # its fingerprint is among the inputs

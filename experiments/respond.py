@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Encode the instructions, check them all, then generate shard by shard."""
     if cfg.dry_run:
-        return dry_run.show(cfg, "respond")
+        return dry_run.show(cfg, "respond", check)
     check(cfg)
     inputs = {"data": data_fingerprint(cfg), **target_inputs(cfg)}
     if cfg.respond.by in ("drafter", "mixture"):

@@ -48,7 +48,7 @@ class Row(NamedTuple):
 def main(cfg: DictConfig) -> None:
     """Decode with each size, write the table, the figure and the drafter of the best size."""
     if cfg.dry_run:
-        return dry_run.show(cfg, "trim")
+        return dry_run.show(cfg, "trim", check)
     check(cfg)
     inputs = {**pair_inputs(cfg, cfg.trim.drafter), "responses": responses_fingerprint(cfg)}
     named = identity_of(cfg.trim.drafter)

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments import pipeline, plan
+from tests.conftest import write_jsonl
 from tests.test_ddp import run
-from tests.test_pipeline import snapshot
+from tests.test_pipeline import snapshot, stage
 
 
 def planned(capsys, *overrides):
@@ -106,8 +109,7 @@ def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothin
     pipeline.main([*overrides, "losses=[kld]", "dry_run=true"])
     told = capsys.readouterr().out
     assert snapshot(root) == before
-    for stage in STAGES[:6]:
-        assert f"dry run of {stage} -> {root}" in told
+    assert all(f"dry run of {name} -> {root}" in told for name in STAGES[:6])
     assert "GPT2LMHeadModel" in told
     assert "24 rows, ends at [0], no chat template" in told
     assert "text.jsonl: rows of [" in told
@@ -120,12 +122,11 @@ def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothin
     assert not list(elsewhere.rglob("*.json*"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_takes_the_flag(world, tmp_path, stage):
+@pytest.mark.parametrize("name", STAGES)
+def test_each_stage_takes_the_flag(world, tmp_path, name):
     overrides, _ = world
-    known = {"gamma": ["gamma.drafter=x"], "trim": ["trim.drafter=x"]}.get(stage, [])
-    mine = [one for one in overrides if not one.startswith("scale=")] if stage in known else overrides
-    run(sys.executable, "-m", f"experiments.{stage}", *mine, *known, f"root={tmp_path}/root", "--dry-run")
+    known = {"gamma": ["gamma.drafter=x"], "trim": ["trim.drafter=x"]}.get(name, [])
+    run(sys.executable, "-m", f"experiments.{name}", *overrides, *known, f"root={tmp_path}/root", "--dry-run")
     assert not list((tmp_path / "root").rglob("manifest.json"))
 
 
@@ -155,23 +156,30 @@ ROWS = {  # the fields of the hub's data sets, as their cards and files have the
 }
 
 
-def test_the_papers_data_are_read_from_mirrors_with_the_hubs_fields(world, tmp_path, capsys):
-    overrides, _ = world
+@pytest.fixture(scope="module")
+def mirror(world, tmp_path_factory):
+    """The paper's data sets as local files, and a small model with a tokenizer: the overrides."""
+    overrides, folder = world[0], tmp_path_factory.mktemp("mirror")
     for name, row in ROWS.items():
         rows = [json.loads(json.dumps(row).replace("The ", f"The {number}. ")) for number in range(40)]
         if name == "oasst":
             rows = [row | {"text": f"Why {number}?"} for number in range(40)]
             rows += [row | {"role": "assistant"}, row | {"lang": "de"}, row | {"parent_id": "m"}]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    command = [
-        "scale=llama2", "trainer=auto", "scale.pretraining_tokens=1000", "scale.heldout_tokens=1000",
-        "data.heldout_percent=25", f"root={tmp_path}/run",
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    tasks = {"dolly": "dolly", "xsum": "xsum", "cnn_dailymail": "cnn", "wmt18_de_en": "wmt"}
+    return [
+        "trainer.accelerator=cpu",
         *[override for override in overrides if override.startswith(("target.path", "logger"))],
-        f"data.pretraining.path={tmp_path}/pretraining.jsonl",
-        f"data.instructions.0.path={tmp_path}/oig.jsonl", f"data.instructions.1.path={tmp_path}/oasst.jsonl",
-        *[f"task.{task}.path={tmp_path}/{name}.jsonl" for task, name in
-          {"dolly": "dolly", "xsum": "xsum", "cnn_dailymail": "cnn", "wmt18_de_en": "wmt"}.items()],
-    ]  # fmt: skip
+        f"data.pretraining.path={folder}/pretraining.jsonl",
+        f"data.instructions.0.path={folder}/oig.jsonl",
+        f"data.instructions.1.path={folder}/oasst.jsonl",
+        *[f"task.{task}.path={folder}/{name}.jsonl" for task, name in tasks.items()],
+    ]
+
+
+def test_the_papers_data_are_read_from_mirrors_with_the_hubs_fields(mirror, tmp_path, capsys):
+    command = ["scale=llama2", *mirror, "scale.pretraining_tokens=1000", "scale.heldout_tokens=1000"]
+    command += ["data.heldout_percent=25", f"root={tmp_path}/run"]
     pipeline.main([*command, "losses=[tvdpp]", "dry_run=true"])
     told = capsys.readouterr().out
     assert "the first begins 'Summarize the following article in one sentence." in told
@@ -184,3 +192,38 @@ def test_the_papers_data_are_read_from_mirrors_with_the_hubs_fields(world, tmp_p
     assert {row["split"] for row in found} == {"train", "validation"}
     tasks = [json.loads(line) for line in (tmp_path / "run" / "data" / "tasks.jsonl").read_text().splitlines()]
     assert len(tasks) == 160
+
+
+def commands():
+    """Every command of docs/SCALE.md: a launcher, a module's name, and overrides."""
+    page = (Path(__file__).parent.parent / "docs" / "SCALE.md").read_text()
+    lines = [line for block in page.split("```")[1::2] for line in block.strip().splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if re.match("make|python|torchrun", line)]
+
+
+def test_the_page_has_commands_of_every_kind():
+    assert {words[0] for words in commands()} == {"make", "python", "torchrun"}
+    assert len(commands()) > 15
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_of_the_page_composes_and_dry_runs(words, mirror, tmp_path, capsys, monkeypatch):
+    if words[0] == "make":
+        words = ["python", "-m", {"plan": "experiments.plan", "demo": "experiments.pipeline"}[words[1]], *words[2:]]
+        words = [word.lower() if word.startswith("SCALE") else word for word in words]
+    place = next(place for place, word in enumerate(words) if word.startswith("experiments."))
+    name, given = words[place].partition(".")[2], [one for one in words[place + 1 :] if one not in ("-m", "--dry-run")]
+    given = [one.split(",")[0] if one.startswith(("loss=", "seed=")) else one for one in given]
+    if words[0] == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "page")
+    if name == "plan":
+        plan.main(given)
+        assert "device-hours" in capsys.readouterr().out
+        return
+    tiny = not any(one.startswith("scale=") for one in given)
+    dry = [*given, *([] if tiny else mirror), f"root={tmp_path}", "dry_run=true"]
+    if name == "pipeline":
+        pipeline.main(dry)
+    else:
+        stage(name, dry)
+    assert f"dry run of {'prepare' if name == 'pipeline' else name}" in capsys.readouterr().out

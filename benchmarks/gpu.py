@@ -1,0 +1,228 @@
+"""The drafter's own loop on one GPU, with random weights at the paper's shape: fractions of limits of the same run.
+
+    python -m benchmarks.gpu                (an H100 or another with 40 GB; about 5 minutes)
+    python -m benchmarks.gpu --small        (tiny shapes: a check of the script itself, on any machine)
+
+Limits: a large bfloat16 product (operations a second), and a large copy (bytes a second). Finetuning: the 115M drafter,
+sequences of 2,048 of which half are response, TVD++, an exact and a sparse cache: tokens a second and MFU, which counts
+the drafter's own three passes alone. Respond: Llama 2 7B's shape, answers side by side, against the reading of weights
+and cache. Decoding: the same target with the drafter, where each draft is accepted with a prescribed chance: after each
+of the target's calls its logits are set to agree or not. MBSU takes c as measured, the time of a drafter's call over
+the target's.
+"""
+
+import argparse
+import time
+
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from drafter.batches import Batch
+from drafter.costs import measure
+from drafter.decoders import Compiled
+from drafter.distributions import Drawn
+from drafter.engines import Limits, Request, transformers_engine
+from drafter.losses import tvdpp
+from drafter.metrics import memory_bound_speedup
+from drafter.models import OutputEmbedding, build_drafter
+from drafter.modules import Distillation
+from drafter.roofline import Shape, operations
+from drafter.speculative import autoregressive_decode, speculative_decode
+from drafter.warping import Sampling
+
+
+def now(device):
+    """Seconds, once the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work, device, repeats=5):
+    """The shortest of several runs, after one to warm up."""
+    work()
+    found = []
+    for _ in range(repeats):
+        began = now(device)
+        work()
+        found.append(now(device) - began)
+    return min(found)
+
+
+def limits(device, dtype, size):
+    """Operations and bytes a second that a product and a copy reach."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    flops = 2 * size**3 / seconds(lambda: left @ right, device)
+    source = torch.empty(size * size * 16, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() / seconds(lambda: target.copy_(source), device)
+    return flops, bandwidth
+
+
+class Silent:
+    """What of Lightning's trainer a step asks for, in one process."""
+
+    world_size, global_step = 1, 0
+
+    class strategy:
+        """Of one process."""
+
+        @staticmethod
+        def reduce(value, reduce_op):
+            """Nothing to add."""
+            return value
+
+
+def finetuning(device, shapes, sparse):
+    """Tokens and seconds of a training step, and the drafter's shape; the peak of memory in bytes."""
+    length, sequences, hidden = shapes["length"], shapes["sequences"], shapes["target"].hidden_size
+    with torch.device(device):
+        drafter = build_drafter(shapes["drafter"], shapes["target"].vocab_size, {}).train()
+        head = OutputEmbedding(torch.nn.Linear(hidden, shapes["target"].vocab_size, bias=False).to(shapes["dtype"]))
+    module = Distillation(head.requires_grad_(False), drafter, tvdpp, 0.1, 1e-4)
+    module._trainer, module.log = Silent(), lambda *_, **__: None
+    ids = torch.randint(0, drafter.config.vocab_size, (sequences, length), device=device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, length // 2 : -1] = True
+    count = int(mask.sum())
+    cached = torch.randn(count, hidden, device=device, dtype=shapes["dtype"])
+    if sparse:
+        parts = [Drawn.of(head.embedding(part).float(), ids.roll(-1, 1)[mask][i * 256 :][: len(part)], 32, 40)
+                 for i, part in enumerate(cached.split(256))]  # fmt: skip
+        cached = Drawn.cat(parts).weighted()
+    text = torch.zeros(sequences, dtype=torch.bool, device=device)
+    batch = Batch(ids, torch.ones_like(ids), mask, text, torch.ones(sequences, device=device), cached)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-4, fused=device.type == "cuda")
+    if device.type == "cuda":
+        drafter.base_model.compile()
+        torch.cuda.reset_peak_memory_stats()
+
+    def step():
+        with torch.autocast(device.type, shapes["dtype"], enabled=device.type == "cuda"):
+            loss = module.training_step(batch, 0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    took = seconds(step, device)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return ids.numel(), count, took, Shape.of(drafter), peak
+
+
+class Prescribed:
+    """Sets the target's logits after each call: a draft is the argmax with the given chance, else another token is."""
+
+    def __init__(self, target, rate, device):
+        self.rate, self.random = rate, torch.Generator(device).manual_seed(0)
+        target.base_model.register_forward_pre_hook(self.before, with_kwargs=True)
+        target.get_output_embeddings().register_forward_hook(self.after)
+
+    def before(self, module, arguments, named):
+        """Remember the ids."""
+        self.ids_BT = named["input_ids"] if "input_ids" in named else arguments[0]
+
+    def after(self, module, arguments, logits):
+        """Agree or not."""
+        kept = logits.shape[-2]
+        drafted = self.ids_BT[0, -kept:].roll(-1)
+        agrees = torch.rand(kept, generator=self.random, device=logits.device) < self.rate
+        wanted = torch.where(agrees, drafted, (drafted + 1) % logits.shape[-1])
+        return logits.scatter(-1, wanted.view(*[1] * (logits.ndim - 2), kept, 1), 1e4)
+
+
+def main():
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--acceptance", type=float, default=0.7)
+    parser.add_argument("--gamma", type=int, default=3)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not arguments.small:
+        parser.error("there is no GPU here: --small checks the script")
+    with open("conf/drafter/llama2_115m.yaml") as file:
+        drafter = yaml.safe_load(file)
+    shapes = {
+        "drafter": drafter,
+        "target": LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32),
+        "length": 2048,
+        "sequences": 16,
+        "dtype": torch.bfloat16,
+        "answers": 64,
+        "tokens": 128,
+    }
+    if arguments.small:
+        small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+        shapes |= {
+            "drafter": drafter | small | {"num_hidden_layers": 1, "num_key_value_heads": 2},
+            "target": LlamaConfig(num_hidden_layers=2, vocab_size=512, **small | {"hidden_size": 64}),
+            "length": 64,
+            "sequences": 2,
+            "dtype": torch.float32,
+            "answers": 4,
+            "tokens": 12,
+        }
+    flops, bandwidth = limits(device, shapes["dtype"], 256 if arguments.small else 8192)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}: {flops:.3g} operations/s, {bandwidth:.3g} bytes/s\n")
+    for cache in ("exact", "sparse"):
+        tokens, scored, took, shape, peak = finetuning(device, shapes, cache == "sparse")
+        used = 3 * operations(shape, tokens, shapes["length"] / 2, scored) / took
+        print(
+            f"finetune, {cache} cache: {tokens / took:,.0f} tokens/s, MFU {used / flops:.1%} of the measured product, "
+            f"peak memory {peak / 1e9:.1f} GB"
+        )
+    with torch.device(device):
+        torch.set_default_dtype(shapes["dtype"])
+        target = LlamaForCausalLM(shapes["target"]).requires_grad_(False).eval()
+        guesser = build_drafter(shapes["drafter"], shapes["target"].vocab_size, {}).requires_grad_(False).eval()
+        torch.set_default_dtype(torch.float32)
+    responding(target, shapes, bandwidth, device)
+    decoding(target, guesser, shapes, arguments, bandwidth, device)
+
+
+def responding(target, shapes, bandwidth, device):
+    """Answers side by side, against the reading of the weights and of the cache so far."""
+    count, tokens, prompt = shapes["answers"], shapes["tokens"], list(range(16))
+    engine = transformers_engine(target, Limits(0.95, tokens, []), 10**9, first_round=tokens)
+    asked = [Request(str(number), "", "train", 1.0, prompt) for number in range(count)]
+    took = seconds(lambda: engine(asked), device, repeats=2)
+    shape, width = Shape.of(target), target.dtype.itemsize
+    read = shape.parameters * width + count * (len(prompt) + tokens / 2) * shape.kv_width * width
+    least = tokens * read / bandwidth
+    print(f"respond, {count} answers: {count * tokens / took:,.0f} tokens/s, {least / took:.1%} of the bandwidth limit")
+
+
+def decoding(target, drafter, shapes, arguments, bandwidth, device):
+    """One text alone, and with drafts that are accepted with the prescribed chance."""
+    Prescribed(target, arguments.acceptance, device)
+    prompt, tokens, gamma = list(range(16)), 4 * shapes["tokens"], arguments.gamma
+    ways = {"eager": (target, drafter)}
+    if device.type == "cuda":
+        capacity = len(prompt) + tokens + gamma + 1
+        ways["compiled"] = (Compiled(target, capacity), Compiled(drafter, capacity))
+    for name, (slow, fast) in ways.items():
+        found = []
+
+        def baseline(slow=slow):
+            autoregressive_decode(slow, prompt, tokens, Sampling(), [])
+
+        def drafting(slow=slow, fast=fast, found=found):
+            found.append(speculative_decode(slow, fast, prompt, gamma, tokens, Sampling(), []))
+
+        alone, drafted = (seconds(work, device, 2) for work in (baseline, drafting))
+        calls = len(found[-1].blocks)
+        costs = measure(slow, fast, prompt, gamma)
+        expected = memory_bound_speedup(tokens / calls, costs.ratio, gamma)
+        least = Shape.of(target).parameters * target.dtype.itemsize / bandwidth
+        print(
+            f"decode, {name}: {tokens / alone:,.1f} tokens/s, {least / (alone / tokens):.1%} of the bandwidth limit; "
+            f"x{alone / drafted:.2f} at tau {tokens / calls:.2f}, {alone / drafted / expected:.1%} of the MBSU of "
+            f"{expected:.2f} at the measured c of {costs.ratio:.1%}; a call of {gamma + 1} tokens takes "
+            f"{costs.verification(gamma):.2f} of one"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Is the plan true here? Each stage of the embedded default, planned for hardware=cpu and then run: time and memory.
+
+    python -m benchmarks.plan [--root runs/tiny]      (after `make demo`; about 6 minutes, on a quiet machine)
+
+Each stage runs by itself into a directory of its own, from the inputs of the finished root. Its time is its manifest's,
+without the start of Python; its memory the largest resident size of its process.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+
+from drafter.artifacts import read_manifest
+from experiments.pipeline import planned
+from experiments.plan import estimates, world_of
+
+STAGES = ("pretrain", "respond", "cache", "finetune", "evaluate")
+
+
+def measured(stage, root, out):
+    """Seconds and bytes of a stage's own run."""
+    more = {
+        "finetune": ["loss=tvdpp", "finetune.keep_every=0"],
+        "evaluate": [f"drafters=[{root}/finetune/tvdpp-seed1]"],
+    }
+    where = "" if stage == "evaluate" else out
+    command = [sys.executable, "-m", f"experiments.{stage}", f"root={root}", f"out={out}", "logger=csv", "seed=7"]
+    process = subprocess.Popen([*command, *more.get(stage, [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{stage} failed: {' '.join(command)}")
+    finished = Path(where) if where else next(Path(out).glob("*/manifest.json")).parent
+    return read_manifest(finished, stage)["seconds"], usage.ru_maxrss * 1024
+
+
+def main():
+    """Print a line a stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="runs/tiny")
+    root = parser.parse_args().root
+    with initialize_config_module("conf", version_base="1.3"):
+        plan = ["hardware=cpu", "plan.gpus=1", "losses=[tvdpp]"]
+        settings, others = compose("plan", plan), [f"drafters=[{root}/finetune/tvdpp-seed1]"]
+        jobs = list(planned(settings, others))
+        expected = {stage.name: stage for job in jobs for stage in estimates(job, world_of(settings, jobs))}
+    print("| stage | time: planned | measured | ratio | memory: planned | measured | ratio |\n" + "| --- " * 7 + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in STAGES:
+            seconds, memory = measured(stage, root, f"{folder}/{stage}")
+            one = expected[stage]
+            print(
+                f"| {stage} | {one.seconds:.0f} s | {seconds:.0f} s | {one.seconds / seconds:.2f} | "
+                f"{one.total_memory / 1e9:.2f} GB | {memory / 1e9:.2f} GB | {one.total_memory / memory:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
