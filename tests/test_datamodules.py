@@ -209,15 +209,17 @@ class FakeTrainer:
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(10, 1), (10, 2), (10, 3), (3, 3), (41, 4)])
-def test_each_validation_sample_is_on_one_rank_and_each_rank_has_some(count, world_size):
-    seen = []
+def test_each_validation_sample_is_on_one_rank_and_each_rank_has_as_many_batches(count, world_size):
+    seen, batches = [], set()
     for rank in range(world_size):
         data = SequenceData(numbered([4] * count), numbered(range(1, count + 1)), 5, 0)
         data.trainer = FakeTrainer(rank, world_size)
-        mine = [token for batch in first_tokens(data.val_dataloader()) for token in batch]
-        assert mine
-        seen += mine
+        mine = first_tokens(data.val_dataloader())
+        assert all(mine)
+        batches.add(len(mine))
+        seen += [token for batch in mine for token in batch]
     assert sorted(seen) == list(range(count))
+    assert len(batches) == 1
 
 
 def test_fewer_validation_samples_than_ranks_are_refused():

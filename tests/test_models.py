@@ -1,17 +1,20 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PhiConfig
 
 from drafter.models import (
     build_drafter,
     context_length,
     hidden_states,
     load_model,
+    load_output_embedding,
     load_target,
     load_tokenizer,
+    meta_model,
     num_parameters,
     special_ids,
     vocabulary_width,
@@ -164,3 +167,42 @@ def test_the_tiny_drafter_has_the_size_that_its_config_states():
     target = load_target(str(CONF.parent / "assets" / "tiny-target"))
     assert num_parameters(drafter) == pytest.approx(158_000, rel=0.01)
     assert num_parameters(drafter) / num_parameters(target) == pytest.approx(0.0458, abs=0.0005)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_embedding_is_read_without_the_rest_of_the_model(tmp_path, tied):
+    model = build_drafter(SMALL | {"tie_word_embeddings": tied}, 300, SPECIAL)
+    model.save_pretrained(tmp_path, max_shard_size="12KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = index["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    for name in set(index.values()) - {needed}:
+        (tmp_path / name).unlink()
+    found = load_output_embedding(str(tmp_path), dtype="bfloat16").get_output_embeddings()
+    assert torch.equal(found.weight, model.get_output_embeddings().weight.bfloat16())
+    assert not found.weight.requires_grad
+
+
+def test_an_output_embedding_with_a_bias_has_it(tmp_path):
+    config = PhiConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_output_embedding(str(tmp_path)).get_output_embeddings().bias, model.lm_head.bias)
+
+
+def test_weights_that_are_no_safetensors_are_loaded_whole_for_their_output_embedding(tmp_path):
+    model = build_drafter(SMALL, 300, SPECIAL)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    found = load_output_embedding(str(tmp_path)).get_output_embeddings()
+    assert torch.equal(found.weight, model.get_output_embeddings().weight)
+
+
+def test_a_model_without_weights_has_the_shapes_of_its_config_or_of_given_fields(saved):
+    model = meta_model(str(saved))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert num_parameters(model) == num_parameters(load_model(str(saved)))
+    assert vocabulary_width(str(saved)) == model.config.vocab_size
+    given = meta_model("no/such-model", shape=SMALL | {"vocab_size": 50})
+    assert given.config.vocab_size == 50

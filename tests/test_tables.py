@@ -110,6 +110,7 @@ def settings(root, out, **more):
         "root": str(root),
         "out": str(out),
         "base": "pretrained",
+        "dry_run": False,
         "publish": None,
         "models": models,
         "logger": {"wandb": False},
