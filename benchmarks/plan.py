@@ -16,8 +16,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 
 from drafter.artifacts import read_manifest
+from experiments.estimates import estimates
 from experiments.pipeline import planned
-from experiments.plan import estimates, world_of
+from experiments.plan import world_of
 
 STAGES = ("pretrain", "respond", "cache", "finetune", "evaluate")
 

@@ -36,6 +36,11 @@ def test_every_scale_is_planned_without_a_hub(capsys, scale):
     assert re.search(r"c = [012]\.\d\d%", page)
 
 
+def test_another_target_is_planned_with_its_own_shape(capsys):
+    page = planned(capsys, "scale=llama2", "target.path=assets/tiny-target", "drafter=tiny")
+    assert "Target 3.44M parameters" in page
+
+
 def test_the_papers_setting_has_the_papers_ratio_and_speed_up(capsys):
     page = planned(capsys, "scale=llama2")
     assert "c = 1.74%" in page

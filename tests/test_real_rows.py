@@ -55,6 +55,7 @@ def mirror(tmp_path_factory):
     for path in (DATA / "llama2_tokenizer").glob("*.json"):
         shutil.copy(path, folder)
     shape = yaml.safe_load(Path("conf/target/llama2_7b_chat.yaml").read_text())["target_shape"]
+    del shape["of"]
     (folder / "config.json").write_text(json.dumps(shape | {"architectures": ["LlamaForCausalLM"]}))
     tasks = [f"task.{name}.path={folder}/{name}.jsonl" for name in ("dolly", "xsum", "cnn_dailymail", "wmt18_de_en")]
     return [

@@ -21,7 +21,9 @@ FAST = Hardware("fast", flops=1e12, bandwidth=1e9, memory=1e9, efficiency=1.0, s
 def meta(name):
     with open(f"conf/target/{name}.yaml") as file:
         fields = yaml.safe_load(file)
-    return Shape.of(meta_model(fields["target"]["path"], shape=fields["target_shape"]))
+    shape = fields["target_shape"]
+    assert shape.pop("of") == fields["target"]["path"]
+    return Shape.of(meta_model("no/hub", shape=shape))
 
 
 @pytest.mark.parametrize(

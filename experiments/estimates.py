@@ -1,0 +1,233 @@
+"""What each stage of a plan takes: tokens, operations, memory by part, disk and time, from its config and two shapes.
+
+See drafter.roofline for the formulas. What is expected of the texts and the drafter is the scale's (`scale.expected`).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from drafter.chunked import CHUNK_ENTRIES
+from drafter.roofline import (
+    Hardware,
+    Shape,
+    forward_seconds,
+    generation_memory,
+    operations,
+    training_memory,
+    training_seconds,
+    update_seconds,
+)
+from experiments import cache, evaluate, finetune, pretrain, respond
+from experiments.pipeline import Job
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LONGEST = 1.3  # a batch's answers run until its longest of a round ends: mean tokens decoded over mean tokens kept
+
+
+class World(NamedTuple):
+    """What the stages of a plan share."""
+
+    hardware: DictConfig
+    gpus: int
+    target: Shape
+    drafter: Shape
+    prompt: float
+    response: float
+    block_efficiency: float
+    finetunings: int
+
+    @property
+    def length(self) -> float:
+        """Of a prompt and its response, in tokens."""
+        return self.prompt + self.response
+
+    def device(self, low: bool) -> Hardware:
+        """The hardware in two-byte or in four-byte arithmetic."""
+        fields = {str(name): value for name, value in self.hardware.items() if name not in ("flops", "float32_flops")}
+        return Hardware(flops=self.hardware.flops if low else self.hardware.float32_flops, **fields)
+
+
+class Stage(NamedTuple):
+    """One run's estimate: bytes of memory on each device by part, bytes on disk, seconds with all devices at work."""
+
+    name: str
+    tokens: float
+    operations: float
+    memory: dict[str, float]
+    disk: float
+    seconds: float
+    knob: str  # what to change if it does not fit
+
+    @property
+    def total_memory(self) -> float:
+        """Bytes on each device."""
+        return sum(self.memory.values())
+
+
+def estimates(job: Job, world: World) -> Iterator[Stage]:
+    """A stage's, if it computes with a model."""
+    how = {pretrain: of_pretrain, respond: of_respond, cache: of_cache, finetune: of_finetune, evaluate: of_evaluate}
+    if job.module in how:
+        yield how[job.module](job.cfg, world)
+
+
+def of_pretrain(cfg: DictConfig, world: World) -> Stage:
+    """Next-token prediction on packed text."""
+    settings, shape = cfg.pretrain, world.drafter
+    tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
+    seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, tokens)
+    return Stage(
+        "pretrain",
+        tokens * settings.max_steps,
+        3 * operations(shape, tokens, settings.sequence_length / 2) * settings.max_steps,
+        memory,
+        (2 if shape.vocabulary <= 2**16 else 4) * (cfg.scale.pretraining_tokens or tokens * settings.max_steps),
+        seconds * settings.max_steps,
+        "lower pretrain.batch_size and raise trainer.accumulate_grad_batches, or pretrain.gradient_checkpointing=true",
+    )
+
+
+def of_respond(cfg: DictConfig, world: World) -> Stage:
+    """Batched generation: a forward over the prompts, then one of a token for each sequence, token after token."""
+    settings, width, shape = cfg.respond, BYTES[cfg.target.dtype], world.target
+    device, together = world.device(width < 4), cfg.target.parallel == "tensor"
+    number = responses(cfg)
+    sequences = max(1, settings.batch_tokens / (world.length + LONGEST * world.response))
+    batches = number / sequences / (1 if together else world.gpus)
+    split = world.gpus if together else 1
+    first = forward_seconds(device, shape, sequences * world.prompt, world.prompt / 2, 0, width, split)
+    one = forward_seconds(device, shape, sequences, world.prompt + world.response / 2, sequences, width, split)
+    return Stage(
+        "respond",
+        number * world.response,
+        operations(shape, number * world.length, world.length / 2),
+        generation_memory(shape, sequences, world.length, width, split) | process(world),
+        number * world.length * 4,
+        0.0 if settings.by == "reference" else batches * (first + LONGEST * world.response * one),
+        "target.parallel=tensor, or lower respond.batch_tokens",
+    )
+
+
+def of_cache(cfg: DictConfig, world: World) -> Stage:
+    """One forward of the target over every response."""
+    width, shape = BYTES[cfg.target.dtype], world.target
+    device, together = world.device(width < 4), cfg.target.parallel == "tensor"
+    split, number = world.gpus if together else 1, responses(cfg)
+    calls = number * world.length / cfg.cache.batch_tokens / (1 if together else world.gpus)
+    memory = generation_memory(shape, 0, 0, width, split)
+    memory["activations"] = 12 * cfg.cache.batch_tokens * shape.hidden * width
+    return Stage(
+        "cache",
+        number * world.length,
+        operations(shape, number * world.length, world.length / 2),
+        memory | process(world),
+        number * world.response * cached_bytes(cfg, shape),
+        calls * forward_seconds(device, shape, cfg.cache.batch_tokens, world.length / 2, 0, width, split),
+        "target.parallel=tensor, or lower cache.batch_tokens",
+    )
+
+
+def of_finetune(cfg: DictConfig, world: World) -> Stage:
+    """Distillation: the drafter's step, and of the target a forward, or its output embedding where it is cached."""
+    settings, share, width = cfg.finetune, cfg.finetune.text_share, BYTES[cfg.target.dtype]
+    samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
+    tokens = samples * ((1 - share) * world.length + share * settings.sequence_length)
+    scored = samples * ((1 - share) * world.response + share * settings.sequence_length)
+    seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, scored, samples)
+    answered, device = samples * (1 - share) / world.gpus, world.device(width < 4)
+    whole, shards = not cfg.inputs.cache, world.gpus if cfg.target.parallel == "fsdp" else 1
+    memory["target"] = (world.target.parameters / shards if whole else world.target.head) * width
+    if whole:
+        seconds += forward_seconds(device, world.target, answered * world.length, world.length / 2, 0, width)
+    else:
+        seconds += 2 * world.target.head * answered * world.response / (device.flops * device.efficiency)
+    target_operations = operations(world.target, samples * world.length, world.length / 2) if whole else 0
+    own = 3 * operations(world.drafter, tokens, settings.sequence_length / 2, scored)
+    return Stage(
+        "finetune",
+        tokens * settings.max_steps,
+        (own + target_operations) * settings.max_steps,
+        memory,
+        4 * world.drafter.parameters * (2 + kept_steps(cfg)),
+        seconds * settings.max_steps,
+        "cache the target (inputs.cache), or target.parallel=fsdp; lower finetune.batch_size and raise "
+        "trainer.accumulate_grad_batches, or finetune.gradient_checkpointing=true",
+    )
+
+
+def of_evaluate(cfg: DictConfig, world: World) -> Stage:
+    """Each prompt by the target alone, and by each drafter at each gamma."""
+    width = BYTES[cfg.target.dtype]
+    drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
+    device, together = world.device(width < 4), cfg.target.parallel == "tensor"
+    split = world.gpus if together else 1
+
+    def call(shape: Shape, tokens: int, of: int = 1) -> float:
+        return forward_seconds(device, shape, tokens, world.length, 1, width, of)
+
+    prompts = len(cfg.task) * cfg.evaluate.prompts_per_task
+    seconds = world.response * call(world.target, 1, split)
+    for gamma in cfg.evaluate.num_speculative_tokens:
+        drafted = gamma if isinstance(gamma, int) else 3
+        blocks = world.response / world.block_efficiency
+        seconds += blocks * (drafted * call(world.drafter, 1) + call(world.target, drafted + 1, split))
+    memory = generation_memory(world.target, 1, world.length, width, split)
+    memory["drafters"] = 4 * drafters * world.drafter.parameters
+    tokens = prompts * drafters * world.response * (1 + len(cfg.evaluate.num_speculative_tokens))
+    return Stage(
+        "evaluate",
+        tokens,
+        operations(world.target, tokens, world.length),
+        memory | process(world),
+        0.0,
+        prompts * drafters * seconds / (1 if together else world.gpus),
+        "target.parallel=tensor, or fewer drafters at once",
+    )
+
+
+def trained(
+    cfg: DictConfig,
+    settings: DictConfig,
+    world: World,
+    tokens: float,
+    longest: int,
+    scored: float,
+    samples: float | None = None,
+) -> tuple[float, dict[str, float]]:
+    """Seconds of an optimizer step on all devices, and each one's memory."""
+    low, pieces = str(cfg.trainer.precision).startswith(("bf16", "16")), cfg.trainer.accumulate_grad_batches
+    device, checkpointing, shape = world.device(low), settings.gradient_checkpointing, world.drafter
+    shards = world.gpus if "ModelParallel" in str(cfg.trainer.strategy) else 1
+    entries = CHUNK_ENTRIES["cpu" if world.hardware.name.endswith("CPU cores") else "cuda"]
+    widest = (samples * longest if samples else tokens) / world.gpus / pieces
+    memory = training_memory(shape, widest, longest, 2 if low else 4, entries, shards, checkpointing)
+    seconds = training_seconds(device, shape, tokens / world.gpus, longest, scored / world.gpus, checkpointing)
+    return seconds + (pieces - 1) * update_seconds(device, shape), memory | process(world)
+
+
+def responses(cfg: DictConfig) -> float:
+    """How many responses are written, those for validation too."""
+    number = cfg.scale.num_responses
+    return float(number * (1.1 if "validation" in cfg.distillation.splits else 1))
+
+
+def kept_steps(cfg: DictConfig) -> int:
+    """How many drafters are kept along finetuning."""
+    every = cfg.finetune.keep_every
+    return (cfg.finetune.max_steps - 1) // every if every else 0
+
+
+def cached_bytes(cfg: DictConfig, shape: Shape) -> float:
+    """A token's, in the cache."""
+    how = cfg.cache.format
+    if "top_k" in how:
+        ids = 2 if shape.vocabulary <= 2**16 else 4
+        return (how.top_k + how.num_samples) * (ids + BYTES[how.dtype]) + 6 + 16
+    return shape.hidden * BYTES[how.dtype] + 16
+
+
+def process(world: World) -> dict[str, float]:
+    """What a process takes without a model."""
+    return {"process": world.hardware.process_memory}
