@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafter.batches import Batch
 from drafter.costs import measure
-from drafter.decoders import Compiled
+from drafter.decoders import Compiled, decoder_of
 from drafter.distributions import Drawn
 from drafter.engines import Limits, Request, transformers_engine
 from drafter.losses import tvdpp
@@ -114,7 +114,8 @@ class Prescribed:
     """Sets the target's logits after each call: a draft is the argmax with the given chance, else another token is."""
 
     def __init__(self, target, rate, device):
-        self.rate, self.random = rate, torch.Generator(device).manual_seed(0)
+        decoder_of(target)  # how it is best called is found out while its logits are its own
+        self.rate, self.calls = rate, torch.zeros((), device=device)
         target.base_model.register_forward_pre_hook(self.before, with_kwargs=True)
         target.get_output_embeddings().register_forward_hook(self.after)
 
@@ -123,11 +124,12 @@ class Prescribed:
         self.ids_BT = named["input_ids"] if "input_ids" in named else arguments[0]
 
     def after(self, module, arguments, logits):
-        """Agree or not."""
+        """Agree or not, by a hash of the call's number and the place: a compiled call has no random numbers to draw."""
         kept = logits.shape[-2]
         drafted = self.ids_BT[0, -kept:].roll(-1)
-        agrees = torch.rand(kept, generator=self.random, device=logits.device) < self.rate
-        wanted = torch.where(agrees, drafted, (drafted + 1) % logits.shape[-1])
+        self.calls.add_(1)
+        hashed = torch.sin(self.calls * 12.9898 + torch.arange(kept, device=logits.device) * 78.233) * 43758.5453
+        wanted = torch.where(hashed.frac().abs() < self.rate, drafted, (drafted + 1) % logits.shape[-1])
         return logits.scatter(-1, wanted.view(*[1] * (logits.ndim - 2), kept, 1), 1e4)
 
 

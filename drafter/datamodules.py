@@ -239,7 +239,7 @@ class SequenceData(lightning.LightningDataModule):
         count = len(self.validation)
         if count < world_size:
             raise ValueError(f"{count} validation samples are too few for {world_size} ranks: use fewer")
-        rounds = math.ceil(count / (self.batch_size * world_size))
+        rounds = math.ceil(count / self.batch_size)
         batches = world_size * min(rounds, count // world_size)
         ordered = np.argsort(self.validation.lengths, kind="stable")
         parts = np.array_split(ordered, batches)[rank::world_size]

@@ -54,6 +54,9 @@ class Pretraining(lightning.LightningModule):
         count = int(batch.target_mask_BT.sum())
         self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
 
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
+        clip(optimizer, gradient_clip_val)
+
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)
         return adamw(self.model, self.learning_rate, self.weight_decay, steps)
@@ -186,6 +189,9 @@ class Distillation(lightning.LightningModule):
             if tokens:
                 self.log(f"val/block_efficiency_{name}", tokens / blocks, sync_dist=True)
 
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
+        clip(optimizer, gradient_clip_val)
+
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)
         return adamw(self.drafter, self.learning_rate, self.weight_decay, steps)
@@ -231,6 +237,15 @@ def next_token_sum(model: PreTrainedModel, hidden_NH: torch.Tensor, tokens_N: to
         return F.cross_entropy(logits_nV.float(), tokens_N[rows], reduction="none")
 
     return chunked_sum(values, hidden_NH, Head.of(model.get_output_embeddings()))
+
+
+def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> None:
+    """Scale the gradients to a norm of at most `largest`.
+
+    Lightning's own refuses a fused optimizer in mixed precision, for the sake of a loss scaler that bfloat16 has not.
+    """
+    if largest:
+        nn.utils.clip_grad_norm_([one for group in optimizer.param_groups for one in group["params"]], largest)
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> dict[str, Any]:

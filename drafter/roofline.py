@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from drafter.models import num_parameters
 
-GIB = 2**30
 MASTER, GRADIENT, MOMENTS = 4, 4, 8  # bytes a parameter of float32 training with AdamW
 CACHED_ACTIVATION = 34 / 2  # numbers kept a token, layer and hidden unit for the backward pass
 OPTIMIZER_BYTES = 7 * 4  # read weight, gradient, two moments; write weight and moments
@@ -38,6 +37,7 @@ class Shape(NamedTuple):
     multiplied: int
     layers: int
     hidden: int
+    attended: int  # numbers of a query, of all heads
     vocabulary: int
     kv_width: int  # numbers that the key-value cache keeps a token, of all layers
 
@@ -51,7 +51,7 @@ class Shape(NamedTuple):
         looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         total, layers = num_parameters(model), config.num_hidden_layers
         kv_width = 2 * groups * width * layers
-        return cls(total, total - looked_up, layers, config.hidden_size, config.vocab_size, kv_width)
+        return cls(total, total - looked_up, layers, config.hidden_size, heads * width, config.vocab_size, kv_width)
 
     @property
     def head(self) -> int:
@@ -59,18 +59,11 @@ class Shape(NamedTuple):
         return self.vocabulary * self.hidden
 
 
-class Precision(NamedTuple):
-    """Bytes a number: of stored weights, and of arithmetic."""
-
-    weights: int
-    compute: int
-
-
 def operations(shape: Shape, tokens: float, context: float, scored: float | None = None) -> float:
     """Of a forward pass over `tokens` that attend to `context` each; `scored` of them meet the output embedding."""
     scored = tokens if scored is None else scored
     body = shape.multiplied - shape.head
-    return 2 * body * tokens + 2 * shape.head * scored + 4 * shape.layers * shape.hidden * context * tokens
+    return 2 * body * tokens + 2 * shape.head * scored + 4 * shape.layers * shape.attended * context * tokens
 
 
 def forward_seconds(

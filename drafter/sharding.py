@@ -14,8 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-PARALLEL = (None, "fsdp", "tensor")
-
 
 def check_parallel(parallel: str | None, allowed: str, stage: str) -> None:
     """Refuse a way of splitting the target that a stage does not have.

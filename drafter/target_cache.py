@@ -170,7 +170,7 @@ def live_target(target: PreTrainedModel, batch: Batch, plain_head: bool) -> tupl
     A target that changes its logits after its output embedding (`plain_head` False) makes them all at once, and its
     hidden states are None.
     """
-    rows_B, head = ~batch.is_text_B, Head.of(target.get_output_embeddings())
+    rows_B, head = ~batch.is_text_B, target.get_output_embeddings()
     if not rows_B.any():  # a target that is split over ranks needs them all, so that a text stands in, and is not used
         rows_B = torch.arange(len(rows_B), device=rows_B.device) == 0
     ids_BT, attention_BT = batch.input_ids_BT[rows_B], batch.attention_mask_BT[rows_B]

@@ -26,9 +26,15 @@ def configured(name: str, overrides: list[str]) -> DictConfig:
 
 
 def concerning(name: str, arguments: list[str]) -> list[str]:
-    """The overrides that concern a stage: those whose first key its config has."""
-    keys = set(compose(name))
-    return [argument for argument in arguments if first_key(argument) in keys]
+    """The overrides that concern a stage: those whose first key its config has, and of `inputs` the second."""
+    cfg = compose(name)
+    mine = [argument for argument in arguments if first_key(argument) in cfg]
+    return [argument for argument in mine if first_key(argument) != "inputs" or input_key(argument) in cfg.inputs]
+
+
+def input_key(argument: str) -> str:
+    """`inputs.cache=null` -> cache"""
+    return re.split(r"[.=]", argument.lstrip("+~"))[1]
 
 
 def first_key(argument: str) -> str:

@@ -83,20 +83,20 @@ def data(cfg: DictConfig, stage: str) -> Iterator[str]:
             yield told(source.path, first(source), as_prompts=True)
         for name, source in cfg.task.items():
             yield told(f"task {name}, {source.path}", first(source), as_prompts=True)
-    elif (prepared := Path(cfg.get("inputs", {}).get("data") or "") / "instructions.jsonl").exists():
+    elif "data" in cfg.inputs and (prepared := Path(cfg.inputs.data) / "instructions.jsonl").exists():
         yield told(str(prepared), [row["prompt"] for row in read_jsonl(prepared)[:ROWS]], as_prompts=True)
 
 
 def first(source: DictConfig) -> list[str]:
     """The first rows that a source's settings choose, rendered."""
-    where: dict[str, Any] = plain(source.where) if source.get("where") else {}
+    where: dict[str, Any] = plain(source.where) if "where" in source else {}
     rows = (row for row in read_rows(source.path, source.split, source.name, source.revision) if matches(row, where))
     return [render(source.template, row) for row in islice(rows, ROWS)]
 
 
 def inputs(cfg: DictConfig) -> Iterator[str]:
     """Which directories are finished, and which an earlier stage has to make."""
-    for name, path in (cfg.get("inputs") or {}).items():
+    for name, path in cfg.inputs.items() if "inputs" in cfg else ():
         if path and "://" not in path:
             known = (Path(path) / MANIFEST).exists() or (Path(path) / "config.json").exists()
             yield f"{name}: {path} is {'there' if known else 'not there yet: the stages before make it'}"
@@ -104,8 +104,9 @@ def inputs(cfg: DictConfig) -> Iterator[str]:
 
 def batches(cfg: DictConfig, stage: str) -> Iterator[str]:
     """What each rank gets of a batch."""
-    ranks, size = int(os.environ.get("WORLD_SIZE", 1)), (cfg.get(stage) or {}).get("batch_size")
-    if size:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if "batch_size" in cfg[stage]:
+        size = cfg[stage].batch_size
         if size < ranks:
             raise ValueError(f"{stage}.batch_size is {size}, less than one sample for each of {ranks} ranks")
         pieces = cfg.trainer.accumulate_grad_batches

@@ -3,6 +3,7 @@
 See drafter.roofline for the formulas. What is expected of the texts and the drafter is the scale's (`scale.expected`).
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from drafter.roofline import (
     Shape,
     forward_seconds,
     generation_memory,
+    loss_seconds,
     operations,
     training_memory,
     training_seconds,
@@ -23,7 +25,8 @@ from experiments import cache, evaluate, finetune, pretrain, respond
 from experiments.pipeline import Job
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-LONGEST = 1.3  # a batch's answers run until its longest of a round ends: mean tokens decoded over mean tokens kept
+FIRST_ROUND = 16  # tokens; see engines.transformers_engine
+ACTIVATIONS = 12  # numbers a token and hidden unit that a forward without gradients holds at once
 
 
 class World(NamedTuple):
@@ -78,34 +81,40 @@ def of_pretrain(cfg: DictConfig, world: World) -> Stage:
     settings, shape = cfg.pretrain, world.drafter
     tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
     seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, tokens)
+    heldout = cfg.scale.heldout_tokens * passes(settings)
+    judged = validation_seconds(cfg, world, heldout, settings.sequence_length, heldout)
     return Stage(
         "pretrain",
         tokens * settings.max_steps,
         3 * operations(shape, tokens, settings.sequence_length / 2) * settings.max_steps,
         memory,
         (2 if shape.vocabulary <= 2**16 else 4) * (cfg.scale.pretraining_tokens or tokens * settings.max_steps),
-        seconds * settings.max_steps,
+        seconds * settings.max_steps + judged,
         "lower pretrain.batch_size and raise trainer.accumulate_grad_batches, or pretrain.gradient_checkpointing=true",
     )
 
 
 def of_respond(cfg: DictConfig, world: World) -> Stage:
-    """Batched generation: a forward over the prompts, then one of a token for each sequence, token after token."""
+    """Batched generation in rounds: a forward over the texts so far, then one for each next token of all."""
     settings, width, shape = cfg.respond, BYTES[cfg.target.dtype], world.target
     device, together = world.device(width < 4), cfg.target.parallel == "tensor"
-    number = responses(cfg)
-    sequences = max(1, settings.batch_tokens / (world.length + LONGEST * world.response))
-    batches = number / sequences / (1 if together else world.gpus)
-    split = world.gpus if together else 1
-    first = forward_seconds(device, shape, sequences * world.prompt, world.prompt / 2, 0, width, split)
-    one = forward_seconds(device, shape, sequences, world.prompt + world.response / 2, sequences, width, split)
+    number, split = responses(cfg), world.gpus if together else 1
+    sequences = max(1, settings.batch_tokens / (world.length + world.response))
+    batches, seconds, begun, round_ = number / sequences / (1 if together else world.gpus), 0.0, 0.0, FIRST_ROUND
+    while begun < settings.max_new_tokens:
+        alive = math.exp(-begun / world.response)  # lengths are taken to be exponential
+        steps = min(round_, settings.max_new_tokens - begun)
+        text = world.prompt + begun
+        seconds += alive * forward_seconds(device, shape, sequences * text, text / 2, 0, width, split)
+        one = forward_seconds(device, shape, sequences, text + steps / 2, sequences, width, split)
+        seconds, begun, round_ = seconds + alive * steps * one, begun + steps, 2 * round_
     return Stage(
         "respond",
         number * world.response,
         operations(shape, number * world.length, world.length / 2),
-        generation_memory(shape, sequences, world.length, width, split) | process(world),
+        generation_memory(shape, sequences, world.length + world.response, width, split) | process(world),
         number * world.length * 4,
-        0.0 if settings.by == "reference" else batches * (first + LONGEST * world.response * one),
+        0.0 if settings.by == "reference" else batches * seconds,
         "target.parallel=tensor, or lower respond.batch_tokens",
     )
 
@@ -117,7 +126,7 @@ def of_cache(cfg: DictConfig, world: World) -> Stage:
     split, number = world.gpus if together else 1, responses(cfg)
     calls = number * world.length / cfg.cache.batch_tokens / (1 if together else world.gpus)
     memory = generation_memory(shape, 0, 0, width, split)
-    memory["activations"] = 12 * cfg.cache.batch_tokens * shape.hidden * width
+    memory["activations"] = ACTIVATIONS * cfg.cache.batch_tokens * shape.hidden * width
     return Stage(
         "cache",
         number * world.length,
@@ -131,58 +140,77 @@ def of_cache(cfg: DictConfig, world: World) -> Stage:
 
 def of_finetune(cfg: DictConfig, world: World) -> Stage:
     """Distillation: the drafter's step, and of the target a forward, or its output embedding where it is cached."""
-    settings, share, width = cfg.finetune, cfg.finetune.text_share, BYTES[cfg.target.dtype]
+    settings, share = cfg.finetune, cfg.finetune.text_share
     samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
     tokens = samples * ((1 - share) * world.length + share * settings.sequence_length)
     scored = samples * ((1 - share) * world.response + share * settings.sequence_length)
     seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, scored, samples)
-    answered, device = samples * (1 - share) / world.gpus, world.device(width < 4)
-    whole, shards = not cfg.inputs.cache, world.gpus if cfg.target.parallel == "fsdp" else 1
-    memory["target"] = (world.target.parameters / shards if whole else world.target.head) * width
-    if whole:
-        seconds += forward_seconds(device, world.target, answered * world.length, world.length / 2, 0, width)
-    else:
-        seconds += 2 * world.target.head * answered * world.response / (device.flops * device.efficiency)
-    target_operations = operations(world.target, samples * world.length, world.length / 2) if whole else 0
-    own = 3 * operations(world.drafter, tokens, settings.sequence_length / 2, scored)
+    answered, judged = samples * (1 - share) * settings.max_steps, validated(cfg, settings)
+    seconds = seconds * settings.max_steps + of_target(cfg, world, answered + judged)
+    seconds += validation_seconds(cfg, world, judged * world.length, world.length, judged * world.response)
+    done = operations(world.target, (answered + judged) * world.length, world.length / 2) if not cfg.inputs.cache else 0
+    done += 3 * operations(world.drafter, tokens, settings.sequence_length / 2, scored) * settings.max_steps
     return Stage(
         "finetune",
         tokens * settings.max_steps,
-        (own + target_operations) * settings.max_steps,
-        memory,
+        done,
+        memory | target_memory(cfg, world, samples / cfg.trainer.accumulate_grad_batches),
         4 * world.drafter.parameters * (2 + kept_steps(cfg)),
-        seconds * settings.max_steps,
+        seconds,
         "cache the target (inputs.cache), or target.parallel=fsdp; lower finetune.batch_size and raise "
         "trainer.accumulate_grad_batches, or finetune.gradient_checkpointing=true",
     )
 
 
+def of_target(cfg: DictConfig, world: World, samples: float) -> float:
+    """Seconds of all devices for the target's logits of so many responses."""
+    width, shape = BYTES[cfg.target.dtype], world.target
+    device = world.device(width < 4)
+    if cfg.inputs.cache:
+        return 2 * shape.head * samples * world.response / world.gpus / (device.flops * device.efficiency)
+    batches = samples / cfg.finetune.batch_size
+    tokens = cfg.finetune.batch_size * world.length / world.gpus
+    return batches * forward_seconds(device, shape, tokens, world.length / 2, 0, width)
+
+
+def target_memory(cfg: DictConfig, world: World, samples: float) -> dict[str, float]:
+    """What the target takes on each device beside the drafter: with FSDP its embeddings whole, and two layers."""
+    width, shape = BYTES[cfg.target.dtype], world.target
+    if cfg.inputs.cache:
+        return {"target": shape.head * width}
+    embeddings = shape.parameters - shape.multiplied + shape.head
+    layers = shape.parameters - embeddings
+    held = layers / world.gpus + 2 * layers / shape.layers if cfg.target.parallel == "fsdp" else layers
+    activations = ACTIVATIONS * samples / world.gpus * world.length * shape.hidden
+    return {"target": (embeddings + held + activations) * width}
+
+
 def of_evaluate(cfg: DictConfig, world: World) -> Stage:
     """Each prompt by the target alone, and by each drafter at each gamma."""
-    width = BYTES[cfg.target.dtype]
+    width, gammas = BYTES[cfg.target.dtype], cfg.evaluate.num_speculative_tokens
     drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
-    device, together = world.device(width < 4), cfg.target.parallel == "tensor"
+    together = cfg.target.parallel == "tensor"
     split = world.gpus if together else 1
 
-    def call(shape: Shape, tokens: int, of: int = 1) -> float:
-        return forward_seconds(device, shape, tokens, world.length, 1, width, of)
+    def call(shape: Shape, tokens: int, bytes_: int, of: int = 1) -> float:
+        return forward_seconds(world.device(bytes_ < 4), shape, tokens, world.length, 1, bytes_, of)
 
     prompts = len(cfg.task) * cfg.evaluate.prompts_per_task
-    seconds = world.response * call(world.target, 1, split)
-    for gamma in cfg.evaluate.num_speculative_tokens:
+    seconds = world.response * call(world.target, 1, width, split)
+    for gamma in gammas:
         drafted = gamma if isinstance(gamma, int) else 3
-        blocks = world.response / world.block_efficiency
-        seconds += blocks * (drafted * call(world.drafter, 1) + call(world.target, drafted + 1, split))
+        blocks = drafters * world.response / world.block_efficiency
+        seconds += blocks * (drafted * call(world.drafter, 1, 4) + call(world.target, drafted + 1, width, split))
     memory = generation_memory(world.target, 1, world.length, width, split)
     memory["drafters"] = 4 * drafters * world.drafter.parameters
-    tokens = prompts * drafters * world.response * (1 + len(cfg.evaluate.num_speculative_tokens))
+    tokens = prompts * world.response * (1 + drafters * len(gammas))
     return Stage(
         "evaluate",
         tokens,
         operations(world.target, tokens, world.length),
         memory | process(world),
         0.0,
-        prompts * drafters * seconds / (1 if together else world.gpus),
+        prompts * seconds / (1 if together else world.gpus),
         "target.parallel=tensor, or fewer drafters at once",
     )
 
@@ -205,6 +233,23 @@ def trained(
     memory = training_memory(shape, widest, longest, 2 if low else 4, entries, shards, checkpointing)
     seconds = training_seconds(device, shape, tokens / world.gpus, longest, scored / world.gpus, checkpointing)
     return seconds + (pieces - 1) * update_seconds(device, shape), memory | process(world)
+
+
+def validation_seconds(cfg: DictConfig, world: World, tokens: float, length: float, scored: float) -> float:
+    """Of the drafter's forward over `tokens`, and of its distances at the scored ones, on all devices."""
+    device = world.device(str(cfg.trainer.precision).startswith(("bf16", "16")))
+    done = operations(world.drafter, tokens, length / 2, scored)
+    return (done / (device.flops * device.efficiency) + loss_seconds(device, world.drafter, scored)) / world.gpus
+
+
+def passes(settings: DictConfig) -> int:
+    """How often a training run validates: before it, at each interval, and after its last step."""
+    return int(1 + math.ceil(settings.max_steps / min(settings.validate_every, settings.max_steps)))
+
+
+def validated(cfg: DictConfig, settings: DictConfig) -> float:
+    """Responses that are judged in all of a finetuning's validations."""
+    return float(cfg.scale.num_responses / 10 * passes(settings))
 
 
 def responses(cfg: DictConfig) -> float:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
-from experiments.composing import cells, concerning, configured, first_key
+from experiments.composing import cells, concerning, configured, first_key, input_key
 from experiments.inputs import STEPS
 
 STAGES = (prepare, pretrain, respond, cache, finetune, evaluate, tables)
@@ -136,9 +136,12 @@ def check_known(arguments: list[str]) -> None:
         ValueError: names it.
     """
     known = sorted(set().union(*(compose(name) for name in NAMES)))
+    inputs = sorted({name for cfg in map(compose, NAMES) if "inputs" in cfg for name in cfg.inputs})
     for argument in arguments:
         if first_key(argument) not in known:
             raise ValueError(f"'{argument}' is a setting of no stage: '{first_key(argument)}' is none of {known}")
+        if first_key(argument) == "inputs" and input_key(argument) not in inputs:
+            raise ValueError(f"'{argument}' is a setting of no stage: its inputs are {inputs}")
 
 
 def run(job: Job) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from drafter.metrics import memory_bound_speedup
@@ -147,5 +148,5 @@ def duration(seconds: float) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, HydraException) as problem:
         sys.exit(f"error: {problem}")

@@ -58,7 +58,7 @@ def train(
     interval = min(settings.validate_every, settings.max_steps)
     curve = CSVLogger(stage.directory, name="logs", version="")
     for stale in last.parent.glob(".*.tmp"):
-        stale.unlink()
+        stale.unlink(missing_ok=True)  # every rank removes them
     with warnings.catch_warnings():
         # An interrupted run's curve is in its checkpoint, and comes back from there.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")

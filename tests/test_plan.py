@@ -100,9 +100,25 @@ def test_a_price_and_a_sparse_cache_show(capsys):
     assert sparse["cache"]["disk"].endswith(" GB")
 
 
-def test_an_unknown_setting_is_refused(capsys):
+@pytest.mark.parametrize("override", ["pretrian.batch_size=3", "inputs.cahce=null"])
+def test_an_unknown_setting_is_refused(capsys, override):
     with pytest.raises(ValueError, match="setting of no stage"):
-        planned(capsys, "pretrian.batch_size=3")
+        planned(capsys, override)
+
+
+def test_a_live_target_is_held_beside_the_drafter_and_split_if_asked(capsys):
+    def held(*how):
+        page = planned(capsys, "scale=llama2", *how)
+        lines = [line for line in page.splitlines() if line.startswith("|")]
+        header = next(line for line in lines if "weights" in line).split(" | ")
+        row = next(line for line in reversed(lines) if line.startswith("| finetune")).split(" | ")
+        number, unit = dict(zip(header, row, strict=True))["target"].strip("| ").split()
+        return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
+    cached, whole, split = held(), held("inputs.cache=null"), held("inputs.cache=null", "target.parallel=fsdp")
+    assert cached == pytest.approx(32_000 * 4096 * 2, rel=0.01)
+    assert whole > 6.7e9 * 2
+    assert whole / 4 < split < whole / 2  # an eighth, the embeddings whole, layers in use, activations
 
 
 STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "gamma", "trim")
