@@ -1,12 +1,13 @@
 # make demo   the whole method on the embedded default        make test   the test suite
 # make tables the paper's comparisons, into results/          make curves  loss curves, drawn here
 # make plan   what a scale will take, before it runs       make dry-run  models without weights, first rows
-# Variables: SCALE=tiny|smoke|gpu|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  ARGS="any Hydra override"
+# Variables: SCALE=tiny|smoke|gpu|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  RANKS=2 (that evaluate)  ARGS="any Hydra override"
 PYTHON ?= python3
 SCALE ?= tiny
 LOSSES ?= kld,tvd,tvdpp
 SEEDS ?= 1
 ARGS ?=
+RANKS ?= $(if $(filter tiny smoke,$(SCALE)),2,1)
 FORMAT ?= hf
 VENV ?= .venv
 SERVING := .venv-serving
@@ -32,7 +33,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup ## every stage on SCALE, then the results table, figures and report
-	$(RUN).pipeline scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] $(ARGS)
+	$(RUN).pipeline scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] evaluate_ranks=$(RANKS) $(ARGS)
 
 test: setup ## the test suite
 	$(PY) -m pytest
@@ -93,7 +94,7 @@ report: setup ## stage 5: tables, figures and the HTML report of whatever has be
 	$(RUN).tables scale=$(SCALE) $(ARGS)
 
 # The paper's comparisons, with three seeds, into results/SCALE. Each runs what it needs, and nothing twice.
-SUITE := $(RUN).pipeline scale=$(SCALE) publish=results/$(SCALE)
+SUITE := $(RUN).pipeline scale=$(SCALE) publish=results/$(SCALE) evaluate_ranks=$(RANKS)
 ALONG := along.losses=[kld,tvd,tvdpp] along.seeds=[1]
 TRANSFER := transfer$(if $(filter llama2,$(SCALE)),_paper)
 

@@ -111,6 +111,12 @@ def main(cfg: DictConfig) -> None:
             finish(path, stage, len(parts), drafters[path], target, cfg)
 
 
+def is_pending(cfg: DictConfig) -> bool:
+    """Whether a drafter has no evaluation yet."""
+    names = (Path(path).name for path in find_drafters(list(cfg.drafters)))
+    return any(not (Path(cfg.out) / name / MANIFEST).exists() for name in names)
+
+
 def check(cfg: DictConfig) -> None:
     """Refuse what would fail, or mean something else, after the model is loaded."""
     check_parallel(cfg.target.parallel, "tensor", "evaluate")

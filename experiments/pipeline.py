@@ -6,8 +6,10 @@ same overrides, as on its own command line, and skips itself where it is up to d
 with the same command. A finetuning that fails does not stop the others, and is named at the end.
 """
 
+import json
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -65,7 +67,7 @@ def main(arguments: list[str]) -> None:
             if job.module is evaluate:
                 job.cfg.drafters = [path for path in job.cfg.drafters if path.split(f"/{STEPS}/")[0] not in failed]
             try:
-                run(job)
+                run(job, plan.evaluate_ranks)
             except Exception as problem:
                 if job.module is not finetune:
                     raise
@@ -144,9 +146,13 @@ def check_known(arguments: list[str]) -> None:
             raise ValueError(f"'{argument}' is a setting of no stage: its inputs are {inputs}")
 
 
-def run(job: Job) -> None:
-    """One stage, as its own command line would run it."""
+def run(job: Job, evaluate_ranks: int = 1) -> None:
+    """One stage, as its own command line would run it; an evaluation by several processes, if so asked."""
     HydraConfig.instance().cfg = job.hydra
+    if job.module is evaluate and evaluate_ranks > 1 and not job.cfg.dry_run and evaluate.is_pending(job.cfg):
+        overrides = [*job.hydra.hydra.overrides.task, f"drafters={json.dumps(list(job.cfg.drafters))}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={evaluate_ranks}"]
+        subprocess.run([*torchrun, "-m", "experiments.evaluate", *overrides], check=True)
     job.module.main(job.cfg)
 
 

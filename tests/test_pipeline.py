@@ -4,6 +4,7 @@ The target is a GPT-2 with learned positions and a word-level tokenizer without 
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -242,3 +243,16 @@ def test_a_refusal_is_one_line_on_the_command_line(tmp_path):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: respond.top_p is 2, must be above 0, at most 1")
+
+
+def test_two_processes_that_share_an_evaluation_count_what_one_counts(world, tmp_path):
+    overrides, root = world
+    shutil.copytree(root, tmp_path / "root")
+    shutil.rmtree(tmp_path / "root" / "evaluate" / "kld-seed1")
+    main([*overrides, f"root={tmp_path}/root", "losses=[kld,tvdpp]", "seeds=[1]", "evaluate_ranks=2"])
+    one, two = (read_jsonl(folder / "evaluate" / "kld-seed1" / "counts.jsonl") for folder in (root, tmp_path / "root"))
+    assert len(one) == len(two) == 12
+    for expected, found in zip(one, two, strict=True):
+        assert {key: value for key, value in found.items() if "seconds" not in key} == {
+            key: value for key, value in expected.items() if "seconds" not in key
+        }
