@@ -67,10 +67,17 @@ def operations(shape: Shape, tokens: float, context: float, scored: float | None
 
 
 def forward_seconds(
-    hardware: Hardware, shape: Shape, tokens: float, context: float, sequences: float, width: int, split: int = 1
+    hardware: Hardware,
+    shape: Shape,
+    tokens: float,
+    context: float,
+    sequences: float,
+    width: int,
+    split: int = 1,
+    scored: float | None = None,
 ) -> float:
     """Of a forward pass over `tokens` in all, of which each sequence has `context` before it in its cache."""
-    arithmetic = operations(shape, tokens, context) / split / (hardware.flops * hardware.efficiency)
+    arithmetic = operations(shape, tokens, context, scored) / split / (hardware.flops * hardware.efficiency)
     read = (shape.parameters * width + sequences * context * shape.kv_width * width) / split
     return max(arithmetic, read / hardware.bandwidth) + shape.layers * hardware.seconds_per_layer
 

@@ -120,20 +120,21 @@ def of_respond(cfg: DictConfig, world: World) -> Stage:
 
 
 def of_cache(cfg: DictConfig, world: World) -> Stage:
-    """One forward of the target over every response."""
-    width, shape = BYTES[cfg.target.dtype], world.target
+    """One forward of the target over every response, up to the output embedding: the sparse format meets that too."""
+    width, shape, tokens = BYTES[cfg.target.dtype], world.target, cfg.cache.batch_tokens
     device, together = world.device(width < 4), cfg.target.parallel == "tensor"
     split, number = world.gpus if together else 1, responses(cfg)
-    calls = number * world.length / cfg.cache.batch_tokens / (1 if together else world.gpus)
+    scored = world.response / world.length if "top_k" in cfg.cache.format else 0.0
+    one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored)
     memory = generation_memory(shape, 0, 0, width, split)
-    memory["activations"] = ACTIVATIONS * cfg.cache.batch_tokens * shape.hidden * width
+    memory["activations"] = ACTIVATIONS * tokens * shape.hidden * width
     return Stage(
         "cache",
         number * world.length,
-        operations(shape, number * world.length, world.length / 2),
+        operations(shape, number * world.length, world.length / 2, number * world.length * scored),
         memory | process(world),
         number * world.response * cached_bytes(cfg, shape),
-        calls * forward_seconds(device, shape, cfg.cache.batch_tokens, world.length / 2, 0, width, split),
+        number * world.length / tokens / (1 if together else world.gpus) * one,
         "target.parallel=tensor, or lower cache.batch_tokens",
     )
 
