@@ -121,7 +121,7 @@ def test_a_live_target_is_held_beside_the_drafter_and_split_if_asked(capsys):
     assert whole / 4 < split < whole / 2  # an eighth, the embeddings whole, layers in use, activations
 
 
-STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "gamma", "trim")
+STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate")
 
 
 def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothing(world, capsys, tmp_path):
@@ -130,7 +130,7 @@ def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothin
     pipeline.main([*overrides, "losses=[kld]", "dry_run=true"])
     told = capsys.readouterr().out
     assert snapshot(root) == before
-    assert all(f"dry run of {name} -> {root}" in told for name in STAGES[:6])
+    assert all(f"dry run of {name} -> {root}" in told for name in STAGES)
     assert "GPT2LMHeadModel" in told
     assert "24 rows, ends at [0], no chat template" in told
     assert "text.jsonl: rows of [" in told
@@ -143,11 +143,18 @@ def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothin
     assert not list(elsewhere.rglob("*.json*"))
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_each_stage_takes_the_flag(world, tmp_path, name):
+@pytest.mark.parametrize("name", ["gamma", "trim"])
+def test_the_stages_beside_the_pipeline_dry_run_too(world, capsys, name):
+    overrides, root = world
+    before = snapshot(root)
+    stage(name, [*overrides, f"{name}.drafter={root}/drafter", "dry_run=true"])
+    assert f"dry run of {name} -> {root}" in capsys.readouterr().out
+    assert snapshot(root) == before
+
+
+def test_the_flag_is_the_setting(world, tmp_path):
     overrides, _ = world
-    known = {"gamma": ["gamma.drafter=x"], "trim": ["trim.drafter=x"]}.get(name, [])
-    run(sys.executable, "-m", f"experiments.{name}", *overrides, *known, f"root={tmp_path}/root", "--dry-run")
+    run(sys.executable, "-m", "experiments.pretrain", *overrides, f"root={tmp_path}/root", "--dry-run")
     assert not list((tmp_path / "root").rglob("manifest.json"))
 
 
