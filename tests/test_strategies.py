@@ -21,21 +21,23 @@ from tests.test_ddp import TORCHRUN, manifest, run
 from tests.test_pipeline import stage
 
 STEPS = ["loss=tvdpp", "finetune.max_steps=6", "finetune.validate_every=3"]
-FSDP2 = ["trainer=fsdp2"]
+FSDP2, LIVE, ACCUMULATE = ["trainer=fsdp2"], ["inputs.cache=null"], ["trainer.accumulate_grad_batches=2"]
 STRATEGIES = {
     "ddp": [],
     "fsdp2": FSDP2,
-    "accumulate": ["trainer.accumulate_grad_batches=2"],
-    "checkpointing": ["finetune.gradient_checkpointing=true"],
+    "accumulate_checkpointing": [*ACCUMULATE, "finetune.gradient_checkpointing=true"],
     "compile": ["finetune.compile=true"],
-    "live": ["inputs.cache=null"],
-    "target_fsdp": ["inputs.cache=null", "target.parallel=fsdp"],
+    "target_fsdp": [*LIVE, "target.parallel=fsdp"],
     "bf16": ["trainer.precision=bf16-mixed"],
-    "all_fsdp2": ["inputs.cache=null", "target.parallel=fsdp", *FSDP2, "finetune.gradient_checkpointing=true"],
+    "all_fsdp2": [*LIVE, "target.parallel=fsdp", *FSDP2, "finetune.gradient_checkpointing=true"],
 }
 # What changes the result, and not only the way to it, is asked of one process too.
-ALSO_ALONE = dict.fromkeys(("live", "target_fsdp", "all_fsdp2"), STRATEGIES["live"])
-ALSO_ALONE |= {name: STRATEGIES[name] for name in ("accumulate", "bf16")}
+ALSO_ALONE = {
+    "target_fsdp": LIVE,
+    "all_fsdp2": LIVE,
+    "bf16": STRATEGIES["bf16"],
+    "accumulate_checkpointing": ACCUMULATE,
+}
 
 
 def curve(folder):
