@@ -13,11 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
+from hydra import initialize_config_module
 
 from drafter.artifacts import read_manifest
 from experiments.estimates import estimates
-from experiments.pipeline import planned
+from experiments.pipeline import composed
 from experiments.plan import world_of
 
 STAGES = ("pretrain", "respond", "cache", "finetune", "evaluate")
@@ -29,13 +29,12 @@ def measured(stage, root, out):
         "finetune": ["loss=tvdpp", "finetune.keep_every=0"],
         "evaluate": [f"drafters=[{root}/finetune/tvdpp-seed1]"],
     }
-    where = "" if stage == "evaluate" else out
     command = [sys.executable, "-m", f"experiments.{stage}", f"root={root}", f"out={out}", "logger=csv", "seed=7"]
     process = subprocess.Popen([*command, *more.get(stage, [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{stage} failed: {' '.join(command)}")
-    finished = Path(where) if where else next(Path(out).glob("*/manifest.json")).parent
+    finished = next(Path(out).rglob("manifest.json")).parent  # an evaluation lies one deeper
     return read_manifest(finished, stage)["seconds"], usage.ru_maxrss * 1024
 
 
@@ -45,9 +44,8 @@ def main():
     parser.add_argument("--root", default="runs/tiny")
     root = parser.parse_args().root
     with initialize_config_module("conf", version_base="1.3"):
-        plan = ["hardware=cpu", "plan.gpus=1", "losses=[tvdpp]"]
-        settings, others = compose("plan", plan), [f"drafters=[{root}/finetune/tvdpp-seed1]"]
-        jobs = list(planned(settings, others))
+        drafter = f"drafters=[{root}/finetune/tvdpp-seed1]"
+        settings, jobs = composed("plan", ["hardware=cpu", "plan.gpus=1", "losses=[tvdpp]", drafter])
         expected = {stage.name: stage for job in jobs for stage in estimates(job, world_of(settings, jobs))}
     print("| stage | time: planned | measured | ratio | memory: planned | measured | ratio |\n" + "| --- " * 7 + "|")
     with tempfile.TemporaryDirectory() as folder:

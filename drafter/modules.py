@@ -115,13 +115,12 @@ class Distillation(lightning.LightningModule):
             shard_module(self, self.drafter, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        if isinstance(self.target, PreTrainedModel):
-            if self.shard_target:
-                shard_frozen(self.target, self.device)
-            self.target.to(self.device)
+        live = isinstance(self.target, PreTrainedModel)
+        if live and self.shard_target:
+            shard_frozen(self.target, self.device)
+        self.target.to(self.device)
+        if live:
             self._target_has_plain_head = has_plain_head(self.target)
-        else:
-            self.target.to(self.device)
 
     on_validation_start = on_fit_start
 

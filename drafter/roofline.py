@@ -22,6 +22,7 @@ class Hardware(NamedTuple):
     """One device: operations a second in the precision of training, bytes a second, and what it has room for."""
 
     name: str
+    kind: str  # cpu or cuda
     flops: float
     bandwidth: float
     memory: float
@@ -102,7 +103,7 @@ def update_seconds(hardware: Hardware, shape: Shape) -> float:
 
 
 def training_memory(
-    shape: Shape, tokens: float, length: float, width: int, chunk_entries: int, shards: int, checkpointing: bool
+    shape: Shape, tokens: float, width: int, chunk_entries: int, shards: int, checkpointing: bool
 ) -> dict[str, float]:
     """Bytes by part, of one device that sees `tokens` a step, with the model split over `shards` of them."""
     kept = tokens * shape.hidden * width * shape.layers * (1 if checkpointing else CACHED_ACTIVATION)

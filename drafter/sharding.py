@@ -45,7 +45,6 @@ def shard_frozen(model: PreTrainedModel, device: torch.device) -> None:
         embeddings = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
         _shard_layers(model, mesh["gpu"])
         fully_shard(model.base_model, mesh=mesh["gpu"], ignored_params=embeddings)
-    model.to(device)
 
 
 def _shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts import MANIFEST, read_jsonl
 from drafter.corpus import source_files
@@ -42,14 +43,15 @@ def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = la
     """
     check(cfg)
     print(f"dry run of {stage} -> {cfg.out}")
-    for line in (*models(cfg), *data(cfg, stage), *inputs(cfg), *batches(cfg, stage)):
+    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    for line in (*models(cfg, tokenizer), *data(cfg, stage, tokenizer), *inputs(cfg), *batches(cfg, stage)):
         print(f"  {line}")
 
 
-def models(cfg: DictConfig) -> Iterator[str]:
+def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Target and drafter on the meta device, and the target's tokenizer."""
     path, revision = cfg.target.path, cfg.target.revision
-    tokenizer, rows = load_tokenizer(path, revision), vocabulary_width(path, revision)
+    rows = vocabulary_width(path, revision)
     if len(tokenizer) > rows:
         raise ValueError(f"{path} has {rows} rows of embedding for {len(tokenizer)} tokens of its tokenizer")
     target = meta_model(path, revision, cfg.target.trust_remote_code)
@@ -64,9 +66,8 @@ def models(cfg: DictConfig) -> Iterator[str]:
     yield f"drafter: {type(drafter).__name__}, {num_parameters(drafter):,} parameters, c = {ratio:.2%}"
 
 
-def data(cfg: DictConfig, stage: str) -> Iterator[str]:
+def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """The first rows: of the sources before they are prepared, else of what was prepared."""
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
 
     def told(name: str, texts: list[str], as_prompts: bool) -> str:
         if not texts:

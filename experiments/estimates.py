@@ -51,6 +51,15 @@ class World(NamedTuple):
         fields = {str(name): value for name, value in self.hardware.items() if name not in ("flops", "float32_flops")}
         return Hardware(flops=self.hardware.flops if low else self.hardware.float32_flops, **fields)
 
+    def training(self, cfg: DictConfig) -> tuple[Hardware, int]:
+        """The hardware as a stage trains with it, and the bytes of a number there."""
+        low = str(cfg.trainer.precision).startswith(("bf16", "16"))
+        return self.device(low), 2 if low else 4
+
+    def shares(self, cfg: DictConfig) -> tuple[int, int]:
+        """How many devices hold one target together, and into how many shares the work goes."""
+        return (self.gpus, 1) if cfg.target.parallel == "tensor" else (1, self.gpus)
+
 
 class Stage(NamedTuple):
     """One run's estimate: bytes of memory on each device by part, bytes on disk, seconds with all devices at work."""
@@ -97,10 +106,9 @@ def of_pretrain(cfg: DictConfig, world: World) -> Stage:
 def of_respond(cfg: DictConfig, world: World) -> Stage:
     """Batched generation in rounds: a forward over the texts so far, then one for each next token of all."""
     settings, width, shape = cfg.respond, BYTES[cfg.target.dtype], world.target
-    device, together = world.device(width < 4), cfg.target.parallel == "tensor"
-    number, split = responses(cfg), world.gpus if together else 1
+    device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
     sequences = max(1, settings.batch_tokens / (world.length + world.response))
-    batches, seconds, begun, round_ = number / sequences / (1 if together else world.gpus), 0.0, 0.0, FIRST_ROUND
+    batches, seconds, begun, round_ = number / sequences / shares, 0.0, 0.0, FIRST_ROUND
     while begun < settings.max_new_tokens:
         alive = math.exp(-begun / world.response)  # lengths are taken to be exponential
         steps = min(round_, settings.max_new_tokens - begun)
@@ -122,8 +130,7 @@ def of_respond(cfg: DictConfig, world: World) -> Stage:
 def of_cache(cfg: DictConfig, world: World) -> Stage:
     """One forward of the target over every response, up to the output embedding: the sparse format meets that too."""
     width, shape, tokens = BYTES[cfg.target.dtype], world.target, cfg.cache.batch_tokens
-    device, together = world.device(width < 4), cfg.target.parallel == "tensor"
-    split, number = world.gpus if together else 1, responses(cfg)
+    device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
     scored = world.response / world.length if "top_k" in cfg.cache.format else 0.0
     one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored)
     memory = generation_memory(shape, 0, 0, width, split)
@@ -134,7 +141,7 @@ def of_cache(cfg: DictConfig, world: World) -> Stage:
         operations(shape, number * world.length, world.length / 2, number * world.length * scored),
         memory | process(world),
         number * world.response * cached_bytes(cfg, shape),
-        number * world.length / tokens / (1 if together else world.gpus) * one,
+        number * world.length / tokens / shares * one,
         "target.parallel=tensor, or lower cache.batch_tokens",
     )
 
@@ -190,8 +197,7 @@ def of_evaluate(cfg: DictConfig, world: World) -> Stage:
     """Each prompt by the target alone, and by each drafter at each gamma."""
     width, gammas = BYTES[cfg.target.dtype], cfg.evaluate.num_speculative_tokens
     drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
-    together = cfg.target.parallel == "tensor"
-    split = world.gpus if together else 1
+    split, shares = world.shares(cfg)
 
     def call(shape: Shape, tokens: int, bytes_: int, of: int = 1) -> float:
         return forward_seconds(world.device(bytes_ < 4), shape, tokens, world.length, 1, bytes_, of)
@@ -211,7 +217,7 @@ def of_evaluate(cfg: DictConfig, world: World) -> Stage:
         operations(world.target, tokens, world.length),
         memory | process(world),
         0.0,
-        prompts * seconds / (1 if together else world.gpus),
+        prompts * seconds / shares,
         "target.parallel=tensor, or fewer drafters at once",
     )
 
@@ -226,19 +232,18 @@ def trained(
     samples: float | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Seconds of an optimizer step on all devices, and each one's memory."""
-    low, pieces = str(cfg.trainer.precision).startswith(("bf16", "16")), cfg.trainer.accumulate_grad_batches
-    device, checkpointing, shape = world.device(low), settings.gradient_checkpointing, world.drafter
+    (device, width), pieces = world.training(cfg), cfg.trainer.accumulate_grad_batches
+    checkpointing, shape = settings.gradient_checkpointing, world.drafter
     shards = world.gpus if "ModelParallel" in str(cfg.trainer.strategy) else 1
-    entries = CHUNK_ENTRIES["cpu" if world.hardware.name.endswith("CPU cores") else "cuda"]
     widest = (samples * longest if samples else tokens) / world.gpus / pieces
-    memory = training_memory(shape, widest, longest, 2 if low else 4, entries, shards, checkpointing)
+    memory = training_memory(shape, widest, width, CHUNK_ENTRIES[device.kind], shards, checkpointing)
     seconds = training_seconds(device, shape, tokens / world.gpus, longest, scored / world.gpus, checkpointing)
     return seconds + (pieces - 1) * update_seconds(device, shape), memory | process(world)
 
 
 def validation_seconds(cfg: DictConfig, world: World, tokens: float, length: float, scored: float) -> float:
     """Of the drafter's forward over `tokens`, and of its distances at the scored ones, on all devices."""
-    device = world.device(str(cfg.trainer.precision).startswith(("bf16", "16")))
+    device, _ = world.training(cfg)
     done = operations(world.drafter, tokens, length / 2, scored)
     return (done / (device.flops * device.efficiency) + loss_seconds(device, world.drafter, scored)) / world.gpus
 

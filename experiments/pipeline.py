@@ -55,10 +55,7 @@ def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     disable_progress_bar()  # of loading weights; the stages' own bars stay
     with initialize_config_module("conf", version_base="1.3"):
-        plan = compose("pipeline", [argument for argument in arguments if first_key(argument) in compose("pipeline")])
-        others = [argument for argument in arguments if first_key(argument) not in plan]
-        check_known(others)
-        jobs = list(planned(plan, others))
+        plan, jobs = composed("pipeline", arguments)
         for job in jobs:  # a wrong value of the last stage is found before the first one computes
             if hasattr(job.module, "check"):
                 job.module.check(job.cfg)
@@ -76,6 +73,19 @@ def main(arguments: list[str]) -> None:
     if failed:
         named = "\n".join(f"  {out}: {problem}" for out, problem in failed.items())
         raise RuntimeError(f"{len(failed)} of the finetunings failed, all else is done:\n{named}")
+
+
+def composed(name: str, arguments: list[str]) -> tuple[DictConfig, list[Job]]:
+    """A primary config of the pipeline's kind, and the jobs that it and the other overrides, the stages', ask for.
+
+    Raises:
+        ValueError: an override concerns no stage.
+    """
+    known = compose(name)
+    plan = compose(name, [argument for argument in arguments if first_key(argument) in known])
+    others = [argument for argument in arguments if first_key(argument) not in known]
+    check_known(others)
+    return plan, list(planned(plan, others))
 
 
 def planned(plan: DictConfig, others: list[str]) -> Iterator[Job]:
@@ -137,8 +147,9 @@ def check_known(arguments: list[str]) -> None:
     Raises:
         ValueError: names it.
     """
-    known = sorted(set().union(*(compose(name) for name in NAMES)))
-    inputs = sorted({name for cfg in map(compose, NAMES) if "inputs" in cfg for name in cfg.inputs})
+    stages = [compose(name) for name in NAMES]
+    known = sorted(set().union(*stages))
+    inputs = sorted({name for cfg in stages if "inputs" in cfg for name in cfg.inputs})
     for argument in arguments:
         if first_key(argument) not in known:
             raise ValueError(f"'{argument}' is a setting of no stage: '{first_key(argument)}' is none of {known}")

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
+from hydra import initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
@@ -16,10 +16,9 @@ from drafter.metrics import memory_bound_speedup
 from drafter.models import build_drafter, meta_model
 from drafter.roofline import Shape
 from experiments import finetune
-from experiments.composing import first_key
 from experiments.estimates import Stage, World, estimates
 from experiments.inputs import plain
-from experiments.pipeline import Job, check_known, planned
+from experiments.pipeline import Job, composed
 from experiments.tabular import Table
 
 
@@ -30,11 +29,7 @@ def main(arguments: list[str]) -> None:
         ValueError: a stage cannot fit, or an override concerns no stage.
     """
     with initialize_config_module("conf", version_base="1.3"):
-        known = compose("plan")
-        settings = compose("plan", [argument for argument in arguments if first_key(argument) in known])
-        others = [argument for argument in arguments if first_key(argument) not in known]
-        check_known(others)
-        jobs = list(planned(settings, others))
+        settings, jobs = composed("plan", arguments)
         world = world_of(settings, jobs)
     stages = [stage for job in jobs for stage in estimates(job, world)]
     print(report(stages, world, settings))

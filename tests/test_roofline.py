@@ -15,7 +15,9 @@ from drafter.roofline import (
 )
 from tests.conftest import small_model
 
-FAST = Hardware("fast", flops=1e12, bandwidth=1e9, memory=1e9, efficiency=1.0, seconds_per_layer=0, process_memory=0)
+FAST = Hardware(
+    "fast", "cuda", flops=1e12, bandwidth=1e9, memory=1e9, efficiency=1.0, seconds_per_layer=0, process_memory=0
+)
 
 
 def meta(name):
@@ -85,7 +87,7 @@ def test_checkpointing_takes_a_fourth_pass_and_less_memory():
     shape = Shape.of(small_model(hidden=64, layers=3))
     plain, again = (training_seconds(FAST, shape, 10**6, 0, 0, checkpointing) for checkpointing in (False, True))
     assert again - plain == pytest.approx(operations(shape, 10**6, 0, 0) / 1e12)
-    kept, less = (training_memory(shape, 1000, 24, 4, 0, 1, checkpointing) for checkpointing in (False, True))
+    kept, less = (training_memory(shape, 1000, 4, 0, 1, checkpointing) for checkpointing in (False, True))
     assert less["activations"] < kept["activations"] / 2
     assert {name: value for name, value in less.items() if name != "activations"} == {
         name: value for name, value in kept.items() if name != "activations"
@@ -104,14 +106,14 @@ def test_activations_are_about_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.base_model(input_ids=torch.zeros(4, 24, dtype=torch.long), use_cache=False).last_hidden_state
     found = sum(size for place, size in kept.items() if place not in weights)
-    planned = training_memory(Shape.of(model), 96, 24, 4, 0, 1, False)["activations"]
+    planned = training_memory(Shape.of(model), 96, 4, 0, 1, False)["activations"]
     assert hidden.requires_grad
     assert 0.5 < planned / found < 2
 
 
 def test_memory_of_training_and_decoding_is_shared_over_devices():
     shape = Shape.of(small_model(hidden=64, layers=3))
-    whole, quarter = (training_memory(shape, 100, 24, 4, 0, shards, False) for shards in (1, 4))
+    whole, quarter = (training_memory(shape, 100, 4, 0, shards, False) for shards in (1, 4))
     for part in ("weights", "gradients", "optimizer"):
         assert quarter[part] == whole[part] / 4
     assert whole["weights"] == 4 * shape.parameters
