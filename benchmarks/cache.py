@@ -21,8 +21,9 @@ from drafter.batches import collate, response_sequence
 from drafter.chunked import Head
 from drafter.datamodules import Mixture, PackedText, Responses, SequenceData
 from drafter.distributions import Drawn
+from drafter.loading import load_model, load_target
 from drafter.losses import acceptance_rate, kld, tvd
-from drafter.models import hidden_states, load_model, load_target
+from drafter.models import hidden_states
 from drafter.modules import Distillation
 from drafter.rows import Rows
 from drafter.storage import Folder

@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from drafter.decoders import Compiled
-from drafter.models import load_target, load_tokenizer
+from drafter.loading import load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
 from drafter.warping import Sampling

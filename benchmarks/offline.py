@@ -17,7 +17,8 @@ import torch
 
 from drafter.batches import by_budget, collate, next_tokens, response_sequence
 from drafter.engines import Limits, Request, transformers_engine
-from drafter.models import hidden_states, load_target, load_tokenizer
+from drafter.loading import load_target, load_tokenizer
+from drafter.models import hidden_states
 from drafter.offline import acceptance_of_written, expected_blocks, split_rows
 from drafter.prompts import stop_ids
 from drafter.responses import schema

@@ -11,7 +11,7 @@ import torch
 
 from drafter.artifacts import read_jsonl
 from drafter.engines import Limits, Request, transformers_engine
-from drafter.models import load_target, load_tokenizer
+from drafter.loading import load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
 
 TARGET, DATA, COUNT, LENGTH, REPEATS = "assets/tiny-target", "runs/tiny/data", 256, 64, 3

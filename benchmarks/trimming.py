@@ -18,8 +18,9 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from drafter.loading import load_tokenizer
 from drafter.metrics import memory_bound_speedup
-from drafter.models import build_drafter, load_tokenizer, num_parameters
+from drafter.models import build_drafter, num_parameters
 from drafter.trimming import most_used
 
 PAPER_TAU, GAMMA = 2.3, 3

@@ -15,8 +15,9 @@ import torch
 from drafter.batches import collate, next_tokens, response_sequence
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted
+from drafter.loading import load_model, load_target
 from drafter.losses import batch_statistic, tvd, tvdpp
-from drafter.models import hidden_states, load_model, load_target
+from drafter.models import hidden_states
 from drafter.rows import Rows
 from drafter.target_cache import restore, target_at
 

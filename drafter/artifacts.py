@@ -137,18 +137,7 @@ def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
 def fingerprint(directory: str | Path, stage: str) -> str:
     """16 hexadecimal digits that change with the identity or any file of a complete artifact."""
     manifest = read_manifest(directory, stage)
-    return _digest({key: manifest[key] for key in ("stage", "settings", "inputs", "files")})
-
-
-def model_fingerprint(path: str, revision: str | None = None) -> str:
-    """16 hexadecimal digits that identify a model: its files' content, or its hub name and revision."""
-    return _files_digest(path, revision, lambda file: file.suffix in {".json", ".safetensors", ".jinja", ".model"})
-
-
-def tokenizer_fingerprint(path: str, revision: str | None = None) -> str:
-    """16 hexadecimal digits that identify a model's tokenizer and chat template."""
-    kept = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"}
-    return _files_digest(path, revision, lambda file: file.name in kept or file.suffix == ".jinja")
+    return digest({key: manifest[key] for key in ("stage", "settings", "inputs", "files")})
 
 
 def require(directory: str | Path, name: str, found: str | None, wanted: str) -> None:
@@ -184,6 +173,11 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits that change with any part of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def environment() -> dict[str, Any]:
@@ -251,18 +245,6 @@ def _refuse_other_identity(directory: Folder, found: dict[str, Any], wanted: dic
             f"{directory} was made differently ({difference}). Nothing was changed: "
             f"give another directory, or remove this one to make it again"
         )
-
-
-def _files_digest(path: str, revision: str | None, wanted: Callable[[Path], bool]) -> str:
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        return _digest({"hub": path, "revision": revision})
-    files = sorted(file for file in directory.iterdir() if wanted(file) and file.name not in {MANIFEST, STARTED})
-    return _digest({file.name: sha256(file) for file in files})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _json(value: Any) -> bytes:

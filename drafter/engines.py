@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from drafter.batches import by_budget
+from drafter.loading import ModelSource
 
 
 class Request(NamedTuple):
@@ -122,15 +123,7 @@ def mixed_engine(engines: list[Engine]) -> Engine:
     return answer
 
 
-def vllm_engine(
-    path: str,
-    revision: str | None,
-    dtype: str,
-    trust_remote_code: bool,
-    limits: Limits,
-    seed: int,
-    **options: Any,
-) -> Engine:
+def vllm_engine(target: ModelSource, limits: Limits, seed: int, **options: Any) -> Engine:
     """vLLM's offline engine; under torchrun each rank has one of its own, on its own GPU.
 
     A request's random numbers depend on the seed and its place in the shard alone. `options` are vllm.LLM's, such as
@@ -150,12 +143,12 @@ def vllm_engine(
             "respond.engine=vllm needs vLLM: `pip install 'drafter[vllm]'`, or use respond.engine=transformers"
         ) from problem
     llm = LLM(
-        model=path,
-        tokenizer=path,
-        revision=revision,
-        tokenizer_revision=revision,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        model=target.path,
+        tokenizer=target.path,
+        revision=target.revision,
+        tokenizer_revision=target.revision,
+        dtype=target.dtype,
+        trust_remote_code=target.trust_remote_code,
         seed=seed,
         **options,
     )

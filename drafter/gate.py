@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drafter.models import context_limit, load_model, load_tokenizer, vocabulary_rows, vocabulary_width
+from drafter.loading import Model, ModelSource, context_limit, load_model, load_tokenizer, vocabulary_width
+from drafter.models import vocabulary_rows
 from drafter.trimming import read_kept, trim
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,13 @@ class Difference(NamedTuple):
         return f"{self.what}: the target has {self.target}, the drafter {self.drafter}. {remedy}"
 
 
-def differences(target: str, drafter: str, revision: str | None = None) -> list[Difference]:
-    """All that differs between two models, given as directories or hub names, that matters to an engine."""
-    ours, theirs = load_tokenizer(target, revision), load_tokenizer(drafter)
+def differences(target: Model, drafter: Model) -> list[Difference]:
+    """All that differs between two models, and matters to an engine."""
+    drafter = partner(drafter, target)
+    ours, theirs = load_tokenizer(target), load_tokenizer(drafter)
     found = [
         vocabularies(ours, theirs),
-        widths(vocabulary_width(target, revision), vocabulary_width(drafter)),
+        widths(vocabulary_width(target), vocabulary_width(drafter)),
         *(
             Difference(what, one, other, "the export has the target's", fatal=False)
             for what, (one, other) in {
@@ -50,33 +52,41 @@ def differences(target: str, drafter: str, revision: str | None = None) -> list[
             }.items()
             if one != other
         ),
-        contexts(context_limit(target, revision), context_limit(drafter)),
+        contexts(context_limit(target), context_limit(drafter)),
     ]
     return [difference for difference in found if difference]
 
 
-def check_pair(target: str, drafter: str, revision: str | None = None, pad: bool = False) -> list[Difference]:
+def check_pair(target: Model, drafter: Model, pad: bool = False) -> list[Difference]:
     """What differs without harm; what does harm is refused, unless it is padding and `pad` says to mend it.
 
     Raises:
         VocabularyError: names all that makes the two no pair, and what helps.
     """
-    found = differences(target, drafter, revision)
+    found = differences(target, drafter)
     if fatal := [one for one in found if one.fatal and not (pad and one.remedy == PAD)]:
         told = "\n".join(f"  {one}" for one in fatal)
-        raise VocabularyError(f"{drafter} is no drafter for {target}:\n{told}")
+        names = [ModelSource.of(model).path for model in (drafter, target)]
+        raise VocabularyError(f"{names[0]} is no drafter for {names[1]}:\n{told}")
     return found
 
 
-def load_drafter(path: str, target: str, revision: str | None = None, pad: bool = False) -> PreTrainedModel:
+def partner(drafter: Model, target: Model) -> ModelSource:
+    """The drafter's source: in float32, and with code of its own if the target may have that (a path says neither)."""
+    if isinstance(drafter, ModelSource):
+        return drafter
+    return ModelSource(str(drafter), trust_remote_code=ModelSource.of(target).trust_remote_code)
+
+
+def load_drafter(path: str, target: Model, pad: bool = False) -> PreTrainedModel:
     """A drafter in float32 that has passed the gate, as wide as the target, and trimmed if that is how it was left.
 
     Raises:
         VocabularyError: see check_pair.
     """
-    for difference in check_pair(target, path, revision, pad):
-        log.info("%s and %s differ, %s", path, target, difference)
-    model, kept = with_rows(load_model(path), vocabulary_width(target, revision)), read_kept(path)
+    for difference in check_pair(target, path, pad):
+        log.info("%s and %s differ, %s", path, ModelSource.of(target).path, difference)
+    model, kept = with_rows(load_model(partner(path, target)), vocabulary_width(target)), read_kept(path)
     return trim(model, kept) if kept else model
 
 

@@ -17,8 +17,9 @@ from drafter.batches import Batch, next_tokens, response_mask
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted, chunked_sum, chunked_values
 from drafter.distributions import Target, most_likely
+from drafter.loading import OutputEmbedding
 from drafter.losses import Loss, batch_statistic, kld, tvd
-from drafter.models import OutputEmbedding, check_drafter_head, has_plain_head, hidden_states
+from drafter.models import check_drafter_head, has_plain_head, hidden_states
 from drafter.offline import acceptance_of_written, expected_blocks, split_rows
 from drafter.sharding import shard_frozen, shard_module
 from drafter.target_cache import target_at

@@ -21,7 +21,8 @@ from drafter import rows
 from drafter.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
 from drafter.chunked import CHUNK_ENTRIES, Head
 from drafter.distributions import Drawn, Sparse, Target
-from drafter.models import OutputEmbedding, has_plain_head, hidden_states, vocabulary_rows
+from drafter.loading import OutputEmbedding
+from drafter.models import has_plain_head, hidden_states, vocabulary_rows
 from drafter.storage import Folder
 
 STORED = {"bfloat16": pa.uint16(), "float16": pa.float16(), "float32": pa.float32()}

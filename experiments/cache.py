@@ -6,12 +6,12 @@ import hydra
 from omegaconf import DictConfig
 
 from drafter import rows
-from drafter.models import load_target
+from drafter.loading import load_target
 from drafter.ranks import join, wait_for_all
 from drafter.sharding import check_parallel
 from drafter.target_cache import write_cache
 from experiments import dry_run
-from experiments.inputs import claim, plain, responses_fingerprint, target_inputs, target_named
+from experiments.inputs import claim, plain, responses_fingerprint, target_inputs, target_named, target_source
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
         return log.info("%s is up to date", cfg.out)
     ranks = join(cfg.target.parallel == "tensor")
     responses = rows.Rows(cfg.inputs.responses, "respond")
-    target = load_target(**cfg.target).to(ranks.device)
+    target = load_target(target_source(cfg)).to(ranks.device)
     count, schema = write_cache(
         target,
         responses,

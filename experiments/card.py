@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import jinja2
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig
 
-from drafter.artifacts import MANIFEST, model_fingerprint, read_manifest
+from drafter.artifacts import MANIFEST, read_manifest
+from drafter.fingerprints import model_fingerprint
 from drafter.gate import Difference, template
+from drafter.loading import load_config, load_tokenizer
 from drafter.metrics import Estimate
-from drafter.models import load_tokenizer
 from drafter.trimming import read_kept
+from experiments.inputs import target_source
 from experiments.results import POOLED, Row, read_evaluations, summarise
 from experiments.tabular import Table, with_interval
 
@@ -98,7 +99,7 @@ def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
 
 def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Difference]) -> None:
     """README.md of an exported directory, with the hub's header."""
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    tokenizer = load_tokenizer(target_source(cfg))
     is_path = Path(cfg.target.path).exists()
     header = {
         "library_name": {"hf": "transformers", "gguf": "gguf", "openvino": "openvino"}[cfg.export.format],
@@ -139,7 +140,7 @@ def worth(rows: list[Row]) -> Table:
 
 def architecture(drafter: str) -> dict[str, str]:
     """The drafter's shape."""
-    config = AutoConfig.from_pretrained(drafter)
+    config = load_config(drafter)
     shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads"
     tied = "tied" if config.tie_word_embeddings else "untied"
     return {"architecture": f"{config.model_type}: {shape}, {config.vocab_size:,} rows of embedding, {tied}"}

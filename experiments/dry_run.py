@@ -16,19 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts import MANIFEST, read_jsonl
 from drafter.corpus import source_files
-from drafter.models import (
-    build_drafter,
-    context_limit,
-    generation_eos,
-    load_tokenizer,
-    meta_model,
-    num_parameters,
-    special_ids,
-    vocabulary_width,
-)
+from drafter.loading import context_limit, generation_eos, load_tokenizer, meta_model, vocabulary_width
+from drafter.models import build_drafter, num_parameters, special_ids
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.sources import matches, read_rows, render
-from experiments.inputs import plain
+from experiments.inputs import plain, target_source
 
 ROWS = 3  # of each source
 
@@ -43,24 +35,24 @@ def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = la
     """
     check(cfg)
     print(f"dry run of {stage} -> {cfg.out}")
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    tokenizer = load_tokenizer(target_source(cfg))
     for line in (*models(cfg, tokenizer), *data(cfg, stage, tokenizer), *inputs(cfg), *batches(cfg, stage)):
         print(f"  {line}")
 
 
 def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Target and drafter on the meta device, and the target's tokenizer."""
-    path, revision = cfg.target.path, cfg.target.revision
-    rows = vocabulary_width(path, revision)
+    path, source = cfg.target.path, target_source(cfg)
+    rows = vocabulary_width(source)
     if len(tokenizer) > rows:
         raise ValueError(f"{path} has {rows} rows of embedding for {len(tokenizer)} tokens of its tokenizer")
-    target = meta_model(path, revision, cfg.target.trust_remote_code)
+    target = meta_model(source)
     with torch.device("meta"):
         drafter = build_drafter(plain(cfg.drafter), rows, special_ids(tokenizer))
     ratio = num_parameters(drafter) / num_parameters(target)
-    context = context_limit(path, revision)
+    context = context_limit(source)
     yield f"target {path}: {type(target).__name__}, {num_parameters(target):,} parameters, context {context:,}"
-    ends = stop_ids(tokenizer, generation_eos(path, revision))
+    ends = stop_ids(tokenizer, generation_eos(source))
     template = "its chat template" if tokenizer.chat_template else "no chat template: prompts stand as they are"
     yield f"tokenizer: {len(tokenizer):,} tokens, {rows:,} rows, ends at {ends}, {template}"
     yield f"drafter: {type(drafter).__name__}, {num_parameters(drafter):,} parameters, c = {ratio:.2%}"

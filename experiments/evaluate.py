@@ -24,24 +24,20 @@ from drafter.artifacts import (
     MANIFEST,
     ArtifactError,
     Stage,
-    model_fingerprint,
     read_jsonl,
     write_jsonl,
 )
+from drafter.fingerprints import model_fingerprint
+from drafter.loading import load_target, load_tokenizer
 from drafter.metrics import by_position, count
-from drafter.models import (
-    context_length,
-    load_target,
-    load_tokenizer,
-    num_parameters,
-)
+from drafter.models import context_length, num_parameters
 from drafter.prompts import encode_prompts, stop_ids
 from drafter.ranks import join, wait_for_all
 from drafter.sharding import check_parallel
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
 from experiments import dry_run
-from experiments.inputs import STEPS, claim, data_fingerprint, frozen_drafter, plain, target_fingerprint
+from experiments.inputs import STEPS, claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -85,8 +81,8 @@ def main(cfg: DictConfig) -> None:
     if not pending:
         return log.info("%s is up to date (%d drafters)", cfg.out, len(stages))
     ranks = join(cfg.target.parallel == "tensor")
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
-    target = load_target(**cfg.target).to(ranks.device)
+    tokenizer = load_tokenizer(target_source(cfg))
+    target = load_target(target_source(cfg)).to(ranks.device)
     drafters = {path: frozen_drafter(cfg, path).to(ranks.device) for path in pending}
     context = min(map(context_length, (target, *drafters.values())))
     work = prompts(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, cfg.evaluate.sampling)

@@ -15,14 +15,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 
-from drafter.artifacts import LOCK, STARTED, Stage, model_fingerprint, sha256
-from drafter.gate import Difference, check_pair, with_rows
-from drafter.models import generation_eos, load_model, load_tokenizer, special_ids, vocabulary_width
+from drafter.artifacts import LOCK, STARTED, Stage, sha256
+from drafter.fingerprints import model_fingerprint
+from drafter.gate import Difference, check_pair, partner, with_rows
+from drafter.loading import generation_eos, load_model, load_tokenizer, vocabulary_width
+from drafter.models import special_ids
 from drafter.prompts import stop_ids
 from drafter.trimming import read_kept, write_kept
 from experiments import to_gguf
 from experiments.card import Facts, gather, serving, write_card
-from experiments.inputs import claim, plain
+from experiments.inputs import claim, plain, target_source
 from experiments.recording import record
 
 # What each format calls a number's type.
@@ -39,10 +41,11 @@ def main(cfg: DictConfig) -> None:
     facts = gather(cfg.export.drafter)
     cfg = resolved(cfg, facts.config)
     check(cfg)
-    differences = check_pair(cfg.target.path, cfg.export.drafter, cfg.target.revision, cfg.pad_vocabulary)
+    target = target_source(cfg)
+    differences = check_pair(target, cfg.export.drafter, cfg.pad_vocabulary)
     inputs = {
-        "drafter": model_fingerprint(cfg.export.drafter),
-        "target": model_fingerprint(cfg.target.path, cfg.target.revision),
+        "drafter": model_fingerprint(partner(cfg.export.drafter, target)),
+        "target": model_fingerprint(target),
     }
     settings = {key: value for key, value in plain(cfg.export).items() if key != "drafter"}
     stage = claim(cfg, "export", settings, inputs)
@@ -62,7 +65,7 @@ def resolved(cfg: DictConfig, known: dict[str, Any]) -> DictConfig:
     """The config with what the drafter's own config knows, if it has one: its target."""
     cfg = cfg.copy()
     if cfg.target.path is None and known:
-        cfg.target = {"path": known["target"]["path"], "revision": known["target"]["revision"]}
+        cfg.target.path, cfg.target.revision = known["target"]["path"], known["target"]["revision"]
     if cfg.target.path is None:
         raise ValueError(f"{cfg.export.drafter} does not say which target it was trained for: give target.path=…")
     rounded = "" if cfg.export.dtype == "float32" else f"-{cfg.export.dtype}"
@@ -121,16 +124,15 @@ def is_content(path: Path) -> bool:
 @torch.no_grad()
 def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
     """A Hugging Face directory whose tokenizer, template and end-of-text ids are the target's."""
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
-    model: PreTrainedModel = with_rows(
-        load_model(cfg.export.drafter), vocabulary_width(cfg.target.path, cfg.target.revision)
-    )
+    target = target_source(cfg)
+    tokenizer = load_tokenizer(target)
+    model: PreTrainedModel = with_rows(load_model(partner(cfg.export.drafter, target)), vocabulary_width(target))
     if cfg.export.format == "hf":  # the other formats' own converters round
         model.to(getattr(torch, cfg.export.dtype))
     ids: dict[str, Any] = special_ids(tokenizer)
     for name, token in ids.items():
         setattr(model.config, name, token)
-    ids["eos_token_id"] = stop_ids(tokenizer, generation_eos(cfg.target.path, cfg.target.revision))
+    ids["eos_token_id"] = stop_ids(tokenizer, generation_eos(target))
     # transformers reads from the assistant's generation config how it drafts: always gamma tokens, however sure it is.
     model.generation_config = GenerationConfig(
         **ids,

@@ -9,21 +9,22 @@ import lightning
 import torch
 from omegaconf import DictConfig
 
-from drafter.artifacts import fingerprint, model_fingerprint, read_manifest, require
+from drafter.artifacts import fingerprint, read_manifest, require
 from drafter.block_losses import Places
 from drafter.chunked import Head, Predicted
 from drafter.datamodules import Mixture, PackedText, Responses, SequenceData, text_samples
 from drafter.distributions import Drawn, Target
-from drafter.gate import check_pair, load_drafter
+from drafter.fingerprints import model_fingerprint
+from drafter.gate import check_pair, load_drafter, partner
+from drafter.loading import load_output_embedding, load_target, load_tokenizer
 from drafter.losses import Loss, batch_statistic, with_context
-from drafter.models import load_output_embedding, load_target, load_tokenizer
 from drafter.modules import Distillation
 from drafter.rows import Rows
 from drafter.sharding import check_parallel
 from drafter.trimming import read_kept
 from drafter.weighting import Weighting
 from experiments import dry_run, on_policy
-from experiments.inputs import claim, pair_inputs, plain, responses_fingerprint
+from experiments.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.training import KeptSteps, economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,10 @@ def finetune(cfg: DictConfig) -> None:
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
-    drafter = load_drafter(cfg.inputs.drafter, cfg.target.path, cfg.target.revision, cfg.pad_vocabulary)
-    target = load_output_embedding(**cfg.target) if cfg.inputs.cache else load_target(**cfg.target)
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    source = target_source(cfg)
+    drafter = load_drafter(cfg.inputs.drafter, source, cfg.pad_vocabulary)
+    target = (load_output_embedding if cfg.inputs.cache else load_target)(source)
+    tokenizer = load_tokenizer(source)
     kind = "cache" if cfg.inputs.cache else "respond"
     rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)
     judged_on = Rows(cfg.inputs.validation, kind) if cfg.inputs.validation else rows
@@ -62,8 +64,8 @@ def finetune(cfg: DictConfig) -> None:
     judges = Responses(judged_on, "validation")
     data = SequenceData(training, judges, cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers)
     if "reference" in cfg.weighting:
-        check_pair(cfg.target.path, cfg.weighting.reference, cfg.target.revision)
-        reference = load_target(cfg.weighting.reference)
+        check_pair(source, cfg.weighting.reference)
+        reference = load_target(partner(cfg.weighting.reference, source))
         weighting = partial(weighting, reference=reference)
     module = Distillation(
         target,

@@ -17,15 +17,16 @@ from transformers import PreTrainedModel
 from drafter.artifacts import write_jsonl
 from drafter.costs import Costs, measure
 from drafter.decoders import Compiled
+from drafter.loading import load_target, load_tokenizer
 from drafter.metrics import Counts, Estimate, count, estimate
-from drafter.models import context_length, load_target, load_tokenizer
+from drafter.models import context_length
 from drafter.offline import acceptance_of_written, expected_blocks
 from drafter.prompts import stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode
 from experiments import dry_run
 from experiments.evaluate import Task, prompts, sampling_of
 from experiments.figures import draw_gammas
-from experiments.inputs import claim, frozen_drafter, pair_inputs, plain
+from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def main(cfg: DictConfig) -> None:
     )
     if stage.complete:
         return log.info("%s is up to date", stage.directory)
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
-    target = load_target(**cfg.target).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(target_source(cfg))
+    target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
     work = prompts(cfg, tokenizer, min(map(context_length, (target, drafter))), cfg.gamma.prompts_per_task, {})
     stops = stop_ids(tokenizer, target.generation_config.eos_token_id)

@@ -8,8 +8,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from drafter.artifacts import Stage, fingerprint, model_fingerprint, read_manifest, require, tokenizer_fingerprint
+from drafter.artifacts import Stage, fingerprint, read_manifest, require
+from drafter.fingerprints import model_fingerprint, tokenizer_fingerprint
 from drafter.gate import load_drafter
+from drafter.loading import ModelSource
 
 STEPS = "steps"  # the folder of a finetuning that has its drafter at some of its steps
 
@@ -17,6 +19,11 @@ STEPS = "steps"  # the folder of a finetuning that has its drafter at some of it
 def plain(section: Any) -> Any:
     """A config section as plain Python values, interpolations resolved."""
     return OmegaConf.to_container(section, resolve=True)
+
+
+def target_source(cfg: DictConfig) -> ModelSource:
+    """Where the target is, and how it is loaded."""
+    return ModelSource(**plain(cfg.target))
 
 
 def claim(
@@ -43,24 +50,24 @@ def claim(
 def data_fingerprint(cfg: DictConfig) -> str:
     """The prepared data's fingerprint; data in the tokens of another tokenizer than the target's is refused."""
     found = read_manifest(cfg.inputs.data, "prepare")["inputs"]["tokenizer"]
-    require(cfg.inputs.data, "tokenizer", found, tokenizer_fingerprint(cfg.target.path, cfg.target.revision))
+    require(cfg.inputs.data, "tokenizer", found, tokenizer_fingerprint(target_source(cfg)))
     return fingerprint(cfg.inputs.data, "prepare")
 
 
 def frozen_drafter(cfg: DictConfig, path: str) -> PreTrainedModel:
     """A drafter to decode with, once it has passed the gate."""
-    drafter = load_drafter(path, cfg.target.path, cfg.target.revision, cfg.pad_vocabulary)
+    drafter = load_drafter(path, target_source(cfg), cfg.pad_vocabulary)
     return drafter.requires_grad_(False).eval()
 
 
 def target_fingerprint(cfg: DictConfig) -> str:
     """The target's fingerprint."""
-    return model_fingerprint(cfg.target.path, cfg.target.revision)
+    return model_fingerprint(target_source(cfg))
 
 
 def target_inputs(cfg: DictConfig) -> dict[str, str]:
     """The fingerprints of the target, and of its tokenizer and chat template by themselves."""
-    tokenizer = tokenizer_fingerprint(cfg.target.path, cfg.target.revision)
+    tokenizer = tokenizer_fingerprint(target_source(cfg))
     return {"target": target_fingerprint(cfg), "tokenizer": tokenizer}
 
 

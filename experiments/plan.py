@@ -12,12 +12,13 @@ from hydra import initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from drafter.loading import meta_model
 from drafter.metrics import memory_bound_speedup
-from drafter.models import build_drafter, meta_model
+from drafter.models import build_drafter
 from drafter.roofline import Shape
 from experiments import finetune
 from experiments.estimates import Stage, World, estimates
-from experiments.inputs import plain
+from experiments.inputs import plain, target_source
 from experiments.pipeline import Job, composed
 from experiments.tabular import Table
 
@@ -41,7 +42,7 @@ def world_of(settings: DictConfig, jobs: list[Job]) -> World:
     cfg = jobs[0].cfg
     known: dict[str, Any] = plain(cfg.target_shape) if cfg.target_shape else {}
     shape = known if known.pop("of", None) == cfg.target.path else None
-    target = meta_model(cfg.target.path, cfg.target.revision, cfg.target.trust_remote_code, shape)
+    target = meta_model(target_source(cfg), shape)
     with torch.device("meta"):
         drafter = build_drafter(plain(cfg.drafter), target.config.get_text_config().vocab_size, {})
     expected = cfg.scale.expected

@@ -10,14 +10,15 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from drafter.artifacts import tokenizer_fingerprint, write_jsonl
+from drafter.artifacts import write_jsonl
 from drafter.corpus import Doc, extract, is_heldout, pack, pretraining_texts
+from drafter.fingerprints import tokenizer_fingerprint
 from drafter.instructions import IN_DOMAIN, derive
-from drafter.models import load_tokenizer
+from drafter.loading import load_tokenizer
 from drafter.prompts import encode_prompt
 from drafter.sources import matches, read_rows, render
 from experiments import dry_run
-from experiments.inputs import claim, plain
+from experiments.inputs import claim, plain, target_source
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -29,11 +30,11 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         return dry_run.show(cfg, "prepare")
     settings = {"prepare": plain(cfg.prepare), "data": plain(cfg.data), "task": plain(cfg.task), "seed": cfg.seed}
-    inputs = {"tokenizer": tokenizer_fingerprint(cfg.target.path, cfg.target.revision)}
+    inputs = {"tokenizer": tokenizer_fingerprint(target_source(cfg))}
     stage = claim(cfg, "prepare", settings, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    tokenizer = load_tokenizer(target_source(cfg))
     texts, instructions, tasks = docstrings(cfg) if "packages" in cfg.data else datasets(cfg)
 
     def fits(row: Row) -> bool:

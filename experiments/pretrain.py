@@ -8,10 +8,11 @@ import lightning
 from omegaconf import DictConfig
 
 from drafter.datamodules import PackedText, SequenceData
-from drafter.models import build_drafter, load_tokenizer, special_ids, vocabulary_width
+from drafter.loading import load_tokenizer, vocabulary_width
+from drafter.models import build_drafter, special_ids
 from drafter.modules import Pretraining
 from experiments import dry_run
-from experiments.inputs import claim, data_fingerprint, plain
+from experiments.inputs import claim, data_fingerprint, plain, target_source
 from experiments.training import economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,10 @@ def main(cfg: DictConfig) -> None:
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
-    width = vocabulary_width(cfg.target.path, cfg.target.revision)
-    drafter = economical(build_drafter(plain(cfg.drafter), width, special_ids(tokenizer)), cfg.pretrain)
+    target = target_source(cfg)
+    tokenizer = load_tokenizer(target)
+    drafter = build_drafter(plain(cfg.drafter), vocabulary_width(target), special_ids(tokenizer))
+    drafter = economical(drafter, cfg.pretrain)
     folder, length = Path(cfg.inputs.data), cfg.pretrain.sequence_length
     text, heldout = (PackedText(folder / name, length) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter import rows
-from drafter.artifacts import model_fingerprint, read_jsonl
+from drafter.artifacts import read_jsonl
 from drafter.engines import (
     Engine,
     Limits,
@@ -18,13 +18,22 @@ from drafter.engines import (
     transformers_engine,
     vllm_engine,
 )
-from drafter.models import context_limit, generation_eos, load_target, load_tokenizer
+from drafter.fingerprints import model_fingerprint
+from drafter.loading import context_limit, generation_eos, load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
 from drafter.sharding import check_parallel
 from experiments import dry_run
-from experiments.inputs import claim, data_fingerprint, frozen_drafter, plain, target_inputs, target_named
+from experiments.inputs import (
+    claim,
+    data_fingerprint,
+    frozen_drafter,
+    plain,
+    target_inputs,
+    target_named,
+    target_source,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +51,10 @@ def main(cfg: DictConfig) -> None:
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     ranks, settings = join(cfg.target.parallel == "tensor"), cfg.respond
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
+    tokenizer = load_tokenizer(target_source(cfg))
     requests, skipped = asked(cfg, tokenizer)
     parts = shards(requests, settings.shard_size)
-    limits = Limits(settings.top_p, settings.max_new_tokens, stop_ids(tokenizer, generation_eos(**cfg.target)))
+    limits = Limits(settings.top_p, settings.max_new_tokens, stop_ids(tokenizer, generation_eos(target_source(cfg))))
     write_responses(
         engine(cfg, limits, ranks, tokenizer),
         parts,
@@ -82,7 +91,7 @@ def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Req
         ValueError: nothing is left of a split.
     """
     settings, instructions = cfg.respond, read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")
-    context = context_limit(cfg.target.path, cfg.target.revision)
+    context = context_limit(target_source(cfg))
     requests, skipped = [], Counter[str]()
     for split in settings.splits:
         number = settings.num_responses if split == "train" else settings.num_responses // 10
@@ -110,9 +119,8 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
 
     def targets() -> Engine:
         if cfg.respond.engine == "vllm":
-            model = {name: value for name, value in cfg.target.items() if name != "parallel"}
-            return vllm_engine(**model, limits=limits, seed=cfg.seed, **plain(cfg.respond.vllm))
-        return transformers_engine(load_target(**cfg.target).to(ranks.device), limits, cfg.respond.batch_tokens)
+            return vllm_engine(target_source(cfg), limits, cfg.seed, **plain(cfg.respond.vllm))
+        return transformers_engine(load_target(target_source(cfg)).to(ranks.device), limits, cfg.respond.batch_tokens)
 
     def drafters() -> Engine:
         drafter = frozen_drafter(cfg, cfg.inputs.drafter).to(ranks.device)

@@ -23,7 +23,8 @@ from drafter.batches import Sequence
 from drafter.corpus import Doc, extract, is_heldout, pack, pretraining_texts
 from drafter.datamodules import InMemory, PackedText, SequenceData
 from drafter.instructions import derive
-from drafter.models import build_drafter, load_model, load_tokenizer, special_ids
+from drafter.loading import load_model, load_tokenizer
+from drafter.models import build_drafter, special_ids
 from drafter.modules import Pretraining
 from drafter.prompts import CHATML, encode_prompt
 from experiments.inputs import plain

@@ -16,15 +16,16 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.artifacts import write_jsonl
+from drafter.loading import load_target, load_tokenizer
 from drafter.metrics import Counts, Estimate, estimate, memory_bound_speedup, paired_difference
-from drafter.models import context_length, load_target, load_tokenizer, num_parameters, vocabulary_rows
+from drafter.models import context_length, num_parameters, vocabulary_rows
 from drafter.prompts import stop_ids
 from drafter.rows import Rows
 from drafter.trimming import most_used, read_kept, trim, write_kept
 from experiments import dry_run
 from experiments.evaluate import Task, decode, identity_of, prompts, sampling_of
 from experiments.figures import draw_trimming
-from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint
+from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.tabular import Table, with_interval
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ def main(cfg: DictConfig) -> None:
     stage = claim(cfg, "trim", settings, inputs, Path(cfg.out) / Path(cfg.trim.drafter).name)
     if stage.complete:
         return log.info("%s is up to date", stage.directory)
-    tokenizer = load_tokenizer(cfg.target.path, cfg.target.revision)
-    target = load_target(**cfg.target).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(target_source(cfg))
+    target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
     whole = frozen_drafter(cfg, cfg.trim.drafter).to(target.device)
     rows = Rows(cfg.inputs.responses, "respond")

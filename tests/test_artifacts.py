@@ -9,14 +9,14 @@ from drafter.artifacts import (
     ArtifactError,
     Stage,
     fingerprint,
-    model_fingerprint,
     read_jsonl,
     read_manifest,
     require,
-    tokenizer_fingerprint,
     write_json,
     write_jsonl,
 )
+from drafter.fingerprints import model_fingerprint, tokenizer_fingerprint
+from drafter.loading import ModelSource
 
 SETTINGS = {"batch_size": 4, "temperatures": [0.0, 1.0]}
 INPUTS = {"data": "aaaa", "target": "bbbb"}
@@ -190,8 +190,9 @@ def test_the_model_fingerprint_is_of_content_and_not_of_place_or_stage_records(t
 
 
 def test_a_hub_model_is_identified_by_name_and_revision():
-    assert model_fingerprint("owner/model", "main") == model_fingerprint("owner/model", "main")
-    prints = {model_fingerprint(name, revision) for name in ("owner/a", "owner/b") for revision in (None, "v1")}
+    sources = [ModelSource(name, revision) for name in ("owner/a", "owner/b") for revision in (None, "v1")]
+    prints = {model_fingerprint(source) for source in sources}
+    assert {model_fingerprint(source) for source in sources} == prints
     assert len(prints) == 4
 
 

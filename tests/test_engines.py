@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from drafter.engines import Limits, Request, mixed_engine, transformers_engine, vllm_engine
+from drafter.loading import ModelSource
 from drafter.speculative import Sampling, autoregressive_decode
 from tests.conftest import VOCABULARY, small_model
 from tests.test_responses import requests
@@ -101,11 +102,11 @@ def fake_vllm(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-MODEL = {"path": "some/model", "revision": "r1", "dtype": "bfloat16", "trust_remote_code": False}
+MODEL = ModelSource("some/model", "r1", "bfloat16")
 
 
 def test_vllm_is_asked_as_it_documents(fake_vllm):
-    engine = vllm_engine(**MODEL, limits=Limits(0.95, 12, [7, 9]), seed=5, gpu_memory_utilization=0.8)
+    engine = vllm_engine(MODEL, Limits(0.95, 12, [7, 9]), 5, gpu_memory_utilization=0.8)
     assert FakeLLM.made == {
         "model": "some/model",
         "tokenizer": "some/model",
@@ -133,11 +134,11 @@ def test_under_torchrun_each_rank_has_its_own_gpu(fake_vllm, monkeypatch, visibl
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    vllm_engine(**MODEL, limits=Limits(0.95, 12, [7]), seed=5)
+    vllm_engine(MODEL, Limits(0.95, 12, [7]), 5)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
 
 
 def test_without_vllm_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"pip install 'drafter\[vllm\]'"):
-        vllm_engine(**MODEL, limits=Limits(0.95, 12, [7]), seed=5)
+        vllm_engine(MODEL, Limits(0.95, 12, [7]), 5)

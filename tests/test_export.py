@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drafter.artifacts import read_manifest
 from drafter.gate import VocabularyError
-from drafter.models import load_target
+from drafter.loading import load_target
 from drafter.prompts import encode_prompt
 from drafter.speculative import autoregressive_decode, speculative_decode
 from drafter.trimming import write_kept

@@ -225,7 +225,7 @@ def test_a_target_that_is_not_finite_is_refused_by_every_stage_that_asks_it(worl
     if name != "respond":  # responses as if they were its own
         for path in (root / "responses").iterdir():
             write_file(tmp_path / "responses" / path.name, path.read_bytes())
-        from drafter.artifacts import model_fingerprint
+        from drafter.fingerprints import model_fingerprint
 
         manifest = json.loads((tmp_path / "responses" / "manifest.json").read_text())
         manifest["inputs"]["target"] = model_fingerprint(str(tmp_path / "broken"))
@@ -268,7 +268,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path):
     save_target(tmp_path / "target")
     (tmp_path / "target" / "model.safetensors").unlink()
     torch.save({"wte.weight": Malice()}, tmp_path / "target" / "pytorch_model.bin")
-    from drafter.models import load_target
+    from drafter.loading import load_target
 
     with pytest.raises(Exception, match=r"(?i)weights.only"):
         load_target(str(tmp_path / "target"))

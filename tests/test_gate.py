@@ -3,7 +3,8 @@ import torch
 from transformers import AutoConfig
 
 from drafter.gate import VocabularyError, check_pair, differences, load_drafter, with_rows
-from drafter.models import build_drafter, load_tokenizer, num_parameters, special_ids, vocabulary_rows
+from drafter.loading import load_tokenizer
+from drafter.models import build_drafter, num_parameters, special_ids, vocabulary_rows
 from experiments.tiny_target import train_tokenizer
 
 SMALL = {

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "drafter").glob("*.py")) if path.stem != "__init__"}
 LOWEST = ("storage", "warping", "distributions", "losses", "block_losses", "chunked", "metrics", "artifacts", "rows")
-LOWER = ("offline", "models", "prompts", "decoders", "accepting", "speculative", "costs", "ranks", "sources", "batches")
-LOWER += ("trimming", "gate", "sharding", "roofline")
+LOWER = ("offline", "models", "loading", "fingerprints", "prompts", "decoders", "accepting", "speculative", "costs")
+LOWER += ("ranks", "sources", "batches", "trimming", "gate", "sharding", "roofline")
 MIDDLE = ("corpus", "instructions", "engines", "responses", "target_cache")
 HIGHEST = ("datamodules", "weighting", "modules", "resuming")
 

@@ -6,19 +6,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PhiConfig
 
-from drafter.models import (
-    build_drafter,
-    context_length,
-    hidden_states,
+from drafter.loading import (
+    ModelSource,
     load_model,
     load_output_embedding,
     load_target,
     load_tokenizer,
     meta_model,
-    num_parameters,
-    special_ids,
     vocabulary_width,
 )
+from drafter.models import build_drafter, context_length, hidden_states, num_parameters, special_ids
 from experiments.tiny_target import train_tokenizer
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -56,7 +53,9 @@ def test_a_loaded_drafter_can_be_trained(saved):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_come_in_the_dtype_that_is_asked_for(saved, dtype):
-    assert {parameter.dtype for parameter in load_target(saved, dtype=dtype).parameters()} == {getattr(torch, dtype)}
+    assert {parameter.dtype for parameter in load_target(ModelSource(saved, dtype=dtype)).parameters()} == {
+        getattr(torch, dtype)
+    }
 
 
 def test_the_tiny_target_of_the_repository_loads_frozen_with_its_tokenizer():
@@ -177,7 +176,7 @@ def test_an_output_embedding_is_read_without_the_rest_of_the_model(tmp_path, tie
     needed = index["model.embed_tokens.weight" if tied else "lm_head.weight"]
     for name in set(index.values()) - {needed}:
         (tmp_path / name).unlink()
-    found = load_output_embedding(str(tmp_path), dtype="bfloat16").get_output_embeddings()
+    found = load_output_embedding(ModelSource(str(tmp_path), dtype="bfloat16")).get_output_embeddings()
     assert torch.equal(found.weight, model.get_output_embeddings().weight.bfloat16())
     assert not found.weight.requires_grad
 

@@ -15,7 +15,8 @@ import torch
 from hydra.errors import HydraException
 from transformers import AutoModelForCausalLM
 
-from drafter.artifacts import ArtifactError, model_fingerprint, read_jsonl, write_jsonl
+from drafter.artifacts import ArtifactError, read_jsonl, write_jsonl
+from drafter.fingerprints import model_fingerprint
 from drafter.gate import VocabularyError
 from experiments.composing import configured
 from experiments.pipeline import main

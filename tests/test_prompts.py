@@ -79,7 +79,7 @@ def test_the_tokenizer_hash_is_the_same_for_the_same_tokenizer(tokenizer):
 
 
 def test_the_tokenizer_hash_survives_saving(tokenizer, tmp_path):
-    from drafter.models import load_tokenizer
+    from drafter.loading import load_tokenizer
 
     tokenizer.save_pretrained(tmp_path)
     assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(tokenizer)

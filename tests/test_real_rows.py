@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from drafter.artifacts import read_jsonl
-from drafter.models import load_tokenizer
+from drafter.loading import load_tokenizer
 from experiments import pipeline
 from tests.conftest import write_jsonl
 from tests.test_pipeline import stage

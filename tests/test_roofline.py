@@ -3,7 +3,8 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from drafter.models import build_drafter, meta_model
+from drafter.loading import meta_model
+from drafter.models import build_drafter
 from drafter.roofline import (
     Hardware,
     Shape,

@@ -17,7 +17,7 @@ import torch
 
 from drafter.artifacts import read_jsonl
 from drafter.gate import load_drafter
-from drafter.models import load_target, load_tokenizer
+from drafter.loading import load_target, load_tokenizer
 from drafter.prompts import encode_prompt, stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode
 from drafter.warping import Sampling
