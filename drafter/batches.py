@@ -18,7 +18,8 @@ class Batch(NamedTuple):
 
     `target_mask_BT` is True where the *next* token is to be predicted: L - 1 places in a packed sequence, one per
     response token in a response. `is_text_B` marks packed text, which keeps the next-token loss in distillation.
-    `temperature_B` is what a response was drawn at (not a number for text).
+    `temperature_B` is what a response was drawn at, in millionths; an integer, since training in bfloat16 would round a
+    float. Text has none: -1.
     `cached_N` holds what is cached of the target at the True places of the responses, in row-major order.
     """
 
@@ -52,8 +53,10 @@ def collate(samples: list[Sequence]) -> Batch:
         attention[row, :end] = 1
         mask[row, sample.num_context - 1 : end - 1] = True
     is_text = torch.tensor([sample.is_text for sample in samples])
-    temperature = torch.tensor([sample.temperature for sample in samples], dtype=torch.float32)
-    return Batch(input_ids, attention, mask, is_text, temperature, _joined([sample.cached_N for sample in samples]))
+    millionths = [round(1e6 * sample.temperature) if sample.temperature >= 0 else -1 for sample in samples]
+    return Batch(
+        input_ids, attention, mask, is_text, torch.tensor(millionths), _joined([sample.cached_N for sample in samples])
+    )
 
 
 def by_budget(lengths: Sequences[int], budget: int) -> list[list[int]]:

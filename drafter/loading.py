@@ -5,8 +5,10 @@ which is a source with default settings.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from drafter.models import context_length
 
@@ -58,12 +61,29 @@ class ModelSource(NamedTuple):
         """
         return {
             "pretrained_model_name_or_path": _existing(self.path),
-            "revision": self.revision,
+            "revision": hub_commit(self),
             "trust_remote_code": self.trust_remote_code,
         }
 
 
 Model = str | Path | ModelSource
+
+
+@lru_cache
+def hub_commit(source: ModelSource) -> str | None:
+    """The commit that a hub model's revision stands for, the same for the whole process; None for a local model.
+
+    Raises:
+        OSError: it can neither be reached nor found among those that were downloaded before.
+    """
+    if Path(source.path).expanduser().is_dir():
+        return None
+    if re.fullmatch("[0-9a-f]{40}", source.revision or ""):
+        return source.revision
+    with _named(source.path):
+        file = cached_file(_existing(source.path), "config.json", revision=source.revision)
+    commit: str | None = extract_commit_hash(file, None)
+    return commit or source.revision
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:

@@ -161,9 +161,9 @@ class Distillation(lightning.LightningModule):
         self, logits_p_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, temperature_N: torch.Tensor
     ) -> torch.Tensor:
         """offline.acceptance_of_written at each position's temperature; not a number where that cannot be told."""
-        accept_N = torch.full_like(temperature_N, math.nan)
-        for temperature in temperature_N.unique().tolist():
-            rows_N = temperature_N == temperature
+        accept_N = torch.full(temperature_N.shape, math.nan, device=temperature_N.device, dtype=torch.float32)
+        for millionths in temperature_N.unique().tolist():
+            rows_N, temperature = temperature_N == millionths, millionths / 1e6
             # What a sparse target would be at another temperature is not known; greedily, its argmax was written.
             if isinstance(target, torch.Tensor) or temperature == 0:
                 q_NV = target[rows_N] if isinstance(target, torch.Tensor) else logits_p_NV[rows_N]

@@ -23,7 +23,9 @@ def main(cfg: DictConfig) -> None:
         return dry_run.show(cfg, "cache", check)
     check(cfg)
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
-    stage = claim(cfg, "cache", {**plain(cfg.cache), "seed": cfg.seed}, inputs)
+    settings = {name: value for name, value in plain(cfg.cache).items() if name != "batch_tokens"}
+    settings |= {"seed": cfg.seed, "target_dtype": cfg.target.dtype}
+    stage = claim(cfg, "cache", settings, inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     ranks = join(cfg.target.parallel == "tensor")

@@ -1,12 +1,18 @@
 """Configs composed in code as the command lines compose them, and which overrides concern which stage."""
 
+import hashlib
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+# Keys that choose a directory by themselves, whichever stage is swept.
+PLACES = ("root", "out", "scale", "name", "label", "experiment", "logger", "cluster")
 
 
 def configured(name: str, overrides: list[str]) -> DictConfig:
@@ -32,6 +38,26 @@ def concerning(name: str, arguments: list[str]) -> list[str]:
     return [argument for argument in mine if first_key(argument) != "inputs" or input_key(argument) in cfg.inputs]
 
 
+def override(key: str, value: Any) -> str:
+    r"""An override in Hydra's grammar that gives a key this value, whatever characters it has.
+
+    >>> override("out", "runs/it's [1]")
+    "out='runs/it\\\\'s [1]'"
+    """
+    return f"{key}={in_grammar(value)}"
+
+
+def in_grammar(value: Any) -> str:
+    """A plain value in the grammar of Hydra's overrides."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{in_grammar(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(in_grammar, value)) + "]"
+    if isinstance(value, str):  # only a backslash before a quote escapes anything, and at the end it would be one
+        return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value) + "'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def input_key(argument: str) -> str:
     """`inputs.cache=null` -> cache"""
     return re.split(r"[.=]", argument.lstrip("+~"))[1]
@@ -52,5 +78,41 @@ def cells(name: str, experiment: str) -> list[list[str]]:
     params = cfg.hydra.sweeper.params or {}
     if not params:
         raise ValueError(f"conf/experiment/{experiment}.yaml has no hydra.sweeper.params: it is no sweep")
-    parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
-    return [list(cell) for batch in BasicSweeper.split_arguments(parsed, None) for cell in batch]
+    given = [f"{key}={value}" for key, value in params.items()]
+    parsed = OverridesParser.create().parse_overrides(given)
+    others = [key for key in swept_keys(given) if key not in ("loss", "variant", "seed")]  # these are in every name
+    named = [f"swept=[{','.join(others)}]"] if others else []
+    return [[*cell, *named] for batch in BasicSweeper.split_arguments(parsed, None) for cell in batch]
+
+
+def swept_keys(overrides: Iterable[str]) -> list[str]:
+    """The keys to which these overrides give several values, sorted; the last override of a key counts."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    several = {one.get_key_element().lstrip("+~"): one.is_sweep_override() for one in parsed}
+    return sorted(key for key, is_swept in several.items() if is_swept and not key.startswith("hydra"))
+
+
+def swept_values(*named: str, _root_: DictConfig) -> str:
+    """What tells the directory of a multirun's cell from the others': `-temperature_0.3`, or nothing.
+
+    Args:
+        named: keys whose values are in the directory's name already.
+    """
+    keys = [key for key in _root_.swept if key not in (*PLACES, *named)]
+    leaves = [key.rsplit(".", 1)[-1] for key in keys]
+    choices = HydraConfig.get().runtime.choices if keys else {}
+    parts = []
+    for key, leaf in zip(keys, leaves, strict=True):
+        value = choices[key] if key in choices else OmegaConf.select(_root_, key)
+        parts.append(f"-{leaf if leaves.count(leaf) == 1 else key}_{as_name(value)}")
+    return "".join(parts)
+
+
+def as_name(value: Any) -> str:
+    """A value as a part of a directory's name; one that has other characters, or many, ends in a checksum of it."""
+    text = str(value)
+    name = re.sub(r"[^\w.+-]+", "_", text).strip("_")[:40]
+    return name if name == text else f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+OmegaConf.register_new_resolver("swept_values", swept_values, replace=True)

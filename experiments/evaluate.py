@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> None:
         return dry_run.show(cfg, "evaluate", check)
     check(cfg)
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
-    settings = {**plain(cfg.evaluate), "tasks": plain(cfg.task), "seed": cfg.seed}
+    settings = {**plain(cfg.evaluate), **decoding_settings(cfg)}
     stages = {
         path: claim(
             cfg,
@@ -105,6 +105,13 @@ def main(cfg: DictConfig) -> None:
     if ranks.first:
         for path, stage in pending.items():
             finish(path, stage, len(parts), drafters[path], target, cfg)
+
+
+def decoding_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What determines how the tasks are decoded; where their prompts come from is in the data's own identity."""
+    limits = ("temperature", "top_p", "max_new_tokens", "in_domain")
+    tasks = {name: {key: how[key] for key in limits} for name, how in plain(cfg.task).items()}
+    return {"tasks": tasks, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
 
 
 def is_pending(cfg: DictConfig) -> bool:

@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning
@@ -45,9 +46,7 @@ def finetune(cfg: DictConfig) -> None:
     """Load target, drafter, responses and cache, all checked against each other; train; save."""
     loss, weighting = check(cfg)
     inputs = checked_inputs(cfg, loss)
-    settings = {**training_settings(cfg.finetune), "loss": plain(cfg.loss), "weighting": plain(cfg.weighting)}
-    settings |= {"name": cfg.name, "seed": cfg.seed}
-    stage = claim(cfg, "finetune", settings, inputs)
+    stage = claim(cfg, "finetune", settings_of(cfg), inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
@@ -81,6 +80,13 @@ def finetune(cfg: DictConfig) -> None:
     kept = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every)
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name, [kept])
     save(drafter, tokenizer, stage, trainer)
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """What determines the result, beside the inputs (a reference drafter is one of them, wherever it lies)."""
+    weighting = {name: value for name, value in plain(cfg.weighting).items() if name != "reference"}
+    settings = {**training_settings(cfg, "finetune"), "loss": plain(cfg.loss), "weighting": weighting}
+    return {**settings, "name": cfg.name, "target_dtype": cfg.target.dtype}
 
 
 def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
@@ -119,7 +125,10 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
     else:
         inputs["responses"] = responses_fingerprint(cfg)
     if cfg.inputs.validation:
-        inputs["validation"] = fingerprint(cfg.inputs.validation, "cache" if cfg.inputs.cache else "respond")
+        kind = "cache" if cfg.inputs.cache else "respond"
+        judge = read_manifest(cfg.inputs.validation, kind)
+        require(cfg.inputs.validation, "target", judge["inputs"]["target"], inputs["target"])
+        inputs["validation"] = fingerprint(cfg.inputs.validation, kind)
     if "reference" in cfg.weighting:
         inputs["reference"] = model_fingerprint(cfg.weighting.reference)
     return inputs

@@ -24,7 +24,7 @@ from drafter.offline import acceptance_of_written, expected_blocks
 from drafter.prompts import stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode
 from experiments import dry_run
-from experiments.evaluate import Task, prompts, sampling_of
+from experiments.evaluate import Task, decoding_settings, prompts, sampling_of
 from experiments.figures import draw_gammas
 from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
 
@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         return dry_run.show(cfg, "gamma", check)
     check(cfg)
-    settings = {**plain(cfg.gamma), "tasks": plain(cfg.task), "seed": cfg.seed}
+    settings = {**plain(cfg.gamma), **decoding_settings(cfg)}
     del settings["drafter"]  # its fingerprint is among the inputs
     stage = claim(
         cfg, "gamma", settings, pair_inputs(cfg, cfg.gamma.drafter), Path(cfg.out) / Path(cfg.gamma.drafter).name

@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import cache, respond
-from experiments.composing import concerning, configured, first_key
+from experiments.composing import concerning, configured, first_key, override
+from experiments.inputs import plain
 
 
 def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
@@ -23,8 +24,9 @@ def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
         finetune: one finetuning on a set that is there.
     """
     before, given = HydraConfig.instance().cfg, HydraConfig.get().overrides.task
-    written = f"distillation={HydraConfig.get().runtime.choices['distillation']}"
-    elsewhere = [override for override in given if first_key(override) != "distillation"]
+    others = [part for part in given if first_key(part) != "distillation"]
+    how = [override(f"distillation.{key}", value) for key, value in plain(cfg.distillation).items() if key != "rounds"]
+    written = [*others, f"distillation={HydraConfig.get().runtime.choices['distillation']}", *how]
     rounds, steps, drafter = cfg.distillation.rounds, cfg.finetune.max_steps, cfg.inputs.drafter
     OmegaConf.resolve(cfg)
     try:
@@ -32,14 +34,15 @@ def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
             folder, last = f"{cfg.root}/rounds/{cfg.name}/{number}", number == rounds
             answers, judged = f"{folder}/responses", f"{folder}/cache"
             trained = cfg.out if last else f"{folder}/drafter"
-            reading = [f"out={answers}", f"inputs.data={cfg.inputs.data}", f"inputs.drafter={drafter}"]
-            step(respond, [*concerning("respond", elsewhere), written, *reading])
-            step(cache, [*concerning("cache", elsewhere), written, f"out={judged}", f"inputs.responses={answers}"])
+            read = {"out": answers, "inputs.data": cfg.inputs.data, "inputs.drafter": drafter}
+            reading = [override(key, value) for key, value in read.items()]
+            step(respond, [*concerning("respond", written), *reading])
+            step(cache, [*concerning("cache", written), override("out", judged), override("inputs.responses", answers)])
             of_round = steps * number // rounds - steps * (number - 1) // rounds
-            overrides = [f"inputs.drafter={drafter}", f"inputs.cache={judged}", f"finetune.max_steps={of_round}"]
             name = cfg.name if last else f"{cfg.name}-round{number}"
-            overrides += [f"out={trained}", f"name={name}", "distillation.rounds=0"]
-            finetune(configured("finetune", [*given, *overrides]))
+            changed = {"inputs.drafter": drafter, "inputs.cache": judged, "finetune.max_steps": of_round}
+            changed |= {"out": trained, "name": name, "distillation.rounds": 0}
+            finetune(configured("finetune", [*given, *(override(key, value) for key, value in changed.items())]))
             drafter = trained
     finally:
         HydraConfig.instance().cfg = before

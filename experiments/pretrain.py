@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     """Build the drafter for the target's vocabulary, train it on packed text, save it."""
     if cfg.dry_run:
         return dry_run.show(cfg, "pretrain")
-    settings = {**training_settings(cfg.pretrain), "drafter": plain(cfg.drafter), "seed": cfg.seed}
+    settings = {**training_settings(cfg, "pretrain"), "drafter": plain(cfg.drafter)}
     stage = claim(cfg, "pretrain", settings, {"data": data_fingerprint(cfg)})
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
@@ -35,7 +35,8 @@ def main(cfg: DictConfig) -> None:
     folder, length = Path(cfg.inputs.data), cfg.pretrain.sequence_length
     text, heldout = (PackedText(folder / name, length) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)
-    trainer = train(Pretraining(drafter, cfg.pretrain.learning_rate), data, stage, cfg.pretrain, cfg, "pretrain")
+    name = f"pretrain{cfg.differs}"
+    trainer = train(Pretraining(drafter, cfg.pretrain.learning_rate), data, stage, cfg.pretrain, cfg, name)
     save(drafter, tokenizer, stage, trainer)
 
 

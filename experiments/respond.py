@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -36,6 +37,19 @@ from experiments.inputs import (
 )
 
 log = logging.getLogger(__name__)
+# Arguments of vllm.LLM that say how much memory it takes and how many devices, and leave what is drawn as it is.
+VLLM_MEANS = {
+    "gpu_memory_utilization",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "swap_space",
+    "cpu_offload_gb",
+    "enforce_eager",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "block_size",
+    "disable_log_stats",
+}
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="respond")
@@ -47,7 +61,7 @@ def main(cfg: DictConfig) -> None:
     inputs = {"data": data_fingerprint(cfg), **target_inputs(cfg)}
     if cfg.respond.by in ("drafter", "mixture"):
         inputs["drafter"] = model_fingerprint(cfg.inputs.drafter)
-    stage = claim(cfg, "respond", {**plain(cfg.respond), "seed": cfg.seed}, inputs)
+    stage = claim(cfg, "respond", settings_of(cfg), inputs)
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     ranks, settings = join(cfg.target.parallel == "tensor"), cfg.respond
@@ -82,6 +96,14 @@ def main(cfg: DictConfig) -> None:
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
     wait_for_all()  # the next stage of this process may read it
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """What determines the responses' distribution, and how they are cut into files; not how many are made at once."""
+    settings: dict[str, Any] = plain(cfg.respond)
+    del settings["batch_tokens"]
+    settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_MEANS}
+    return {**settings, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
 
 
 def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:

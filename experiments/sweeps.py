@@ -1,4 +1,4 @@
-"""A Hydra multirun: its jobs' ranks on a cluster, and at its end which cells failed; the others are finished."""
+"""A Hydra multirun: what its cells are named by, their ranks on a cluster, and at the end which of them failed."""
 
 import atexit
 import os
@@ -9,16 +9,22 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 from drafter.ranks import as_under_torchrun
+from experiments.composing import swept_keys
 
 
 class Failures(Callback):
     """Notes each failed job in a file, whichever process or machine it ran on, and names them all at the end."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Forget the sweep before."""
+        """Tell each cell which keys are swept, and forget the sweep before."""
+        given = list(config.hydra.overrides.task)
+        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+        if not any(override.startswith("swept=") for override in given):
+            with read_write(config):
+                config.hydra.overrides.task.append(f"swept=[{','.join(swept_keys([*params, *given]))}]")
         if int(os.environ.get("RANK", 0)) == 0:
             shutil.rmtree(_folder(config), ignore_errors=True)
             # Hydra raises the first failed job's error before it would call on_multirun_end.

@@ -27,11 +27,29 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
-def training_settings(section: DictConfig) -> dict[str, Any]:
-    """What of a training stage's settings determines its result: how it is computed and what is kept do not."""
-    settings: dict[str, Any] = plain(section)
-    others = ("num_workers", "keep_every", "gradient_checkpointing", "compile")
-    return {name: value for name, value in settings.items() if name not in others}
+# What says how a training stage is computed and what of it is kept, and leaves its result as it is up to rounding.
+MEANS = {"num_workers", "keep_every", "gradient_checkpointing", "compile"}
+TRAINER_MEANS = {
+    "_target_",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "num_sanity_val_steps",
+    "inference_mode",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "use_distributed_sampler",
+    "benchmark",
+    "profiler",
+}
+
+
+def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
+    """What of a training stage's config determines its result: its section, the trainer's settings and the seed."""
+    settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS}
+    trainer = {name: value for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
+    return {**settings, "trainer": trainer, "seed": cfg.seed}
 
 
 def economical(model: PreTrainedModel, settings: DictConfig) -> PreTrainedModel:

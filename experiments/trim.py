@@ -23,7 +23,7 @@ from drafter.prompts import stop_ids
 from drafter.rows import Rows
 from drafter.trimming import most_used, read_kept, trim, write_kept
 from experiments import dry_run
-from experiments.evaluate import Task, decode, identity_of, prompts, sampling_of
+from experiments.evaluate import Task, decode, decoding_settings, identity_of, prompts, sampling_of
 from experiments.figures import draw_trimming
 from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.tabular import Table, with_interval
@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
     check(cfg)
     inputs = {**pair_inputs(cfg, cfg.trim.drafter), "responses": responses_fingerprint(cfg)}
     named = identity_of(cfg.trim.drafter)
-    settings = {**plain(cfg.trim), "tasks": plain(cfg.task), "seed": named["seed"], "random_seed": cfg.seed}
+    settings = {**plain(cfg.trim), **decoding_settings(cfg), "seed": named["seed"], "random_seed": cfg.seed}
     del settings["drafter"]  # its fingerprint is among the inputs
     settings["name"] = f"{named['loss']}-trimmed-seed{named['seed']}"
     stage = claim(cfg, "trim", settings, inputs, Path(cfg.out) / Path(cfg.trim.drafter).name)

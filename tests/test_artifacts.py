@@ -4,7 +4,6 @@ import json
 import pytest
 
 from drafter.artifacts import (
-    MANIFEST,
     STARTED,
     ArtifactError,
     Stage,
@@ -15,8 +14,6 @@ from drafter.artifacts import (
     write_json,
     write_jsonl,
 )
-from drafter.fingerprints import model_fingerprint, tokenizer_fingerprint
-from drafter.loading import ModelSource
 
 SETTINGS = {"batch_size": 4, "temperatures": [0.0, 1.0]}
 INPUTS = {"data": "aaaa", "target": "bbbb"}
@@ -158,42 +155,6 @@ def test_the_fingerprint_is_equal_for_equal_content_and_changes_with_each_part(t
     assert prints["same"] == prints["again"]
     assert len(set(prints.values())) == 4
     assert all(len(value) == 16 and int(value, 16) >= 0 for value in prints.values())
-
-
-def model_directory(path, weights=b"w", tokenizer="{}", template="chat"):
-    path.mkdir()
-    (path / "config.json").write_text('{"model_type": "llama"}')
-    (path / "model.safetensors").write_bytes(weights)
-    (path / "tokenizer.json").write_text(tokenizer)
-    (path / "chat_template.jinja").write_text(template)
-    return str(path)
-
-
-def test_the_model_fingerprint_differs_with_weights_and_the_tokenizer_fingerprint_does_not(tmp_path):
-    one, other = model_directory(tmp_path / "one"), model_directory(tmp_path / "other", weights=b"v")
-    assert model_fingerprint(one) != model_fingerprint(other)
-    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
-
-
-@pytest.mark.parametrize("changed", [{"tokenizer": '{"a": 1}'}, {"template": "another"}])
-def test_both_fingerprints_differ_with_the_tokenizer_or_the_chat_template(tmp_path, changed):
-    one, other = model_directory(tmp_path / "one"), model_directory(tmp_path / "other", **changed)
-    assert model_fingerprint(one) != model_fingerprint(other)
-    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
-
-
-def test_the_model_fingerprint_is_of_content_and_not_of_place_or_stage_records(tmp_path):
-    one, moved = model_directory(tmp_path / "one"), model_directory(tmp_path / "moved")
-    (tmp_path / "moved" / MANIFEST).write_text('{"seconds": 3}')
-    (tmp_path / "moved" / STARTED).write_text("{}")
-    assert model_fingerprint(one) == model_fingerprint(moved)
-
-
-def test_a_hub_model_is_identified_by_name_and_revision():
-    sources = [ModelSource(name, revision) for name in ("owner/a", "owner/b") for revision in (None, "v1")]
-    prints = {model_fingerprint(source) for source in sources}
-    assert {model_fingerprint(source) for source in sources} == prints
-    assert len(prints) == 4
 
 
 def test_require_accepts_equal_and_names_both_sides_otherwise():

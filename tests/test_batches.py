@@ -17,8 +17,7 @@ def test_a_response_has_one_place_a_token_and_none_in_the_prompt():
     next_tokens = batch.input_ids_BT.roll(-1, 1)
     assert next_tokens[0][batch.target_mask_BT[0]].tolist() == [7, 8]
     assert batch.is_text_B.tolist() == [False, True]
-    assert batch.temperature_B[0] == 0.5
-    assert batch.temperature_B[1].isnan()
+    assert batch.temperature_B.tolist() == [500_000, -1]
 
 
 def test_padding_is_on_the_right_and_outside_attention_and_loss():
