@@ -32,6 +32,12 @@ def context_length(model: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
+def context_of_fields(config: dict[str, Any]) -> int:
+    """`context_length` of a model that `build_drafter` would build from these fields."""
+    fields = dict(config)
+    return context_length(AutoConfig.for_model(fields.pop("model_type"), **fields))
+
+
 def num_parameters(model: nn.Module) -> int:
     """Parameters, a tied one counted once; of a trimmed drafter (see trimming) without the rows that its head lost."""
     uncounted = sum(getattr(module, "uncounted_parameters", 0) for module in model.modules())

@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
 from experiments.composing import cells, concerning, configured, first_key, input_key
 from experiments.inputs import STEPS
+from experiments.lengths import check_lengths
 
 STAGES = (prepare, pretrain, respond, cache, finetune, evaluate, tables)
 NAMES = tuple(module.__name__.rsplit(".", 1)[-1] for module in STAGES)
@@ -56,9 +57,7 @@ def main(arguments: list[str]) -> None:
     disable_progress_bar()  # of loading weights; the stages' own bars stay
     with initialize_config_module("conf", version_base="1.3"):
         plan, jobs = composed("pipeline", arguments)
-        for job in jobs:  # a wrong value of the last stage is found before the first one computes
-            if hasattr(job.module, "check"):
-                job.module.check(job.cfg)
+        check(jobs)
         failed: dict[str, Exception] = {}
         for job in jobs:
             if job.module is evaluate:
@@ -73,6 +72,23 @@ def main(arguments: list[str]) -> None:
     if failed:
         named = "\n".join(f"  {out}: {problem}" for out, problem in failed.items())
         raise RuntimeError(f"{len(failed)} of the finetunings failed, all else is done:\n{named}")
+
+
+def check(jobs: list[Job]) -> None:
+    """Find a wrong value of the last stage before the first one computes.
+
+    Raises:
+        ValueError: names it.
+    """
+    for job in jobs:
+        if hasattr(job.module, "check"):
+            job.module.check(job.cfg)
+    prompt_tokens = next(job.cfg.prepare.max_prompt_tokens for job in jobs if job.module is prepare)
+    for job in jobs:
+        answers = {"respond.max_new_tokens": job.cfg.respond.max_new_tokens} if job.module is respond else {}
+        if job.module is evaluate:
+            answers = {f"task.{name}.max_new_tokens": how.max_new_tokens for name, how in job.cfg.task.items()}
+        check_lengths(job.cfg, prompt_tokens, answers)
 
 
 def composed(name: str, arguments: list[str]) -> tuple[DictConfig, list[Job]]:

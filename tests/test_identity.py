@@ -62,7 +62,7 @@ def test_what_leaves_a_result_as_it_is_leaves_a_finished_directory_up_to_date(wo
 
 
 def test_an_interrupted_run_goes_on_with_smaller_batches_where_memory_ran_out(world, tmp_path):
-    overrides, root = world
+    overrides, _ = world
     command = [*overrides, f"out={tmp_path}/out"]
     stage("respond", command)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.arrow")}

@@ -228,6 +228,13 @@ def test_an_empty_corpus_is_refused(world, tmp_path):
         ("respond.topp=0.9", HydraException, "topp"),
         ("data=files", ValueError, r"prepare needs a value for data.instructions\[0\].path, data.pretraining.path"),
         ("scale=gigantic", HydraException, "gigantic"),
+        (
+            "task.summary.max_new_tokens=489",
+            ValueError,
+            r"task.summary.max_new_tokens is 489, and prompts have up to 300",
+        ),
+        ("respond.max_new_tokens=213", ValueError, "exceed the context of the target assets/tiny-target, 512 tokens"),
+        ("drafter.max_position_embeddings=256", ValueError, "exceed the context of the drafter .*, 256 tokens"),
     ],
 )
 def test_the_pipeline_refuses_a_wrong_value_of_its_last_stage_before_the_first_computes(
