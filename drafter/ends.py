@@ -10,7 +10,7 @@ import logging
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from drafter.loading import Model, ModelSource, load_config, load_generation_config
+from drafter.loading import Model, ModelSource, load_config, load_generation_config, vocabulary_width
 
 log = logging.getLogger(__name__)
 CONTENT = "QXZ content QXZ"  # of a turn; no template has it of its own
@@ -19,10 +19,11 @@ CONTENT = "QXZ content QXZ"  # of a turn; no template has it of its own
 def end_of_turn_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a response, the one that the chat template or the tokenizer writes first.
 
-    A model that names none gets a warning, and its responses run to their limit.
+    An id beyond the model's embedding ends nothing, since no model can produce it. A model that names none gets a
+    warning, and its responses run to their limit.
     """
-    named = [template_end(tokenizer), tokenizer.eos_token_id, *config_ends(model)]
-    ends = list(dict.fromkeys(token for token in named if token is not None))
+    named, rows = [template_end(tokenizer), tokenizer.eos_token_id, *config_ends(model)], vocabulary_width(model)
+    ends = list(dict.fromkeys(token for token in named if token is not None and token < rows))
     if not ends:
         log.warning(
             "nothing ends a response of %s: its generation config, config, tokenizer and chat template name no end of "
@@ -45,11 +46,11 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
     except (TemplateError, ValueError):
         return None
-    before, _, after = str(text).rpartition(CONTENT)
+    _, found, after = str(text).rpartition(CONTENT)
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     control = {**tokenizer.get_added_vocab(), **special}
     matches = [piece for piece in control if piece and after.lstrip().startswith(piece)]
-    return control[max(matches, key=len)] if before and matches else None
+    return control[max(matches, key=len)] if found and matches else None
 
 
 def config_ends(model: Model) -> list[int]:

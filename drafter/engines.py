@@ -166,9 +166,7 @@ def vllm_engine(target: ModelSource, limits: Limits, seed: int, **options: Any) 
         ImportError: vLLM is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        local = int(os.environ["LOCAL_RANK"])
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+        _show_own_gpu()
     try:
         from vllm import LLM, SamplingParams
     except ImportError as problem:
@@ -188,24 +186,33 @@ def vllm_engine(target: ModelSource, limits: Limits, seed: int, **options: Any) 
     )
 
     def answer(requests: list[Request]) -> list[list[int]]:
-        how = [
-            SamplingParams(
-                temperature=request.temperature,
-                top_p=limits.top_p if request.temperature > 0 else 1.0,
-                top_k=-1,
-                max_tokens=limits.max_new_tokens,
-                stop_token_ids=limits.stop_ids,
-                ignore_eos=True,
-                seed=request_seed(seed, request),
-                detokenize=False,
-            )
-            for request in requests
-        ]
+        how = [SamplingParams(**_vllm_sampling(request, limits, seed)) for request in requests]
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         outputs = llm.generate(prompts, how, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return answer
+
+
+def _show_own_gpu() -> None:
+    """Hide the other ranks' GPUs from this process."""
+    local = int(os.environ["LOCAL_RANK"])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+
+
+def _vllm_sampling(request: Request, limits: Limits, seed: int) -> dict[str, Any]:
+    """The arguments of vllm.SamplingParams for a request."""
+    return {
+        "temperature": request.temperature,
+        "top_p": limits.top_p if request.temperature > 0 else 1.0,
+        "top_k": -1,
+        "max_tokens": limits.max_new_tokens,
+        "stop_token_ids": limits.stop_ids,
+        "ignore_eos": True,
+        "seed": request_seed(seed, request),
+        "detokenize": False,
+    }
 
 
 def request_seed(seed: int, request: Request) -> int:

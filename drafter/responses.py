@@ -71,8 +71,8 @@ def write_responses(
 ) -> None:
     """Answer this rank's shards (every world_size-th) that are not complete yet, and write them.
 
-    A response with an id that is none of `known_ids`, the tokenizer's, is left out and counted as failed, and so is an
-    empty one.
+    A response with an id that is none of `known_ids`, which both tokenizer and target have, is left out and counted as
+    failed, and so is an empty one.
     """
     mine = [number for number in rows.missing_shards(folder, len(parts)) if number % world_size == rank]
     with tqdm(
@@ -85,7 +85,7 @@ def write_responses(
                 if not tokens:
                     failed["an empty response"] += 1
                 elif not known_ids.issuperset(tokens):
-                    failed["an id that the tokenizer does not have"] += 1
+                    failed["an id that the tokenizer or the target does not have"] += 1
                 else:
                     ended = tokens[-1] in stop_ids
                     written.append({**request._asdict(), "response_ids": tokens, "truncated": not ended})

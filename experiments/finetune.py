@@ -55,9 +55,8 @@ def finetune(cfg: DictConfig) -> None:
     source = target_source(cfg)
     drafter = load_drafter(cfg.inputs.drafter, source, cfg.pad_vocabulary)
     target = (load_output_embedding if cfg.inputs.cache else load_target)(source)
-    for directory in (cfg.inputs.cache, cfg.inputs.validation) if cfg.inputs.cache else ():
-        if directory:
-            require_output_embedding(directory, target.get_output_embeddings())
+    for directory in filter(None, (cfg.inputs.cache, cfg.inputs.cache and cfg.inputs.validation)):
+        require_output_embedding(directory, target.get_output_embeddings())
     tokenizer = load_tokenizer(source)
     kind = "cache" if cfg.inputs.cache else "respond"
     rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)

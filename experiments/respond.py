@@ -21,7 +21,7 @@ from drafter.engines import (
     vllm_engine,
 )
 from drafter.fingerprints import model_fingerprint
-from drafter.loading import Model, ModelSource, context_limit, load_target, load_tokenizer
+from drafter.loading import Model, ModelSource, context_limit, load_target, load_tokenizer, vocabulary_width
 from drafter.prompts import encode_prompt
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         stage.folder,
         schema(settings.top_p),
         stop_ids=limits.stop_ids,
-        known_ids=set(tokenizer.get_vocab().values()),
+        known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
         seed=cfg.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,

@@ -75,6 +75,7 @@ def ends(path, generation=None, config=None):
         (None, None, [2]),
         ({"eos_token_id": 0}, None, [2, 0]),  # the base model's end, beside the chat's
         ({"eos_token_id": [0, 2, 5]}, None, [2, 0, 5]),
+        ({"eos_token_id": [0, 4096]}, None, [2, 0]),  # beyond the embedding
         ({"eos_token_id": None}, {"eos_token_id": 5}, [2, 5]),
         ("remove", {"eos_token_id": [5, 6]}, [2, 5, 6]),
         ("remove", {"eos_token_id": None}, [2]),

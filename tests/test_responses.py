@@ -71,7 +71,7 @@ def test_what_the_tokenizer_cannot_read_and_what_is_empty_is_counted_and_left_ou
     answers = [[5, 7], [], [VOCABULARY, 7], [9], [3, VOCABULARY + 5], [7], [7]]
     write_responses(lambda part: answers, [requests()], Folder(tmp_path), SCHEMA, **HOW)
     files, notes = finish(Folder(tmp_path), 1, SCHEMA)
-    assert notes[0]["failed"] == {"an empty response": 1, "an id that the tokenizer does not have": 2}
+    assert notes[0]["failed"] == {"an empty response": 1, "an id that the tokenizer or the target does not have": 2}
     rows = finished_rows(Folder(tmp_path), files, "respond")
     assert [row["response_ids"].tolist() for row in rows] == [[5, 7], [9], [7], [7]]
     assert [row["truncated"] for row in rows] == [False, True, False, False]
@@ -81,7 +81,7 @@ def test_the_tokenizers_ids_may_have_holes_and_exceed_their_number(tmp_path):
     known, answers = {5, 7, VOCABULARY + 5}, [[VOCABULARY + 5, 7], [6, 7], [5, 7]]
     write_responses(lambda part: answers, [requests(3)], Folder(tmp_path), SCHEMA, **{**HOW, "known_ids": known})
     files, notes = finish(Folder(tmp_path), 1, SCHEMA)
-    assert notes[0]["failed"] == {"an id that the tokenizer does not have": 1}
+    assert notes[0]["failed"] == {"an id that the tokenizer or the target does not have": 1}
     rows = finished_rows(Folder(tmp_path), files, "respond")
     assert [row["response_ids"].tolist() for row in rows] == [[VOCABULARY + 5, 7], [5, 7]]
 
