@@ -16,8 +16,9 @@ import torch
 from transformers import GenerationConfig
 
 from drafter.decoders import Compiled
+from drafter.ends import end_of_turn_ids
 from drafter.loading import load_target, load_tokenizer
-from drafter.prompts import encode_prompt, stop_ids
+from drafter.prompts import encode_prompt
 from drafter.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
 from drafter.warping import Sampling
 
@@ -45,6 +46,7 @@ def methods(target, drafter, arguments, stops):
         return {"autoregressive, ours": autoregressive, "speculative, ours": ours}, ours_batched
     how = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0} if arguments.temperature else {}
     config = GenerationConfig(max_new_tokens=limit, eos_token_id=stops, pad_token_id=0, **how)
+    target.generation_config = GenerationConfig()  # of which `generate` takes what its own config leaves open
     # The assistant's own settings are read from its generation config.
     drafter.generation_config.num_assistant_tokens = gamma
     drafter.generation_config.num_assistant_tokens_schedule = "constant"
@@ -82,7 +84,7 @@ def main():
     torch.set_num_threads(1)
     target, drafter = load_target(arguments.target), load_target(arguments.drafter)
     tokenizer = load_tokenizer(arguments.target)
-    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    stops = end_of_turn_ids(arguments.target, tokenizer)
     with open(arguments.tasks) as file:
         rows = [json.loads(line) for line in file]
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows[:: max(1, len(rows) // arguments.prompts)]]

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from drafter.batches import by_budget, collate, next_tokens, response_sequence
+from drafter.ends import end_of_turn_ids
 from drafter.engines import Limits, Request, transformers_engine
 from drafter.loading import load_target, load_tokenizer
 from drafter.models import hidden_states
 from drafter.offline import acceptance_of_written, expected_blocks, split_rows
-from drafter.prompts import stop_ids
 from drafter.responses import schema
 from drafter.rows import Rows, finish, write_shard
 from drafter.speculative import speculative_decode
@@ -75,7 +75,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     target, drafter = load_target(TARGET), load_target(arguments.drafter)
-    stops = stop_ids(load_tokenizer(TARGET), target.generation_config.eos_token_id)
+    stops = end_of_turn_ids(TARGET, load_tokenizer(TARGET))
     responses = Rows(f"{arguments.root}/responses", "respond")
     held_out = [i for i, split in enumerate(responses.splits) if split == "validation"][:PROMPTS]
     prompts = [row["prompt_ids"].tolist() for row in responses.read(held_out)]

@@ -10,9 +10,10 @@ import time
 import torch
 
 from drafter.artifacts import read_jsonl
+from drafter.ends import end_of_turn_ids
 from drafter.engines import Limits, Request, transformers_engine
 from drafter.loading import load_target, load_tokenizer
-from drafter.prompts import encode_prompt, stop_ids
+from drafter.prompts import encode_prompt
 
 TARGET, DATA, COUNT, LENGTH, REPEATS = "assets/tiny-target", "runs/tiny/data", 256, 64, 3
 
@@ -22,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer, target = load_tokenizer(TARGET), load_target(TARGET)
     rows = read_jsonl(f"{DATA}/instructions.jsonl")[:COUNT]
-    limits = Limits(0.95, LENGTH, stop_ids(tokenizer, target.generation_config.eos_token_id))
+    limits = Limits(0.95, LENGTH, end_of_turn_ids(TARGET, tokenizer))
     for batch_tokens in (8192, 16384):
         for temperature in (0.0, 0.7):
             requests = [

@@ -5,25 +5,31 @@ them, or up to the limit.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from drafter.batches import by_budget
-from drafter.loading import ModelSource
+from drafter.loading import Model, ModelSource, load_generation_config
+
+# Fields of a generation config that change nothing of what is drawn; the end of text is that of `end_of_turn_ids`.
+NOT_SETTINGS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "transformers_version"}
 
 
 class Request(NamedTuple):
-    """One answer asked of the target; `split` is "train" or "validation"."""
+    """One answer asked of the target; `split` is "train" or "validation", `repetition` counts from its first answer."""
 
     id: str
     kind: str
     split: str
     temperature: float
     prompt_ids: list[int]
+    repetition: int = 0
 
 
 Engine = Callable[[list[Request]], list[list[int]]]
@@ -35,6 +41,17 @@ class Limits(NamedTuple):
     top_p: float
     max_new_tokens: int
     stop_ids: list[int]
+
+
+def settings_left_out(model: Model) -> dict[str, Any]:
+    """What a model's generation_config.json says of how it generates, which no engine here follows.
+
+    A response is drawn from softmax(logits / temperature), cut by top-p, as evaluation and the losses assume.
+    """
+    config = load_generation_config(model)
+    named = config.to_dict() if config else {}
+    told = (name for name in named if name not in NOT_SETTINGS and not name.startswith("_"))
+    return {name: named[name] for name in told if named[name]}
 
 
 def transformers_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int, first_round: int = 16) -> Engine:
@@ -77,6 +94,16 @@ class _Finite(LogitsProcessor):
         return scores
 
 
+@contextmanager
+def _neutral_config(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model's generation config aside: `generate` takes from it every field that its own config leaves open."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
 @torch.inference_mode()
 def _generate(
     target: PreTrainedModel, contexts: list[list[int]], temperature: float, max_new_tokens: int, limits: Limits
@@ -93,13 +120,15 @@ def _generate(
         eos_token_id=stops or None,
         pad_token_id=padding,
     )
-    device = target.device
-    output = target.generate(
-        ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([_Finite()]),
-    )
+    device, plain_generate = target.device, GenerationMixin.generate  # a checkpoint may bring a `generate` of its own
+    with _neutral_config(target):
+        output = plain_generate(
+            target,
+            ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Finite()]),
+        )
     grown = output[:, width:].tolist()
     return [tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), None)] for tokens in grown]
 
@@ -126,16 +155,18 @@ def mixed_engine(engines: list[Engine]) -> Engine:
 def vllm_engine(target: ModelSource, limits: Limits, seed: int, **options: Any) -> Engine:
     """vLLM's offline engine; under torchrun each rank has one of its own, on its own GPU.
 
-    A request's random numbers depend on the seed and its place in the shard alone. `options` are vllm.LLM's, such as
+    A request's random numbers depend on the seed and the request alone. `options` are vllm.LLM's, such as
     tensor_parallel_size (without torchrun), gpu_memory_utilization, max_model_len.
+
+    What the checkpoint's generation_config.json says is left out by generation_config="vllm"
+    (https://docs.vllm.ai/en/stable/configuration/engine_args/#-generation-config), which still adds that file's ends of
+    text and the tokenizer's to a request's: ignore_eos leaves the ends of `limits` alone.
 
     Raises:
         ImportError: vLLM is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        local = int(os.environ["LOCAL_RANK"])
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+        _show_own_gpu()
     try:
         from vllm import LLM, SamplingParams
     except ImportError as problem:
@@ -150,25 +181,41 @@ def vllm_engine(target: ModelSource, limits: Limits, seed: int, **options: Any) 
         dtype=target.dtype,
         trust_remote_code=target.trust_remote_code,
         seed=seed,
+        generation_config="vllm",
         **options,
     )
 
     def answer(requests: list[Request]) -> list[list[int]]:
-        base = int(torch.initial_seed() % 2**31)
-        how = [
-            SamplingParams(
-                temperature=request.temperature,
-                top_p=limits.top_p if request.temperature > 0 else 1.0,
-                top_k=-1,
-                max_tokens=limits.max_new_tokens,
-                stop_token_ids=limits.stop_ids,
-                seed=base + number,
-                detokenize=False,
-            )
-            for number, request in enumerate(requests)
-        ]
+        how = [SamplingParams(**_vllm_sampling(request, limits, seed)) for request in requests]
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         outputs = llm.generate(prompts, how, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return answer
+
+
+def _show_own_gpu() -> None:
+    """Hide the other ranks' GPUs from this process."""
+    local = int(os.environ["LOCAL_RANK"])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+
+
+def _vllm_sampling(request: Request, limits: Limits, seed: int) -> dict[str, Any]:
+    """The arguments of vllm.SamplingParams for a request."""
+    return {
+        "temperature": request.temperature,
+        "top_p": limits.top_p if request.temperature > 0 else 1.0,
+        "top_k": -1,
+        "max_tokens": limits.max_new_tokens,
+        "stop_token_ids": limits.stop_ids,
+        "ignore_eos": True,
+        "seed": request_seed(seed, request),
+        "detokenize": False,
+    }
+
+
+def request_seed(seed: int, request: Request) -> int:
+    """63 bits of its own for each request of a run, whatever its shard, its rank and its neighbours."""
+    key = repr((seed, request.id, request.temperature, request.repetition))
+    return int.from_bytes(sha256(key.encode()).digest()[:8]) >> 1

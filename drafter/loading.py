@@ -4,6 +4,7 @@ A `ModelSource` is the one description of it. Each function here takes a `ModelS
 which is a source with default settings.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +31,9 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from drafter.models import context_length
+
+CHECKSUM_ROWS = 4096  # of an embedding that are turned into float32 at once
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # weights that are stored as they are
 
 
 class ModelSource(NamedTuple):
@@ -133,20 +138,34 @@ class OutputEmbedding(nn.Module):
 
 
 def load_output_embedding(model: Model) -> OutputEmbedding:
-    """A causal LM's output embedding, frozen; the other weights are not read where they are stored as safetensors."""
+    """The output embedding that `load_target` gives a causal LM, frozen.
+
+    The other weights are not read where the embedding is stored in safetensors files, unquantised.
+    """
     source = ModelSource.of(model)
     empty = meta_model(source)
-    embedding = empty.get_output_embeddings()
-    names = {parameter: name for name, parameter in empty.named_parameters()}
-    found = _stored(source, [names[parameter] for parameter in embedding.parameters()])
+    embedding, found = empty.get_output_embeddings(), _stored_head(source, empty)
     if found is None:
         embedding = load_model(source).get_output_embeddings()
     else:
-        embedding.to_empty(device="cpu")
-        with torch.no_grad():
-            for parameter, value in zip(embedding.parameters(), found, strict=True):
-                parameter.copy_(value)
-    return OutputEmbedding(embedding.to(getattr(torch, source.dtype))).requires_grad_(False).eval()
+        dtype = getattr(torch, source.dtype)
+        embedding.load_state_dict({name: value.to(dtype) for name, value in found.items()}, assign=True)
+    return OutputEmbedding(embedding).requires_grad_(False).eval()
+
+
+def embedding_checksum(embedding: nn.Module) -> str:
+    """16 hexadecimal digits that identify an output embedding: of its parameters' values, as float32.
+
+    An embedding that is split over ranks is gathered, so that all of them have to call this.
+    """
+    found = hashlib.sha256()
+    for name, parameter in embedding.named_parameters():
+        value = parameter.detach()
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        found.update(f"{name} {list(whole.shape)}".encode())
+        for rows in whole.split(CHECKSUM_ROWS):
+            found.update(rows.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def meta_model(model: Model, shape: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -171,17 +190,41 @@ def context_limit(model: Model) -> int:
     return context_length(load_config(model))
 
 
-def generation_eos(model: Model) -> int | list[int] | None:
-    """The ids that end a response, by the model's generation config; None where it says nothing of them."""
+def load_generation_config(model: Model) -> GenerationConfig | None:
+    """A model's generation_config.json; None where it has none."""
     source = ModelSource.of(model)
     try:
-        return GenerationConfig.from_pretrained(_existing(source.path), revision=source.revision).eos_token_id
-    except OSError:  # a model without one; generation then ends where its config says
-        return load_config(source).eos_token_id
+        return GenerationConfig.from_pretrained(_existing(source.path), revision=source.revision)
+    except OSError:
+        return None
 
 
-def _stored(source: ModelSource, names: list[str]) -> list[torch.Tensor] | None:
-    """These tensors of a model's safetensors files; None where it has none, or other names."""
+def _stored_head(source: ModelSource, empty: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """The output embedding's parameters as they are stored; None where only transformers knows how to load them.
+
+    A tensor that is stored under the head's own name is the head, whatever the config says: transformers ties the two
+    embeddings only where one of them is missing, or both are equal (PreTrainedModel.tie_weights).
+    """
+    config, embedding = empty.config, empty.get_output_embeddings()
+    elsewhere = getattr(config, "transformers_weights", None)
+    prefix = next((name for name, module in empty.named_modules() if module is embedding), None)
+    if elsewhere or prefix is None or any(True for _ in embedding.buffers()):
+        return None
+    if getattr(config, "quantization_config", None):
+        return None
+    own = {name: f"{prefix}.{name}" for name, _ in embedding.named_parameters()}
+    tied = {name: empty.all_tied_weights_keys[key] for name, key in own.items() if key in empty.all_tied_weights_keys}
+    stored, found = _stored(source, [*own.values(), *tied.values()]), {}
+    for name, parameter in embedding.named_parameters():
+        value = stored.get(own[name], stored.get(tied.get(name, "")))
+        if value is None or value.shape != parameter.shape or value.dtype not in NUMBERS:
+            return None
+        found[name] = value
+    return found
+
+
+def _stored(source: ModelSource, names: list[str]) -> dict[str, torch.Tensor]:
+    """Those of these tensors that a model's safetensors files have; none, if a file of theirs is missing."""
 
     def file(name: str) -> str | None:
         found: str | None = cached_file(
@@ -193,16 +236,20 @@ def _stored(source: ModelSource, names: list[str]) -> list[torch.Tensor] | None:
         )
         return found
 
-    index = file("model.safetensors.index.json")
-    places = json.loads(Path(index).read_text())["weight_map"] if index else dict.fromkeys(names, "model.safetensors")
-    if not set(names) <= set(places) or not all(file(places[name]) for name in names):
-        return None
-    tensors = []
-    for name in names:
-        with safe_open(file(places[name]), "pt") as weights:
-            if name not in weights.keys():  # noqa: SIM118, it is no dictionary
-                return None
-            tensors.append(weights.get_tensor(name))
+    places: dict[str, str] = {}
+    if file("model.safetensors"):  # which transformers prefers to parts beside it
+        places = dict.fromkeys(names, "model.safetensors")
+    elif index := file("model.safetensors.index.json"):
+        known = json.loads(Path(index).read_text())["weight_map"]
+        places = {name: known[name] for name in names if name in known}
+    files = {name: file(place) for name, place in places.items()}
+    if not all(files.values()):
+        return {}
+    tensors = {}
+    for name, path in files.items():
+        with safe_open(path, "pt") as weights:
+            if name in weights.keys():  # noqa: SIM118, it is no dictionary
+                tensors[name] = weights.get_tensor(name)
     return tensors
 
 

@@ -47,13 +47,6 @@ def encode_prompts(
     return prompts
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> list[int]:
-    """The ids that end a response: those of the target's generation config, else the tokenizer's end of text."""
-    if generation_eos is None:
-        return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return [generation_eos] if isinstance(generation_eos, int) else list(generation_eos)
-
-
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hexadecimal digits that change with any id -> piece, or with the chat template."""
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

@@ -46,7 +46,7 @@ def plan(
     for number in range(num_responses):
         index, round_ = number % len(instructions), number // len(instructions)
         row, temperature = instructions[index], temperatures[(index + round_) % len(temperatures)]
-        requests.append(Request(row["id"], row["kind"], row["split"], float(temperature), prompts[index]))
+        requests.append(Request(row["id"], row["kind"], row["split"], float(temperature), prompts[index], round_))
     return requests
 
 
@@ -63,7 +63,7 @@ def write_responses(
     schema: pa.Schema,
     *,
     stop_ids: list[int],
-    vocabulary: int,
+    known_ids: set[int],
     seed: int,
     rank: int = 0,
     world_size: int = 1,
@@ -71,8 +71,8 @@ def write_responses(
 ) -> None:
     """Answer this rank's shards (every world_size-th) that are not complete yet, and write them.
 
-    A response with an id that the tokenizer, of `vocabulary` ids, does not have is left out and counted as failed, and
-    so is an empty one.
+    A response with an id that is none of `known_ids`, which both tokenizer and target have, is left out and counted as
+    failed, and so is an empty one.
     """
     mine = [number for number in rows.missing_shards(folder, len(parts)) if number % world_size == rank]
     with tqdm(
@@ -84,8 +84,8 @@ def write_responses(
             for request, tokens in zip(parts[number], engine(parts[number]), strict=True):
                 if not tokens:
                     failed["an empty response"] += 1
-                elif max(tokens) >= vocabulary:
-                    failed["an id beyond the tokenizer's"] += 1
+                elif not known_ids.issuperset(tokens):
+                    failed["an id that the tokenizer or the target does not have"] += 1
                 else:
                     ended = tokens[-1] in stop_ids
                     written.append({**request._asdict(), "response_ids": tokens, "truncated": not ended})

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drafter import rows
+from drafter.artifacts import read_manifest, require
 from drafter.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
 from drafter.chunked import CHUNK_ENTRIES, Head
 from drafter.distributions import Drawn, Sparse, Target
-from drafter.loading import OutputEmbedding
+from drafter.loading import OutputEmbedding, embedding_checksum
 from drafter.models import has_plain_head, hidden_states, vocabulary_rows
 from drafter.storage import Folder
 
@@ -104,6 +106,18 @@ def restore(row: rows.Row, schema: pa.Schema) -> torch.Tensor | Drawn | None:
         _restored(row, schema, "log_rest"),
         int(schema.field("ids").metadata[b"top_k"]),
     )
+
+
+def require_output_embedding(directory: str, embedding: nn.Module) -> None:
+    """Refuse an exact cache whose hidden states belong to another output embedding; a sparse one needs none.
+
+    Raises:
+        ArtifactError: names the cache, and both checksums.
+    """
+    manifest = read_manifest(directory, "cache")
+    if "top_k" not in manifest["settings"]["format"]:
+        found = manifest["counts"].get("output_embedding")
+        require(directory, "output embedding", found, embedding_checksum(embedding))
 
 
 def write_cache(

@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from drafter import rows
-from drafter.loading import load_target
+from drafter.loading import embedding_checksum, load_target
 from drafter.ranks import join, wait_for_all
 from drafter.sharding import check_parallel
 from drafter.target_cache import write_cache
@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> None:
         world_size=ranks.world_size,
         writes=ranks.writes,
     )
+    head = embedding_checksum(target.get_output_embeddings())
     wait_for_all()
     if ranks.first:
         files, notes = rows.finish(stage.folder, count, schema)
@@ -53,6 +54,7 @@ def main(cfg: DictConfig) -> None:
             "tokens": tokens,
             "bytes_per_token": round(size / tokens, 1),
             "undecided_mass": sum(note["undecided_mass"] for note in notes) / tokens,
+            "output_embedding": head,
             "target": target_named(cfg),
         }
         stage.finish(files, counts)

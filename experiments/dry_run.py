@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts import MANIFEST, read_jsonl
 from drafter.corpus import source_files
-from drafter.loading import context_limit, generation_eos, load_tokenizer, meta_model, vocabulary_width
+from drafter.ends import end_of_turn_ids
+from drafter.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
 from drafter.models import build_drafter, num_parameters, special_ids
-from drafter.prompts import encode_prompt, stop_ids
+from drafter.prompts import encode_prompt
 from drafter.sources import matches, read_rows, render
 from experiments.inputs import plain, target_source
 
@@ -52,7 +53,7 @@ def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
     ratio = num_parameters(drafter) / num_parameters(target)
     context = context_limit(source)
     yield f"target {path}: {type(target).__name__}, {num_parameters(target):,} parameters, context {context:,}"
-    ends = stop_ids(tokenizer, generation_eos(source))
+    ends = end_of_turn_ids(source, tokenizer)
     template = "its chat template" if tokenizer.chat_template else "no chat template: prompts stand as they are"
     yield f"tokenizer: {len(tokenizer):,} tokens, {rows:,} rows, ends at {ends}, {template}"
     yield f"drafter: {type(drafter).__name__}, {num_parameters(drafter):,} parameters, c = {ratio:.2%}"

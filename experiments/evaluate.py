@@ -27,11 +27,12 @@ from drafter.artifacts import (
     read_jsonl,
     write_jsonl,
 )
+from drafter.ends import end_of_turn_ids
 from drafter.fingerprints import model_fingerprint
 from drafter.loading import load_target, load_tokenizer
 from drafter.metrics import by_position, count
 from drafter.models import context_length, num_parameters
-from drafter.prompts import encode_prompts, stop_ids
+from drafter.prompts import encode_prompts
 from drafter.ranks import join, wait_for_all
 from drafter.sharding import check_parallel
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
@@ -90,7 +91,7 @@ def main(cfg: DictConfig) -> None:
     parts = [work[start : start + PART] for start in range(0, len(work), PART)]
     for drafter in drafters.values():  # first calls are slow, and nobody's fault
         speculative_decode(target, drafter, work[0].prompt, 3, 8, Sampling(), [])
-    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    stops = end_of_turn_ids(target_source(cfg), tokenizer)
     for number in tqdm(range(ranks.rank, len(parts), ranks.world_size), desc="evaluate", unit=f"{PART} prompts"):
         missing = {path: pending[path].directory / f"part-{number:05d}.jsonl" for path in pending}
         missing = {path: file for path, file in missing.items() if not file.exists()}
@@ -104,7 +105,7 @@ def main(cfg: DictConfig) -> None:
     wait_for_all()
     if ranks.first:
         for path, stage in pending.items():
-            finish(path, stage, len(parts), drafters[path], target, cfg)
+            finish(path, stage, len(parts), drafters[path], target, stops, cfg)
 
 
 def decoding_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -229,7 +230,13 @@ def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
 
 
 def finish(
-    path: str, stage: Stage, parts: int, drafter: PreTrainedModel, target: PreTrainedModel, cfg: DictConfig
+    path: str,
+    stage: Stage,
+    parts: int,
+    drafter: PreTrainedModel,
+    target: PreTrainedModel,
+    stops: list[int],
+    cfg: DictConfig,
 ) -> None:
     """All parts as counts.jsonl (a row for each task, gamma and prompt) and samples.jsonl (texts by block)."""
     files = [stage.directory / f"part-{number:05d}.jsonl" for number in range(parts)]
@@ -252,6 +259,7 @@ def finish(
             **identity_of(path),
             "drafter_parameters": num_parameters(drafter),
             "target_parameters": num_parameters(target),
+            "stop_ids": stops,
             "greedy_outputs": len(greedy),
             "greedy_outputs_unlike_the_target": sum(not row["like_the_target"] for row in greedy),
         }

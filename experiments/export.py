@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 
 from drafter.artifacts import LOCK, STARTED, Stage, sha256
+from drafter.ends import end_of_turn_ids
 from drafter.fingerprints import model_fingerprint
 from drafter.gate import Difference, check_pair, partner, with_rows
-from drafter.loading import generation_eos, load_model, load_tokenizer, vocabulary_width
+from drafter.loading import load_model, load_tokenizer, vocabulary_width
 from drafter.models import special_ids
-from drafter.prompts import stop_ids
 from drafter.trimming import read_kept, write_kept
 from experiments import to_gguf
 from experiments.card import Facts, gather, serving, write_card
@@ -132,7 +132,7 @@ def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
     ids: dict[str, Any] = special_ids(tokenizer)
     for name, token in ids.items():
         setattr(model.config, name, token)
-    ids["eos_token_id"] = stop_ids(tokenizer, generation_eos(target))
+    ids["eos_token_id"] = end_of_turn_ids(target, tokenizer)
     # transformers reads from the assistant's generation config how it drafts: always gamma tokens, however sure it is.
     model.generation_config = GenerationConfig(
         **ids,

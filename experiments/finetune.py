@@ -22,6 +22,7 @@ from drafter.losses import Loss, batch_statistic, with_context
 from drafter.modules import Distillation
 from drafter.rows import Rows
 from drafter.sharding import check_parallel
+from drafter.target_cache import require_output_embedding
 from drafter.trimming import read_kept
 from drafter.weighting import Weighting
 from experiments import dry_run, on_policy
@@ -53,6 +54,8 @@ def finetune(cfg: DictConfig) -> None:
     source = target_source(cfg)
     drafter = load_drafter(cfg.inputs.drafter, source, cfg.pad_vocabulary)
     target = (load_output_embedding if cfg.inputs.cache else load_target)(source)
+    for directory in filter(None, (cfg.inputs.cache, cfg.inputs.cache and cfg.inputs.validation)):
+        require_output_embedding(directory, target.get_output_embeddings())
     tokenizer = load_tokenizer(source)
     kind = "cache" if cfg.inputs.cache else "respond"
     rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from drafter.artifacts import write_jsonl
 from drafter.costs import Costs, measure
 from drafter.decoders import Compiled
+from drafter.ends import end_of_turn_ids
 from drafter.loading import load_target, load_tokenizer
 from drafter.metrics import Counts, Estimate, count, estimate
 from drafter.models import context_length
 from drafter.offline import acceptance_of_written, expected_blocks
-from drafter.prompts import stop_ids
 from drafter.speculative import autoregressive_decode, speculative_decode
 from experiments import dry_run
 from experiments.evaluate import Task, decoding_settings, prompts, sampling_of
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
     work = prompts(cfg, tokenizer, min(map(context_length, (target, drafter))), cfg.gamma.prompts_per_task, {})
-    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    stops = end_of_turn_ids(target_source(cfg), tokenizer)
     models = [target, drafter]
     if cfg.gamma.compile:
         longest = max(len(task.prompt) + task.max_new_tokens for task in work) + cfg.gamma.largest + 1
@@ -83,7 +83,13 @@ def main(cfg: DictConfig) -> None:
     write_jsonl(stage.directory / "counts.jsonl", counts)
     (stage.directory / "gamma.md").write_text(page)
     draw_gammas(rows, stage.directory / "gamma")
-    stage.finish(counts={"c": costs.ratio, "v": [costs.verification(g) for g in range(1, cfg.gamma.largest + 1)]})
+    stage.finish(
+        counts={
+            "c": costs.ratio,
+            "v": [costs.verification(g) for g in range(1, cfg.gamma.largest + 1)],
+            "stop_ids": stops,
+        }
+    )
     print(page)
 
 

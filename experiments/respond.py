@@ -10,18 +10,20 @@ from transformers import PreTrainedTokenizerBase
 
 from drafter import rows
 from drafter.artifacts import read_jsonl
+from drafter.ends import end_of_turn_ids
 from drafter.engines import (
     Engine,
     Limits,
     Request,
     mixed_engine,
     references_engine,
+    settings_left_out,
     transformers_engine,
     vllm_engine,
 )
 from drafter.fingerprints import model_fingerprint
-from drafter.loading import context_limit, generation_eos, load_target, load_tokenizer
-from drafter.prompts import encode_prompt, stop_ids
+from drafter.loading import Model, ModelSource, context_limit, load_target, load_tokenizer, vocabulary_width
+from drafter.prompts import encode_prompt
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
 from drafter.sharding import check_parallel
@@ -68,14 +70,14 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(target_source(cfg))
     requests, skipped = asked(cfg, tokenizer)
     parts = shards(requests, settings.shard_size)
-    limits = Limits(settings.top_p, settings.max_new_tokens, stop_ids(tokenizer, generation_eos(target_source(cfg))))
+    limits = Limits(settings.top_p, settings.max_new_tokens, end_of_turn_ids(target_source(cfg), tokenizer))
     write_responses(
         engine(cfg, limits, ranks, tokenizer),
         parts,
         stage.folder,
         schema(settings.top_p),
         stop_ids=limits.stop_ids,
-        vocabulary=len(tokenizer),
+        known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
         seed=cfg.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -91,6 +93,7 @@ def main(cfg: DictConfig) -> None:
             "skipped": skipped,
             "failed": failed,
             "truncated": sum(note["truncated"] for note in notes),
+            "stop_ids": limits.stop_ids,
             "target": target_named(cfg),
         }
         stage.finish(files, counts)
@@ -140,15 +143,23 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
     """The engine of whom respond.by names; the target's is of the kind that respond.engine names."""
 
     def targets() -> Engine:
+        if ranks.first:
+            tell_left_out(target_source(cfg))
         if cfg.respond.engine == "vllm":
             return vllm_engine(target_source(cfg), limits, cfg.seed, **plain(cfg.respond.vllm))
         return transformers_engine(load_target(target_source(cfg)).to(ranks.device), limits, cfg.respond.batch_tokens)
 
     def drafters() -> Engine:
         drafter = frozen_drafter(cfg, cfg.inputs.drafter).to(ranks.device)
+        if ranks.first:
+            tell_left_out(cfg.inputs.drafter)
         return transformers_engine(drafter, limits, cfg.respond.batch_tokens)
 
     def references() -> Engine:
+        if not limits.stop_ids:
+            raise ValueError(
+                f"respond.by=reference: {cfg.target.path} names no end of text, so that no reference answer would end"
+            )
         answers = {row["id"]: row["reference"] for row in read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")}
         encoded = tokenizer(list(answers.values()), add_special_tokens=False)["input_ids"]
         ended = ([*ids, *limits.stop_ids[:1]][: limits.max_new_tokens] for ids in encoded)
@@ -161,6 +172,17 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
         "mixture": lambda: mixed_engine([targets(), drafters()]),
     }
     return by[cfg.respond.by]()
+
+
+def tell_left_out(model: Model) -> None:
+    """Log what a model's generation config asks for, and its responses do not follow."""
+    if found := settings_left_out(model):
+        log.info(
+            "generation_config.json of %s sets %s: these are not applied, responses are the model's own distribution "
+            "at the temperature and top-p of the config",
+            ModelSource.of(model).path,
+            ", ".join(f"{name}={value}" for name, value in found.items()),
+        )
 
 
 def check(cfg: DictConfig) -> None:

@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.artifacts import write_jsonl
+from drafter.ends import end_of_turn_ids
 from drafter.loading import load_target, load_tokenizer
 from drafter.metrics import Counts, Estimate, estimate, memory_bound_speedup, paired_difference
 from drafter.models import context_length, num_parameters, vocabulary_rows
-from drafter.prompts import stop_ids
 from drafter.rows import Rows
 from drafter.trimming import most_used, read_kept, trim, write_kept
 from experiments import dry_run
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
         return log.info("%s is up to date", stage.directory)
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
-    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    stops = end_of_turn_ids(target_source(cfg), tokenizer)
     whole = frozen_drafter(cfg, cfg.trim.drafter).to(target.device)
     rows = Rows(cfg.inputs.responses, "respond")
     written = {split: [row["response_ids"] for row in rows if row["split"] == split] for split in set(rows.splits)}
@@ -83,7 +83,7 @@ def main(cfg: DictConfig) -> None:
     write_jsonl(stage.directory / "trim.jsonl", [row._asdict() for row in table])
     (stage.directory / "trim.md").write_text(page)
     draw_trimming(table, stage.directory / "trim")
-    stage.finish(counts={"kept": best.tokens, "vocabulary": len(ranked)})
+    stage.finish(counts={"kept": best.tokens, "vocabulary": len(ranked), "stop_ids": stops})
     print(page)
 
 

@@ -1,16 +1,64 @@
 """Both engines give each request's tokens up to its stop token; vLLM's is tried on a stand-in with its interface."""
 
+import json
+import logging
 import sys
 import types
 
 import pytest
 import torch
+from transformers import GenerationConfig
+from transformers.generation import CompileConfig
 
-from drafter.engines import Limits, Request, mixed_engine, transformers_engine, vllm_engine
+from drafter.engines import (
+    Limits,
+    Request,
+    mixed_engine,
+    request_seed,
+    settings_left_out,
+    transformers_engine,
+    vllm_engine,
+)
 from drafter.loading import ModelSource
+from drafter.responses import plan, shards
 from drafter.speculative import Sampling, autoregressive_decode
-from tests.conftest import VOCABULARY, small_model
+from experiments.respond import tell_left_out
+from tests.conftest import VOCABULARY, save_target, small_model
 from tests.test_responses import requests
+
+# A value for each field of a generation config that would change what is generated, or how it is returned.
+TRUE = "early_stopping do_sample use_mtp renormalize_logits remove_invalid_values token_healing output_attentions "
+TRUE += (
+    "output_hidden_states output_scores output_logits return_dict_in_generate is_assistant disable_compile low_memory"
+)
+PARTS = "temperature top_p top_h min_p typical_p epsilon_cutoff eta_cutoff penalty_alpha assistant_ensemble_weight "
+PARTS += "max_time assistant_confidence_threshold"
+LISTS = {
+    "stop_strings": ["a"],
+    "bad_words_ids": [[12]],
+    "suppress_tokens": [14, 15],
+    "begin_suppress_tokens": [16],
+    "sequence_bias": [[[17], -10.0]],
+    "exponential_decay_length_penalty": [2, 3.0],
+    "force_words_ids": [[18]],
+    "constraints": [1],
+}
+VALUES = {
+    **dict.fromkeys(TRUE.split(), True),
+    **dict.fromkeys(PARTS.split(), 0.3),
+    **LISTS,
+    "use_cache": False,
+    "cache_implementation": "static",
+    "cache_config": {"nbits": 4},
+    "compile_config": CompileConfig(),
+    "num_assistant_tokens_schedule": "heuristic",
+    "speculation_type": "dflash",
+    "dola_layers": "high",
+    "watermarking_config": {"bias": 5.0},
+    "num_return_sequences": 2,  # at most num_beams
+}
+# It warns when it is constructed; the others are no settings of what is generated.
+SKIPPED = {"continuous_batching_config", "transformers_version", "_from_model_config"}
 
 
 def of_temperature(greedy):
@@ -70,6 +118,49 @@ def test_logits_that_are_not_finite_are_refused(greedy):
         transformers_engine(broken, Limits(0.9, 4, [7]), 100)(of_temperature(greedy))
 
 
+@pytest.fixture(scope="module")
+def opinionated():
+    """The weights of `target`, with every field of its generation config set."""
+    model = small_model(seed=1, hidden=32, layers=2, sharpness=60.0)
+    fields = {name: VALUES.get(name, 3) for name in vars(GenerationConfig()) if name not in SKIPPED}
+    assert set(VALUES) <= set(fields)
+    model.generation_config = GenerationConfig(**fields)
+    model.generate = None  # as a checkpoint with a `generate` of its own would have it
+    return model
+
+
+def test_no_field_of_the_checkpoints_generation_config_changes_greedy_responses(opinionated):
+    kept, asked = opinionated.generation_config, of_temperature(True)
+    answers = transformers_engine(opinionated, Limits(0.95, 12, [7]), batch_tokens=40, first_round=5)(asked)
+    for request, tokens in zip(asked, answers, strict=True):
+        assert tokens == autoregressive_decode(opinionated, request.prompt_ids, 12, Sampling(), [7]).tokens
+    assert opinionated.generation_config is kept
+
+
+def test_no_field_of_the_checkpoints_generation_config_changes_samples(target, opinionated):
+    found = []
+    for model in (target, opinionated):
+        torch.manual_seed(5)
+        found.append(transformers_engine(model, Limits(0.9, 12, [7]), batch_tokens=100)(of_temperature(False) * 20))
+    assert found[0] == found[1]
+    assert len({tuple(tokens) for tokens in found[0]}) > len(of_temperature(False))
+
+
+def test_what_the_generation_config_asks_for_is_told(tmp_path, caplog):
+    save_target(tmp_path)
+    with caplog.at_level(logging.INFO):
+        tell_left_out(str(tmp_path))
+    assert not caplog.messages
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.1, "top_k": 20}))
+    assert settings_left_out(str(tmp_path)) == {"repetition_penalty": 1.1, "top_k": 20}
+    with caplog.at_level(logging.INFO):
+        tell_left_out(str(tmp_path))
+    assert f"of {tmp_path} sets top_k=20, repetition_penalty=1.1: these are not applied" in caplog.text
+    file.unlink()
+    assert settings_left_out(str(tmp_path)) == {}
+
+
 class FakeSamplingParams:
     def __init__(self, **fields):
         self.__dict__.update(fields)
@@ -115,16 +206,26 @@ def test_vllm_is_asked_as_it_documents(fake_vllm):
         "dtype": "bfloat16",
         "trust_remote_code": False,
         "seed": 5,
+        "generation_config": "vllm",
         "gpu_memory_utilization": 0.8,
     }
-    torch.manual_seed(100)
     asked = [Request("a", "k", "train", 0.0, [1, 2]), Request("b", "k", "train", 0.7, [3])]
-    assert engine(asked) == [[2, 100, 7], [3, 101, 7]]
+    assert engine(asked) == [[2, request_seed(5, asked[0]), 7], [3, request_seed(5, asked[1]), 7]]
     greedy, sampled = FakeLLM.params
     assert (greedy.temperature, greedy.top_p, greedy.top_k) == (0.0, 1.0, -1)
     assert (sampled.temperature, sampled.top_p, sampled.top_k) == (0.7, 0.95, -1)
     assert sampled.stop_token_ids == [7, 9]
+    assert sampled.ignore_eos  # the ends that vLLM reads for itself are not added
     assert sampled.max_tokens == 12
+
+
+def test_each_request_has_random_numbers_of_its_own_whatever_its_shard():
+    instructions = [{"id": f"source-{i}", "kind": "k", "split": "train"} for i in range(500)]
+    asked = plan(instructions, [[1]] * 500, [0.3, 0.7], 3000)
+    seeds = [request_seed(seed, request) for seed in (0, 1) for part in shards(asked, 64) for request in part]
+    assert len(set(seeds)) == len(seeds) == 6000
+    assert all(0 <= one < 2**63 for one in seeds)
+    assert [request_seed(0, one) for part in shards(asked, 1000) for one in part] == seeds[:3000]
 
 
 @pytest.mark.parametrize(("visible", "wanted"), [(None, "1"), ("4,5,6", "5")])

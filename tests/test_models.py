@@ -1,13 +1,16 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PhiConfig
 
 from drafter.loading import (
     ModelSource,
+    embedding_checksum,
     load_model,
     load_output_embedding,
     load_target,
@@ -196,6 +199,82 @@ def test_weights_that_are_no_safetensors_are_loaded_whole_for_their_output_embed
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     found = load_output_embedding(str(tmp_path)).get_output_embeddings()
     assert torch.equal(found.weight, model.get_output_embeddings().weight)
+
+
+def stored(path, dtype="float32", tied=True, head=None, without=(), binary=False):
+    """A model's directory: its tensors by name, a head of its own beside, some left out, as safetensors or not."""
+    model = build_drafter(SMALL | {"tie_word_embeddings": tied}, 300, SPECIAL)
+    model.save_pretrained(path)
+    tensors = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    table = tensors["model.embed_tokens.weight"]
+    if head:
+        tensors["lm_head.weight"] = torch.randn_like(table) if head == "other" else table.clone()
+    tensors = {name: value.to(getattr(torch, dtype)) for name, value in tensors.items() if name not in without}
+    if binary:
+        (path / "model.safetensors").unlink()
+        torch.save(tensors, path / "pytorch_model.bin")
+    else:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"head": "other"},  # transformers keeps it apart, though the config says tied
+        {"head": "equal"},
+        {"head": "other", "tied": False},
+        {"head": "other", "without": ["model.embed_tokens.weight"]},  # tied to what there is
+        {"head": "other", "dtype": "float16"},
+        {"head": "other", "binary": True},
+        {"binary": True},
+    ],
+    ids=str,
+)
+def test_the_output_embedding_is_the_one_of_the_loaded_target(tmp_path, how):
+    stored(tmp_path, **how)
+    for dtype in ("float32", "bfloat16"):
+        source = ModelSource(str(tmp_path), dtype=dtype)
+        ours, theirs = (load(source).get_output_embeddings() for load in (load_output_embedding, load_target))
+        assert ours.weight.dtype == theirs.weight.dtype == getattr(torch, dtype)
+        assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_an_output_embedding_is_not_rounded_to_the_configs_dtype(tmp_path):
+    stored(tmp_path, head="other")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"dtype": "bfloat16"}))
+    ours, theirs = (load(str(tmp_path)).get_output_embeddings() for load in (load_output_embedding, load_target))
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_a_file_of_all_weights_goes_before_parts_beside_it(tmp_path):
+    build_drafter(SMALL, 300, SPECIAL).save_pretrained(tmp_path, max_shard_size="12KB")
+    stored(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
+    ours, theirs = (load(str(tmp_path)).get_output_embeddings() for load in (load_output_embedding, load_target))
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_a_quantised_model_is_loaded_whole_for_its_output_embedding(tmp_path, monkeypatch):
+    stored(tmp_path, head="other")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "fp8"}}))
+    whole = build_drafter(SMALL, 300, SPECIAL)  # in the place of a loading that needs a GPU
+    monkeypatch.setattr("drafter.loading.load_model", lambda source: whole)
+    assert load_output_embedding(str(tmp_path)).get_output_embeddings() is whole.get_output_embeddings()
+
+
+def test_a_checksum_is_of_an_embeddings_values_alone():
+    plain, other = torch.nn.Linear(4, 6000, bias=False), torch.nn.Linear(4, 6000)
+    plain.weight.data = plain.weight.bfloat16().float()
+    before = embedding_checksum(plain)
+    assert len(before) == 16
+    assert embedding_checksum(plain.bfloat16()) == before
+    other.weight.data = plain.weight.data.float()
+    assert embedding_checksum(other) != before
+    plain.weight.data[5999, 3] += 1
+    assert embedding_checksum(plain) != before
 
 
 def test_a_model_without_weights_has_the_shapes_of_its_config_or_of_given_fields(saved):

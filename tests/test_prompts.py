@@ -1,6 +1,6 @@
 import pytest
 
-from drafter.prompts import encode_prompt, encode_prompts, stop_ids, tokenizer_hash
+from drafter.prompts import encode_prompt, encode_prompts, tokenizer_hash
 from experiments.tiny_target import train_tokenizer
 
 LINES = ["What does `numpy.sum` do?", "It adds the elements of an array.", "user assistant\n"]
@@ -97,18 +97,3 @@ def test_the_tokenizer_hash_changes_with_the_vocabulary(tokenizer):
     assert tokenizer_hash(other) != before
     tokenizer.add_tokens(["<|new|>"])
     assert tokenizer_hash(tokenizer) != before
-
-
-def test_stop_ids_are_the_targets_own_where_it_has_them(tokenizer):
-    assert stop_ids(tokenizer, 7) == [7]
-    assert stop_ids(tokenizer, 0) == [0]
-    assert stop_ids(tokenizer, [7, 9]) == [7, 9]
-
-
-def test_stop_ids_fall_back_to_the_tokenizers_end_of_text(tokenizer):
-    assert stop_ids(tokenizer, None) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-
-
-def test_without_any_end_of_text_nothing_stops(tokenizer):
-    tokenizer.eos_token = None
-    assert stop_ids(tokenizer, None) == []

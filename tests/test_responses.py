@@ -13,7 +13,7 @@ INSTRUCTIONS = [{"id": str(i), "kind": "k", "split": "train"} for i in range(3)]
 PROMPTS = [[1, 2], [3, 4, 5], [6]]
 LIMITS = Limits(top_p=0.95, max_new_tokens=12, stop_ids=[7])
 SCHEMA = schema(0.95)
-HOW = {"stop_ids": [7], "vocabulary": VOCABULARY, "seed": 3}
+HOW = {"stop_ids": [7], "known_ids": set(range(VOCABULARY)), "seed": 3}
 
 
 def requests(count=7):
@@ -28,6 +28,7 @@ def test_temperatures_cycle_and_the_next_round_gives_another_one():
     assert [row.id for row in rows] == ["0", "1", "2", "0", "1", "2"]
     assert [row.temperature for row in rows] == [0.0, 0.5, 0.0, 0.5, 0.0, 0.5]
     assert rows[4].prompt_ids == [3, 4, 5]
+    assert [row.repetition for row in rows] == [0, 0, 0, 1, 1, 1]
 
 
 def test_shards_hold_every_request_once_with_like_ones_side_by_side():
@@ -70,10 +71,19 @@ def test_what_the_tokenizer_cannot_read_and_what_is_empty_is_counted_and_left_ou
     answers = [[5, 7], [], [VOCABULARY, 7], [9], [3, VOCABULARY + 5], [7], [7]]
     write_responses(lambda part: answers, [requests()], Folder(tmp_path), SCHEMA, **HOW)
     files, notes = finish(Folder(tmp_path), 1, SCHEMA)
-    assert notes[0]["failed"] == {"an empty response": 1, "an id beyond the tokenizer's": 2}
+    assert notes[0]["failed"] == {"an empty response": 1, "an id that the tokenizer or the target does not have": 2}
     rows = finished_rows(Folder(tmp_path), files, "respond")
     assert [row["response_ids"].tolist() for row in rows] == [[5, 7], [9], [7], [7]]
     assert [row["truncated"] for row in rows] == [False, True, False, False]
+
+
+def test_the_tokenizers_ids_may_have_holes_and_exceed_their_number(tmp_path):
+    known, answers = {5, 7, VOCABULARY + 5}, [[VOCABULARY + 5, 7], [6, 7], [5, 7]]
+    write_responses(lambda part: answers, [requests(3)], Folder(tmp_path), SCHEMA, **{**HOW, "known_ids": known})
+    files, notes = finish(Folder(tmp_path), 1, SCHEMA)
+    assert notes[0]["failed"] == {"an id that the tokenizer or the target does not have": 1}
+    rows = finished_rows(Folder(tmp_path), files, "respond")
+    assert [row["response_ids"].tolist() for row in rows] == [[VOCABULARY + 5, 7], [5, 7]]
 
 
 def test_another_seed_gives_other_samples(target, tmp_path):

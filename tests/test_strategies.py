@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafter.artifacts import read_jsonl
+from drafter.artifacts import read_jsonl, read_manifest
 from drafter.rows import Rows
 from drafter.target_cache import restore
 from tests.conftest import save_llama
@@ -129,6 +129,8 @@ def test_two_ranks_hold_one_target_together_and_answer_as_one_process(world, tmp
         run(*TORCHRUN, *command, f"out={tmp_path}/{name}-two", "target.parallel=tensor")
     one, two = (Rows(tmp_path / f"respond-{name}", "respond") for name in ("one", "two"))
     assert [row["response_ids"].tolist() for row in two] == [row["response_ids"].tolist() for row in one]
+    counts = (read_manifest(tmp_path / f"cache-{name}", "cache")["counts"] for name in ("one", "two"))
+    assert len({one["output_embedding"] for one in counts}) == 1  # gathered from both ranks
     one, two = (Rows(tmp_path / f"cache-{name}", "cache") for name in ("one", "two"))
     for expected, found in zip(one, two, strict=True):
         expected, found = (restore(row, rows.schema).float() for row, rows in ((expected, one), (found, two)))

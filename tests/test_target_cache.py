@@ -1,15 +1,27 @@
 """What is cached of the target is what it says live: exactly, or in expectation."""
 
+import json
+
 import pytest
 import torch
 
 from drafter import rows
+from drafter.artifacts import ArtifactError
 from drafter.batches import collate, response_sequence
 from drafter.distributions import Sparse
+from drafter.loading import embedding_checksum
 from drafter.losses import acceptance_rate, kld
 from drafter.responses import schema
 from drafter.storage import Folder
-from drafter.target_cache import ExactFormat, SparseFormat, live_target, restore, target_at, write_cache
+from drafter.target_cache import (
+    ExactFormat,
+    SparseFormat,
+    live_target,
+    require_output_embedding,
+    restore,
+    target_at,
+    write_cache,
+)
 from tests.conftest import capped, finished_rows, small_model
 
 HOW = {"batch_tokens": 20, "shard_size": 3, "seed": 0}
@@ -158,3 +170,20 @@ def test_a_target_that_is_not_finite_is_refused_and_not_stored(target, responses
 def test_a_format_that_cannot_be_is_refused(target, responses, tmp_path, format, message):
     with pytest.raises(ValueError, match=message):
         cached(target, responses, tmp_path, format)
+
+
+def test_an_exact_cache_goes_with_its_own_output_embedding_alone(target, drafter, tmp_path):
+    head, other = (model.get_output_embeddings() for model in (target, drafter))
+    exact = {"settings": {"format": {"dtype": "bfloat16"}}, "counts": {"output_embedding": embedding_checksum(head)}}
+    for name, manifest in {
+        "exact": exact,
+        "unknown": exact | {"counts": {}},
+        "sparse": {"settings": {"format": {"top_k": 4}}, "counts": {}},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"stage": "cache", **manifest}))
+    require_output_embedding(str(tmp_path / "exact"), head)
+    require_output_embedding(str(tmp_path / "sparse"), other)
+    for name, found in (("exact", embedding_checksum(head)), ("unknown", "None")):
+        with pytest.raises(ArtifactError, match=f"output embedding {found}, but .* is {embedding_checksum(other)}"):
+            require_output_embedding(str(tmp_path / name), other)

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from drafter.artifacts import read_jsonl
+from drafter.ends import end_of_turn_ids
 from drafter.gate import load_drafter
 from drafter.loading import load_target, load_tokenizer
-from drafter.prompts import encode_prompt, stop_ids
+from drafter.prompts import encode_prompt
 from drafter.speculative import autoregressive_decode, speculative_decode
 from drafter.warping import Sampling
 
@@ -73,7 +74,7 @@ class Pair(NamedTuple):
 def pair():
     tokenizer, target = load_tokenizer(str(TARGET)), load_target(str(TARGET))
     drafter = load_drafter(str(DRAFTER), str(TARGET)).requires_grad_(False).eval()
-    stops = stop_ids(tokenizer, target.generation_config.eos_token_id)
+    stops = end_of_turn_ids(str(TARGET), tokenizer)
     rows = read_jsonl(DRAFTER.parent.parent / "data" / "tasks.jsonl")
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     prompts = [prompt for prompt in prompts if len(prompt) + LIMIT + GAMMA < 512]
