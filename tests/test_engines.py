@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import GenerationConfig
 from transformers.generation import CompileConfig
 
@@ -20,9 +21,10 @@ from drafter.engines import (
     vllm_engine,
 )
 from drafter.loading import ModelSource
+from drafter.ranks import Ranks
 from drafter.responses import plan, shards
 from drafter.speculative import Sampling, autoregressive_decode
-from experiments.respond import tell_left_out
+from experiments.respond import engine, tell_left_out
 from tests.conftest import VOCABULARY, save_target, small_model
 from tests.test_responses import requests
 
@@ -159,6 +161,12 @@ def test_what_the_generation_config_asks_for_is_told(tmp_path, caplog):
     assert f"of {tmp_path} sets top_k=20, repetition_penalty=1.1: these are not applied" in caplog.text
     file.unlink()
     assert settings_left_out(str(tmp_path)) == {}
+
+
+def test_reference_answers_without_an_end_of_text_are_refused():
+    cfg = OmegaConf.create({"respond": {"by": "reference"}, "target": {"path": "some/model"}})
+    with pytest.raises(ValueError, match=r"respond\.by=reference: some/model names no end of text"):
+        engine(cfg, Limits(0.95, 8, []), Ranks(0, 1, torch.device("cpu")), tokenizer=None)
 
 
 class FakeSamplingParams:

@@ -87,6 +87,23 @@ def test_a_second_run_changes_no_artifact(world):
     assert after == before
 
 
+def test_manifests_say_where_responses_end(world):
+    _, root = world
+    for path in ("responses", "evaluate/drafter", "evaluate/kld-seed1"):
+        assert json.loads((root / path / "manifest.json").read_text())["counts"]["stop_ids"] == [0]
+
+
+@pytest.mark.parametrize("key", ["inputs.cache", "inputs.validation"])
+def test_an_exact_cache_of_another_output_embedding_is_refused(world, tmp_path, key):
+    overrides, root = world
+    shutil.copytree(root / "cache", tmp_path / "cache")
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    manifest["counts"]["output_embedding"] = "0" * 16
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"cache was made with the output embedding 0{16}, but this run's"):
+        stage("finetune", [*overrides, f"{key}={tmp_path}/cache", f"out={tmp_path}/out", "loss=kld"])
+
+
 def test_a_cached_and_a_live_target_train_the_same_drafter(world):
     overrides, root = world
     exact = [*overrides, f"inputs.cache={root}/cache32", "name=cached", "finetune.max_steps=3"]
