@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter import rows
-from drafter.artifacts import read_jsonl
 from drafter.engines import (
     Engine,
     Limits,
@@ -20,9 +19,10 @@ from drafter.engines import (
 )
 from drafter.fingerprints import model_fingerprint
 from drafter.loading import context_limit, generation_eos, load_target, load_tokenizer
-from drafter.prompts import encode_prompt, stop_ids
+from drafter.prompts import encode_prompt, encode_text, stop_ids
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
+from drafter.selection import read_instructions
 from drafter.sharding import check_parallel
 from experiments import dry_run
 from experiments.inputs import (
@@ -90,7 +90,7 @@ def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Req
     Raises:
         ValueError: nothing is left of a split.
     """
-    settings, instructions = cfg.respond, read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")
+    settings, instructions = cfg.respond, read_instructions(f"{cfg.inputs.data}/instructions.jsonl")
     context = context_limit(target_source(cfg))
     requests, skipped = [], Counter[str]()
     for split in settings.splits:
@@ -127,8 +127,8 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
         return transformers_engine(drafter, limits, cfg.respond.batch_tokens)
 
     def references() -> Engine:
-        answers = {row["id"]: row["reference"] for row in read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")}
-        encoded = tokenizer(list(answers.values()), add_special_tokens=False)["input_ids"]
+        answers = {row["id"]: row["reference"] for row in read_instructions(f"{cfg.inputs.data}/instructions.jsonl")}
+        encoded = encode_text(tokenizer, list(answers.values()))
         ended = ([*ids, *limits.stop_ids[:1]][: limits.max_new_tokens] for ids in encoded)
         return references_engine(dict(zip(answers, ended, strict=True)))
 
