@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from drafter.prompts import encode_text
 from drafter.storage import whole_file
 
 SKIPPED_FOLDERS = {"tests", "test", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor", "testing"}
@@ -91,14 +92,18 @@ def pretraining_texts(docs: list[Doc], code_share: float) -> Iterator[str]:
 
 
 def pack(
-    path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: int, limit: int | None = None
+    path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: int | None, limit: int | None = None
 ) -> int:
     """Tokenize texts and join them, each followed by the token `end`, up to `limit` tokens, in a .npy file.
 
     uint16 or uint32. Texts and tokens pass through, a thousand texts at a time, however many there are. Returns how
-    many tokens were written.
+    many tokens were written. Without an end token (None) nothing separates the texts.
+
+    Raises:
+        ControlTokenError: a text writes out a control token that the tokenizer cannot encode as text.
     """
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    largest = max(*tokenizer.get_vocab().values(), end or 0)  # the number of tokens is no bound: ids may have gaps
+    dtype = np.uint16 if largest < 2**16 else np.uint32
     count, remaining = 0, iter(texts)
     bar = tqdm(total=limit, desc="packing", unit="token", unit_scale=True)
     with bar, whole_file(path) as file:
@@ -119,9 +124,9 @@ def _write_header(file: BinaryIO, dtype: type, count: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count,)})
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int, dtype: type) -> np.ndarray:
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return np.concatenate([np.array([*ids, end], dtype) for ids in encoded])
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int | None, dtype: type) -> np.ndarray:
+    ends = [] if end is None else [end]
+    return np.concatenate([np.array([*ids, *ends], dtype) for ids in encode_text(tokenizer, texts)])
 
 
 def _docs_of_file(module_and_path: tuple[str, Path]) -> list[Doc]:

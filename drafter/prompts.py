@@ -8,6 +8,8 @@ import hashlib
 
 from transformers import PreTrainedTokenizerBase
 
+from drafter.control_tokens import control_pattern, encode_as_text, encode_in_template
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -17,13 +19,42 @@ CHATML = (
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
     """The ids that the target continues: its chat template with the message as the user's turn.
 
-    A tokenizer without a chat template belongs to a base model; its prompt is the message itself.
+    A tokenizer without a chat template belongs to a base model; its prompt is the message itself. Control tokens that
+    the message writes out are text.
+
+    Raises:
+        ControlTokenError: the tokenizer cannot encode them as text.
     """
+    has_control_tokens = control_pattern(tokenizer).search(message) is not None
     if tokenizer.chat_template is None:
+        if has_control_tokens:
+            return encode_as_text(tokenizer, message, add_special_tokens=True)
         return list(tokenizer(message)["input_ids"])
+    if has_control_tokens:
+        return encode_in_template(tokenizer, message)
     turns = [{"role": "user", "content": message}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of each text by itself, with nothing added; control tokens that a text writes out are text.
+
+    Raises:
+        ControlTokenError: the tokenizer cannot encode them as text.
+    """
+    pattern = control_pattern(tokenizer)
+    if not any(map(pattern.search, texts)):
+        return _encoded(tokenizer, texts)
+    plain = iter(_encoded(tokenizer, [text for text in texts if not pattern.search(text)]))
+    return [encode_as_text(tokenizer, text) if pattern.search(text) else next(plain) for text in texts]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
 
 
 def encode_prompts(

@@ -5,25 +5,39 @@ error: a model or data set that cannot be reached, a template that does not fit 
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from drafter.artifacts import MANIFEST, read_jsonl
+from drafter.artifacts import MANIFEST
 from drafter.corpus import source_files
 from drafter.ends import end_of_turn_ids
+from drafter.files import find_files
 from drafter.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
 from drafter.models import build_drafter, num_parameters, special_ids
 from drafter.prompts import encode_prompt
-from drafter.sources import matches, read_rows, render
+from drafter.selection import read_instructions
+from drafter.sources import Source, entries
+from experiments.choosing import choose_instructions, choose_prompts
+from experiments.data_sources import (
+    datasets,
+    first_rows,
+    has_docstrings,
+    instruction_sources,
+    of_task,
+    pretraining_source,
+    task_sources,
+)
 from experiments.inputs import plain, target_source
 
-ROWS = 3  # of each source
+ROWS = 2000  # of each source that are looked at
+SMALL = 10_000_000  # bytes of local files that are looked at to their end
+SHOWN = 3
 
 
 def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = lambda cfg: None) -> None:
@@ -63,29 +77,51 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
     """The first rows: of the sources before they are prepared, else of what was prepared."""
 
     def told(name: str, texts: list[str], as_prompts: bool) -> str:
-        if not texts:
-            raise ValueError(f"{name} has no row that its settings choose")
         encode = (lambda text: encode_prompt(tokenizer, text)) if as_prompts else tokenizer.tokenize
-        lengths = [len(encode(text)) for text in texts]
+        lengths = [len(encode(text)) for text in texts[:SHOWN]]
         return f"{name}: rows of {lengths} tokens; the first begins {texts[0][:60]!r}"
 
-    if stage == "prepare" and "packages" in cfg.data:
-        yield f"data: {len(source_files(list(cfg.data.packages))):,} files of {len(cfg.data.packages)} packages"
-    elif stage == "prepare":
-        yield told(cfg.data.pretraining.path, first(cfg.data.pretraining), as_prompts=False)
-        for source in cfg.data.instructions:
-            yield told(source.path, first(source), as_prompts=True)
-        for name, source in cfg.task.items():
-            yield told(f"task {name}, {source.path}", first(source), as_prompts=True)
+    if stage == "prepare":
+        if has_docstrings(cfg):
+            yield f"data: {len(source_files(list(cfg.data.packages))):,} files of {len(cfg.data.packages)} packages"
+        else:
+            source = pretraining_source(cfg)
+            yield told(source.path, first_texts(source), as_prompts=False)
+            sources = instruction_sources(cfg)
+            streams = datasets(cfg, lambda text: True).instructions
+            weights = {name: one.weight for name, one in sources.items()}
+            limited = {name: first_rows(streams[name], _rows(one)) for name, one in sources.items()}
+            asked = choose_instructions(cfg, limited, weights, tokenizer)
+            for name, one in sources.items():
+                rows = [row["prompt"] for split in asked.rows.values() for row in split if row["kind"] == name]
+                yield f"{told(one.path, rows, as_prompts=True)} ({asked.tallies[name]})"
+        tasks = task_sources(cfg)
+        prompts = {name: first_rows(of_task(one, name), _rows(one)) for name, one in tasks.items()}
+        for name, chosen in (choose_prompts(cfg, prompts, tokenizer) if prompts else {}).items():
+            rows = [row["prompt"] for row in chosen.rows[name]]
+            yield f"{told(f'task {name}, {tasks[name].path}', rows, as_prompts=True)} ({chosen.tallies[name]})"
     elif "data" in cfg.inputs and (prepared := Path(cfg.inputs.data) / "instructions.jsonl").exists():
-        yield told(str(prepared), [row["prompt"] for row in read_jsonl(prepared)[:ROWS]], as_prompts=True)
+        yield told(str(prepared), [row["prompt"] for row in read_instructions(prepared)], as_prompts=True)
 
 
-def first(source: DictConfig) -> list[str]:
-    """The first rows that a source's settings choose, rendered."""
-    where: dict[str, Any] = plain(source.where) if "where" in source else {}
-    rows = (row for row in read_rows(source.path, source.split, source.name, source.revision) if matches(row, where))
-    return [render(source.template, row) for row in islice(rows, ROWS)]
+def _rows(source: Source) -> int:
+    """How many rows of a source are looked at: all of a small one."""
+    if source.is_local and sum(file.stat().st_size for file in find_files(source.path)) < SMALL:
+        return sys.maxsize
+    return ROWS
+
+
+def first_texts(source: Source) -> list[str]:
+    """The texts of a source's first rows.
+
+    Raises:
+        ValueError: there is none.
+    """
+    limit = _rows(source)
+    texts = [entry.text for entry in islice(entries(source, speakers=None), limit) if entry.text]
+    if not texts:
+        raise ValueError(f"the corpus is empty: {source.path} has no row that its settings choose")
+    return texts
 
 
 def inputs(cfg: DictConfig) -> Iterator[str]:

@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter import rows
-from drafter.artifacts import read_jsonl
 from drafter.ends import end_of_turn_ids
 from drafter.engines import (
     Engine,
@@ -23,9 +22,10 @@ from drafter.engines import (
 )
 from drafter.fingerprints import model_fingerprint
 from drafter.loading import Model, ModelSource, context_limit, load_target, load_tokenizer, vocabulary_width
-from drafter.prompts import encode_prompt
+from drafter.prompts import encode_prompt, encode_text
 from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
+from drafter.selection import read_instructions
 from drafter.sharding import check_parallel
 from experiments import dry_run
 from experiments.inputs import (
@@ -115,7 +115,7 @@ def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Req
     Raises:
         ValueError: nothing is left of a split.
     """
-    settings, instructions = cfg.respond, read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")
+    settings, instructions = cfg.respond, read_instructions(f"{cfg.inputs.data}/instructions.jsonl")
     context = context_limit(target_source(cfg))
     requests, skipped = [], Counter[str]()
     for split in settings.splits:
@@ -160,8 +160,8 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
             raise ValueError(
                 f"respond.by=reference: {cfg.target.path} names no end of text, so that no reference answer would end"
             )
-        answers = {row["id"]: row["reference"] for row in read_jsonl(f"{cfg.inputs.data}/instructions.jsonl")}
-        encoded = tokenizer(list(answers.values()), add_special_tokens=False)["input_ids"]
+        answers = {row["id"]: row["reference"] for row in read_instructions(f"{cfg.inputs.data}/instructions.jsonl")}
+        encoded = encode_text(tokenizer, list(answers.values()))
         ended = ([*ids, *limits.stop_ids[:1]][: limits.max_new_tokens] for ids in encoded)
         return references_engine(dict(zip(answers, ended, strict=True)))
 

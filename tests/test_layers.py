@@ -9,7 +9,19 @@ ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "drafter").glob("*.py")) if path.stem != "__init__"}
 LOWEST = ("storage", "warping", "distributions", "losses", "block_losses", "chunked", "metrics", "artifacts", "rows")
 LOWER = ("offline", "models", "loading", "fingerprints", "prompts", "decoders", "accepting", "speculative", "costs")
-LOWER += ("ranks", "sources", "batches", "trimming", "gate", "sharding", "roofline")
+LOWER += (
+    "ranks",
+    "files",
+    "templates",
+    "sources",
+    "selection",
+    "control_tokens",
+    "batches",
+    "trimming",
+    "gate",
+    "sharding",
+    "roofline",
+)
 MIDDLE = ("corpus", "instructions", "engines", "responses", "target_cache")
 HIGHEST = ("datamodules", "weighting", "modules", "resuming")
 
