@@ -19,8 +19,9 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafter.batches import Batch
+from drafter.capabilities import decoder_of
 from drafter.costs import measure
-from drafter.decoders import Compiled, decoder_of
+from drafter.decoders import Compiled
 from drafter.distributions import Drawn
 from drafter.engines import Limits, Request, transformers_engine
 from drafter.losses import tvdpp

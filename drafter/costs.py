@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from drafter.decoders import Compiled, decoder_of, now
+from drafter.capabilities import decoder_of
+from drafter.decoders import Compiled, now
 
 REPEATS = 15
 

@@ -49,20 +49,68 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: t
 
     The mask is 1 at real tokens; padding stands on the right, so that positions count from the first token.
     """
-    return model.base_model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    return body(model)(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+
+
+def body(model: PreTrainedModel) -> nn.Module:
+    """All of a model but its output embedding; where its class names another prefix than it uses, by the usual name."""
+    inner = model.base_model
+    return inner if inner is not model else getattr(model, "model", model)
+
+
+# What scales or caps logits behind the output embedding, in the configs of transformers; each is neutral at these.
+NEUTRAL = (None, 0, 1)
+HEAD_FIELDS = {"final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier"}
 
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are the output embedding of the last hidden states, neither scaled nor capped after it."""
-    training = model.training
+    """Whether the logits are the output embedding of the last hidden states, and nothing is done to either.
+
+    A soft cap is not seen at the small logits of random weights. So the output embedding's output is replaced by large
+    numbers for one forward: they are the model's logits, or the head is not plain. On the meta device that works as
+    well, since what follows the output embedding is computed; a model that takes no such forward is judged by the
+    fields of its config.
+    """
+    training, empty = model.training, model.device.type == "meta"
     model.eval()  # dropout would make the two differ
     ids = torch.arange(min(8, vocabulary_rows(model)), device=model.device)[None]
-    ours = model.get_output_embeddings()(hidden_states(model, ids, torch.ones_like(ids)))
-    theirs = model(input_ids=ids, use_cache=False).logits
+    given: list[torch.Tensor] = []
+
+    def replace(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        given.append(inputs[0])
+        return _large(output)
+
+    # On the meta device nobody can look into a mask, so that it is given as it is used.
+    mask = {"attention_mask": torch.ones(1, 1, ids.numel(), ids.numel(), dtype=torch.bool)} if empty else {}
+    try:
+        with model.get_output_embeddings().register_forward_hook(replace):
+            logits = model(input_ids=ids, use_cache=False, **mask).logits
+    except (RuntimeError, ValueError, NotImplementedError):
+        if not empty:
+            raise
+        return all(getattr(model.config.get_text_config(), name, None) in NEUTRAL for name in HEAD_FIELDS)
+    finally:
+        model.train(training)
+    if len(given) != 1 or not torch.equal(logits.float(), _large(logits).float()):
+        return False
+    return empty or _is_given_hidden_states(model, ids, given[0])
+
+
+def _is_given_hidden_states(model: PreTrainedModel, ids_BT: torch.Tensor, given_BTH: torch.Tensor) -> bool:
+    """Whether the output embedding is given the last hidden states themselves."""
+    training = model.training
+    hidden_BTH = hidden_states(model.eval(), ids_BT, torch.ones_like(ids_BT))
     model.train(training)
-    # Logits that are not finite are somebody else's to report.
-    return not theirs.isfinite().all() or torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
+    close = torch.allclose(given_BTH, hidden_BTH, rtol=1e-2, atol=1e-2 * float(hidden_BTH.abs().max()))
+    # Hidden states that are not finite are somebody else's to report.
+    return close or not hidden_BTH.isfinite().all()
+
+
+def _large(logits: torch.Tensor) -> torch.Tensor:
+    """Numbers from -100 to 100 of the shape of these logits, whole ones, so that every type of floats has them."""
+    device = "cpu" if logits.device.type == "meta" else logits.device
+    return (torch.arange(logits.numel(), device=device) * 37 % 201 - 100).to(logits.dtype).view(logits.shape)
 
 
 def check_drafter_head(drafter: PreTrainedModel) -> None:

@@ -16,7 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from drafter.accepting import Block, settled, verify, verify_greedy
-from drafter.decoders import Compiled, RaggedDecoder, check_side_by_side, decoder_of, now
+from drafter.batched import RaggedDecoder
+from drafter.capabilities import check_side_by_side, decoder_of
+from drafter.decoders import Compiled, now
 from drafter.warping import Sampling, draw, warp
 
 
@@ -107,7 +109,7 @@ def speculative_decode_batch(
 
     Raises:
         ValueError: as above, batch_size is below 1, or a model's attention does not allow it (see
-            decoders.check_side_by_side).
+            capabilities.check_side_by_side).
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
@@ -231,7 +233,8 @@ def autoregressive_decode(
 ) -> Decoded:
     """Continue a prompt one token a target call, with the same cache and the same sampling: the baseline."""
     check_decoding(1, max_new_tokens, prompt)
-    clock, model, text = _Clock(target.device), decoder_of(target), list(prompt)
+    model, text = decoder_of(target), list(prompt)
+    clock = _Clock(target.device)
     blocks: list[Block] = []
     fed, start = text[:], 0
     while len(blocks) < max_new_tokens and not (blocks and text[-1] in stop_ids):

@@ -1,0 +1,49 @@
+"""Small models of many architectures, with weights so large that their texts do not repeat one token."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+STATE = {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
+DECODE = {
+    "llama": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": 8, "head_dim": 8},
+    "gemma2": ALTERNATING,
+    "qwen3_moe": {"num_experts": 4, "head_dim": 8, **EXPERTS},
+    "gpt_oss": {"num_local_experts": 4, **ALTERNATING},
+    "llama4_text": {"num_local_experts": 2, "attention_chunk_size": 8, "head_dim": 8, "intermediate_size_mlp": 64},
+}
+REFUSED = {
+    "rwkv": {"attention_hidden_size": 32},
+    "recurrent_gemma": {"head_dim": 8, "lru_width": 32, "block_types": ["recurrent", "attention"]},
+    "mamba2": STATE,
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64, "head_dim": 8},
+}
+
+
+def family(kind, seed=0, **fields):
+    """A model of this architecture with random weights."""
+    torch.manual_seed(seed)
+    known = SIZES | (DECODE | REFUSED).get(kind, {}) | fields
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **known))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model.requires_grad_(False).eval()
