@@ -154,7 +154,7 @@ def test_the_identity_is_what_the_rows_are_and_not_where_they_lie_or_how_they_ar
         with pytest.raises(ArtifactError, match=f"made differently.*{message}"):
             stage("prepare", change)
     write_jsonl(folder / "a" / "train.jsonl", [{"prompt": "Another?"}] * 20)
-    with pytest.raises(ArtifactError, match="made differently.*inputs.instructions train"):
+    with pytest.raises(ArtifactError, match=r"made differently.*inputs\.instructions train"):
         stage("prepare", command(folder))
 
 
