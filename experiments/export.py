@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 
-from drafter.artifacts import LOCK, STARTED, Stage, sha256
+from drafter.artifacts import Stage, is_record, sha256
 from drafter.fingerprints import model_fingerprint
 from drafter.gate import Difference, check_pair, partner, with_rows
 from drafter.loading import generation_eos, load_model, load_tokenizer, vocabulary_width
@@ -118,7 +118,7 @@ def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Differ
 
 def is_content(path: Path) -> bool:
     """Whether a file is the export's, and not a stage's record."""
-    return path.is_file() and path.name not in (STARTED, LOCK) and path.suffix != ".tmp"
+    return path.is_file() and not is_record(path.name) and path.suffix != ".tmp"
 
 
 @torch.no_grad()
