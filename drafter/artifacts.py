@@ -69,7 +69,8 @@ class Stage:
                 self._release = weakref.finalize(self, _lock(self.directory), force=True)
                 self._look()  # another process may have finished, or begun something else, before the lock was ours
         if not self.complete and first:
-            self.folder.write(STARTED, _json(self.identity))
+            command = {name: value for name, value in self.made_by.items() if name == "command"}
+            self.folder.write(STARTED, _json({**self.identity, **command}))
 
     @property
     def directory(self) -> Path:
@@ -226,8 +227,9 @@ def _refuse_other_identity(directory: Folder, found: dict[str, Any], wanted: dic
             difference = "; ".join(
                 f"{part}.{key}: there {found[part].get(key)!r}, asked for {wanted[part].get(key)!r}" for key in keys
             )
+        made = f", by `{found['command']}`" if "command" in found else ""
         raise ArtifactError(
-            f"{directory} was made differently ({difference}). Nothing was changed: "
+            f"{directory} was made differently ({difference}){made}. Nothing was changed: "
             f"give another directory, or remove this one to make it again"
         )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from drafter.artifacts import MANIFEST, STARTED, digest, sha256
 from drafter.loading import Model, ModelSource
+from drafter.storage import local_directory
 
 
 def model_fingerprint(model: Model) -> str:
@@ -20,8 +21,8 @@ def tokenizer_fingerprint(model: Model) -> str:
 
 def _files_digest(model: Model, wanted: Callable[[Path], bool]) -> str:
     source = ModelSource.of(model)
-    directory = Path(source.path).expanduser()
-    if not directory.is_dir():
+    directory = local_directory(source.path)
+    if directory is None:
         return digest({"hub": source.path, "revision": source.revision})
     files = sorted(file for file in directory.iterdir() if wanted(file) and file.name not in {MANIFEST, STARTED})
     return digest({file.name: sha256(file) for file in files})

@@ -26,6 +26,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 
 from drafter.models import context_length
+from drafter.storage import local_directory
 
 
 class ModelSource(NamedTuple):
@@ -174,7 +175,11 @@ def _stored(source: ModelSource, names: list[str]) -> list[torch.Tensor] | None:
         return found
 
     index = file("model.safetensors.index.json")
-    places = json.loads(Path(index).read_text())["weight_map"] if index else dict.fromkeys(names, "model.safetensors")
+    places = (
+        json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        if index
+        else dict.fromkeys(names, "model.safetensors")
+    )
     if not set(names) <= set(places) or not all(file(places[name]) for name in names):
         return None
     tensors = []
@@ -197,10 +202,8 @@ def _named(path: str) -> Iterator[None]:
 
 def _existing(path: str) -> str:
     """The path itself; a local-looking one that is not there is named instead of being asked of the hub."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    local = Path(path).expanduser()
-    if local.is_dir():
+    if local := local_directory(path):
         return str(local)
-    if looks_local and "/" in path:
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise OSError("the directory does not exist")
     return path

@@ -22,6 +22,14 @@ def is_url(path: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
 
 
+def local_directory(path: str | Path) -> Path | None:
+    """The directory that a model's path names: as it stands, or a model beside this project's packages; else None."""
+    local, beside = Path(path).expanduser(), Path(__file__).parent.parent / path
+    if local.is_dir():
+        return local
+    return beside if (beside / "config.json").is_file() else None
+
+
 class Folder:
     """Files of one directory, by name.
 

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import cache, respond
-from experiments.composing import concerning, configured, first_key
+from experiments.composing import concerning, configured, first_key, quoted
 
 
 def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
@@ -32,13 +32,15 @@ def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
             folder, last = f"{cfg.root}/rounds/{cfg.name}/{number}", number == rounds
             answers, judged = f"{folder}/responses", f"{folder}/cache"
             trained = cfg.out if last else f"{folder}/drafter"
-            reading = [f"out={answers}", f"inputs.data={cfg.inputs.data}", f"inputs.drafter={drafter}"]
+            writer = f"inputs.drafter={quoted(drafter)}"
+            reading = [f"out={quoted(answers)}", f"inputs.data={quoted(cfg.inputs.data)}", writer]
+            judging = [f"out={quoted(judged)}", f"inputs.responses={quoted(answers)}"]
             step(respond, [*concerning("respond", elsewhere), written, *reading])
-            step(cache, [*concerning("cache", elsewhere), written, f"out={judged}", f"inputs.responses={answers}"])
+            step(cache, [*concerning("cache", elsewhere), written, *judging])
             of_round = steps * number // rounds - steps * (number - 1) // rounds
-            overrides = [f"inputs.drafter={drafter}", f"inputs.cache={judged}", f"finetune.max_steps={of_round}"]
+            overrides = [writer, f"inputs.cache={quoted(judged)}", f"finetune.max_steps={of_round}"]
             name = cfg.name if last else f"{cfg.name}-round{number}"
-            overrides += [f"out={trained}", f"name={name}", "distillation.rounds=0"]
+            overrides += [f"out={quoted(trained)}", f"name={quoted(name)}", "distillation.rounds=0"]
             finetune(configured("finetune", [*given, *overrides]))
             drafter = trained
     finally:

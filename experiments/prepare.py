@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig
 
@@ -18,13 +17,14 @@ from drafter.loading import load_tokenizer
 from drafter.prompts import encode_prompt
 from drafter.sources import matches, read_rows, render
 from experiments import dry_run
+from experiments.commands import command
 from experiments.inputs import claim, plain, target_source
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="prepare")
+@command("prepare")
 def main(cfg: DictConfig) -> None:
     """Write train.npy and heldout.npy, instructions.jsonl and tasks.jsonl."""
     if cfg.dry_run:

@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 
-import hydra
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +24,7 @@ from drafter.ranks import Ranks, join, wait_for_all
 from drafter.responses import plan, schema, shards, write_responses
 from drafter.sharding import check_parallel
 from experiments import dry_run
+from experiments.commands import command
 from experiments.inputs import (
     claim,
     data_fingerprint,
@@ -38,7 +38,7 @@ from experiments.inputs import (
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="respond")
+@command("respond")
 def main(cfg: DictConfig) -> None:
     """Encode the instructions, check them all, then generate shard by shard."""
     if cfg.dry_run:

@@ -10,13 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig
 
 from drafter.artifacts import MANIFEST, fingerprint, read_jsonl, read_manifest, write_json, write_text
 from drafter.provenance import describe_machine
+from drafter.storage import local_directory
 from experiments import paper
+from experiments.commands import command
 from experiments.figures import draw_along, draw_curves, draw_efficiency
 from experiments.report import write_html
 from experiments.results import (
@@ -40,7 +41,7 @@ CONVENTION = (
 )
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="tables")
+@command("tables")
 def main(cfg: DictConfig) -> None:
     """Read every finished evaluation under the root; write results.md, tables/, figures/, report.html and runs.json."""
     if cfg.dry_run:
@@ -108,7 +109,7 @@ def questions(cfg: DictConfig, evaluations: list[Evaluation], variants: list[Eva
 def architectures(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
     """The models of these evaluations, as far as their configs are at hand."""
     counts = read_manifest(evaluations[0].directory, "evaluate")["counts"]
-    found = {name: Path(path) / "config.json" for name, path in cfg.models.items()}
+    found = {name: (local_directory(path) or Path(path)) / "config.json" for name, path in cfg.models.items()}
     configs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
     return paper.models(configs, {name: counts[f"{name}_parameters"] for name in cfg.models})
 

@@ -244,9 +244,7 @@ def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, 
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["manifest.json"]
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / locks.MARKER).write_text("77\nelsewhere\n")
-    with pytest.raises(
-        ArtifactError, match=r"77 on elsewhere \(if it has ended, remove .*two/\.lock\.marker\)"
-    ):
+    with pytest.raises(ArtifactError, match=r"77 on elsewhere \(if it has ended, remove .*two/\.lock\.marker\)"):
         Stage(tmp_path / "two", "respond", {}, {})
 
 

@@ -463,3 +463,14 @@ def test_what_an_earlier_run_left_is_not_published_and_what_is_not_ours_stays(ro
         assert not list(folder.rglob("old.*"))
         assert (folder / "tables" / "mine.ods").exists()
         assert (folder / "tables" / "losses.md").exists()
+
+
+def test_two_drafters_of_one_loss_and_seed_are_no_two_seeds(root):
+    evaluation(root, "b-kld-seed1", "kld", 1)
+    assert [one.loss for one in read_evaluations(root / "evaluate")] == [
+        "pretrained",
+        "kld",
+        "kld (b-kld-seed1)",
+        "kld (kld-seed1)",
+        "tvd",
+    ]
