@@ -6,26 +6,23 @@ directory is skipped, an interrupted one is resumed, and one made differently is
 (of all ranks, the first) holds a lock on a directory on disk while it writes there; the lock ends with the process.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
+from drafter import provenance
+from drafter.locks import LOCK, owner, remove_locks, take_lock
 from drafter.storage import Folder, write_file
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
-LOCK = ".lock"
-LOGGED_VERSIONS = ("torch", "transformers", "lightning", "datasets", "tokenizers", "numpy")
 
 
 class ArtifactError(ValueError):
@@ -62,16 +59,18 @@ class Stage:
         self.identity = json.loads(json.dumps({"stage": name, "settings": settings, "inputs": inputs}))
         self.made_by = made_by or {}
         self.began = time.time()
+        provenance.process()  # as it is now, not as it is after days
         self._release: Callable[[], Any] = lambda: None
         self._look()
-        if not self.complete:
-            if self.folder.is_local:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            if self.folder.is_local and int(os.environ.get("RANK", 0)) == 0:
-                self._release = weakref.finalize(self, os.close, _locked(self.directory))
+        first = int(os.environ.get("RANK", 0)) == 0
+        if not self.complete and self.folder.is_local:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if first:
+                self._release = weakref.finalize(self, _lock(self.directory), force=True)
                 self._look()  # another process may have finished, or begun something else, before the lock was ours
-        if not self.complete:
-            self.folder.write(STARTED, _json(self.identity))
+        if not self.complete and first:
+            command = {name: value for name, value in self.made_by.items() if name == "command"}
+            self.folder.write(STARTED, _json({**self.identity, **command}))
 
     @property
     def directory(self) -> Path:
@@ -92,13 +91,13 @@ class Stage:
             "files": files,
             "counts": counts or {},
             **self.made_by,
-            "environment": environment(),
+            "environment": provenance.environment(),
             "seconds": round(time.time() - self.began, 1),
         }
         self.folder.write(MANIFEST, _json(record))
         self.folder.remove(STARTED)
         if self.folder.is_local:
-            self.folder.remove(LOCK)
+            remove_locks(self.directory)
         self._release()
         self.complete = True
 
@@ -158,6 +157,11 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, _json(value))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write atomically, in UTF-8 whatever the locale."""
+    write_file(path, text.encode())
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -165,7 +169,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Read what `write_jsonl` wrote."""
-    with Path(path).open() as file:
+    with Path(path).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -180,54 +184,36 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def environment() -> dict[str, Any]:
-    """What a result is traced by: command line, git commit, versions of the packages that compute, machine."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "argv": sys.orig_argv,
-        "commit": git.stdout.strip() or "unknown",
-        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in LOGGED_VERSIONS},
-        "cpus": os.cpu_count(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def is_record(name: str) -> bool:
+    """Whether a file is what a stage writes of itself, and no part of its content."""
+    return name in (MANIFEST, STARTED) or name.startswith(LOCK)
 
 
 def _content_files(directory: Path) -> list[str]:
     kept = (".json", ".jsonl", ".safetensors", ".npy", ".parquet", ".jinja")
     names = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.suffix in kept)
-    return [
-        name for name in names if name not in {MANIFEST, STARTED} and not name.startswith(("logs/", "checkpoints/"))
-    ]
+    return [name for name in names if not is_record(name) and not name.startswith(("logs/", "checkpoints/"))]
 
 
 def _has_content(folder: Folder, there: dict[str, int]) -> bool:
     """Whether a directory holds more than the records of a claim."""
     below = folder.is_local and Path(folder.url).is_dir() and any(path.is_dir() for path in Path(folder.url).iterdir())
-    return below or any(name not in {STARTED, LOCK} and not name.endswith(".tmp") for name in there)
+    return below or any(not is_record(name) and not name.endswith(".tmp") for name in there)
 
 
-def _locked(directory: Path) -> int:
-    """A descriptor that holds the directory's lock until it is closed, by its owner or with its process.
+def _lock(directory: Path) -> Callable[..., Any]:
+    """Take the directory's lock. Returns what releases it.
 
     Raises:
         ArtifactError: another process has it.
     """
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.read(descriptor, 200).decode() or "another process"
-        os.close(descriptor)
+        return take_lock(directory).release
+    except Timeout:
         raise ArtifactError(
-            f"{owner} is writing to {directory}. Nothing was changed: wait for it, stop it, or give another directory"
+            f"{owner(directory)} is writing to {directory}. "
+            f"Nothing was changed: wait for it, stop it, or give another directory"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor
 
 
 def _refuse_other_identity(directory: Folder, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -241,8 +227,9 @@ def _refuse_other_identity(directory: Folder, found: dict[str, Any], wanted: dic
             difference = "; ".join(
                 f"{part}.{key}: there {found[part].get(key)!r}, asked for {wanted[part].get(key)!r}" for key in keys
             )
+        made = f", by `{found['command']}`" if "command" in found else ""
         raise ArtifactError(
-            f"{directory} was made differently ({difference}). Nothing was changed: "
+            f"{directory} was made differently ({difference}){made}. Nothing was changed: "
             f"give another directory, or remove this one to make it again"
         )
 

@@ -131,7 +131,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int | Non
 
 def _docs_of_file(module_and_path: tuple[str, Path]) -> list[Doc]:
     module, path = module_and_path
-    source = path.read_text(errors="ignore")
+    source = path.read_text(encoding="utf-8", errors="ignore")
     if len(source) > 2_000_000:
         return []
     try:

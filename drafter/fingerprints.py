@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from drafter.artifacts import MANIFEST, STARTED, digest, sha256
 from drafter.loading import Model, ModelSource, hub_commit
-from drafter.storage import write_file
+from drafter.storage import local_directory, write_file
 
 # Everything that loading a model may read: weights in any format, configs, tokenizers, templates, and code.
 CONTENT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
@@ -63,8 +63,8 @@ def _is_tokenizer_code(file: Path) -> bool:
 
 def _files_digest(model: Model, wanted: Callable[[Path], bool]) -> str:
     source = ModelSource.of(model)
-    directory = Path(source.path).expanduser()
-    if not directory.is_dir():
+    directory = local_directory(source.path)
+    if directory is None:
         return digest({"hub": source.path, "commit": hub_commit(source)})
     inside = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
     files = sorted(file for file in inside if file.is_file() and wanted(file) and file.name not in NOT_CONTENT)

@@ -31,6 +31,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from drafter.models import context_length
+from drafter.storage import local_directory
 
 CHECKSUM_ROWS = 4096  # of an embedding that are turned into float32 at once
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # weights that are stored as they are
@@ -81,7 +82,7 @@ def hub_commit(source: ModelSource) -> str | None:
     Raises:
         OSError: it can neither be reached nor found among those that were downloaded before.
     """
-    if Path(source.path).expanduser().is_dir():
+    if local_directory(source.path):
         return None
     if re.fullmatch("[0-9a-f]{40}", source.revision or ""):
         return source.revision
@@ -240,7 +241,7 @@ def _stored(source: ModelSource, names: list[str]) -> dict[str, torch.Tensor]:
     if file("model.safetensors"):  # which transformers prefers to parts beside it
         places = dict.fromkeys(names, "model.safetensors")
     elif index := file("model.safetensors.index.json"):
-        known = json.loads(Path(index).read_text())["weight_map"]
+        known = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         places = {name: known[name] for name in names if name in known}
     files = {name: file(place) for name, place in places.items()}
     if not all(files.values()):
@@ -264,10 +265,8 @@ def _named(path: str) -> Iterator[None]:
 
 def _existing(path: str) -> str:
     """The path itself; a local-looking one that is not there is named instead of being asked of the hub."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    local = Path(path).expanduser()
-    if local.is_dir():
+    if local := local_directory(path):
         return str(local)
-    if looks_local and "/" in path:
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise OSError("the directory does not exist")
     return path

@@ -61,7 +61,7 @@ class Resuming(lightning.Callback):
         file = Path(self.curve.log_dir) / "metrics.csv"
         if rank_zero_only.rank > 0 or not file.exists():  # the first rank writes the curve, and the checkpoint
             return {"curve": []}
-        with file.open(newline="") as rows:
+        with file.open(newline="", encoding="utf-8") as rows:
             return {"curve": list(csv.DictReader(rows))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

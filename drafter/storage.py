@@ -6,11 +6,28 @@ store's own writes are like that. Reads are by range, many at once.
 
 import contextlib
 import os
+import re
+import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether it begins with a scheme, as s3://bucket does; any other colon is a letter of a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
+
+
+def local_directory(path: str | Path) -> Path | None:
+    """The directory that a model's path names: as it stands, or a model beside this project's packages; else None."""
+    local, beside = Path(path).expanduser(), Path(__file__).parent.parent / path
+    if local.is_dir():
+        return local
+    return beside if (beside / "config.json").is_file() else None
 
 
 class Folder:
@@ -22,7 +39,7 @@ class Folder:
 
     def __init__(self, url: str | Path):
         self.url = str(url).rstrip("/")
-        self.is_local = "://" not in self.url
+        self.is_local = not is_url(self.url)
 
     def __str__(self) -> str:
         return self.url
@@ -67,7 +84,12 @@ class Folder:
             fs.rm_file(f"{path}/{name}")
 
     def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        """The filesystem, which fsspec keeps (one a process, so that loader processes have their own)."""
+        """The filesystem, which fsspec keeps (one a process, so that loader processes have their own).
+
+        A local path is given to it in full, so that no letter of it means anything to fsspec.
+        """
+        if self.is_local:
+            return LocalFileSystem(), os.path.abspath(self.url)
         return fsspec.core.url_to_fs(self.url)
 
 
@@ -85,7 +107,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be written; what was there stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -100,6 +122,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             f"cannot write {path} ({problem.strerror}). What was finished before is kept: "
             f"make room, or give another directory, and run the same command again",
         ) from problem
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside a path that no other process takes, whichever machine writes to the same file system."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{secrets.token_hex(4)}.tmp")
 
 
 def _flush_directory(path: Path) -> None:

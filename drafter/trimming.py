@@ -76,4 +76,4 @@ def write_kept(directory: Path, kept: Iterable[int]) -> None:
 def read_kept(directory: str | Path) -> list[int] | None:
     """The tokens that the head of this drafter keeps; None where it keeps all."""
     path = Path(directory) / KEPT
-    return list(json.loads(path.read_text())) if path.exists() else None
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

@@ -11,12 +11,13 @@ from drafter.ranks import join, wait_for_all
 from drafter.sharding import check_parallel
 from drafter.target_cache import write_cache
 from experiments import dry_run
+from experiments.commands import command
 from experiments.inputs import claim, plain, responses_fingerprint, target_inputs, target_named, target_source
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="cache")
+@command("cache")
 def main(cfg: DictConfig) -> None:
     """One forward of the target over every response."""
     if cfg.dry_run:

@@ -1,17 +1,19 @@
 """What an exported drafter says of itself, from its manifests: how to serve it, what it is worth, how it was made."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 from omegaconf import DictConfig, OmegaConf
 
-from drafter.artifacts import MANIFEST, read_manifest
+from drafter.artifacts import MANIFEST, read_manifest, write_text
 from drafter.fingerprints import model_fingerprint
 from drafter.gate import Difference, template
 from drafter.loading import load_config, load_tokenizer
 from drafter.metrics import Estimate
+from drafter.storage import local_directory
 from drafter.trimming import read_kept
 from experiments.inputs import target_source
 from experiments.results import POOLED, Row, read_evaluations, summarise
@@ -44,7 +46,7 @@ class Facts(NamedTuple):
 def manifest_of(folder: str) -> dict[str, Any]:
     """What made a directory; nothing, if it was no stage of this project."""
     path = Path(folder) / MANIFEST
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def gather(drafter: str) -> Facts:
@@ -54,53 +56,51 @@ def gather(drafter: str) -> Facts:
     if not config:
         return Facts(manifest, config, [], None)
     found = []
-    for folder in sorted(Path(config["root"]).glob("evaluate*")):
-        ours = folder / Path(drafter).name / MANIFEST
-        if ours.exists() and read_manifest(ours.parent, "evaluate")["inputs"]["drafter"] == model_fingerprint(drafter):
-            found += [one for one in read_evaluations(folder) if one.directory == ours.parent]
+    for ours in sorted(Path(config["root"]).glob(f"evaluate*/*/{MANIFEST}")):
+        if read_manifest(ours.parent, "evaluate")["inputs"]["drafter"] == model_fingerprint(drafter):
+            found += [one for one in read_evaluations(ours.parent.parent) if one.directory == ours.parent]
     rows = summarise(found[:1], base=found[0].loss) if found else []
     return Facts(manifest, config, rows, found[0].size_ratio if found else None)
 
 
 def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
-    """Engine -> the command, or the lines of Python, that serve the pair."""
+    """Engine -> the command, or the lines of Python, that serve the pair; each can be pasted, whatever the paths."""
     if kind == "gguf":
-        file = f"{drafter}/{next(iter(Path(drafter).glob('*.gguf')), Path('drafter.gguf')).name}"
+        file = shlex.quote(f"{drafter}/{next(iter(Path(drafter).glob('*.gguf')), Path('drafter.gguf')).name}")
         options = f"--model-draft {file} --spec-type draft-simple --spec-draft-n-max {gamma}"
         return {"llama.cpp (the target converted likewise)": f"llama-server --model target.gguf {options}"}
+    target_text, drafter_text = (json.dumps(path, ensure_ascii=False) for path in (target, drafter))
     if kind == "openvino":
+        model = f'genai.draft_model({drafter_text}, "CPU")'
         lines = [
             "import openvino_genai as genai",
-            f'pipe = genai.LLMPipeline("target-openvino", "CPU", draft_model=genai.draft_model("{drafter}", "CPU"))',
+            f'pipe = genai.LLMPipeline("target-openvino", "CPU", draft_model={model})',
             f'print(pipe.generate("…", max_new_tokens=256, do_sample=False, num_assistant_tokens={gamma}))',
         ]
         return {"OpenVINO GenAI, greedy (the target exported by optimum-cli)": "\n".join(lines)}
-    speculative = json.dumps({"model": drafter, "num_speculative_tokens": gamma, "method": "draft_model"})
+    speculative = {"model": drafter, "num_speculative_tokens": gamma, "method": "draft_model"}
     sglang = (
-        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm STANDALONE "
-        f"--speculative-draft-model-path {drafter} --speculative-num-steps {gamma} --speculative-eagle-topk 1 "
-        f"--speculative-num-draft-tokens {gamma + 1}"
+        f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm STANDALONE "
+        f"--speculative-draft-model-path {shlex.quote(drafter)} --speculative-num-steps {gamma} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {gamma + 1}"
     )
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{target}")',
-        f'target = AutoModelForCausalLM.from_pretrained("{target}")',
-        f'drafter = AutoModelForCausalLM.from_pretrained("{drafter}")',
+        f"tokenizer = AutoTokenizer.from_pretrained({target_text})",
+        f"target = AutoModelForCausalLM.from_pretrained({target_text})",
+        f"drafter = AutoModelForCausalLM.from_pretrained({drafter_text})",
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True, '
         'return_tensors="pt", return_dict=True)',
         "print(tokenizer.decode(target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)[0]))",
     ]
-    return {
-        "vLLM": f"vllm serve {target} --speculative-config '{speculative}'",
-        "SGLang": sglang,
-        "transformers": "\n".join(lines),
-    }
+    vllm = shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(speculative, ensure_ascii=False)])
+    return {"vLLM": vllm, "SGLang": sglang, "transformers": "\n".join(lines)}
 
 
 def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Difference]) -> None:
     """README.md of an exported directory, with the hub's header."""
     tokenizer = load_tokenizer(target_source(cfg))
-    is_path = Path(cfg.target.path).exists()
+    is_path = local_directory(cfg.target.path) is not None
     header = {
         "library_name": {"hf": "transformers", "gguf": "gguf", "openvino": "openvino"}[cfg.export.format],
         "pipeline_tag": "text-generation",
@@ -125,7 +125,7 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         differences=differences,
         kept=read_kept(cfg.export.drafter),
     )
-    (folder / "README.md").write_text(text)
+    write_text(folder / "README.md", text)
 
 
 def worth(rows: list[Row]) -> Table:

@@ -1,6 +1,7 @@
 """Configs composed in code as the command lines compose them, and which overrides concern which stage."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +10,7 @@ from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 # Keys that choose a directory by themselves, whichever stage is swept.
 PLACES = ("root", "out", "scale", "name", "label", "experiment", "logger", "cluster")
@@ -27,8 +28,24 @@ def configured(name: str, overrides: list[str]) -> DictConfig:
         del cfg["hydra"]
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{name} needs a value for {', '.join(missing)}: give it as `{missing[0]}=...`")
+    with_home(cfg)
     OmegaConf.resolve(cfg)
     return cfg
+
+
+def with_home(cfg: DictConfig) -> DictConfig:
+    """The config itself, with every path in it that begins with ~ written out. No other place does this."""
+    _expand(cfg, OmegaConf.to_container(cfg, resolve=False))
+    return cfg
+
+
+def _expand(section: DictConfig | ListConfig, written: Any) -> None:
+    """Write out the paths of a section; `written` is what stands in it, interpolations as they are."""
+    for key, value in written.items() if isinstance(written, dict) else enumerate(written):
+        if isinstance(value, (dict, list)):
+            _expand(section[key], value)
+        elif isinstance(value, str) and value.startswith("~") and key != "template":
+            section[key] = os.path.expanduser(value)
 
 
 def concerning(name: str, arguments: list[str]) -> list[str]:
@@ -53,9 +70,19 @@ def in_grammar(value: Any) -> str:
         return "{" + ",".join(f"{key}:{in_grammar(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(in_grammar, value)) + "]"
-    if isinstance(value, str):  # only a backslash before a quote escapes anything, and at the end it would be one
-        return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value) + "'"
+    if isinstance(value, str):
+        return quoted(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def quoted(value: str) -> str:
+    """Any text as Hydra's grammar of overrides takes it: nothing in it is a list, a choice or an interpolation.
+
+    Backslashes count only before a quote, or before the dollar of an interpolation.
+    """
+    value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    value = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{value}'"
 
 
 def input_key(argument: str) -> str:

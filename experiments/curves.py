@@ -3,16 +3,16 @@
 import logging
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
+from experiments.commands import command
 from experiments.figures import draw_curves
 from experiments.results import read_curves
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="curves")
+@command("curves")
 def main(cfg: DictConfig) -> None:
     """Draw ${out}.png and .svg: each yardstick, a line a loss and a band over its seeds.
 

@@ -5,28 +5,19 @@ prompt: the baseline is decoded once for all of them, and a ratio of token rates
 are shared out to the ranks a part at a time, and an interrupted evaluation goes on with the missing parts.
 """
 
-import json
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drafter.artifacts import (
-    MANIFEST,
-    ArtifactError,
-    Stage,
-    read_jsonl,
-    write_jsonl,
-)
+from drafter.artifacts import MANIFEST, Stage, read_jsonl, write_jsonl
 from drafter.ends import end_of_turn_ids
 from drafter.fingerprints import model_fingerprint
 from drafter.loading import load_target, load_tokenizer
@@ -38,7 +29,10 @@ from drafter.sharding import check_parallel
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
 from experiments import dry_run
-from experiments.inputs import STEPS, claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
+from experiments.commands import command
+from experiments.composing import override
+from experiments.drafters import find_drafters, identity_of, output_directories
+from experiments.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -59,7 +53,7 @@ class Task(NamedTuple):
         return torch.Generator(device).manual_seed(zlib.crc32(f"{self.prompt_id}:{use}".encode()) + seed)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+@command("evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate every drafter that has not been, all of them prompt by prompt."""
     if cfg.dry_run:
@@ -73,10 +67,10 @@ def main(cfg: DictConfig) -> None:
             "evaluate",
             settings,
             {**shared, "drafter": model_fingerprint(path)},
-            Path(cfg.out) / Path(path).name,
-            (f"drafters=['{path}']",),
+            directory,
+            (override("drafters", [path]),),
         )
-        for path in find_drafters(list(cfg.drafters))
+        for path, directory in output_directories(Path(cfg.out), find_drafters(list(cfg.drafters))).items()
     }
     pending = {path: stage for path, stage in stages.items() if not stage.complete}
     if not pending:
@@ -117,8 +111,8 @@ def decoding_settings(cfg: DictConfig) -> dict[str, Any]:
 
 def is_pending(cfg: DictConfig) -> bool:
     """Whether a drafter has no evaluation yet."""
-    names = (Path(path).name for path in find_drafters(list(cfg.drafters)))
-    return any(not (Path(cfg.out) / name / MANIFEST).exists() for name in names)
+    directories = output_directories(Path(cfg.out), find_drafters(list(cfg.drafters)))
+    return any(not (directory / MANIFEST).exists() for directory in directories.values())
 
 
 def check(cfg: DictConfig) -> None:
@@ -144,25 +138,6 @@ def sampling_of(task: str, how: DictConfig, overrides: Mapping[str, Any]) -> Sam
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"task.{task}: top_p is {sampling.top_p}, must be above 0, at most 1")
     return sampling
-
-
-def find_drafters(patterns: list[str]) -> list[str]:
-    """Finished model directories of each pattern, in order; a pattern that is no path is a hub name.
-
-    Raises:
-        ArtifactError: a local pattern matches nothing.
-    """
-    found = []
-    for pattern in patterns:
-        local = sorted(path for path in glob(pattern) if (Path(path) / "config.json").exists())
-        whole = (path for path in local if (Path(path) / MANIFEST).exists() or Path(path).parent.name == STEPS)
-        finished = list(whole) if "*" in pattern else local
-        if not finished and ("*" in pattern or pattern.startswith((".", "/")) or pattern.count("/") != 1):
-            raise ArtifactError(
-                f"drafters: '{pattern}' matches no trained drafter; run the stages before, or correct it"
-            )
-        found += finished or [pattern]
-    return found
 
 
 def prompts(
@@ -264,18 +239,6 @@ def finish(
             "greedy_outputs_unlike_the_target": sum(not row["like_the_target"] for row in greedy),
         }
     )
-
-
-def identity_of(path: str) -> dict[str, Any]:
-    """What the tables call a drafter: the loss and seed of its finetuning, and the step it was kept at."""
-    manifest, step = Path(path) / MANIFEST, None
-    if Path(path).parent.name == STEPS:
-        manifest, step = Path(path).parent.parent / MANIFEST, int(Path(path).name.rsplit("-step", 1)[1])
-    if not manifest.exists():
-        return {"loss": Path(path).name, "seed": 0, "step": None}
-    settings = json.loads(manifest.read_text())["settings"]
-    name = settings.get("name", "pretrained").rsplit("-seed", 1)[0]
-    return {"loss": name, "seed": settings["seed"], "step": step}
 
 
 def as_text(decoded: Decoded, tokenizer: Any) -> list[dict[str, Any]]:

@@ -5,17 +5,17 @@ vocabulary is the same, and engines compare the rest. Weights are those of the u
 with a model of its own knows a head of fewer tokens, so a trimmed drafter's list of tokens lies beside them.
 """
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 
-from drafter.artifacts import LOCK, STARTED, Stage, sha256
+from drafter.artifacts import Stage, is_record, sha256
 from drafter.ends import end_of_turn_ids
 from drafter.fingerprints import model_fingerprint
 from drafter.gate import Difference, check_pair, partner, with_rows
@@ -24,6 +24,7 @@ from drafter.models import special_ids
 from drafter.trimming import read_kept, write_kept
 from experiments import to_gguf
 from experiments.card import Facts, gather, serving, write_card
+from experiments.commands import command
 from experiments.inputs import claim, plain, target_source
 from experiments.recording import record
 
@@ -35,7 +36,7 @@ DTYPES = {
 }
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="export")
+@command("export")
 def main(cfg: DictConfig) -> None:
     """Check, save, convert, describe; print how to serve it."""
     facts = gather(cfg.export.drafter)
@@ -57,8 +58,8 @@ def main(cfg: DictConfig) -> None:
     print(f"{stage.directory}: {cfg.export.format}, {cfg.export.dtype}\n")
     for difference in differences:
         print(f"  {difference}")
-    for engine, command in serving(cfg.export.format, cfg.target.path, str(stage.directory), facts.gamma).items():
-        print(f"\n{engine}\n{command}")
+    for engine, lines in serving(cfg.export.format, cfg.target.path, str(stage.directory), facts.gamma).items():
+        print(f"\n{engine}\n{lines}")
 
 
 def resolved(cfg: DictConfig, known: dict[str, Any]) -> DictConfig:
@@ -118,7 +119,7 @@ def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Differ
 
 def is_content(path: Path) -> bool:
     """Whether a file is the export's, and not a stage's record."""
-    return path.is_file() and path.name not in (STARTED, LOCK) and path.suffix != ".tmp"
+    return path.is_file() and not is_record(path.name) and path.suffix != ".tmp"
 
 
 @torch.no_grad()
@@ -150,10 +151,10 @@ def run(command: list[str]) -> None:
     Raises:
         RuntimeError: it failed; with the last lines that it printed.
     """
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if found.returncode:
         told = "\n".join((found.stdout + found.stderr).strip().splitlines()[-12:])
-        raise RuntimeError(f"{' '.join(command)} failed:\n{told}")
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{told}")
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from drafter.target_cache import require_output_embedding
 from drafter.trimming import read_kept
 from drafter.weighting import Weighting
 from experiments import dry_run, on_policy
+from experiments.commands import command
 from experiments.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.training import KeptSteps, economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
+@command("finetune")
 def main(cfg: DictConfig) -> None:
     """One finetuning, or several on sets that the drafter writes (conf/distillation)."""
     if cfg.dry_run:

@@ -8,13 +8,12 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from drafter.artifacts import write_jsonl
+from drafter.artifacts import write_jsonl, write_text
 from drafter.costs import Costs, measure
 from drafter.decoders import Compiled
 from drafter.ends import end_of_turn_ids
@@ -24,6 +23,7 @@ from drafter.models import context_length
 from drafter.offline import acceptance_of_written, expected_blocks
 from drafter.speculative import autoregressive_decode, speculative_decode
 from experiments import dry_run
+from experiments.commands import command
 from experiments.evaluate import Task, decoding_settings, prompts, sampling_of
 from experiments.figures import draw_gammas
 from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     measured: Estimate
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="gamma")
+@command("gamma")
 def main(cfg: DictConfig) -> None:
     """Measure, and write gamma.md, gamma.jsonl and the figure."""
     if cfg.dry_run:
@@ -81,7 +81,7 @@ def main(cfg: DictConfig) -> None:
     page = report(rows, costs, cfg)
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
-    (stage.directory / "gamma.md").write_text(page)
+    write_text(stage.directory / "gamma.md", page)
     draw_gammas(rows, stage.directory / "gamma")
     stage.finish(
         counts={

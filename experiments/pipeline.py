@@ -6,9 +6,8 @@ same overrides, as on its own command line, and skips itself where it is up to d
 with the same command. A finetuning that fails does not stop the others, and is named at the end.
 """
 
-import json
+import contextlib
 import logging
-import os
 import subprocess
 import sys
 import warnings
@@ -18,12 +17,12 @@ from typing import NamedTuple
 
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
-from experiments.composing import cells, concerning, configured, first_key, input_key
+from experiments.commands import ended
+from experiments.composing import cells, concerning, configured, first_key, input_key, override
 from experiments.inputs import STEPS
 from experiments.lengths import check_lengths
 
@@ -61,7 +60,7 @@ def main(arguments: list[str]) -> None:
         failed: dict[str, Exception] = {}
         for job in jobs:
             if job.module is evaluate:
-                job.cfg.drafters = [path for path in job.cfg.drafters if path.split(f"/{STEPS}/")[0] not in failed]
+                job.cfg.drafters = [path for path in job.cfg.drafters if path.removesuffix(f"/{STEPS}/*") not in failed]
             try:
                 run(job, plan.evaluate_ranks)
             except Exception as problem:
@@ -151,9 +150,9 @@ def job(module: ModuleType, others: list[str], overrides: list[str] | None = Non
 
 def evaluated(trained: list[Job], others: list[str], out: str, how: DictConfig, below: str = "") -> Job:
     """An evaluation of these finetunings' drafters in a directory of its own."""
-    drafters = ",".join(f"'{one.cfg.out}{below}'" for one in trained)
+    drafters = override("drafters", [f"{one.cfg.out}{below}" for one in trained])
     gammas = ",".join(map(str, how.num_speculative_tokens))
-    overrides = [f"out=${{root}}/{out}", f"drafters=[{drafters}]", f"evaluate.num_speculative_tokens=[{gammas}]"]
+    overrides = [f"out=${{root}}/{out}", drafters, f"evaluate.num_speculative_tokens=[{gammas}]"]
     return job(evaluate, others, overrides)
 
 
@@ -177,16 +176,31 @@ def run(job: Job, evaluate_ranks: int = 1) -> None:
     """One stage, as its own command line would run it; an evaluation by several processes, if so asked."""
     HydraConfig.instance().cfg = job.hydra
     if job.module is evaluate and evaluate_ranks > 1 and not job.cfg.dry_run and evaluate.is_pending(job.cfg):
-        overrides = [*job.hydra.hydra.overrides.task, f"drafters={json.dumps(list(job.cfg.drafters))}"]
+        overrides = [*job.hydra.hydra.overrides.task, override("drafters", list(job.cfg.drafters))]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={evaluate_ranks}"]
-        subprocess.run([*torchrun, "-m", "experiments.evaluate", *overrides], check=True)
+        run_to_the_end([*torchrun, "-m", "experiments.evaluate", *overrides])
     job.module.main(job.cfg)
 
 
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError, HydraException) as problem:
-        if os.environ.get("HYDRA_FULL_ERROR"):
+def run_to_the_end(command: list[str]) -> None:
+    """A program that starts others: where this process is interrupted, it ends, and ends them, before this one does.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    with subprocess.Popen(command) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)  # Ctrl-C reaches it too
+            process.terminate()
+            process.wait()
             raise
-        sys.exit(f"error: {problem}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+
+
+if __name__ == "__main__":
+    with ended("experiments.pipeline"):
+        main(sys.argv[1:])

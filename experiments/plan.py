@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from hydra import initialize_config_module
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from drafter.loading import meta_model
@@ -17,6 +16,7 @@ from drafter.metrics import memory_bound_speedup
 from drafter.models import build_drafter
 from drafter.roofline import Shape
 from experiments import finetune
+from experiments.commands import ended
 from experiments.estimates import Stage, World, estimates
 from experiments.inputs import plain, target_source
 from experiments.pipeline import Job, composed
@@ -142,7 +142,5 @@ def duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with ended("experiments.plan"):
         main(sys.argv[1:])
-    except (ValueError, OSError, HydraException) as problem:
-        sys.exit(f"error: {problem}")

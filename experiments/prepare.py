@@ -2,7 +2,6 @@
 
 import logging
 
-import hydra
 from omegaconf import DictConfig
 
 from drafter.artifacts import write_jsonl
@@ -11,13 +10,14 @@ from drafter.fingerprints import tokenizer_fingerprint
 from drafter.loading import load_tokenizer
 from experiments import dry_run
 from experiments.choosing import choose_instructions, choose_prompts, encodes_text
+from experiments.commands import command
 from experiments.data_sources import gather, identity
 from experiments.inputs import claim, target_source
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="prepare")
+@command("prepare")
 def main(cfg: DictConfig) -> None:
     """Write train.npy and heldout.npy, instructions.jsonl and tasks.jsonl.
 

@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import hydra
 import lightning
 from omegaconf import DictConfig
 
@@ -12,13 +11,14 @@ from drafter.loading import load_tokenizer, vocabulary_width
 from drafter.models import build_drafter, special_ids
 from drafter.modules import Pretraining
 from experiments import dry_run
+from experiments.commands import command
 from experiments.inputs import claim, data_fingerprint, plain, target_source
 from experiments.training import economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
+@command("pretrain")
 def main(cfg: DictConfig) -> None:
     """Build the drafter for the target's vocabulary, train it on packed text, save it."""
     if cfg.dry_run:

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from drafter.artifacts import write_text
 from experiments.figures import YARDSTICKS, colours
 from experiments.results import rank
 from experiments.tabular import Table
@@ -47,7 +48,7 @@ def write_html(
         samples=by_prompt(samples),
         notes=notes,
     )
-    path.write_text(page)
+    write_text(path, page)
 
 
 def lines(curves: Curves) -> str:

@@ -4,7 +4,6 @@ import logging
 from collections import Counter
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +27,7 @@ from drafter.responses import plan, schema, shards, write_responses
 from drafter.selection import read_instructions
 from drafter.sharding import check_parallel
 from experiments import dry_run
+from experiments.commands import command
 from experiments.inputs import (
     claim,
     data_fingerprint,
@@ -54,7 +54,7 @@ VLLM_MEANS = {
 }
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="respond")
+@command("respond")
 def main(cfg: DictConfig) -> None:
     """Encode the instructions, check them all, then generate shard by shard."""
     if cfg.dry_run:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +61,17 @@ def read_evaluations(folder: Path, base: str = "pretrained") -> list[Evaluation]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         about = summary["loss"], summary["seed"], ratio, in_domain
         found.append(Evaluation(*about, counts, positions, path.parent, summary.get("step")))
+    found = _told_apart(found)
     return sorted(found, key=lambda one: (one.loss != base, one.loss, one.seed, one.step or 0))
+
+
+def _told_apart(found: list[Evaluation]) -> list[Evaluation]:
+    """Evaluations of one loss, seed and step are of different drafters: they are no seeds of one loss to be summed."""
+    times = Counter((one.loss, one.seed, one.step) for one in found)
+    return [
+        one._replace(loss=f"{one.loss} ({one.directory.name})") if times[one.loss, one.seed, one.step] > 1 else one
+        for one in found
+    ]
 
 
 def check_evaluations(found: list[Evaluation], folder: Path, base: str) -> None:
@@ -140,13 +151,18 @@ def read_curves(folder: Path) -> dict[str, dict[int, list[dict[str, float]]]]:
     curves: dict[str, dict[int, list[dict[str, float]]]] = {}
     for path in sorted(folder.glob("*/logs/metrics.csv")):
         records = (path.parent.parent / name for name in (MANIFEST, STARTED))
-        settings = json.loads(next(record for record in records if record.exists()).read_text())["settings"]
-        with path.open() as file:
+        settings = json.loads(next(record for record in records if record.exists()).read_text(encoding="utf-8"))[
+            "settings"
+        ]
+        with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("val/kld")]
         kept = [
             {key: float(row[key]) for key in row if key == "step" or (key.startswith("val/") and row[key])}
             for row in rows
         ]
         if kept:
-            curves.setdefault(settings["name"].rsplit("-seed", 1)[0], {})[settings["seed"]] = kept
+            name = settings["name"].rsplit("-seed", 1)[0]
+            if settings["seed"] in curves.get(name, {}):
+                name = f"{name} ({path.parent.parent.name})"
+            curves.setdefault(name, {})[settings["seed"]] = kept
     return curves

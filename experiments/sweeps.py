@@ -45,7 +45,9 @@ class Failures(Callback):
             try:
                 _ = job_return.return_value
             except Exception as error:  # whatever it was, it is to be told
-                (folder / str(config.hydra.job.num)).write_text(f"{cell}: {type(error).__name__}: {error}\n")
+                (folder / str(config.hydra.job.num)).write_text(
+                    f"{cell}: {type(error).__name__}: {error}\n", encoding="utf-8"
+                )
 
 
 def _folder(config: DictConfig) -> Path:
@@ -57,4 +59,4 @@ def _tell(folder: Path) -> None:
     if failed:
         print(f"{len(failed)} cells of the sweep failed; all others are finished:", file=sys.stderr)
         for path in failed:
-            print(f"  {path.read_text().strip()}", file=sys.stderr)
+            print(f"  {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)

@@ -10,12 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from drafter.artifacts import MANIFEST, environment, fingerprint, read_jsonl, read_manifest, write_json
+from drafter.artifacts import MANIFEST, fingerprint, read_jsonl, read_manifest, write_json, write_text
+from drafter.provenance import describe_machine
+from drafter.storage import local_directory
 from experiments import paper
+from experiments.commands import command
 from experiments.figures import draw_along, draw_curves, draw_efficiency
 from experiments.report import write_html
 from experiments.results import (
@@ -30,6 +32,7 @@ from experiments.results import (
 from experiments.tabular import Table, with_interval
 
 log = logging.getLogger(__name__)
+GENERATED = {"tables": (".md", ".tex"), "figures": (".png", ".svg")}  # folder -> what this stage writes into it
 CONVENTION = (
     "τ is tokens per target call and counts the target's own token of each block (1: autoregressive; at most γ + 1). "
     "Expected τ has each accept test's chance in the place of its coin: the same mean, less noise. "
@@ -38,7 +41,7 @@ CONVENTION = (
 )
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="tables")
+@command("tables")
 def main(cfg: DictConfig) -> None:
     """Read every finished evaluation under the root; write results.md, tables/, figures/, report.html and runs.json."""
     if cfg.dry_run:
@@ -50,7 +53,7 @@ def main(cfg: DictConfig) -> None:
     check_evaluations(evaluations, root / "evaluate", cfg.base)
     rows, curves = summarise(evaluations, cfg.base), read_curves(root / "finetune")
     last = max((row["step"] for seeds in curves.values() for lines in seeds.values() for row in lines), default=0)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    empty_of_generated(out)
     figures = {
         "block_efficiency": draw_efficiency(rows, out / "figures" / "block_efficiency"),
         "curves": draw_curves(curves, out / "figures" / "curves"),
@@ -63,17 +66,16 @@ def main(cfg: DictConfig) -> None:
         CONVENTION,
         describe(evaluations),
         where_the_time_goes(evaluations),
-        f"Measured on {machine()}, commit {commits([*evaluations, *variants, *steps])}.",
+        measured([*evaluations, *variants, *steps]),
     ]
-    (out / "tables").mkdir(exist_ok=True)
     for table in tables:
-        (out / "tables" / f"{table.name}.md").write_text(f"### {table.title}\n\n{table.markdown()}\n")
-        (out / "tables" / f"{table.name}.tex").write_text(table.latex())
+        write_text(out / "tables" / f"{table.name}.md", f"### {table.title}\n\n{table.markdown()}\n")
+        write_text(out / "tables" / f"{table.name}.tex", table.latex())
     sections = [f"### {table.title}\n\n{table.markdown()}\n" for table in tables]
     traced = "runs.json has each run behind these numbers: its command, commit, versions, settings and inputs."
     text = "\n".join([*sections, *(f"{note}\n" for note in [*notes, traced])])
-    news = not (out / "results.md").exists() or (out / "results.md").read_text() != text
-    (out / "results.md").write_text(text)
+    news = not (out / "results.md").exists() or (out / "results.md").read_text(encoding="utf-8") != text
+    write_text(out / "results.md", text)
     write_json(out / "runs.json", runs(root))
     samples = {
         one.directory.name: read_jsonl(one.directory / "samples.jsonl")
@@ -107,8 +109,8 @@ def questions(cfg: DictConfig, evaluations: list[Evaluation], variants: list[Eva
 def architectures(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
     """The models of these evaluations, as far as their configs are at hand."""
     counts = read_manifest(evaluations[0].directory, "evaluate")["counts"]
-    found = {name: Path(path) / "config.json" for name, path in cfg.models.items()}
-    configs = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+    found = {name: (local_directory(path) or Path(path)) / "config.json" for name, path in cfg.models.items()}
+    configs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
     return paper.models(configs, {name: counts[f"{name}_parameters"] for name in cfg.models})
 
 
@@ -141,14 +143,24 @@ def runs(root: Path) -> dict[str, Any]:
     """Directory -> what its manifest says of how it came about, and the fingerprint that other runs name it by."""
     found = {}
     for path in sorted(root.rglob(MANIFEST)):
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         kept = {key: value for key, value in manifest.items() if key not in ("files", "config")}
         found[str(path.parent)] = {**kept, "fingerprint": fingerprint(path.parent, manifest["stage"])}
     return found
 
 
+def empty_of_generated(folder: Path) -> None:
+    """Make its tables/ and figures/, or remove what an earlier run left there, so that nothing stale is shown."""
+    for name, kinds in GENERATED.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for path in (folder / name).iterdir():
+            if path.suffix in kinds:
+                path.unlink()
+
+
 def publish(out: Path, folder: Path) -> None:
     """Copy what belongs into a repository: all but the report and the vector figures, which are large."""
+    empty_of_generated(folder)
     for name in ("results.md", "runs.json"):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(out / name, folder / name)
@@ -184,10 +196,12 @@ def where_the_time_goes(evaluations: list[Evaluation]) -> str:
     return f"Decoding's time: {'; '.join(shares)}."
 
 
-def commits(evaluations: list[Evaluation]) -> str:
-    """The commits of this project that the evaluations ran at."""
-    manifests = (read_manifest(evaluation.directory, "evaluate") for evaluation in evaluations)
-    return ", ".join(sorted({manifest["environment"]["commit"] for manifest in manifests}))
+def measured(evaluations: list[Evaluation]) -> str:
+    """The machines and the commits of this project that the evaluations ran on, by their own manifests."""
+    environments = [read_manifest(evaluation.directory, "evaluate")["environment"] for evaluation in evaluations]
+    machines = "; ".join(sorted({describe_machine(recorded) for recorded in environments}))
+    commits = ", ".join(sorted({recorded["commit"] for recorded in environments}))
+    return f"Measured on {machines}, commit {commits}."
 
 
 def positions_table(evaluations: list[Evaluation]) -> list[Table]:
@@ -204,18 +218,6 @@ def positions_table(evaluations: list[Evaluation]) -> list[Table]:
     columns = ["drafter", *(f"draft {place}" for place in range(1, largest + 1))]
     title = f"Acceptance rate by place in the block, all tasks, γ = {largest}"
     return [Table("positions", title, columns, lines)] if largest else []
-
-
-def machine() -> str:
-    """The processor's name and cores."""
-    description: dict[str, Any] = environment()
-    info = Path("/proc/cpuinfo")
-    model = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return f"{description['cpus']} CPU cores" + (f" ({model[0]})" if model else "")
 
 
 if __name__ == "__main__":

@@ -27,12 +27,13 @@ from drafter.loading import load_model, load_tokenizer
 from drafter.models import build_drafter, special_ids
 from drafter.modules import Pretraining
 from drafter.prompts import CHATML, encode_prompt
+from experiments.commands import command
 from experiments.inputs import plain
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="tiny_target")
+@command("tiny_target")
 def main(cfg: DictConfig) -> None:
     """Tokenizer, packed text, pretraining, chat finetuning, export."""
     work = Path(cfg.work)

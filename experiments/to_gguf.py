@@ -14,7 +14,7 @@ from pathlib import Path
 def splits_like_gpt2(folder: Path) -> bool:
     """Whether a tokenizer.json splits text by GPT-2's rule and then into bytes, and changes nothing before."""
     path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text()) if path.exists() else {}
+    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     before = tokenizer.get("pre_tokenizer") or {}
     return (
         tokenizer.get("normalizer") is None

@@ -9,13 +9,12 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from drafter.artifacts import write_jsonl
+from drafter.artifacts import write_jsonl, write_text
 from drafter.ends import end_of_turn_ids
 from drafter.loading import load_target, load_tokenizer
 from drafter.metrics import Counts, Estimate, estimate, memory_bound_speedup, paired_difference
@@ -23,7 +22,9 @@ from drafter.models import context_length, num_parameters, vocabulary_rows
 from drafter.rows import Rows
 from drafter.trimming import most_used, read_kept, trim, write_kept
 from experiments import dry_run
-from experiments.evaluate import Task, decode, decoding_settings, identity_of, prompts, sampling_of
+from experiments.commands import command
+from experiments.drafters import identity_of
+from experiments.evaluate import Task, decode, decoding_settings, prompts, sampling_of
 from experiments.figures import draw_trimming
 from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.tabular import Table, with_interval
@@ -45,7 +46,7 @@ class Row(NamedTuple):
     token_rate_ratio: Estimate
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="trim")
+@command("trim")
 def main(cfg: DictConfig) -> None:
     """Decode with each size, write the table, the figure and the drafter of the best size."""
     if cfg.dry_run:
@@ -81,7 +82,7 @@ def main(cfg: DictConfig) -> None:
         write_kept(stage.directory, ranked[: best.tokens])
     page = report(table, best, cfg)
     write_jsonl(stage.directory / "trim.jsonl", [row._asdict() for row in table])
-    (stage.directory / "trim.md").write_text(page)
+    write_text(stage.directory / "trim.md", page)
     draw_trimming(table, stage.directory / "trim")
     stage.finish(counts={"kept": best.tokens, "vocabulary": len(ranked), "stop_ids": stops})
     print(page)

@@ -1,5 +1,6 @@
 """What goes wrong, and what is left: killed processes, damaged files, full disks, second writers, wrong inputs."""
 
+import contextlib
 import csv
 import errno
 import gc
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from drafter import locks, storage
 from drafter.artifacts import ArtifactError, Stage
 from drafter.storage import Folder, write_file
 from tests.conftest import WORDS, save_target
@@ -163,12 +166,29 @@ def test_a_damaged_shard_is_made_again_as_the_error_says_and_the_others_are_kept
     assert (copied / "00001.arrow").stat().st_mtime_ns == kept
 
 
+@contextlib.contextmanager
+def full_disk(name):
+    """No room for files of that name."""
+
+    def temporary_path(path):
+        temporary = storage_path(path)
+        if path.name == name:
+            temporary.symlink_to("/dev/full")
+        return temporary
+
+    storage_path = storage.temporary_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "temporary_path", temporary_path)
+        yield
+
+
 def test_a_full_disk_stops_with_the_file_and_the_remedy_and_keeps_what_was_written(world, tmp_path):
     overrides, _ = world
     command = [*overrides, f"out={tmp_path}/out", "cache.shard_size=8"]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f".00003.arrow.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"cannot write .*00003.arrow \(No space left on device\).* make room") as refusal:
+    with (
+        full_disk("00003.arrow"),
+        pytest.raises(OSError, match=r"cannot write .*00003.arrow \(No space left on device\).* make room") as refusal,
+    ):
         stage("cache", command)
     assert refusal.value.errno == errno.ENOSPC
     del refusal  # whose frames hold the stage and its lock
@@ -200,6 +220,47 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     process.join()
     Stage(tmp_path, "respond", {}, {}).finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, refusal):
+    """There a marker file says who writes: a second writer is refused, a marker of a process that ended is not."""
+
+    def no_locks(lock):
+        Path(lock.lock_file).touch()
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(locks.FileLock, "_acquire", no_locks)
+    (tmp_path / "one").mkdir()
+    ended = FORKED.Process(target=print)
+    ended.start()
+    ended.join()
+    (tmp_path / "one" / locks.MARKER).write_text(f"{ended.pid}\n{socket.gethostname()}\n")
+    claim = Stage(tmp_path / "one", "respond", {}, {})
+    assert not (tmp_path / "one" / locks.LOCK).exists()
+    with pytest.raises(ArtifactError, match=rf"process {os.getpid()} on .* is writing to .*Nothing was changed"):
+        Stage(tmp_path / "one", "respond", {}, {})
+    claim.finish()
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["manifest.json"]
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / locks.MARKER).write_text("77\nelsewhere\n")
+    with pytest.raises(ArtifactError, match=r"77 on elsewhere \(if it has ended, remove .*two/\.lock\.marker\)"):
+        Stage(tmp_path / "two", "respond", {}, {})
+
+
+def test_ranks_beside_the_first_neither_lock_nor_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    claim = Stage(tmp_path, "respond", {}, {})
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "0")
+    Stage(tmp_path, "respond", {}, {}).finish()
+    del claim
+
+
+def test_temporary_names_are_unlike_on_two_machines(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.socket, "gethostname", lambda: "one")
+    assert ".one." in storage.temporary_path(tmp_path / "a").name
+    assert storage.temporary_path(tmp_path / "a") != storage.temporary_path(tmp_path / "a")
 
 
 def test_files_of_unknown_origin_are_left_alone(tmp_path):
@@ -301,8 +362,7 @@ def test_respond_counts_what_it_skips_and_refuses_when_nothing_is_left(world, tm
 def test_a_folder_that_is_written_whole_or_not_at_all(tmp_path):
     folder = Folder(tmp_path / "new")
     folder.write("a", b"old")
-    (tmp_path / "new" / f".a.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk("a"), pytest.raises(OSError, match="No space left"):
         folder.write("a", b"new")
     assert folder.read("a") == b"old"
     assert folder.sizes() == {"a": 3}

@@ -440,12 +440,37 @@ def test_the_base_of_the_comparison_is_chosen_by_name(root):
         check_evaluations(found, root, "kl")
 
 
-def test_the_commits_named_are_those_of_the_evaluations(root):
-    for name, commit in (("drafter", "abc"), ("kld-seed1", "def")):
+def test_the_commits_and_machines_named_are_those_of_the_evaluations(root):
+    machines = {"cores": 64, "processor": "EPYC", "gpu": "NVIDIA A100"}, {"cores": 8, "processor": "M3", "gpu": None}
+    for name, commit, machine in zip(("drafter", "kld-seed1"), ("abc", "def"), machines, strict=True):
         path = root / "evaluate" / name / "manifest.json"
         manifest = json.loads(path.read_text())
-        manifest["environment"]["commit"] = commit
+        manifest["environment"] |= {"commit": commit, "machine": machine}
         path.write_text(json.dumps(manifest))
     for name in ("kld-seed2", "tvd-seed1"):
         shutil.rmtree(root / "evaluate" / name)
-    assert "commit abc, def." in (run_tables(root) / "results.md").read_text()
+    page = (run_tables(root) / "results.md").read_text()
+    assert "Measured on 8 CPU cores (M3); NVIDIA A100, 64 CPU cores (EPYC), commit abc, def." in page
+
+
+def test_what_an_earlier_run_left_is_not_published_and_what_is_not_ours_stays(root, tmp_path):
+    for folder in (root / "report", tmp_path / "published"):
+        for name in ("tables/old.md", "tables/old.tex", "figures/old.png", "figures/old.svg", "tables/mine.ods"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("x")
+    tables.main(OmegaConf.create(settings(root, root / "report", publish=str(tmp_path / "published"))))
+    for folder in (root / "report", tmp_path / "published"):
+        assert not list(folder.rglob("old.*"))
+        assert (folder / "tables" / "mine.ods").exists()
+        assert (folder / "tables" / "losses.md").exists()
+
+
+def test_two_drafters_of_one_loss_and_seed_are_no_two_seeds(root):
+    evaluation(root, "b-kld-seed1", "kld", 1)
+    assert [one.loss for one in read_evaluations(root / "evaluate")] == [
+        "pretrained",
+        "kld",
+        "kld (b-kld-seed1)",
+        "kld (kld-seed1)",
+        "tvd",
+    ]

@@ -1,0 +1,73 @@
+"""Ctrl-C and SIGTERM end a command in order.
+
+While a command runs, either signal raises `Interrupted` where it comes: what was finished is on disk by then. Training
+holds the signal back (`held`) until a step is done and its state is saved; a second signal is not held back.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_held = False
+_asked: list[int] = []
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end.
+
+    Attributes:
+        number: of the signal; the exit status is 128 more.
+        kept: what can be gone on with, for people to read.
+    """
+
+    def __init__(self, number: int, kept: str = "what was finished is kept"):
+        super().__init__(number, kept)
+        self.number, self.kept = number, kept
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[None]:
+    """Let the signals raise `Interrupted` in this process, not in those that it forks."""
+    process = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif _held and not _asked:
+            _asked.append(number)
+        else:
+            raise Interrupted(number)
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        _asked.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Note the first signal for `asked` in the place of raising."""
+    global _held
+    _held = True
+    try:
+        yield
+    finally:
+        _held = False
+
+
+def asked() -> int | None:
+    """The signal that was held back, if one was."""
+    return _asked[0] if _asked else None
+
+
+def raise_asked(kept: str) -> None:
+    """Raise the signal that was held back, if one was."""
+    if _asked:
+        raise Interrupted(_asked.pop(), kept)
