@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.artifacts import MANIFEST, Stage, read_jsonl, write_jsonl
+from drafter.capabilities import check_can_decode
 from drafter.ends import end_of_turn_ids
 from drafter.fingerprints import model_fingerprint
-from drafter.loading import load_target, load_tokenizer
+from drafter.loading import load_config, load_target, load_tokenizer
 from drafter.metrics import by_position, count
 from drafter.models import context_length, num_parameters
 from drafter.prompts import encode_prompts
@@ -117,6 +118,7 @@ def is_pending(cfg: DictConfig) -> bool:
 
 def check(cfg: DictConfig) -> None:
     """Refuse what would fail, or mean something else, after the model is loaded."""
+    check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
     for task, how in cfg.task.items():
         sampling_of(task, how, cfg.evaluate.sampling)

@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.artifacts import write_jsonl, write_text
+from drafter.capabilities import check_can_decode
 from drafter.costs import Costs, measure
 from drafter.decoders import Compiled
 from drafter.ends import end_of_turn_ids
-from drafter.loading import load_target, load_tokenizer
+from drafter.loading import load_config, load_target, load_tokenizer
 from drafter.metrics import Counts, Estimate, count, estimate
 from drafter.models import context_length
 from drafter.offline import acceptance_of_written, expected_blocks
@@ -94,7 +95,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a range of gammas that is none, and tasks that cannot be decoded."""
+    """Refuse a target or tasks that cannot be decoded, and a range of gammas that is none."""
+    check_can_decode(load_config(target_source(cfg)))
     if cfg.gamma.largest < 1:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at least 1")
     for task, how in cfg.task.items():

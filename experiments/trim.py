@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.artifacts import write_jsonl, write_text
+from drafter.capabilities import check_can_decode
 from drafter.ends import end_of_turn_ids
-from drafter.loading import load_target, load_tokenizer
+from drafter.loading import load_config, load_target, load_tokenizer
 from drafter.metrics import Counts, Estimate, estimate, memory_bound_speedup, paired_difference
 from drafter.models import context_length, num_parameters, vocabulary_rows
 from drafter.rows import Rows
@@ -89,7 +90,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse sizes that are none, a drafter that is trimmed already, and tasks that cannot be decoded."""
+    """Refuse a target or tasks that cannot be decoded, sizes that are none, and a drafter that is trimmed already."""
+    check_can_decode(load_config(target_source(cfg)))
     if not cfg.trim.sizes or min(cfg.trim.sizes) < 1:
         raise ValueError(f"trim.sizes is {list(cfg.trim.sizes)}, must be numbers of tokens, at least 1")
     if read_kept(cfg.trim.drafter):
