@@ -19,7 +19,7 @@ from drafter.corpus import source_files
 from drafter.ends import end_of_turn_ids
 from drafter.files import find_files
 from drafter.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
-from drafter.models import build_drafter, num_parameters, special_ids
+from drafter.models import num_parameters
 from drafter.prompts import encode_prompt
 from drafter.selection import read_instructions
 from drafter.sources import Source, entries
@@ -33,7 +33,7 @@ from experiments.data_sources import (
     pretraining_source,
     task_sources,
 )
-from experiments.inputs import plain, target_source
+from experiments.inputs import new_drafter, target_source
 
 ROWS = 2000  # of each source that are looked at
 SMALL = 10_000_000  # bytes of local files that are looked at to their end
@@ -63,7 +63,7 @@ def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
         raise ValueError(f"{path} has {rows} rows of embedding for {len(tokenizer)} tokens of its tokenizer")
     target = meta_model(source)
     with torch.device("meta"):
-        drafter = build_drafter(plain(cfg.drafter), rows, special_ids(tokenizer))
+        drafter = new_drafter(cfg, tokenizer)
     ratio = num_parameters(drafter) / num_parameters(target)
     context = context_limit(source)
     yield f"target {path}: {type(target).__name__}, {num_parameters(target):,} parameters, context {context:,}"

@@ -6,12 +6,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.artifacts import Stage, fingerprint, read_manifest, require
 from drafter.fingerprints import model_fingerprint, tokenizer_fingerprint
 from drafter.gate import load_drafter
-from drafter.loading import ModelSource
+from drafter.loading import ModelSource, vocabulary_width
+from drafter.models import build_drafter, special_ids
 
 STEPS = "steps"  # the folder of a finetuning that has its drafter at some of its steps
 
@@ -58,6 +59,11 @@ def frozen_drafter(cfg: DictConfig, path: str) -> PreTrainedModel:
     """A drafter to decode with, once it has passed the gate."""
     drafter = load_drafter(path, target_source(cfg), cfg.pad_vocabulary)
     return drafter.requires_grad_(False).eval()
+
+
+def new_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The drafter that is to be trained, with random weights: as wide as the target, whose tokenizer this is."""
+    return build_drafter(plain(cfg.drafter), vocabulary_width(target_source(cfg)), special_ids(tokenizer))
 
 
 def target_fingerprint(cfg: DictConfig) -> str:

@@ -4,15 +4,17 @@ import logging
 from pathlib import Path
 
 import lightning
+import torch
 from omegaconf import DictConfig
 
+from drafter.capabilities import check_can_decode
 from drafter.datamodules import PackedText, SequenceData
-from drafter.loading import load_tokenizer, vocabulary_width
-from drafter.models import build_drafter, special_ids
+from drafter.loading import load_tokenizer
+from drafter.models import check_drafter_head
 from drafter.modules import Pretraining
 from experiments import dry_run
 from experiments.commands import command
-from experiments.inputs import claim, data_fingerprint, plain, target_source
+from experiments.inputs import claim, data_fingerprint, new_drafter, plain, target_source
 from experiments.training import economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -22,22 +24,34 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Build the drafter for the target's vocabulary, train it on packed text, save it."""
     if cfg.dry_run:
-        return dry_run.show(cfg, "pretrain")
+        return dry_run.show(cfg, "pretrain", check)
+    check(cfg)
     settings = {**training_settings(cfg, "pretrain"), "drafter": plain(cfg.drafter)}
     stage = claim(cfg, "pretrain", settings, {"data": data_fingerprint(cfg)})
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
-    target = target_source(cfg)
-    tokenizer = load_tokenizer(target)
-    drafter = build_drafter(plain(cfg.drafter), vocabulary_width(target), special_ids(tokenizer))
-    drafter = economical(drafter, cfg.pretrain)
+    tokenizer = load_tokenizer(target_source(cfg))
+    drafter = economical(new_drafter(cfg, tokenizer), cfg.pretrain)
     folder, length = Path(cfg.inputs.data), cfg.pretrain.sequence_length
     text, heldout = (PackedText(folder / name, length) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)
     name = f"pretrain{cfg.differs}"
     trainer = train(Pretraining(drafter, cfg.pretrain.learning_rate), data, stage, cfg.pretrain, cfg, name)
     save(drafter, tokenizer, stage, trainer)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a drafter that cannot be distilled or decoded with; it is built without weights.
+
+    Raises:
+        ValueError: names the architecture.
+    """
+    tokenizer = load_tokenizer(target_source(cfg))
+    with torch.device("meta"):
+        drafter = new_drafter(cfg, tokenizer)
+    check_can_decode(drafter.config)
+    check_drafter_head(drafter)
 
 
 if __name__ == "__main__":

@@ -284,6 +284,22 @@ def test_a_target_that_cannot_be_decoded_is_refused_before_anything_computes(tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["drafter.model_type=gemma2"], "Gemma2ForCausalLM changes its logits after the output embedding"),
+        (["drafter.model_type=rwkv"], "RwkvForCausalLM cannot be decoded with"),
+    ],
+)
+def test_pretrain_refuses_before_the_first_stage_what_it_could_not_train(tmp_path, change, message):
+    from hydra import initialize_config_module
+
+    with initialize_config_module("conf", version_base="1.3"):
+        cfg = configured("pretrain", ["scale=smoke", f"root={tmp_path}/run", *change])
+    with pytest.raises(ValueError, match=message):
+        import_module("experiments.pretrain").check(cfg)
+
+
 def test_a_refusal_is_one_line_on_the_command_line(tmp_path):
     command = [sys.executable, "-m", "experiments.pipeline", f"root={tmp_path}", "scale=smoke", "respond.top_p=2"]
     result = subprocess.run(command, capture_output=True, text=True)
