@@ -59,6 +59,23 @@ def collate(samples: list[Sequence]) -> Batch:
     )
 
 
+def check_tokens(ids: np.ndarray, vocabulary: int | None, where: object) -> None:
+    """Refuse ids for which the models' embeddings have no row; on a GPU the lookup would fail without a message.
+
+    Args:
+        vocabulary: rows of the smaller embedding; None: any id will do.
+        where: what the ids were read from.
+
+    Raises:
+        ValueError: names it, and the largest id.
+    """
+    if vocabulary is not None and len(ids) and (largest := int(ids.max())) >= vocabulary:
+        raise ValueError(
+            f"{where} has the token id {largest}, and the models' embeddings have {vocabulary} rows: it is damaged, or "
+            f"was made with another tokenizer"
+        )
+
+
 def by_budget(lengths: Sequences[int], budget: int) -> list[list[int]]:
     """Indices sorted by length, in batches that take at most `budget` tokens, padding included, or hold one index."""
     batches: list[list[int]] = []

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from drafter.batches import Sequence, collate, response_sequence
+from drafter.batches import Sequence, check_tokens, collate, response_sequence
 from drafter.rows import Rows
 from drafter.target_cache import restore
 
+CHECKED = 10**9  # bytes of packed text whose ids are all checked at the start; of more, those that are read
 POOL = 32  # batches whose samples are sorted by length together: neighbours for speed, and still at random
 
 
@@ -53,13 +54,20 @@ class InMemory:
 
 
 class PackedText:
-    """A file of packed tokens (see corpus.pack) cut into sequences of `length` tokens; the rest is left out."""
+    """A file of packed tokens (see corpus.pack) cut into sequences of `length` tokens; the rest is left out.
 
-    def __init__(self, path: str | Path, length: int):
+    Raises:
+        ValueError: there is no whole sequence; or the file has ids that are not below `vocabulary`. Those of a file
+            below a gigabyte are looked at here, those of a larger one when they are read.
+    """
+
+    def __init__(self, path: str | Path, length: int, vocabulary: int | None = None):
         self.tokens = np.load(path, mmap_mode="r")
-        self.length = length
+        self.path, self.length, self.vocabulary = path, length, vocabulary
         if len(self) == 0:
             raise ValueError(f"{path} has {len(self.tokens)} tokens, less than one sequence of {length}")
+        if self.tokens.nbytes < CHECKED:
+            check_tokens(self.tokens, vocabulary, path)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -70,8 +78,10 @@ class PackedText:
         return len(self.tokens) // self.length
 
     def __getitems__(self, indices: list[int]) -> list[Sequence]:
-        parts = (self.tokens[index * self.length : (index + 1) * self.length] for index in indices)
-        return [Sequence(np.asarray(ids), num_context=1, is_text=True) for ids in parts]
+        parts = [np.asarray(self.tokens[index * self.length : (index + 1) * self.length]) for index in indices]
+        for ids in parts:
+            check_tokens(ids, self.vocabulary, self.path)
+        return [Sequence(ids, num_context=1, is_text=True) for ids in parts]
 
 
 class Responses:
@@ -82,13 +92,21 @@ class Responses:
         split: which.
         share: how much of them is taken, at random and for all seeds alike.
         kinds: those to instructions of these kinds alone; None: all.
+        vocabulary: the rows' ids have to be below it, which is looked at when they are read; None: any.
 
     Raises:
         ValueError: there is none.
     """
 
-    def __init__(self, rows: Rows, split: str, share: float = 1.0, kinds: Collection[str] | None = None):
-        self.rows = rows
+    def __init__(
+        self,
+        rows: Rows,
+        split: str,
+        share: float = 1.0,
+        kinds: Collection[str] | None = None,
+        vocabulary: int | None = None,
+    ):
+        self.rows, self.vocabulary = rows, vocabulary
         chosen = np.flatnonzero(rows.splits == split)
         if len(chosen) == 0:
             raise ValueError(f"there are no responses of the split '{split}': ask for more (respond.num_responses)")
@@ -112,7 +130,10 @@ class Responses:
 
     def __getitems__(self, indices: list[int]) -> list[Sequence]:
         read = self.rows.read(self.indices[indices].tolist())
-        return [response_sequence(row, restore(row, self.rows.schema)) for row in read]
+        sequences = [response_sequence(row, restore(row, self.rows.schema)) for row in read]
+        for row, sequence in zip(read, sequences, strict=True):
+            check_tokens(sequence.ids_T, self.vocabulary, f"the row '{row['id']}' of {self.rows.folder}")
+        return sequences
 
 
 class Mixture:

@@ -1,10 +1,13 @@
 """Causal LMs as this project uses them: a drafter with random weights, hidden states, heads, sizes."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 def build_drafter(config: dict[str, Any], vocab_size: int, special_ids: dict[str, int | None]) -> PreTrainedModel:
@@ -21,9 +24,17 @@ def build_drafter(config: dict[str, Any], vocab_size: int, special_ids: dict[str
     return AutoModelForCausalLM.from_config(drafter_config)
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """The config fields that name a tokenizer's special tokens."""
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+def special_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, int | None]:
+    """The config fields that name a tokenizer's special tokens, None for one without a row in the embedding.
+
+    A padding token that was added to a tokenizer, and not to its model, is one. Its id is never fed to a model.
+    """
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    for name, token in ids.items():
+        if token is not None and token >= vocab_size:
+            log.info("%s is %d, beyond the embedding's %d rows: the config has none", name, token, vocab_size)
+            ids[name] = None
+    return ids
 
 
 def context_length(model: Any) -> int:

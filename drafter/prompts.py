@@ -8,7 +8,7 @@ import hashlib
 
 from transformers import PreTrainedTokenizerBase
 
-from drafter.control_tokens import control_pattern, encode_as_text, encode_in_template
+from drafter.control_tokens import NEUTRAL, control_ids, control_pattern, encode_as_text, encode_in_template
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -76,6 +76,27 @@ def encode_prompts(
             f"{messages[longest][:80]!r}"
         )
     return prompts
+
+
+def check_embedding(tokenizer: PreTrainedTokenizerBase, rows: int, model: str) -> None:
+    """Refuse a tokenizer that writes ids for which the model's embedding has no row.
+
+    A control token that neither the tokenizer nor its chat template writes, such as one for padding, is never fed to
+    the model, and may lie beyond.
+
+    Raises:
+        ValueError: names the first such id, and what to change.
+    """
+    of_text = set(tokenizer.get_vocab().values()) - control_ids(tokenizer)
+    written = of_text | set(encode_prompt(tokenizer, NEUTRAL)) | {tokenizer.eos_token_id}
+    beyond = [token for token in written if token is not None and token >= rows]
+    if beyond:
+        first = min(beyond)
+        raise ValueError(
+            f"the tokenizer of {model} writes {tokenizer.convert_ids_to_tokens(first)!r} as id {first}, and the "
+            f"model's embedding has {rows} rows: resize it to {max(beyond) + 1}, or use the tokenizer that the model "
+            f"was trained with"
+        )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -20,7 +20,7 @@ from drafter.ends import end_of_turn_ids
 from drafter.files import find_files
 from drafter.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
 from drafter.models import num_parameters
-from drafter.prompts import encode_prompt
+from drafter.prompts import check_embedding, encode_prompt
 from drafter.selection import read_instructions
 from drafter.sources import Source, entries
 from experiments.choosing import choose_instructions, choose_prompts
@@ -59,8 +59,7 @@ def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
     """Target and drafter on the meta device, and the target's tokenizer."""
     path, source = cfg.target.path, target_source(cfg)
     rows = vocabulary_width(source)
-    if len(tokenizer) > rows:
-        raise ValueError(f"{path} has {rows} rows of embedding for {len(tokenizer)} tokens of its tokenizer")
+    check_embedding(tokenizer, rows, path)
     target = meta_model(source)
     with torch.device("meta"):
         drafter = new_drafter(cfg, tokenizer)

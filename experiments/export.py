@@ -130,7 +130,7 @@ def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
     model: PreTrainedModel = with_rows(load_model(partner(cfg.export.drafter, target)), vocabulary_width(target))
     if cfg.export.format == "hf":  # the other formats' own converters round
         model.to(getattr(torch, cfg.export.dtype))
-    ids: dict[str, Any] = special_ids(tokenizer)
+    ids: dict[str, Any] = special_ids(tokenizer, vocabulary_width(target))
     for name, token in ids.items():
         setattr(model.config, name, token)
     ids["eos_token_id"] = end_of_turn_ids(target, tokenizer)

@@ -9,6 +9,7 @@ import hydra
 import lightning
 import torch
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
 from drafter.artifacts import fingerprint, read_manifest, require
 from drafter.block_losses import Places
@@ -19,6 +20,7 @@ from drafter.fingerprints import model_fingerprint
 from drafter.gate import check_pair, load_drafter, partner
 from drafter.loading import load_output_embedding, load_target, load_tokenizer
 from drafter.losses import Loss, batch_statistic, with_context
+from drafter.models import vocabulary_rows
 from drafter.modules import Distillation
 from drafter.rows import Rows
 from drafter.sharding import check_parallel
@@ -58,14 +60,7 @@ def finetune(cfg: DictConfig) -> None:
     for directory in filter(None, (cfg.inputs.cache, cfg.inputs.cache and cfg.inputs.validation)):
         require_output_embedding(directory, target.get_output_embeddings())
     tokenizer = load_tokenizer(source)
-    kind = "cache" if cfg.inputs.cache else "respond"
-    rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)
-    judged_on = Rows(cfg.inputs.validation, kind) if cfg.inputs.validation else rows
-    text = PackedText(Path(cfg.inputs.data) / "train.npy", cfg.finetune.sequence_length)
-    responses = Responses(rows, "train", cfg.finetune.responses_share, cfg.finetune.kinds)
-    training = Mixture(responses, text, cfg.finetune.text_share, cfg.seed)
-    judges = Responses(judged_on, "validation")
-    data = SequenceData(training, judges, cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers)
+    data, judged_on = samples(cfg, drafter)
     if "reference" in cfg.weighting:
         check_pair(source, cfg.weighting.reference)
         reference = load_target(partner(cfg.weighting.reference, source))
@@ -84,6 +79,19 @@ def finetune(cfg: DictConfig) -> None:
     kept = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every)
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name, [kept])
     save(drafter, tokenizer, stage, trainer)
+
+
+def samples(cfg: DictConfig, drafter: PreTrainedModel) -> tuple[SequenceData, Rows]:
+    """What is trained and validated on, and the rows whose split "validation" that is."""
+    kind = "cache" if cfg.inputs.cache else "respond"
+    rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)
+    judged_on = Rows(cfg.inputs.validation, kind) if cfg.inputs.validation else rows
+    vocabulary = vocabulary_rows(drafter)  # the target's too, or the drafter would not have been loaded
+    text = PackedText(Path(cfg.inputs.data) / "train.npy", cfg.finetune.sequence_length, vocabulary)
+    responses = Responses(rows, "train", cfg.finetune.responses_share, cfg.finetune.kinds, vocabulary)
+    training = Mixture(responses, text, cfg.finetune.text_share, cfg.seed)
+    judges = Responses(judged_on, "validation", vocabulary=vocabulary)
+    return SequenceData(training, judges, cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers), judged_on
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:

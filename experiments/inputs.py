@@ -63,7 +63,8 @@ def frozen_drafter(cfg: DictConfig, path: str) -> PreTrainedModel:
 
 def new_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The drafter that is to be trained, with random weights: as wide as the target, whose tokenizer this is."""
-    return build_drafter(plain(cfg.drafter), vocabulary_width(target_source(cfg)), special_ids(tokenizer))
+    rows = vocabulary_width(target_source(cfg))
+    return build_drafter(plain(cfg.drafter), rows, special_ids(tokenizer, rows))
 
 
 def target_fingerprint(cfg: DictConfig) -> str:

@@ -7,7 +7,8 @@ from omegaconf import DictConfig
 from drafter.artifacts import write_jsonl
 from drafter.corpus import pack
 from drafter.fingerprints import tokenizer_fingerprint
-from drafter.loading import load_tokenizer
+from drafter.loading import load_tokenizer, vocabulary_width
+from drafter.prompts import check_embedding
 from experiments import dry_run
 from experiments.choosing import choose_instructions, choose_prompts, encodes_text
 from experiments.commands import command
@@ -24,7 +25,8 @@ def main(cfg: DictConfig) -> None:
     Instructions and prompts come first, since what is refused of them is known long before the text is packed.
     """
     if cfg.dry_run:
-        return dry_run.show(cfg, "prepare")
+        return dry_run.show(cfg, "prepare", check)
+    check(cfg)
     settings, files = identity(cfg)
     stage = claim(cfg, "prepare", settings, {"tokenizer": tokenizer_fingerprint(target_source(cfg)), **files})
     if stage.complete:
@@ -54,6 +56,12 @@ def main(cfg: DictConfig) -> None:
         counts[f"{part}_tokens"] = written
     stage.finish(counts=counts | {"rows": {name: tally.counts() for name, tally in tallies.items()}})
     log.info("%s: %s", cfg.out, counts)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a target whose tokenizer writes ids that its embedding has not."""
+    source = target_source(cfg)
+    check_embedding(load_tokenizer(source), vocabulary_width(source), source.path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from drafter.capabilities import check_can_decode
 from drafter.datamodules import PackedText, SequenceData
 from drafter.loading import load_tokenizer
-from drafter.models import check_drafter_head
+from drafter.models import check_drafter_head, vocabulary_rows
 from drafter.modules import Pretraining
 from experiments import dry_run
 from experiments.commands import command
@@ -33,8 +33,8 @@ def main(cfg: DictConfig) -> None:
     lightning.seed_everything(cfg.seed, verbose=False)
     tokenizer = load_tokenizer(target_source(cfg))
     drafter = economical(new_drafter(cfg, tokenizer), cfg.pretrain)
-    folder, length = Path(cfg.inputs.data), cfg.pretrain.sequence_length
-    text, heldout = (PackedText(folder / name, length) for name in ("train.npy", "heldout.npy"))
+    folder, length, rows = Path(cfg.inputs.data), cfg.pretrain.sequence_length, vocabulary_rows(drafter)
+    text, heldout = (PackedText(folder / name, length, rows) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)
     name = f"pretrain{cfg.differs}"
     trainer = train(Pretraining(drafter, cfg.pretrain.learning_rate), data, stage, cfg.pretrain, cfg, name)

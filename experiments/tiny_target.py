@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     if not (work / "base" / "model.safetensors").exists():
         lightning.seed_everything(cfg.seed)
         fields = plain(cfg.model)
-        model = build_drafter(fields, len(tokenizer), special_ids(tokenizer))
+        model = build_drafter(fields, len(tokenizer), special_ids(tokenizer, len(tokenizer)))
         train(model, SequenceData(text, heldout, cfg.batch_size, cfg.seed), "pretrain", cfg)
         model.save_pretrained(work / "base")
     model = load_model(str(work / "base"))

@@ -58,6 +58,29 @@ def test_too_little_text_is_refused(tmp_path):
         PackedText(tmp_path / "text.npy", 100)
 
 
+@pytest.mark.parametrize("checked", [10**9, 0])
+def test_ids_without_a_row_in_the_embeddings_are_refused_at_the_start_or_where_they_are_read(
+    tmp_path, monkeypatch, checked
+):
+    monkeypatch.setattr("drafter.datamodules.CHECKED", checked)
+    path = tmp_path / "text.npy"
+    np.save(path, np.array([1] * 20 + [70] + [1] * 9, dtype=np.uint16))
+    assert len(PackedText(path, 10, 71).__getitems__([2])) == 1
+    with pytest.raises(ValueError, match=r"text.npy has the token id 70, and the models' embeddings have 70 rows"):
+        PackedText(path, 10, 70).__getitems__([2])
+    if checked:
+        with pytest.raises(ValueError, match="token id 70"):
+            PackedText(path, 10, 70)
+    else:
+        assert len(PackedText(path, 10, 70).__getitems__([0, 1])) == 2
+
+
+def test_a_response_with_ids_without_a_row_is_refused_by_name(responses):
+    assert len(Responses(responses, "validation", vocabulary=34).__getitems__([3])) == 1
+    with pytest.raises(ValueError, match=r"the row '30' of .* has the token id 33, and .* have 33 rows"):
+        Responses(responses, "validation", vocabulary=33).__getitems__([3])
+
+
 def test_responses_are_split(responses):
     validation = Responses(responses, "validation")
     assert len(validation) == 10

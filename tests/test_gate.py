@@ -26,7 +26,7 @@ def save(folder, rows=300, extra=(), tied=True, **fields):
     for name, value in fields.items():
         setattr(tokenizer, name, value)
     torch.manual_seed(0)
-    model = build_drafter(SMALL | {"tie_word_embeddings": tied}, rows, special_ids(tokenizer))
+    model = build_drafter(SMALL | {"tie_word_embeddings": tied}, rows, special_ids(tokenizer, rows))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -106,9 +106,18 @@ def test_a_built_drafter_has_the_asked_architecture_vocabulary_and_special_ids()
 
 def test_special_ids_are_the_tokenizers(saved):
     tokenizer = load_tokenizer(saved)
-    assert special_ids(tokenizer) == SPECIAL
+    assert special_ids(tokenizer, 300) == SPECIAL
     tokenizer.pad_token = None
-    assert special_ids(tokenizer)["pad_token_id"] is None
+    assert special_ids(tokenizer, 300)["pad_token_id"] is None
+
+
+def test_a_special_token_without_a_row_in_the_embedding_is_none(saved):
+    tokenizer = load_tokenizer(saved)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    beyond = tokenizer.pad_token_id
+    assert special_ids(tokenizer, beyond) == SPECIAL | {"pad_token_id": None}
+    assert special_ids(tokenizer, beyond + 1) == SPECIAL | {"pad_token_id": beyond}
+    build_drafter(SMALL, beyond, special_ids(tokenizer, beyond))
 
 
 def test_a_tied_embedding_is_counted_once():

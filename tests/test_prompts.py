@@ -1,6 +1,7 @@
 import pytest
+from tokenizers import processors
 
-from drafter.prompts import encode_prompt, encode_prompts, tokenizer_hash
+from drafter.prompts import check_embedding, encode_prompt, encode_prompts, tokenizer_hash
 from experiments.tiny_target import train_tokenizer
 
 LINES = ["What does `numpy.sum` do?", "It adds the elements of an array.", "user assistant\n"]
@@ -97,3 +98,31 @@ def test_the_tokenizer_hash_changes_with_the_vocabulary(tokenizer):
     assert tokenizer_hash(other) != before
     tokenizer.add_tokens(["<|new|>"])
     assert tokenizer_hash(tokenizer) != before
+
+
+def test_an_id_that_is_never_written_needs_no_row_in_the_embedding(tokenizer):
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    check_embedding(tokenizer, rows, "it")
+    assert tokenizer.pad_token_id == rows
+
+
+@pytest.mark.parametrize("written", ["by a text", "by the template", "at the end", "by the tokenizer"])
+def test_an_id_that_is_written_needs_a_row_in_the_embedding(tokenizer, written):
+    rows = len(tokenizer)
+    if written == "by a text":
+        tokenizer.add_tokens(["<think>"])
+    else:
+        tokenizer.add_special_tokens({"eos_token" if written == "at the end" else "bos_token": "<think>"})
+    if written == "by the template":
+        tokenizer.chat_template = "<think>" + tokenizer.chat_template
+    if written == "by the tokenizer":
+        tokenizer.chat_template = None
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            "<think> $A", special_tokens=[("<think>", rows)]
+        )
+    check_embedding(tokenizer, rows + 1, "it")
+    with pytest.raises(
+        ValueError, match=f"of it writes '<think>' as id {rows}, and .* {rows} rows: resize it to {rows + 1},"
+    ):
+        check_embedding(tokenizer, rows, "it")
