@@ -248,6 +248,19 @@ def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> None:
         nn.utils.clip_grad_norm_([one for group in optimizer.param_groups for one in group["params"]], largest)
 
 
+def check_precision(precision: str | int) -> None:
+    """Refuse a trainer's precision that needs its loss scaled: `clip` would take scaled gradients for large ones.
+
+    Raises:
+        ValueError: it is one of float16's.
+    """
+    if str(precision) in ("16", "16-mixed", "16-true", "transformer-engine-float16"):
+        raise ValueError(
+            f"trainer.precision is {precision}: float16 needs its loss scaled, which clipping of the gradients does "
+            f"not know here. Give bf16-mixed, or 32-true"
+        )
+
+
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> dict[str, Any]:
     """AdamW with a linear warm-up over 2% of the steps and a cosine decay to a tenth, in Lightning's form."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]

@@ -21,7 +21,7 @@ from drafter.gate import check_pair, load_drafter, partner
 from drafter.loading import load_output_embedding, load_target, load_tokenizer
 from drafter.losses import Loss, batch_statistic, with_context
 from drafter.models import vocabulary_rows
-from drafter.modules import Distillation
+from drafter.modules import Distillation, check_precision
 from drafter.rows import Rows
 from drafter.sharding import check_parallel
 from drafter.target_cache import require_output_embedding
@@ -103,6 +103,7 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     """The loss and the weighting, both tried on two positions: a wrong switch is refused before compute is spent."""
+    check_precision(cfg.trainer.precision)
     if not cfg.inputs.cache:
         check_parallel(cfg.target.parallel, "fsdp", "finetune")
     loss: Loss = hydra.utils.instantiate(cfg.loss)

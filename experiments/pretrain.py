@@ -11,7 +11,7 @@ from drafter.capabilities import check_can_decode
 from drafter.datamodules import PackedText, SequenceData
 from drafter.loading import load_tokenizer
 from drafter.models import check_drafter_head, vocabulary_rows
-from drafter.modules import Pretraining
+from drafter.modules import Pretraining, check_precision
 from experiments import dry_run
 from experiments.commands import command
 from experiments.inputs import claim, data_fingerprint, new_drafter, plain, target_source
@@ -42,11 +42,12 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a drafter that cannot be distilled or decoded with; it is built without weights.
+    """Refuse a drafter that cannot be distilled or decoded with (it is built without weights), and float16.
 
     Raises:
-        ValueError: names the architecture.
+        ValueError: names the architecture, or the precision.
     """
+    check_precision(cfg.trainer.precision)
     tokenizer = load_tokenizer(target_source(cfg))
     with torch.device("meta"):
         drafter = new_drafter(cfg, tokenizer)

@@ -25,7 +25,7 @@ from drafter.datamodules import InMemory, PackedText, SequenceData
 from drafter.instructions import derive
 from drafter.loading import load_model, load_tokenizer
 from drafter.models import build_drafter, special_ids
-from drafter.modules import Pretraining
+from drafter.modules import Pretraining, check_precision
 from drafter.prompts import CHATML, encode_prompt
 from experiments.commands import command
 from experiments.inputs import plain
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 @command("tiny_target")
 def main(cfg: DictConfig) -> None:
     """Tokenizer, packed text, pretraining, chat finetuning, export."""
+    check_precision(cfg.trainer.precision)
     work = Path(cfg.work)
     torch.set_float32_matmul_precision("high")
     docs = extract(list(cfg.data.packages), workers=2)

@@ -10,7 +10,7 @@ from drafter.batches import Sequence, collate
 from drafter.datamodules import InMemory, SequenceData
 from drafter.losses import kld, tvd, tvdpp
 from drafter.models import hidden_states
-from drafter.modules import Distillation, Pretraining, adamw, next_token_loss
+from drafter.modules import Distillation, Pretraining, adamw, check_precision, next_token_loss
 from drafter.offline import acceptance_of_written, expected_blocks
 from drafter.warping import Sampling
 from tests.conftest import answered, capped, small_model
@@ -45,6 +45,17 @@ def test_next_token_loss_is_the_models_own():
     logits = model(input_ids=batch.input_ids_BT).logits[:, :-1]
     reference = F.cross_entropy(logits.flatten(0, 1), batch.input_ids_BT[:, 1:].flatten())
     torch.testing.assert_close(next_token_loss(model, batch), reference)
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "16", 16])
+def test_float16_is_refused(precision):
+    with pytest.raises(ValueError, match=f"trainer.precision is {precision}: .* Give bf16-mixed"):
+        check_precision(precision)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", 32])
+def test_other_precisions_pass(precision):
+    check_precision(precision)
 
 
 def test_pretraining_lowers_its_loss():

@@ -289,6 +289,7 @@ def test_a_target_that_cannot_be_decoded_is_refused_before_anything_computes(tmp
     [
         (["drafter.model_type=gemma2"], "Gemma2ForCausalLM changes its logits after the output embedding"),
         (["drafter.model_type=rwkv"], "RwkvForCausalLM cannot be decoded with"),
+        (["trainer.precision=16-mixed"], "trainer.precision is 16-mixed: .* Give bf16-mixed"),
     ],
 )
 def test_pretrain_refuses_before_the_first_stage_what_it_could_not_train(tmp_path, change, message):
