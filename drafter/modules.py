@@ -23,7 +23,7 @@ from drafter.models import check_drafter_head, has_plain_head, hidden_states
 from drafter.offline import acceptance_of_written, expected_blocks, split_rows
 from drafter.sharding import shard_frozen, shard_module
 from drafter.target_cache import target_at
-from drafter.warping import Sampling
+from drafter.warping import Sampling, double
 from drafter.weighting import Weighting, uniform
 
 
@@ -151,10 +151,10 @@ class Distillation(lightning.LightningModule):
 
         measured_NM = chunked_values(measures, predicted.hidden_NH, predicted.head)
         blocks_B = expected_blocks(split_rows(measured_NM[:, -1], lengths_B), lengths_B, self.num_speculative_tokens)
-        sums = [measured_NM[:, :-1].double().sum(0)]
+        sums = [double(measured_NM[:, :-1]).sum(0)]
         for chosen_B in (temperature_B == 0, temperature_B > 0):
-            known_B = chosen_B & blocks_B.isfinite()
-            sums.append(torch.stack([lengths_B[known_B].sum().double(), blocks_B[known_B].sum()]))
+            known_B = chosen_B & blocks_B.isfinite().to(chosen_B.device)
+            sums.append(torch.stack([double(lengths_B[known_B].sum()), blocks_B[known_B.to(blocks_B.device)].sum()]))
         self._yardsticks.append(torch.cat(sums))
 
     def _acceptance(

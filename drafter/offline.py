@@ -12,7 +12,7 @@ Shapes: B texts, L tokens of the longest, N places, V vocabulary.
 
 import torch
 
-from drafter.warping import Sampling, warp
+from drafter.warping import Sampling, double, warp
 
 
 def acceptance_of_written(
@@ -31,7 +31,7 @@ def acceptance_of_written(
 
 
 def expected_blocks(accept_BL: torch.Tensor, lengths_B: torch.Tensor, num_speculative_tokens: int) -> torch.Tensor:
-    """The expected number of blocks, target calls, that each text takes; shape (B,), in float64.
+    """The expected number of blocks, target calls, that each text takes; shape (B,), in float64 (see `double`).
 
     Block efficiency over texts is the sum of their lengths over the sum of this.
 
@@ -40,7 +40,8 @@ def expected_blocks(accept_BL: torch.Tensor, lengths_B: torch.Tensor, num_specul
         lengths_B: tokens of each text.
     """
     count, longest = accept_BL.shape
-    gamma, accept_BL = num_speculative_tokens, accept_BL.double()
+    gamma, accept_BL = num_speculative_tokens, double(accept_BL)
+    lengths_B = lengths_B.to(accept_BL.device)
     # begins[:, s]: the chance that a block begins at place s; those from a text's end on are nobody's.
     begins_BL = accept_BL.new_zeros(count, longest + gamma + 2)
     begins_BL[:, 0] = 1

@@ -26,6 +26,7 @@ from drafter.distributions import Drawn, Sparse, Target
 from drafter.loading import OutputEmbedding, embedding_checksum
 from drafter.models import has_plain_head, hidden_states, vocabulary_rows
 from drafter.storage import Folder
+from drafter.warping import double
 
 STORED = {"bfloat16": pa.uint16(), "float16": pa.float16(), "float32": pa.float32()}
 Logits = Callable[[slice], torch.Tensor]  # rows of the N positions -> (n, V)
@@ -155,7 +156,7 @@ def write_cache(
                 for i, columns in zip(batch, _rows(target, [shard[i] for i in batch], format, plain_head), strict=True):
                     shard[i] |= {name: array.reshape(-1) for name, array in columns.items()}
                     if "log_rest" in columns:
-                        undecided += np.exp(_restored(shard[i], schema, "log_rest").double().numpy()).tolist()
+                        undecided += np.exp(double(_restored(shard[i], schema, "log_rest")).numpy()).tolist()
                 bar.update(len(batch))
             if writes:
                 rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})

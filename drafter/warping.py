@@ -42,11 +42,30 @@ def draw(weights_BV: torch.Tensor, generator: torch.Generator | None = None) -> 
 
     By the inverse of the cumulative distribution, in float64: torch.multinomial draws V random numbers for each row.
     """
-    cumulative_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+    cumulative_BV = double(weights_BV).cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
-    uniform_B1 = torch.rand(total_B1.shape, generator=generator, device=total_B1.device, dtype=torch.float64)
+    uniform_B1 = _uniform(len(weights_BV), weights_BV.device, generator)
     below_B1 = torch.minimum(uniform_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cumulative_BV, below_B1, right=True)[:, 0]
+    return torch.searchsorted(cumulative_BV, below_B1, right=True)[:, 0].to(weights_BV.device)
+
+
+def double(values: torch.Tensor, device_type: str | None = None) -> torch.Tensor:
+    """The values in float64, on their device; on the CPU where that is Apple's ("mps"), which has no float64.
+
+    Args:
+        device_type: of the device that the values are on; None: ask them.
+    """
+    has_none = (device_type or values.device.type) == "mps"
+    return (values.cpu() if has_none else values).double()
+
+
+def _uniform(
+    count: int, device: torch.device, generator: torch.Generator | None, device_type: str | None = None
+) -> torch.Tensor:
+    """Random numbers from 0 to 1, shape (count, 1), as `double` gives them: float64 where the device has it."""
+    kind = device_type or device.type
+    drawn = torch.float32 if kind == "mps" else torch.float64
+    return double(torch.rand((count, 1), generator=generator, device=device, dtype=drawn), kind)
 
 
 def in_nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:

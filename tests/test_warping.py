@@ -1,0 +1,68 @@
+"""Float64 where a device has it, on the CPU where it has not."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from drafter import warping
+from drafter.warping import double, draw
+
+DRAFTER = Path(__file__).parent.parent / "drafter"
+# What may name float64: `double`, `_uniform`, and the types of stored weights, which are read on the CPU.
+ALLOWED = {("warping", "double"), ("warping", "_uniform"), ("loading", "NUMBERS")}
+
+
+@pytest.mark.parametrize("device_type", [None, "cpu", "cuda", "mps"])
+def test_values_become_float64_on_a_device_that_has_it(device_type):
+    values = torch.tensor([0.1, 0.2])
+    assert torch.equal(double(values, device_type), values.to(torch.float64))
+
+
+def test_values_on_apples_device_are_moved_to_the_cpu_first(monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
+    double(torch.ones(2), "mps")
+    assert len(moved) == 1
+    double(torch.ones(2), "cuda")
+    assert len(moved) == 1
+
+
+def test_random_numbers_on_apples_device_are_drawn_in_float32_by_the_generator_that_is_given():
+    device = torch.device("cpu")
+    found = warping._uniform(5, device, torch.Generator().manual_seed(1), "mps")
+    expected = torch.rand(5, 1, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found, expected.double())
+
+
+def test_draws_are_to_the_bit_those_of_a_cumulative_sum_in_float64():
+    weights = torch.rand(50, 300, generator=torch.Generator().manual_seed(2))
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    uniform = torch.rand(total.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = torch.searchsorted(cumulative, uniform * total, right=True)[:, 0]
+    assert torch.equal(draw(weights, torch.Generator().manual_seed(3)), expected)
+
+
+def named(module):
+    """(module, function or variable) of each place that names float64, comparisons left out."""
+    found = set()
+
+    def visit(node, owner):
+        if isinstance(node, ast.FunctionDef):
+            owner = node.name
+        elif isinstance(node, ast.Assign) and owner is None:
+            owner = ast.unparse(node.targets[0])
+        is_dtype = isinstance(node, ast.keyword) and node.arg == "dtype" and ast.unparse(node.value) == "float"
+        if is_dtype or (isinstance(node, ast.Attribute) and node.attr in ("float64", "double")):
+            found.add((module.stem, owner))
+        for child in ast.iter_child_nodes(node) if not isinstance(node, ast.Compare) else []:
+            visit(child, owner)
+
+    visit(ast.parse(module.read_text(encoding="utf-8")), None)
+    return found
+
+
+def test_no_other_place_of_the_library_names_float64():
+    assert set().union(*map(named, DRAFTER.glob("*.py"))) == ALLOWED
