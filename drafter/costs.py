@@ -41,7 +41,16 @@ class Costs(NamedTuple):
 def measure(
     target: PreTrainedModel | Compiled, drafter: PreTrainedModel | Compiled, text: list[int], largest: int
 ) -> Costs:
-    """The median wall-clock time of each kind of call behind a text, all kinds in turn."""
+    """The median wall-clock time of each kind of call behind a text, all kinds in turn.
+
+    Raises:
+        ValueError: the text is shorter than the longest call.
+    """
+    if len(text) <= largest:
+        raise ValueError(
+            f"the text has {len(text)} tokens, and calls of up to gamma + 1 = {largest + 1} of them are timed: give a "
+            f"longer prompt, or a smaller gamma"
+        )
     kinds = {("drafter", 1): decoder_of(drafter)}
     slow = decoder_of(target)
     for decoder in (slow, kinds["drafter", 1]):

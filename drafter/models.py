@@ -43,6 +43,28 @@ def context_length(model: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
+def check_positions(model: PreTrainedModel, longest: int, what: str) -> None:
+    """Refuse sequences that are longer than a learned table of positions; of rotary positions, warn.
+
+    Args:
+        longest: tokens of the longest sequence.
+        what: which sequences those are.
+
+    Raises:
+        ValueError: names the model's architecture, its context and what is too long.
+    """
+    context = context_length(model)
+    if longest <= context:
+        return
+    told = f"{what} have up to {longest} tokens, and {type(model).__name__} was made for {context}"
+    # A table has a row a position, and with some architectures (OPT) a few more.
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    learned = [table for table in tables if table is not model.get_input_embeddings()]
+    if any(context <= table.num_embeddings <= context + 8 for table in learned):
+        raise ValueError(f"{told}, with a learned position each: shorten them, or give the model more positions")
+    log.warning("%s: positions beyond that are new to it", told)
+
+
 def context_of_fields(config: dict[str, Any]) -> int:
     """`context_length` of a model that `build_drafter` would build from these fields."""
     fields = dict(config)

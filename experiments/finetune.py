@@ -20,7 +20,7 @@ from drafter.fingerprints import model_fingerprint
 from drafter.gate import check_pair, load_drafter, partner
 from drafter.loading import load_output_embedding, load_target, load_tokenizer
 from drafter.losses import Loss, batch_statistic, with_context
-from drafter.models import vocabulary_rows
+from drafter.models import check_positions, vocabulary_rows
 from drafter.modules import Distillation, check_precision
 from drafter.rows import Rows
 from drafter.sharding import check_parallel
@@ -91,6 +91,8 @@ def samples(cfg: DictConfig, drafter: PreTrainedModel) -> tuple[SequenceData, Ro
     responses = Responses(rows, "train", cfg.finetune.responses_share, cfg.finetune.kinds, vocabulary)
     training = Mixture(responses, text, cfg.finetune.text_share, cfg.seed)
     judges = Responses(judged_on, "validation", vocabulary=vocabulary)
+    longest = int(max(training.lengths.max(), judges.lengths.max()))
+    check_positions(drafter, longest, "prompts with their responses, and text (finetune.sequence_length),")
     return SequenceData(training, judges, cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers), judged_on
 
 

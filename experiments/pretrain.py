@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from drafter.capabilities import check_can_decode
 from drafter.datamodules import PackedText, SequenceData
 from drafter.loading import load_tokenizer
-from drafter.models import check_drafter_head, vocabulary_rows
+from drafter.models import check_drafter_head, check_positions, vocabulary_rows
 from drafter.modules import Pretraining, check_precision
 from experiments import dry_run
 from experiments.commands import command
@@ -42,10 +42,12 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a drafter that cannot be distilled or decoded with (it is built without weights), and float16.
+    """Refuse float16, and a drafter that cannot be distilled, decoded with or fed such long sequences.
+
+    The drafter is built without weights.
 
     Raises:
-        ValueError: names the architecture, or the precision.
+        ValueError: names the precision, or the architecture.
     """
     check_precision(cfg.trainer.precision)
     tokenizer = load_tokenizer(target_source(cfg))
@@ -53,6 +55,7 @@ def check(cfg: DictConfig) -> None:
         drafter = new_drafter(cfg, tokenizer)
     check_can_decode(drafter.config)
     check_drafter_head(drafter)
+    check_positions(drafter, cfg.pretrain.sequence_length, "sequences of text (pretrain.sequence_length)")
 
 
 if __name__ == "__main__":

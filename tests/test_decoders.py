@@ -57,5 +57,7 @@ def test_the_cost_of_a_block_is_its_drafts_and_its_verification():
 
 def test_calls_are_timed(target, drafter):
     costs = measure(target, drafter, [1, 2, 3], 2)
+    with pytest.raises(ValueError, match=r"the text has 3 tokens, and calls of up to gamma \+ 1 = 4"):
+        measure(target, drafter, [1, 2, 3], 3)
     assert len(costs.target) == 3
     assert min(costs.drafter, *costs.target) > 0

@@ -18,8 +18,9 @@ from drafter.loading import (
     meta_model,
     vocabulary_width,
 )
-from drafter.models import build_drafter, context_length, hidden_states, num_parameters, special_ids
+from drafter.models import build_drafter, check_positions, context_length, hidden_states, num_parameters, special_ids
 from experiments.tiny_target import train_tokenizer
+from tests.families import family
 
 CONF = Path(__file__).parent.parent / "conf"
 SMALL = {
@@ -91,6 +92,26 @@ def test_a_model_without_a_limit_of_positions_has_practically_none():
     with torch.device("meta"):
         bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
     assert context_length(bloom) == 2**31
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_sequences_beyond_a_table_of_learned_positions_are_refused(kind):
+    model = family(kind)
+    assert context_length(model) == 128
+    check_positions(model, 128, "rows")
+    with pytest.raises(
+        ValueError, match=r"rows have up to 129 tokens, and \w+ was made for 128, with a learned position each"
+    ):
+        check_positions(model, 129, "rows")
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_sequences_beyond_other_positions_get_a_warning(kind, caplog):
+    model = family(kind)
+    check_positions(model, context_length(model), "rows")
+    assert not caplog.records
+    check_positions(model, context_length(model) + 1, "rows")
+    assert len(caplog.records) == 1
 
 
 def test_a_built_drafter_has_the_asked_architecture_vocabulary_and_special_ids():

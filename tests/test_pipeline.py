@@ -289,6 +289,10 @@ def test_a_target_that_cannot_be_decoded_is_refused_before_anything_computes(tmp
     [
         (["drafter.model_type=gemma2"], "Gemma2ForCausalLM changes its logits after the output embedding"),
         (["drafter.model_type=rwkv"], "RwkvForCausalLM cannot be decoded with"),
+        (
+            ["drafter.model_type=gpt2", "drafter.max_position_embeddings=16"],
+            r"\(pretrain.sequence_length\) have up to \d+ tokens, and GPT2LMHeadModel was made for 16",
+        ),
         (["trainer.precision=16-mixed"], "trainer.precision is 16-mixed: .* Give bf16-mixed"),
     ],
 )

@@ -241,6 +241,15 @@ def test_texts_side_by_side_are_greedily_what_each_is_alone(target, drafter, pro
             ]
 
 
+@pytest.mark.parametrize("prompts", [[[8], [1, 5, 9, 2, 6]], [[1, 5, 9, 2, 6], [8]], [[8], [3]]])
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_prompt_of_one_token_goes_side_by_side_too(target, drafter, prompts, batch_size):
+    batch = speculative_decode_batch(target, drafter, prompts, 3, 20, GREEDY, [], batch_size=batch_size)
+    for prompt, decoded in zip(prompts, batch, strict=True):
+        alone = speculative_decode(target, drafter, prompt, 3, 20, GREEDY, [])
+        assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, 20, GREEDY, []).tokens
+
+
 def test_models_with_learned_positions_go_side_by_side_too():
     from transformers import GPT2Config, GPT2LMHeadModel
 
