@@ -99,7 +99,7 @@ def read_file(file: Path) -> Iterator[PlacedRow]:
 
 def _open(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(file))
+        return cast(BinaryIO, gzip.GzipFile(file))
     if file.suffix == ".zst":
         import pyarrow  # loading it takes long: only those who read one pay
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from drafter.ranks import as_under_torchrun
 from experiments.composing import swept_keys
@@ -20,8 +20,10 @@ class Failures(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Tell each cell which keys are swept, and forget the sweep before."""
-        given = list(config.hydra.overrides.task)
-        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+        # As they are written: an override may hold an interpolation that means something in a job alone.
+        given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        sweeper: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         if not any(override.startswith("swept=") for override in given):
             with read_write(config):
                 config.hydra.overrides.task.append(f"swept=[{','.join(swept_keys([*params, *given]))}]")

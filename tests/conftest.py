@@ -76,13 +76,15 @@ def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def save_target(folder, words=WORDS, seed=0):
+def save_target(folder, words=WORDS, seed=0, positions=64):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(seed)
     # Wider than its tokenizer, as many published models are: the padding has to be carried along.
-    config = GPT2Config(vocab_size=24, n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0)
+    config = GPT2Config(
+        vocab_size=24, n_positions=positions, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0
+    )
     model = GPT2LMHeadModel(config)
     model.transformer.wte.weight.data.mul_(20)
     model.save_pretrained(folder)

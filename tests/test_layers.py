@@ -7,7 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "drafter").glob("*.py")) if path.stem != "__init__"}
-LOWEST = ("storage", "warping", "distributions", "losses", "block_losses", "chunked", "metrics", "artifacts", "rows")
+LOWEST = (
+    "storage",
+    "warping",
+    "distributions",
+    "losses",
+    "block_losses",
+    "chunked",
+    "metrics",
+    "artifacts",
+    "rows",
+    "locks",
+    "provenance",
+)
 LOWER = ("offline", "models", "loading", "fingerprints", "prompts", "decoders", "accepting", "speculative", "costs")
 LOWER += (
     "ranks",

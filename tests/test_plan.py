@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import pipeline, plan
-from tests.conftest import write_jsonl
+from tests.conftest import save_target, write_jsonl
 from tests.test_ddp import run
 from tests.test_pipeline import snapshot, stage
 
@@ -188,6 +188,7 @@ ROWS = {  # the fields of the hub's data sets, as their cards and files have the
 def mirror(world, tmp_path_factory):
     """The paper's data sets as local files, and a small model with a tokenizer: the overrides."""
     overrides, folder = world[0], tmp_path_factory.mktemp("mirror")
+    save_target(folder / "target", positions=4096)
     for name, row in ROWS.items():
         rows = [json.loads(json.dumps(row).replace("The ", f"The {number}. ")) for number in range(40)]
         if name == "oasst":
@@ -197,7 +198,8 @@ def mirror(world, tmp_path_factory):
     tasks = {"dolly": "dolly", "xsum": "xsum", "cnn_dailymail": "cnn", "wmt18_de_en": "wmt"}
     return [
         "trainer.accelerator=cpu",
-        *[override for override in overrides if override.startswith(("target.path", "logger"))],
+        *[override for override in overrides if override.startswith("logger")],
+        f"target.path={folder}/target",
         f"data.pretraining.path={folder}/pretraining.jsonl",
         f"data.instructions.0.path={folder}/oig.jsonl",
         f"data.instructions.1.path={folder}/oasst.jsonl",

@@ -89,6 +89,7 @@ def test_null_fields_are_empty_and_what_is_left_out_is_counted(folder):
 
 
 def test_where_no_instruction_is_held_out_by_its_hash_one_is(folder, caplog):
+    write_jsonl(folder / "few" / "train.jsonl", [{"prompt": f"How far is town {i}?"} for i in range(12)])
     stage("prepare", overrides(folder, [source(folder / "few" / "train.jsonl")]))
     rows, _, counts = prepared(folder)
     assert [row["split"] for row in rows] == ["train"] * 11 + ["validation"]
@@ -112,7 +113,7 @@ def test_control_tokens_in_a_message_do_not_end_its_turn(folder):
         (
             "task",
             [{"prompt": "Something was said. " * number} for number in (300, 200)],
-            r"task 'task' .*: 2 rows read, 0 used, 2 too long.*has 8\d\d tokens, and prepare.max_prompt_tokens is 300",
+            r"task 'task' .*: 2 rows read, 0 used, 2 too long.*has 1810 tokens, and prepare.max_prompt_tokens is 300",
         ),
         ("task", [], r"task 'task' has no row that its settings choose: 0 rows read"),
         ("ask", [], r"the source of instructions 'ask' has no row that its settings choose: 0 rows read"),
@@ -160,5 +161,5 @@ def test_the_identity_is_what_the_rows_are_and_not_where_they_lie_or_how_they_ar
 
 def test_a_task_without_a_path_needs_docstrings(folder):
     command = [one for one in overrides(folder, [source(folder / "task.jsonl")]) if "task" not in one.split("=")[0]]
-    with pytest.raises(ValueError, match=r"task.open_ended has no path, and data 'files' has no docstrings"):
+    with pytest.raises(ValueError, match=r"task.open_ended has no path, and data=files has no docstrings"):
         stage("prepare", [*command, "task=docstrings"])
