@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drafter import interruptions
 from drafter.artifacts import Stage
 from drafter.datamodules import SequenceData
 from drafter.ranks import leave_at_exit
@@ -95,7 +96,8 @@ def train(
         if not last.exists():
             trainer.validate(module, data, verbose=False)
         found = {"ckpt_path": last, "weights_only": True} if last.exists() else {}
-        trainer.fit(module, data, **found)
+        with interruptions.held():
+            trainer.fit(module, data, **found)
         if settings.max_steps % interval:
             trainer.validate(module, data, verbose=False)
     if wandb.run is not None:
