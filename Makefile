@@ -120,7 +120,7 @@ curves: setup ## the finetunings' validation curves so far, finished or not
 	$(RUN).curves scale=$(SCALE) $(ARGS)
 
 sync: setup ## upload the offline runs to Weights & Biases
-	$(VENV)/bin/wandb sync --include-offline $(wildcard runs/$(SCALE)/wandb/offline-run-*)
+	$(VENV)/bin/wandb sync $(wildcard runs/$(SCALE)/wandb/offline-run-*)
 
 tiny-target: setup ## make the embedded default's target again (two hours)
 	$(RUN).tiny_target $(ARGS)
