@@ -21,7 +21,7 @@ DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(
   plan dry-run test-serving trim export tables table-models table-losses table-ood table-data table-transfer figure-checkpoints curves sync
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 	@echo
 	@echo 'SCALE=$(SCALE) LOSSES=$(LOSSES) SEEDS=$(SEEDS) ARGS="$(ARGS)"'
 
@@ -104,8 +104,10 @@ tables: setup ## every table and figure of the paper's questions
 table-models: setup ## architectures, parameters, c
 	$(SUITE) losses=[] $(ARGS)
 
-table-losses table-ood: setup ## which loss, in and out of the domain
+table-losses: setup ## which loss, in and out of the domain
 	$(SUITE) losses=[] seeds=null experiments=[losses] $(ARGS)
+
+table-ood: table-losses ## the same runs, which have the tasks out of the domain
 
 table-data: setup ## how much the training data matter
 	$(SUITE) losses=[tvdpp] seeds=[1,2,3] experiments=[data] $(ARGS)
@@ -120,10 +122,11 @@ curves: setup ## the finetunings' validation curves so far, finished or not
 	$(RUN).curves scale=$(SCALE) $(ARGS)
 
 sync: setup ## upload the offline runs to Weights & Biases
-	$(VENV)/bin/wandb sync --include-offline $(wildcard runs/$(SCALE)/wandb/offline-run-*)
+	$(VENV)/bin/wandb sync $(wildcard runs/$(SCALE)/wandb/offline-run-*)
 
 tiny-target: setup ## make the embedded default's target again (two hours)
 	$(RUN).tiny_target $(ARGS)
 
 clean: ## remove the runs of SCALE
+	@case "$(SCALE)" in ""|.*|*[!A-Za-z0-9._-]*) echo "SCALE is '$(SCALE)', must be the name of a scale: nothing was removed"; exit 1;; esac
 	rm -rf runs/$(SCALE)

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import importlib.util
 import inspect
+import signal
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -69,7 +70,8 @@ def extract(packages: list[str], workers: int) -> list[Doc]:
         ValueError: a package is not installed, or there is no docstring at all.
     """
     files = source_files(packages)
-    with ProcessPoolExecutor(workers) as pool:
+    # Ctrl-C reaches the whole process group; the pool ends its processes in order.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         found = pool.map(_docs_of_file, files, chunksize=32)
         docs = [doc for of_file in tqdm(found, "docstrings", len(files), unit="file") for doc in of_file]
     unique = {" ".join(doc.text.split()): doc for doc in reversed(docs)}

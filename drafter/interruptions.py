@@ -1,18 +1,19 @@
 """Ctrl-C and SIGTERM end a command in order.
 
 While a command runs, either signal raises `Interrupted` where it comes: what was finished is on disk by then. Training
-holds the signal back (`held`) until a step is done and its state is saved; a second signal is not held back.
+holds the signal back (`held`) until the running step is done; a second signal is not held back.
 """
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _held = False
 _asked: list[int] = []
+_handlers: list[Callable[[int, FrameType | None], None]] = []
 
 
 class Interrupted(BaseException):
@@ -43,31 +44,45 @@ def caught() -> Iterator[None]:
             raise Interrupted(number)
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
+    _handlers.append(handle)
     try:
         yield
     finally:
         _asked.clear()
+        _handlers.remove(handle)
         for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def take_back() -> None:
+    """Handle the signals here again, where `caught` is in effect and a library has put its own handlers in its place.
+
+    Lightning's handler of SIGTERM broadcasts to the other ranks in the midst of whatever they exchange, and ends the
+    process with the exit status of success.
+    """
+    for handler in _handlers[-1:]:
+        for number in SIGNALS:
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Note the first signal for `asked` in the place of raising."""
+    """Note the first signal for `raise_asked`, in the place of raising.
+
+    An error that comes after it is taken for its consequence: loader processes and other ranks got the signal too.
+    """
     global _held
     _held = True
     try:
         yield
+    except Exception:
+        raise_asked()
+        raise
     finally:
         _held = False
 
 
-def asked() -> int | None:
-    """The signal that was held back, if one was."""
-    return _asked[0] if _asked else None
-
-
-def raise_asked(kept: str) -> None:
+def raise_asked(kept: str = "what was finished is kept") -> None:
     """Raise the signal that was held back, if one was."""
     if _asked:
         raise Interrupted(_asked.pop(), kept)

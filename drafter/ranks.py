@@ -2,10 +2,15 @@
 
 import atexit
 import os
-from typing import NamedTuple
+import secrets
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+LONGEST = timedelta(days=1)  # that ranks wait for each other: as long as a shard takes, or the loading of a model
 
 
 class Ranks(NamedTuple):
@@ -33,7 +38,7 @@ def join(together: bool = False) -> Ranks:
     if on_gpu:
         torch.cuda.set_device(local)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=LONGEST)
     leave_at_exit()
     device = torch.device(f"cuda:{local}" if on_gpu else "cpu")
     return Ranks(0, 1, device, rank == 0) if together else Ranks(rank, world_size, device)
@@ -50,6 +55,24 @@ def as_under_torchrun() -> None:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
             group = {"GROUP_RANK": str(job.node), "GROUP_WORLD_SIZE": str(job.num_nodes)}
             os.environ.update(group, TORCHELASTIC_RUN_ID=str(job.job_id))
+
+
+def deal(numbers: list[int], world_size: int) -> Iterator[tuple[int, int]]:
+    """Yield those of the numbers that are this rank's, each with its index: every rank takes the next when it is free.
+
+    The list is the first rank's. How many numbers are taken is counted in the store of the process group, which ends
+    with the processes, so that a number that a killed rank had taken is dealt again to the next start.
+    """
+    if world_size == 1:
+        yield from enumerate(numbers)
+        return
+    agreed: list[Any] = [numbers, secrets.token_hex(8)]
+    dist.broadcast_object_list(agreed, src=0)
+    numbers, name = agreed
+    server = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(name, server)
+    while (index := store.add("taken", 1) - 1) < len(numbers):
+        yield index, numbers[index]
 
 
 def wait_for_all() -> None:

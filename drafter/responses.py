@@ -6,6 +6,7 @@ any number of ranks writes the same files.
 """
 
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from drafter import rows
 from drafter.engines import Engine, Request
+from drafter.ranks import deal
 from drafter.storage import Folder
 
 COLUMNS = pa.schema(
@@ -69,16 +71,16 @@ def write_responses(
     world_size: int = 1,
     writes: bool = True,
 ) -> None:
-    """Answer this rank's shards (every world_size-th) that are not complete yet, and write them.
+    """Answer the shards that are not complete yet, each on the rank that is free for it, and write them.
 
     A response with an id that is none of `known_ids`, which both tokenizer and target have, is left out and counted as
     failed, and so is an empty one.
     """
-    mine = [number for number in rows.missing_shards(folder, len(parts)) if number % world_size == rank]
-    with tqdm(
-        total=sum(len(parts[i]) for i in mine), desc="responses", unit="row", disable=rank > 0 or not writes
-    ) as bar:
-        for number in mine:
+    missing = rows.missing_shards(folder, len(parts))
+    ends = list(accumulate((len(parts[number]) for number in missing), initial=0))
+    with tqdm(total=ends[-1], desc="responses", unit="row", disable=rank > 0 or not writes) as bar:
+        for index, number in deal(missing, world_size):
+            bar.update(ends[index] - bar.n)  # those before are other ranks'
             torch.manual_seed(seed * 1_000_003 + number)
             written, failed = [], Counter[str]()
             for request, tokens in zip(parts[number], engine(parts[number]), strict=True):

@@ -25,6 +25,7 @@ from drafter.chunked import CHUNK_ENTRIES, Head
 from drafter.distributions import Drawn, Sparse, Target
 from drafter.loading import OutputEmbedding, embedding_checksum
 from drafter.models import has_plain_head, hidden_states, vocabulary_rows
+from drafter.ranks import deal
 from drafter.storage import Folder
 from drafter.warping import double
 
@@ -146,9 +147,10 @@ def write_cache(
     plain_head = has_plain_head(target)
     schema = pa.schema([*responses.schema, *format.fields(vocabulary_rows(target))], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
-    mine = [number for number in rows.missing_shards(folder, len(starts)) if number % world_size == rank]
-    with tqdm(total=shard_size * len(mine), desc="cache", unit="row", disable=rank > 0 or not writes) as bar:
-        for number in mine:
+    missing = rows.missing_shards(folder, len(starts))
+    with tqdm(total=shard_size * len(missing), desc="cache", unit="row", disable=rank > 0 or not writes) as bar:
+        for index, number in deal(missing, world_size):
+            bar.update(shard_size * index - bar.n)  # those before are other ranks'
             shard = responses[starts[number] : starts[number] + shard_size]
             torch.manual_seed(seed * 1_000_003 + number)
             undecided = []

@@ -32,6 +32,7 @@ def command(name: str) -> Callable[[Stage], Callable[..., Any]]:
     def decorate(stage: Stage) -> Callable[..., Any]:
         @functools.wraps(stage)
         def entered(cfg: DictConfig) -> Any:
+            check_seed(cfg)
             return stage(with_home(cfg))
 
         run = hydra.main(version_base="1.3", config_path="../conf", config_name=name)(entered)
@@ -46,6 +47,17 @@ def command(name: str) -> Callable[[Stage], Callable[..., Any]]:
         return main
 
     return decorate
+
+
+def check_seed(cfg: DictConfig) -> None:
+    """Refuse a seed that is no number, as '1' in quotation marks is, or that some source of random numbers refuses.
+
+    Raises:
+        ValueError: names it.
+    """
+    seed = cfg.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}, must be a whole number from 0 to {2**32 - 1}, without quotation marks")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Stage 4: decode the tasks' prompts with each drafter, beside the autoregressive baseline. Config: conf/evaluate.yaml.
 
 One directory a drafter, so that a new drafter costs its own evaluation alone. All that are new go together, prompt by
-prompt: the baseline is decoded once for all of them, and a ratio of token rates is of one machine at one time. Prompts
-are shared out to the ranks a part at a time, and an interrupted evaluation goes on with the missing parts.
+prompt: the baseline is decoded once for all of them, and a ratio of token rates is of one machine at one time. Each
+rank takes the next part of the prompts when it is free, and an interrupted evaluation goes on with the missing parts.
 """
 
 import logging
@@ -25,7 +25,7 @@ from drafter.loading import load_config, load_target, load_tokenizer
 from drafter.metrics import by_position, count
 from drafter.models import context_length, num_parameters
 from drafter.prompts import encode_prompts
-from drafter.ranks import join, wait_for_all
+from drafter.ranks import deal, join, wait_for_all
 from drafter.sharding import check_parallel
 from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
@@ -87,11 +87,12 @@ def main(cfg: DictConfig) -> None:
     for drafter in drafters.values():  # first calls are slow, and nobody's fault
         speculative_decode(target, drafter, work[0].prompt, 3, 8, Sampling(), [])
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
-    for number in tqdm(range(ranks.rank, len(parts), ranks.world_size), desc="evaluate", unit=f"{PART} prompts"):
-        missing = {path: pending[path].directory / f"part-{number:05d}.jsonl" for path in pending}
-        missing = {path: file for path, file in missing.items() if not file.exists()}
+    todo = [number for number in range(len(parts)) if missing_files(number, pending)]
+    dealt = deal(todo, ranks.world_size)
+    for _, number in tqdm(dealt, "evaluate", len(todo), unit=f"{PART} prompts", disable=not ranks.first):
+        missing = missing_files(number, pending)
         rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
-        for task in parts[number] if missing else []:
+        for task in parts[number]:
             decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, gammas, cfg.seed)
             for path, of_drafter in decoded.items():
                 rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
@@ -101,6 +102,12 @@ def main(cfg: DictConfig) -> None:
     if ranks.first:
         for path, stage in pending.items():
             finish(path, stage, len(parts), drafters[path], target, stops, cfg)
+
+
+def missing_files(number: int, stages: dict[str, Stage]) -> dict[str, Path]:
+    """Drafter -> the file of its part, of those that do not have it yet."""
+    files = {path: stage.directory / f"part-{number:05d}.jsonl" for path, stage in stages.items()}
+    return {path: file for path, file in files.items() if not file.exists()}
 
 
 def decoding_settings(cfg: DictConfig) -> dict[str, Any]:

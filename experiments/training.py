@@ -11,17 +11,17 @@ from typing import Any
 import hydra
 import lightning
 import torch
-import wandb
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drafter import interruptions
 from drafter.artifacts import Stage
 from drafter.datamodules import SequenceData
 from drafter.ranks import leave_at_exit
 from drafter.resuming import AtomicCheckpoints, Resuming
 from experiments.inputs import STEPS, plain
-from experiments.recording import run_settings
+from experiments.recording import OneRun, ended_run, run_settings
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -77,7 +77,7 @@ def train(
     curve = CSVLogger(stage.directory, name="logs", version="")
     for stale in last.parent.glob(".*.tmp"):
         stale.unlink(missing_ok=True)  # every rank removes them
-    with warnings.catch_warnings():
+    with ended_run(), warnings.catch_warnings():
         # An interrupted run's curve is in its checkpoint, and comes back from there.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         trainer: lightning.Trainer = hydra.utils.instantiate(
@@ -95,11 +95,10 @@ def train(
         if not last.exists():
             trainer.validate(module, data, verbose=False)
         found = {"ckpt_path": last, "weights_only": True} if last.exists() else {}
-        trainer.fit(module, data, **found)
+        with interruptions.held():
+            trainer.fit(module, data, **found)
         if settings.max_steps % interval:
             trainer.validate(module, data, verbose=False)
-    if wandb.run is not None:
-        wandb.finish()
     return trainer
 
 
@@ -147,10 +146,9 @@ def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]
     if not cfg.logger.wandb or int(os.environ.get("RANK", 0)) > 0:
         return []
     try:
-        wandb.finish()  # the run before, in a sweep
         settings = run_settings(cfg, name, stage.identity["stage"])
         settings["config"] |= {"stage": stage.identity}
-        logger = WandbLogger(save_dir=settings.pop("dir"), **settings)
+        logger = OneRun(stage.directory / "logs" / "wandb.json", settings)
         _ = logger.experiment  # starts the run: what can fail, fails here
         return [logger]
     except Exception as problem:  # any failure of a third party's logging is worth one line, not the run

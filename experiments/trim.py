@@ -7,7 +7,7 @@ smaller c, and drafts that it cannot make are tokens that the target has to add:
 import copy
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,8 +65,7 @@ def main(cfg: DictConfig) -> None:
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     whole = frozen_drafter(cfg, cfg.trim.drafter).to(target.device)
-    rows = Rows(cfg.inputs.responses, "respond")
-    written = {split: [row["response_ids"] for row in rows if row["split"] == split] for split in set(rows.splits)}
+    written = responses_by_split(Rows(cfg.inputs.responses, "respond"))
     ranked = most_used([*written["train"], stops], vocabulary_rows(whole))
     sizes = [size for size in cfg.trim.sizes if size < len(ranked)]
     heads = {size: trim(copy.deepcopy(whole), ranked[:size]) for size in sizes} | {len(ranked): whole}
@@ -87,6 +86,15 @@ def main(cfg: DictConfig) -> None:
     draw_trimming(table, stage.directory / "trim")
     stage.finish(counts={"kept": best.tokens, "vocabulary": len(ranked), "stop_ids": stops})
     print(page)
+
+
+def responses_by_split(rows: Rows) -> dict[str, list[Any]]:
+    """The response tokens of every row, read a thousand rows at a time."""
+    written: dict[str, list[Any]] = {split: [] for split in set(rows.splits)}
+    for start in range(0, len(rows), 1000):
+        for row in rows[start : start + 1000]:
+            written[row["split"]].append(row["response_ids"])
+    return written
 
 
 def check(cfg: DictConfig) -> None:

@@ -1,0 +1,46 @@
+"""What ranks share out while they run."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from drafter.ranks import deal, join, wait_for_all
+from tests.test_faults import FORKED
+
+
+def take(rank, port, folder):
+    """Take numbers twice. Rank 1 is slow: it is at its first until rank 0 has taken all others."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks, mine = join(), []
+    for index, number in deal([10, 11, 12, 13, 14] if rank == 0 else [12], ranks.world_size):
+        assert number == 10 + index
+        mine.append(number)
+        Path(folder, f"{number}").touch()
+        while rank == 1 and len(list(Path(folder).glob("1?"))) < 5:
+            time.sleep(0.01)
+    wait_for_all()
+    again = [number for _, number in deal([7, 8], ranks.world_size)]
+    Path(folder, f"of-{rank}").write_text(json.dumps([mine, again]), encoding="utf-8")
+    wait_for_all()
+
+
+def test_a_slow_rank_takes_fewer_and_each_is_taken_once(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKED.Process(target=take, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    (fast, again), (slow, also) = (json.loads((tmp_path / f"of-{rank}").read_text()) for rank in range(2))
+    assert sorted(fast + slow) == [10, 11, 12, 13, 14]
+    assert len(slow) <= 1
+    assert sorted(again + also) == [7, 8]
+
+
+def test_a_process_alone_takes_all_in_order():
+    assert list(deal([3, 1], 1)) == [(0, 3), (1, 1)]
