@@ -30,7 +30,6 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from drafter.models import context_length
 from drafter.storage import local_directory
 
 CHECKSUM_ROWS = 4096  # of an embedding that are turned into float32 at once
@@ -184,6 +183,12 @@ def meta_model(model: Model, shape: dict[str, Any] | None = None) -> PreTrainedM
 def vocabulary_width(model: Model) -> int:
     """How many tokens a model scores: its embedding's rows, padding included, read from its config alone."""
     return int(load_config(model).get_text_config().vocab_size)
+
+
+def context_length(model: Any) -> int:
+    """The longest sequence that a model, or a config, was made for, in tokens."""
+    config = getattr(model, "config", model).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def context_limit(model: Model) -> int:

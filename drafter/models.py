@@ -7,6 +7,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from drafter.loading import (  # noqa: F401, loading may be imported from here, where one looks for it first
+    context_length,
+    load_model,
+    load_output_embedding,
+    load_target,
+    load_tokenizer,
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -35,12 +43,6 @@ def special_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str
             log.info("%s is %d, beyond the embedding's %d rows: the config has none", name, token, vocab_size)
             ids[name] = None
     return ids
-
-
-def context_length(model: Any) -> int:
-    """The longest sequence that a model, or a config, was made for, in tokens."""
-    config = getattr(model, "config", model).get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def check_positions(model: PreTrainedModel, longest: int, what: str) -> None:
