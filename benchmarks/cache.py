@@ -98,6 +98,7 @@ def fidelity(target, drafter, responses):
                 )
             report(name, bytes_per_token, torch.stack(found), torch.tensor(cosines).mean(0))
             if draws == 1:
+                assert isinstance(distribution, torch.Tensor)  # the formats of one draw are exact
                 error = (distribution.float() - logits_NV).norm() / logits_NV.norm()
                 print(f"{'':27}relative error of the logits {error:.5f}")
         for top_k in (16, 64):

@@ -92,7 +92,7 @@ def main():
     single, batched = methods(target, drafter, arguments, stops)
     if arguments.compile:
         longest = max(map(len, prompts)) + arguments.max_new_tokens + arguments.gamma + 1
-        compiled, _ = methods(*(Compiled(model, longest) for model in (target, drafter)), arguments, stops)
+        compiled, _ = methods(Compiled(target, longest), Compiled(drafter, longest), arguments, stops)
         single |= {f"{name}, compiled": compiled[name] for name in compiled if name.endswith("ours")}
     for method in (*single.values(), batched):
         method(prompts[:2])

@@ -22,14 +22,15 @@ from drafter.batches import Batch
 from drafter.capabilities import decoder_of
 from drafter.costs import measure
 from drafter.decoders import Compiled
-from drafter.distributions import Drawn
+from drafter.distributions import Drawn, Sparse
 from drafter.engines import Limits, Request, transformers_engine
+from drafter.loading import OutputEmbedding
 from drafter.losses import tvdpp
 from drafter.metrics import memory_bound_speedup
-from drafter.models import OutputEmbedding, build_drafter
+from drafter.models import build_drafter
 from drafter.modules import Distillation
 from drafter.roofline import Shape, operations
-from drafter.speculative import autoregressive_decode, speculative_decode
+from drafter.speculative import Decoded, autoregressive_decode, speculative_decode
 from drafter.warping import Sampling
 
 
@@ -87,11 +88,12 @@ def finetuning(device, shapes, sparse):
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, length // 2 : -1] = True
     count = int(mask.sum())
-    cached = torch.randn(count, hidden, device=device, dtype=shapes["dtype"])
+    hidden_NH = torch.randn(count, hidden, device=device, dtype=shapes["dtype"])
+    written_N = ids.roll(-1, 1)[mask]
+    cached: torch.Tensor | Sparse = hidden_NH
     if sparse:
-        parts = [Drawn.of(head.embedding(part).float(), ids.roll(-1, 1)[mask][i * 256 :][: len(part)], 32, 40)
-                 for i, part in enumerate(cached.split(256))]  # fmt: skip
-        cached = Drawn.cat(parts).weighted()
+        parts = zip(hidden_NH.split(256), written_N.split(256), strict=True)
+        cached = Drawn.cat([Drawn.of(head.embedding(part).float(), ids_N, 32, 40) for part, ids_N in parts]).weighted()
     text = torch.zeros(sequences, dtype=torch.bool, device=device)
     batch = Batch(ids, torch.ones_like(ids), mask, text, torch.ones(sequences, device=device), cached)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-4, fused=device.type == "cuda")
@@ -206,7 +208,7 @@ def decoding(target, drafter, shapes, arguments, bandwidth, device):
         capacity = len(prompt) + tokens + gamma + 1
         ways["compiled"] = (Compiled(target, capacity), Compiled(drafter, capacity))
     for name, (slow, fast) in ways.items():
-        found = []
+        found: list[Decoded] = []
 
         def baseline(slow=slow):
             autoregressive_decode(slow, prompt, tokens, Sampling(), [])

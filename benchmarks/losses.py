@@ -107,7 +107,8 @@ def main():
     if not CUDA:
         torch.set_num_threads(1)
     if arguments.peak:
-        print(json.dumps(peak(*arguments.peak, arguments)))
+        name, path = arguments.peak
+        print(json.dumps(peak(name, path, arguments)))
         return
     print(f"{arguments.positions} positions, {arguments.vocabulary} tokens, hidden {arguments.hidden}, {DEVICE}")
     seen = inputs(arguments)

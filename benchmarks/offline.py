@@ -32,6 +32,12 @@ from tests.conftest import finished_rows
 TARGET, PROMPTS, DRAWS, LENGTH = "assets/tiny-target", 100, {0.0: 1, 0.7: 6, 1.0: 6}, 64
 
 
+def exact(logits_NV):
+    """What an exact cache gives: logits, never drawn tokens."""
+    assert isinstance(logits_NV, torch.Tensor)
+    return logits_NV
+
+
 @torch.inference_mode()
 def without_decoding(target, drafter, cache, sampling, gamma):
     """Tokens and expected blocks of each text."""
@@ -42,7 +48,7 @@ def without_decoding(target, drafter, cache, sampling, gamma):
         hidden, head = hidden_states(drafter, texts.input_ids_BT, texts.attention_mask_BT)[mask], drafter.lm_head
         written, lengths, q = next_tokens(texts)[mask], mask.sum(1), target_at(target, texts)
         parts = [slice(start, start + 256) for start in range(0, len(written), 256)]
-        accept = torch.cat([acceptance_of_written(head(hidden[n]), q(n), written[n], sampling) for n in parts])
+        accept = torch.cat([acceptance_of_written(head(hidden[n]), exact(q(n)), written[n], sampling) for n in parts])
         tokens[batch] = lengths
         blocks[batch] = expected_blocks(split_rows(accept, lengths), lengths, gamma)
     return tokens, blocks
