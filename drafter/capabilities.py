@@ -12,7 +12,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, cache_utils
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from drafter.batched import RaggedDecoder
 from drafter.decoders import Compiled, Decoder
@@ -24,10 +25,8 @@ _ROLLS_BACK: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 _TAKES_PLACES: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 # A text that is tried has so many tokens, of which the prompt has so many.
 COUNT, PROMPT = 10, 4
-# The kinds of cache layers whose keys and values a Decoder keeps whole and can cut, or that hold nothing.
-CAN_ROLL_BACK = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}
-if hasattr(cache_utils, "DummyLayer"):  # of layers without a cache; transformers before 5.23 has none
-    CAN_ROLL_BACK.add(cache_utils.DummyLayer)
+# Kinds of layers, as transformers tells them from a config, whose keys and values a Decoder keeps whole and can cut.
+CAN_ROLL_BACK = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 # What a call raises that a model or its cache is not made for.
 NOT_MADE_FOR = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)
 
