@@ -62,14 +62,13 @@ def check_seed(cfg: DictConfig) -> None:
 
 @contextlib.contextmanager
 def ended(module: str) -> Iterator[None]:
-    """Print one line on an interruption, or on a refusal that the user can mend, and exit; bugs keep their traceback.
-
-    Under Hydra a refusal of a single stage never comes here: Hydra prints it itself.
-    """
+    """Exit with one line after an interruption, or a refusal that the user can mend. Bugs keep their traceback."""
     for stream in (sys.stdout, sys.stderr):  # whatever the locale; a path may have bytes that are no text
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    asked = os.environ.get("HYDRA_FULL_ERROR")
     try:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the traceback itself, and nothing comes here
         with caught():
             yield
     except Interrupted as interruption:
@@ -78,9 +77,12 @@ def ended(module: str) -> Iterator[None]:
             print(f"\n{name}: {interruption.kept}. Go on with: {again(module)}", file=sys.stderr)
         sys.exit(128 + interruption.number)
     except Exception as problem:
-        if os.environ.get("HYDRA_FULL_ERROR") or not is_refusal(problem):
+        if asked or not is_refusal(problem):
             raise
         sys.exit(f"error: {problem}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        os.environ.update({"HYDRA_FULL_ERROR": asked} if asked else {})
 
 
 def again(module: str) -> str:

@@ -38,10 +38,12 @@ class Failures(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Keep its overrides and its error; those of a job that was requeued and then succeeded are forgotten."""
+        if not str(config.hydra.mode).endswith("MULTIRUN"):
+            return
         folder = _folder(config)
         if job_return.status == JobStatus.COMPLETED:
-            (folder / str(config.hydra.job.get("num", ""))).unlink(missing_ok=True)
-        if job_return.status == JobStatus.FAILED and str(config.hydra.mode).endswith("MULTIRUN"):
+            (folder / str(config.hydra.job.num)).unlink(missing_ok=True)
+        if job_return.status == JobStatus.FAILED:
             folder.mkdir(parents=True, exist_ok=True)
             cell = " ".join(job_return.overrides or [])
             try:

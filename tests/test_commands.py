@@ -1,5 +1,6 @@
 """How a command ends: a refusal is one line, a bug keeps its traceback."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 
 from drafter import artifacts, metrics
 from drafter.artifacts import ArtifactError
-from experiments import pipeline
+from experiments import pipeline, respond
 from experiments.commands import check_seed, ended, is_refusal
 
 PROJECT = Path(__file__).parent.parent
@@ -37,6 +38,23 @@ def test_what_this_project_raises_is_a_refusal(tmp_path):
 )
 def test_what_others_raise_is_a_bug(function, arguments):
     assert not is_refusal(raised_by(function, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seed='1'", "error: seed is '1', must be a whole number"),
+        ("nonsense=1", "error: Could not override 'nonsense'"),
+    ],
+)
+def test_a_stage_ends_in_one_line_on_a_refusal_too(monkeypatch, capsys, override, sentence):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr("sys.argv", ["respond", override])
+    with pytest.raises(SystemExit) as refusal:
+        respond.main()
+    assert str(refusal.value).startswith(sentence)
+    assert "Traceback" not in capsys.readouterr().err
+    assert "HYDRA_FULL_ERROR" not in os.environ
 
 
 def test_the_pipeline_ends_in_one_line_on_a_refusal_and_a_bug_keeps_its_traceback(monkeypatch):

@@ -1,12 +1,11 @@
 """Golden numbers: 20 finetuning steps and the counts of a small evaluation, which no refactor may change.
 
-The embedded default's pair, on text that lies here, measured at every other step. `python -m tests.test_golden` writes tests/golden/ anew: do that
-only in a commit that means to change a number, and say why in NOTES.md.
+The embedded default's pair, on text that lies here, measured at every other step. `python -m tests.test_golden` writes
+tests/golden/ anew: do that only in a commit that means to change a number, and say why in NOTES.md.
 
-What is stable where: on one kind of machine (x86-64 with AVX2, one thread, a CPU build of one torch version) every digit
-is. Another kind adds float32 numbers in another order: relative differences of 1e-6 in a step's loss, which 20 steps of
-training enlarge to 1e-4. Hence the tolerance of the curve. Counts are whole numbers and are compared as such; text
-whose next token is nearly tied would differ on another kind of machine, and none of this text has such ties.
+On one kind of machine (x86-64 with AVX2, one thread, the CPU build of one torch version) every digit is the same. Other
+kinds add float32 numbers in another order: a step's loss then differs by 1e-6 of itself, which 20 steps of training
+enlarge to 1e-4. Hence the tolerance of the curve. Counts are whole numbers and must be equal.
 """
 
 import csv
