@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 
-from drafter import rows
-from drafter.batches import collate, response_sequence
-from drafter.chunked import Head
-from drafter.datamodules import Mixture, PackedText, Responses, SequenceData
-from drafter.distributions import Drawn
-from drafter.loading import load_model, load_target
-from drafter.losses import acceptance_rate, kld, tvd
-from drafter.models import hidden_states
-from drafter.modules import Distillation
-from drafter.rows import Rows
-from drafter.storage import Folder
-from drafter.target_cache import ExactFormat, SparseFormat, live_target, restore, target_at, write_cache
+from drafter.artifacts import rows
+from drafter.artifacts.rows import Rows
+from drafter.artifacts.storage import Folder
+from drafter.data.batches import collate, response_sequence
+from drafter.data.target_cache import ExactFormat, SparseFormat, live_target, restore, target_at, write_cache
+from drafter.losses.chunked import Head
+from drafter.losses.distributions import Drawn
+from drafter.losses.divergences import acceptance_rate, kld, tvd
+from drafter.models.inspection import hidden_states
+from drafter.models.loading import load_model, load_target
+from drafter.training.datamodules import Mixture, PackedText, Responses, SequenceData
+from drafter.training.modules import Distillation
 from tests.conftest import finished_rows
 
 ROWS, DRAWS, STEPS, ROUNDS = 96, 8, 25, 4

@@ -15,11 +15,11 @@ import time
 import torch
 from transformers import GenerationConfig
 
-from drafter.decoders import Compiled
-from drafter.ends import end_of_turn_ids
-from drafter.loading import load_target, load_tokenizer
-from drafter.prompts import encode_prompt
-from drafter.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.data.prompts import encode_prompt
+from drafter.decoding.decoders import Compiled
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.loading import load_target, load_tokenizer
 from drafter.warping import Sampling
 
 

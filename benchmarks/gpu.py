@@ -18,20 +18,20 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drafter.batches import Batch
-from drafter.capabilities import decoder_of
-from drafter.costs import measure
-from drafter.decoders import Compiled
-from drafter.distributions import Drawn, Sparse
-from drafter.engines import Limits, Request, transformers_engine
-from drafter.loading import OutputEmbedding
-from drafter.losses import tvdpp
+from drafter.data.batches import Batch
+from drafter.data.engines import Limits, Request, transformers_engine
+from drafter.decoding.capabilities import decoder_of
+from drafter.decoding.decoders import Compiled
+from drafter.decoding.speculative import Decoded, autoregressive_decode, speculative_decode
+from drafter.decoding.timings import measure
+from drafter.losses.distributions import Drawn, Sparse
+from drafter.losses.divergences import tvdpp
 from drafter.metrics import memory_bound_speedup
-from drafter.models import build_drafter
-from drafter.modules import Distillation
-from drafter.roofline import Shape, operations
-from drafter.speculative import Decoded, autoregressive_decode, speculative_decode
+from drafter.models.initialization import build_drafter
+from drafter.models.loading import OutputEmbedding
+from drafter.training.modules import Distillation
 from drafter.warping import Sampling
+from experiments.planning.roofline import Shape, operations
 
 
 def now(device):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from drafter.chunked import Head, Predicted
-from drafter.losses import batch_statistic, with_context
+from drafter.losses.chunked import Head, Predicted
+from drafter.losses.divergences import batch_statistic, with_context
 from tests.objectives import LOSSES, places
 
 CUDA = torch.cuda.is_available()

@@ -15,17 +15,17 @@ import time
 import numpy as np
 import torch
 
-from drafter.batches import by_budget, collate, next_tokens, response_sequence
-from drafter.ends import end_of_turn_ids
-from drafter.engines import Limits, Request, transformers_engine
-from drafter.loading import load_target, load_tokenizer
-from drafter.models import hidden_states
-from drafter.offline import acceptance_of_written, expected_blocks, split_rows
-from drafter.responses import schema
-from drafter.rows import Rows, finish, write_shard
-from drafter.speculative import speculative_decode
-from drafter.storage import Folder
-from drafter.target_cache import ExactFormat, restore, target_at, write_cache
+from drafter.artifacts.rows import Rows, finish, write_shard
+from drafter.artifacts.storage import Folder
+from drafter.data.batches import by_budget, collate, next_tokens, response_sequence
+from drafter.data.engines import Limits, Request, transformers_engine
+from drafter.data.responses import schema
+from drafter.data.target_cache import ExactFormat, restore, target_at, write_cache
+from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
+from drafter.decoding.speculative import speculative_decode
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.inspection import hidden_states
+from drafter.models.loading import load_target, load_tokenizer
 from drafter.warping import Sampling
 from tests.conftest import finished_rows
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from hydra import initialize_config_module
 
-from drafter.artifacts import read_manifest
-from experiments.estimates import estimates
-from experiments.pipeline import composed
+from drafter.artifacts.manifest import read_manifest
 from experiments.plan import world_of
+from experiments.planning.estimates import estimates
+from experiments.running.jobs import composed
 
 STAGES = ("pretrain", "respond", "cache", "finetune", "evaluate")
 

@@ -18,10 +18,11 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drafter.loading import load_tokenizer
 from drafter.metrics import memory_bound_speedup
-from drafter.models import build_drafter, num_parameters
-from drafter.trimming import most_used
+from drafter.models.initialization import build_drafter
+from drafter.models.inspection import num_parameters
+from drafter.models.loading import load_tokenizer
+from drafter.models.trimming import most_used
 
 PAPER_TAU, GAMMA = 2.3, 3
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -12,14 +12,14 @@ from functools import partial
 
 import torch
 
-from drafter.batches import collate, next_tokens, response_sequence
-from drafter.block_losses import Places
-from drafter.chunked import Head, Predicted
-from drafter.loading import load_model, load_target
-from drafter.losses import batch_statistic, tvd, tvdpp
-from drafter.models import hidden_states
-from drafter.rows import Rows
-from drafter.target_cache import restore, target_at
+from drafter.artifacts.rows import Rows
+from drafter.data.batches import collate, next_tokens, response_sequence
+from drafter.data.target_cache import restore, target_at
+from drafter.losses.block_losses import Places
+from drafter.losses.chunked import Head, Predicted
+from drafter.losses.divergences import batch_statistic, tvd, tvdpp
+from drafter.models.inspection import hidden_states
+from drafter.models.loading import load_model, load_target
 
 ROWS, DRAWS = 64, 48
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:  # the tables read counts on machines without torch
-    from drafter.accepting import Block
-    from drafter.speculative import Decoded
+    from drafter.decoding.acceptance import Block
+    from drafter.decoding.speculative import Decoded
 
 
 class Counts(NamedTuple):

@@ -1,71 +1,19 @@
 """Stage 2b: the target's distributions at the response tokens. Config: conf/cache.yaml."""
 
-import logging
-
-import hydra
 from omegaconf import DictConfig
 
-from drafter import rows
-from drafter.loading import embedding_checksum, load_target
-from drafter.ranks import join, wait_for_all
-from drafter.sharding import check_parallel
-from drafter.target_cache import write_cache
-from experiments import dry_run
-from experiments.commands import command
-from experiments.inputs import claim, plain, responses_fingerprint, target_inputs, target_named, target_source
+from experiments.running import caching, dry_run
+from experiments.running.commands import command
 
-log = logging.getLogger(__name__)
+check = caching.check
 
 
 @command("cache")
 def main(cfg: DictConfig) -> None:
-    """One forward of the target over every response."""
+    """Write the target's distribution at every response token."""
     if cfg.dry_run:
         return dry_run.show(cfg, "cache", check)
-    check(cfg)
-    inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
-    settings = {name: value for name, value in plain(cfg.cache).items() if name != "batch_tokens"}
-    settings |= {"seed": cfg.seed, "target_dtype": cfg.target.dtype}
-    stage = claim(cfg, "cache", settings, inputs)
-    if stage.complete:
-        return log.info("%s is up to date", cfg.out)
-    ranks = join(cfg.target.parallel == "tensor")
-    responses = rows.Rows(cfg.inputs.responses, "respond")
-    target = load_target(target_source(cfg)).to(ranks.device)
-    count, schema = write_cache(
-        target,
-        responses,
-        stage.folder,
-        hydra.utils.instantiate(cfg.cache.format),
-        batch_tokens=cfg.cache.batch_tokens,
-        shard_size=cfg.cache.shard_size,
-        seed=cfg.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        writes=ranks.writes,
-    )
-    head = embedding_checksum(target.get_output_embeddings())
-    wait_for_all()
-    if ranks.first:
-        files, notes = rows.finish(stage.folder, count, schema)
-        tokens = responses.response_tokens
-        size = sum(size for name, size in stage.folder.sizes().items() if name.endswith(".arrow"))
-        counts = {
-            "rows": len(responses),
-            "tokens": tokens,
-            "bytes_per_token": round(size / tokens, 1),
-            "undecided_mass": sum(note["undecided_mass"] for note in notes) / tokens,
-            "output_embedding": head,
-            "target": target_named(cfg),
-        }
-        stage.finish(files, counts)
-        log.info("%s: %s", cfg.out, counts)
-    wait_for_all()  # the next stage of this process may read it
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuse a way of splitting the target that this stage does not have."""
-    check_parallel(cfg.target.parallel, "tensor", "cache")
+    caching.cache(cfg)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from experiments.commands import command
-from experiments.figures import draw_curves
-from experiments.results import read_curves
+from experiments.reporting.figures import draw_curves
+from experiments.reporting.results import read_curves
+from experiments.running.commands import command
 
 log = logging.getLogger(__name__)
 

@@ -6,52 +6,34 @@ rank takes the next part of the prompts when it is free, and an interrupted eval
 """
 
 import logging
-import zlib
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from drafter.artifacts import MANIFEST, Stage, read_jsonl, write_jsonl
-from drafter.capabilities import check_can_decode
-from drafter.ends import end_of_turn_ids
-from drafter.fingerprints import model_fingerprint
-from drafter.loading import load_config, load_target, load_tokenizer
-from drafter.metrics import by_position, count
-from drafter.models import context_length, num_parameters
-from drafter.prompts import encode_prompts
+from drafter.artifacts.manifest import MANIFEST, Stage, read_jsonl, write_jsonl
+from drafter.decoding.capabilities import check_can_decode
+from drafter.decoding.evaluation import as_text, decode
+from drafter.decoding.speculative import Adaptive, check_decoding, speculative_decode
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.fingerprints import model_fingerprint
+from drafter.models.inspection import num_parameters
+from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
+from drafter.models.sharding import check_parallel
 from drafter.ranks import deal, join, wait_for_all
-from drafter.sharding import check_parallel
-from drafter.speculative import Adaptive, Decoded, autoregressive_decode, check_decoding, speculative_decode
 from drafter.warping import Sampling
-from experiments import dry_run
-from experiments.commands import command
-from experiments.composing import override
-from experiments.drafters import find_drafters, identity_of, output_directories
-from experiments.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
+from experiments.running import dry_run
+from experiments.running.commands import command
+from experiments.running.composing import override
+from experiments.running.drafters import find_drafters, identity_of, output_directories
+from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
+from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
-
-
-class Task(NamedTuple):
-    """One prompt of a task, and how it is decoded."""
-
-    name: str
-    prompt_id: str
-    message: str
-    prompt: list[int]
-    max_new_tokens: int
-    sampling: Sampling
-
-    def random(self, device: torch.device, seed: int, use: str = "") -> torch.Generator:
-        """Random numbers of its own for each use, whatever else is decoded in the same run."""
-        return torch.Generator(device).manual_seed(zlib.crc32(f"{self.prompt_id}:{use}".encode()) + seed)
 
 
 @command("evaluate")
@@ -81,7 +63,7 @@ def main(cfg: DictConfig) -> None:
     target = load_target(target_source(cfg)).to(ranks.device)
     drafters = {path: frozen_drafter(cfg, path).to(ranks.device) for path in pending}
     context = min(map(context_length, (target, *drafters.values())))
-    work = prompts(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, cfg.evaluate.sampling)
+    work = read_tasks(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, cfg.evaluate.sampling)
     gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
     parts = [work[start : start + PART] for start in range(0, len(work), PART)]
     for drafter in drafters.values():  # first calls are slow, and nobody's fault
@@ -110,13 +92,6 @@ def missing_files(number: int, stages: dict[str, Stage]) -> dict[str, Path]:
     return {path: file for path, file in files.items() if not file.exists()}
 
 
-def decoding_settings(cfg: DictConfig) -> dict[str, Any]:
-    """What determines how the tasks are decoded; where their prompts come from is in the data's own identity."""
-    limits = ("temperature", "top_p", "max_new_tokens", "in_domain")
-    tasks = {name: {key: how[key] for key in limits} for name, how in plain(cfg.task).items()}
-    return {"tasks": tasks, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
-
-
 def is_pending(cfg: DictConfig) -> bool:
     """Whether a drafter has no evaluation yet."""
     directories = output_directories(Path(cfg.out), find_drafters(list(cfg.drafters)))
@@ -131,73 +106,6 @@ def check(cfg: DictConfig) -> None:
         sampling_of(task, how, cfg.evaluate.sampling)
         for gamma in cfg.evaluate.num_speculative_tokens:
             check_decoding(gamma_of(gamma, cfg), how.max_new_tokens, [0])
-
-
-def sampling_of(task: str, how: DictConfig, overrides: Mapping[str, Any]) -> Sampling:
-    """How a task is decoded: as it says itself, or as `overrides` (evaluate.sampling) says of all.
-
-    Raises:
-        ValueError: a key that is neither temperature nor top_p, or a value out of its range.
-    """
-    if unknown := set(overrides) - {"temperature", "top_p"}:
-        raise ValueError(f"evaluate.sampling has {sorted(unknown)}; it takes temperature and top_p")
-    sampling = Sampling(**{"temperature": how.temperature, "top_p": how.top_p, **overrides})
-    if sampling.temperature < 0:
-        raise ValueError(f"task.{task}: temperature is {sampling.temperature}, must be 0 (greedy) or above")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"task.{task}: top_p is {sampling.top_p}, must be above 0, at most 1")
-    return sampling
-
-
-def prompts(
-    cfg: DictConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    per_task: int,
-    overrides: Mapping[str, Any],
-) -> list[Task]:
-    """The first `per_task` prompts of every task, encoded and checked, and how they are decoded (see sampling_of)."""
-    every = read_jsonl(f"{cfg.inputs.data}/tasks.jsonl")
-    tasks = []
-    for name, how in cfg.task.items():
-        rows = [row for row in every if row["task"] == name][:per_task]
-        encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows], how.max_new_tokens, context)
-        sampling = sampling_of(name, how, overrides)
-        tasks += [
-            Task(name, row["id"], row["prompt"], prompt, how.max_new_tokens, sampling)
-            for row, prompt in zip(rows, encoded, strict=True)
-        ]
-    return tasks
-
-
-def decode(
-    task: Task,
-    target: PreTrainedModel,
-    drafters: dict[str, PreTrainedModel],
-    stops: list[int],
-    gammas: Mapping[int | str, int | Adaptive],
-    seed: int,
-) -> dict[str, list[tuple[dict[str, Any], Decoded]]]:
-    """One prompt: the baseline once, then each drafter at each gamma. Rows of counts, with what they count."""
-    how = task.max_new_tokens, task.sampling, stops
-    baseline = autoregressive_decode(target, task.prompt, *how, task.random(target.device, seed))
-    found: dict[str, list[tuple[dict[str, Any], Decoded]]] = {path: [] for path in drafters}
-    for path, drafter in drafters.items():
-        for gamma, drafts in gammas.items():
-            generator = task.random(target.device, seed, f"{Path(path).name} {gamma}")
-            decoded = speculative_decode(target, drafter, task.prompt, drafts, *how, generator)
-            row = {
-                "task": task.name,
-                "gamma": gamma,
-                "prompt": task.prompt_id,
-                **count(decoded, baseline)._asdict(),
-                "by_position": by_position(decoded.blocks),
-                "greedy": task.sampling.temperature == 0,
-                "like_the_target": decoded.tokens == baseline.tokens,
-                "message": task.message,
-            }
-            found[path].append((row, decoded))
-    return found
 
 
 def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
@@ -248,22 +156,6 @@ def finish(
             "greedy_outputs_unlike_the_target": sum(not row["like_the_target"] for row in greedy),
         }
     )
-
-
-def as_text(decoded: Decoded, tokenizer: Any) -> list[dict[str, Any]]:
-    """Each block as pieces of text: accepted drafts, the first rejected draft, and the target's own token."""
-    blocks = []
-    for block in decoded.blocks:
-        accepted, own = block.emitted[: block.accepted], block.emitted[block.accepted :]
-        rejected = block.drafted[block.accepted : block.tested] if own else []
-        blocks.append(
-            {
-                "accepted": [tokenizer.decode([token]) for token in accepted],
-                "rejected": [tokenizer.decode([token]) for token in rejected],
-                "own": [tokenizer.decode([token]) for token in own],
-            }
-        )
-    return blocks
 
 
 if __name__ == "__main__":

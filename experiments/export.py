@@ -15,18 +15,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 
-from drafter.artifacts import Stage, is_record, sha256
-from drafter.ends import end_of_turn_ids
-from drafter.fingerprints import model_fingerprint
-from drafter.gate import Difference, check_pair, partner, with_rows
-from drafter.loading import load_model, load_tokenizer, vocabulary_width
-from drafter.models import special_ids
-from drafter.trimming import read_kept, write_kept
-from experiments import to_gguf
-from experiments.card import Facts, gather, serving, write_card
-from experiments.commands import command
-from experiments.inputs import claim, plain, target_source
-from experiments.recording import record
+from drafter.artifacts.manifest import Stage, is_record, sha256
+from drafter.models.compatibility import Difference, check_pair, partner, with_rows
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.fingerprints import model_fingerprint
+from drafter.models.initialization import special_ids
+from drafter.models.loading import load_model, load_tokenizer, vocabulary_width
+from drafter.models.trimming import read_kept, write_kept
+from experiments.exporting import to_gguf
+from experiments.exporting.card import Facts, gather, serving, write_card
+from experiments.running.commands import command
+from experiments.running.inputs import claim, plain, target_source
+from experiments.running.recording import record
 
 # What each format calls a number's type.
 DTYPES = {

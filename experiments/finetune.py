@@ -11,26 +11,26 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from drafter.artifacts import fingerprint, read_manifest, require
-from drafter.block_losses import Places
-from drafter.chunked import Head, Predicted
-from drafter.datamodules import Mixture, PackedText, Responses, SequenceData, text_samples
-from drafter.distributions import Drawn, Target
-from drafter.fingerprints import model_fingerprint
-from drafter.gate import check_pair, load_drafter, partner
-from drafter.loading import load_output_embedding, load_target, load_tokenizer
-from drafter.losses import Loss, batch_statistic, with_context
-from drafter.models import check_positions, vocabulary_rows
-from drafter.modules import Distillation, check_precision
-from drafter.rows import Rows
-from drafter.sharding import check_parallel
-from drafter.target_cache import require_output_embedding
-from drafter.trimming import read_kept
-from drafter.weighting import Weighting
-from experiments import dry_run, on_policy
-from experiments.commands import command
-from experiments.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
-from experiments.training import KeptSteps, economical, save, train, training_settings
+from drafter.artifacts.manifest import fingerprint, read_manifest, require
+from drafter.artifacts.rows import Rows
+from drafter.data.target_cache import require_output_embedding
+from drafter.losses.block_losses import Places
+from drafter.losses.chunked import Head, Predicted
+from drafter.losses.distributions import Drawn, Target
+from drafter.losses.divergences import Loss, batch_statistic, with_context
+from drafter.models.compatibility import check_pair, load_drafter, partner
+from drafter.models.fingerprints import model_fingerprint
+from drafter.models.inspection import check_positions, vocabulary_rows
+from drafter.models.loading import load_output_embedding, load_target, load_tokenizer
+from drafter.models.sharding import check_parallel
+from drafter.models.trimming import read_kept
+from drafter.training.datamodules import Mixture, PackedText, Responses, SequenceData, text_samples
+from drafter.training.modules import Distillation, check_precision
+from drafter.training.weighting import Weighting
+from experiments.running import dry_run, on_policy
+from experiments.running.commands import command
+from experiments.running.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
+from experiments.running.training import KeptSteps, economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
 

@@ -1,46 +1,37 @@
 """Which gamma, and is it worth it? One page for a target, a drafter, a machine and each task. Config: conf/gamma.yaml.
 
-The target answers each prompt by itself; from those texts alone follows tau at every gamma (see drafter.offline), from
-the timed calls c and v (see drafter.costs), and from both the predicted speed-up. Then each gamma is decoded.
+The target answers each prompt by itself; from those texts alone follows tau at every gamma (see
+drafter.decoding.expected_efficiency), from the timed calls c and v (see drafter.decoding.timings), and from both the
+predicted speed-up. Then each gamma is decoded.
 """
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from drafter.artifacts import write_jsonl, write_text
-from drafter.capabilities import check_can_decode
-from drafter.costs import Costs, measure
-from drafter.decoders import Compiled
-from drafter.ends import end_of_turn_ids
-from drafter.loading import load_config, load_target, load_tokenizer
-from drafter.metrics import Counts, Estimate, count, estimate
-from drafter.models import context_length
-from drafter.offline import acceptance_of_written, expected_blocks
-from drafter.speculative import autoregressive_decode, speculative_decode
-from experiments import dry_run
-from experiments.commands import command
-from experiments.evaluate import Task, decoding_settings, prompts, sampling_of
-from experiments.figures import draw_gammas
-from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
+from drafter.artifacts.manifest import write_jsonl, write_text
+from drafter.decoding.capabilities import check_can_decode
+from drafter.decoding.decoders import Compiled
+from drafter.decoding.evaluation import Task
+from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode
+from drafter.decoding.timings import measure
+from drafter.metrics import Counts, count, estimate
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
+from experiments.reporting.figures import draw_gammas
+from experiments.reporting.gamma_page import GammaRow, gamma_page
+from experiments.running import dry_run
+from experiments.running.commands import command
+from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
+from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
 
 log = logging.getLogger(__name__)
-
-
-class Row(NamedTuple):
-    """A task at a gamma: block efficiency, what a block costs, and the speed-up as predicted and as measured."""
-
-    task: str
-    gamma: int
-    block_efficiency: float
-    cost: float
-    predicted: float
-    measured: Estimate
 
 
 @command("gamma")
@@ -59,7 +50,7 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
-    work = prompts(cfg, tokenizer, min(map(context_length, (target, drafter))), cfg.gamma.prompts_per_task, {})
+    work = read_tasks(cfg, tokenizer, min(map(context_length, (target, drafter))), cfg.gamma.prompts_per_task, {})
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     models = [target, drafter]
     if cfg.gamma.compile:
@@ -74,12 +65,12 @@ def main(cfg: DictConfig) -> None:
         for gamma, efficiency in enumerate(efficiencies, start=1):
             of_gamma = {task.prompt_id: np.array(row[1][gamma]) for task, row in zip(tasks, found, strict=True)}
             cost, speedup = costs.block(gamma), estimate(of_gamma, "token_rate_ratio")
-            rows.append(Row(name, gamma, efficiency, cost, efficiency / cost, speedup))
+            rows.append(GammaRow(name, gamma, efficiency, cost, efficiency / cost, speedup))
             counts += [
                 {"task": name, "gamma": gamma, "prompt": prompt, **Counts(*values.tolist())._asdict()}
                 for prompt, values in of_gamma.items()
             ]
-    page = report(rows, costs, cfg)
+    page = gamma_page(rows, costs, cfg.gamma.drafter, cfg.gamma.compile)
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
     write_text(stage.directory / "gamma.md", page)
@@ -139,45 +130,6 @@ def block_efficiencies(
         blocks += [expected_blocks(accept_BL, lengths_B, gamma).item() for gamma in range(1, largest + 1)]
         tokens += len(text)
     return (tokens / blocks).tolist()
-
-
-def report(rows: list[Row], costs: Costs, cfg: DictConfig) -> str:
-    """The page, in Markdown."""
-    how = "both models compiled" if cfg.gamma.compile else "no model compiled"
-    lines = [
-        f"# Which γ for {cfg.gamma.drafter}",
-        "",
-        f"On this machine ({how}) a drafter's call takes {1e3 * costs.drafter:.2f} ms, the target's of one token "
-        f"{1e3 * costs.target[0]:.2f} ms: c = {costs.ratio:.2f}. Its call of γ + 1 tokens takes v(γ) times as long. "
-        f"A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the target's own token.",
-        "",
-    ]
-    for name in dict.fromkeys(row.task for row in rows):
-        of_task = [row for row in rows if row.task == name]
-        lines += [f"## {name}", "", verdict(of_task), ""]
-        lines += ["| γ | τ | v | cγ + v | predicted speed-up | measured |", "| --- | --- | --- | --- | --- | --- |"]
-        for row in of_task:
-            value, low, high = row.measured
-            lines.append(
-                f"| {row.gamma} | {row.block_efficiency:.2f} | {costs.verification(row.gamma):.2f} | {row.cost:.2f} | "
-                f"{row.predicted:.2f} | {value:.2f} [{low:.2f}, {high:.2f}] |"
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def verdict(rows: list[Row]) -> str:
-    """One sentence: the best gamma, or that none pays, and why."""
-    best = max(rows, key=lambda row: row.measured[0])
-    value, low, high = best.measured
-    speed = f"{value:.2f} [{low:.2f}, {high:.2f}] times as fast as the target alone"
-    if value > 1:
-        sure = "" if low > 1 else ", within the noise of 1"
-        return f"γ = {best.gamma} is best: {speed}{sure}."
-    return (
-        f"No γ pays on this machine: at the best, γ = {best.gamma}, it is {speed}. A block there costs {best.cost:.2f} "
-        f"target calls and gives {best.block_efficiency:.2f} tokens: to pay, it would have to give more than it costs."
-    )
 
 
 if __name__ == "__main__":

@@ -11,16 +11,15 @@ import torch
 from hydra import initialize_config_module
 from omegaconf import DictConfig
 
-from drafter.loading import meta_model
 from drafter.metrics import memory_bound_speedup
-from drafter.models import build_drafter
-from drafter.roofline import Shape
-from experiments import finetune
-from experiments.commands import ended
-from experiments.estimates import Stage, World, estimates
-from experiments.inputs import plain, target_source
-from experiments.pipeline import Job, composed
-from experiments.tabular import Table
+from drafter.models.initialization import build_drafter
+from drafter.models.loading import meta_model
+from experiments.planning.estimates import Stage, World, estimates
+from experiments.planning.roofline import Shape
+from experiments.reporting.tabular import Table
+from experiments.running.commands import ended
+from experiments.running.inputs import plain, target_source
+from experiments.running.jobs import Job, composed
 
 
 def main(arguments: list[str]) -> None:
@@ -54,7 +53,7 @@ def world_of(settings: DictConfig, jobs: list[Job]) -> World:
         expected.prompt_tokens,
         expected.response_tokens,
         expected.block_efficiency,
-        sum(job.module is finetune for job in jobs),
+        sum(job.stage == "finetune" for job in jobs),
     )
 
 

@@ -4,16 +4,16 @@ import logging
 
 from omegaconf import DictConfig
 
-from drafter.artifacts import write_jsonl
-from drafter.corpus import pack
-from drafter.fingerprints import tokenizer_fingerprint
-from drafter.loading import load_tokenizer, vocabulary_width
-from drafter.prompts import check_embedding
-from experiments import dry_run
-from experiments.choosing import choose_instructions, choose_prompts, encodes_text
-from experiments.commands import command
-from experiments.data_sources import gather, identity
-from experiments.inputs import claim, target_source
+from drafter.artifacts.manifest import write_jsonl
+from drafter.data.corpus import pack
+from drafter.data.prompts import check_embedding
+from drafter.models.fingerprints import tokenizer_fingerprint
+from drafter.models.loading import load_tokenizer, vocabulary_width
+from experiments.running import dry_run
+from experiments.running.choosing import choose_instructions, choose_prompts, encodes_text
+from experiments.running.commands import command
+from experiments.running.data_sources import gather, identity
+from experiments.running.inputs import claim, target_source
 
 log = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ import lightning
 import torch
 from omegaconf import DictConfig
 
-from drafter.capabilities import check_can_decode
-from drafter.datamodules import PackedText, SequenceData
-from drafter.loading import load_tokenizer
-from drafter.models import check_drafter_head, check_positions, vocabulary_rows
-from drafter.modules import Pretraining, check_precision
-from experiments import dry_run
-from experiments.commands import command
-from experiments.inputs import claim, data_fingerprint, new_drafter, plain, target_source
-from experiments.training import economical, save, train, training_settings
+from drafter.decoding.capabilities import check_can_decode
+from drafter.models.inspection import check_drafter_head, check_positions, vocabulary_rows
+from drafter.models.loading import load_tokenizer
+from drafter.training.datamodules import PackedText, SequenceData
+from drafter.training.modules import Pretraining, check_precision
+from experiments.running import dry_run
+from experiments.running.commands import command
+from experiments.running.inputs import claim, data_fingerprint, new_drafter, plain, target_source
+from experiments.running.training import economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from drafter.artifacts import MANIFEST, fingerprint, read_jsonl, read_manifest, write_json, write_text
-from drafter.provenance import describe_machine
-from drafter.storage import local_directory
-from experiments import paper
-from experiments.commands import command
-from experiments.figures import draw_along, draw_curves, draw_efficiency
-from experiments.report import write_html
-from experiments.results import (
+from drafter.artifacts.manifest import MANIFEST, fingerprint, read_jsonl, read_manifest, write_json, write_text
+from drafter.artifacts.provenance import describe_machine
+from drafter.artifacts.storage import local_directory
+from experiments.reporting import paper
+from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
+from experiments.reporting.page import write_html
+from experiments.reporting.results import (
     Evaluation,
     Row,
     check_evaluations,
@@ -29,7 +28,8 @@ from experiments.results import (
     read_evaluations,
     summarise,
 )
-from experiments.tabular import Table, with_interval
+from experiments.reporting.tabular import Table, with_interval
+from experiments.running.commands import command
 
 log = logging.getLogger(__name__)
 GENERATED = {"tables": (".md", ".tex"), "figures": (".png", ".svg")}  # folder -> what this stage writes into it
@@ -85,7 +85,7 @@ def main(cfg: DictConfig) -> None:
     write_html(out / "report.html", tables, curves, figures, samples, notes)
     print("\n".join([*sections, *notes, f"report: {out / 'report.html'}"]))
     if cfg.logger.wandb and news:
-        from experiments.recording import record_tables  # takes a second: paid only where something is recorded
+        from experiments.running.recording import record_tables  # takes a second: paid only where something is recorded
 
         record_tables(cfg, tables, out)
     if cfg.publish:

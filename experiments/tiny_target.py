@@ -19,16 +19,16 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from drafter.batches import Sequence
-from drafter.corpus import Doc, extract, is_heldout, pack, pretraining_texts
-from drafter.datamodules import InMemory, PackedText, SequenceData
-from drafter.instructions import derive
-from drafter.loading import load_model, load_tokenizer
-from drafter.models import build_drafter, special_ids
-from drafter.modules import Pretraining, check_precision
-from drafter.prompts import CHATML, encode_prompt
-from experiments.commands import command
-from experiments.inputs import plain
+from drafter.data.batches import Sequence
+from drafter.data.corpus import Doc, extract, is_heldout, pack, pretraining_texts
+from drafter.data.instructions import derive
+from drafter.data.prompts import CHATML, encode_prompt
+from drafter.models.initialization import build_drafter, special_ids
+from drafter.models.loading import load_model, load_tokenizer
+from drafter.training.datamodules import InMemory, PackedText, SequenceData
+from drafter.training.modules import Pretraining, check_precision
+from experiments.running.commands import command
+from experiments.running.inputs import plain
 
 log = logging.getLogger(__name__)
 

@@ -1,50 +1,39 @@
 """How many tokens should a drafter's head keep? Each size is decoded with, the best is written. Config: conf/trim.yaml.
 
-The head keeps the tokens that the target's training responses use most (see drafter.trimming). A smaller head is a
-smaller c, and drafts that it cannot make are tokens that the target has to add: MBSU says which of the two weighs more.
+The head keeps the tokens that the target's training responses use most (see drafter.models.trimming). A
+smaller head is a smaller c, and drafts that it cannot make are tokens that the target has to add: MBSU says which of
+the two weighs more.
 """
 
 import copy
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from drafter.artifacts import write_jsonl, write_text
-from drafter.capabilities import check_can_decode
-from drafter.ends import end_of_turn_ids
-from drafter.loading import load_config, load_target, load_tokenizer
+from drafter.artifacts.manifest import write_jsonl, write_text
+from drafter.artifacts.rows import Rows
+from drafter.decoding.capabilities import check_can_decode
+from drafter.decoding.evaluation import Task, decode
 from drafter.metrics import Counts, Estimate, estimate, memory_bound_speedup, paired_difference
-from drafter.models import context_length, num_parameters, vocabulary_rows
-from drafter.rows import Rows
-from drafter.trimming import most_used, read_kept, trim, write_kept
-from experiments import dry_run
-from experiments.commands import command
-from experiments.drafters import identity_of
-from experiments.evaluate import Task, decode, decoding_settings, prompts, sampling_of
-from experiments.figures import draw_trimming
-from experiments.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint, target_source
-from experiments.tabular import Table, with_interval
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.inspection import num_parameters, vocabulary_rows
+from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
+from drafter.models.trimming import most_used, read_kept, trim, write_kept
+from experiments.reporting.figures import draw_trimming
+from experiments.reporting.trim_page import TrimRow, trim_page
+from experiments.running import dry_run
+from experiments.running.commands import command
+from experiments.running.drafters import identity_of
+from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint, target_source
+from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
 
 log = logging.getLogger(__name__)
 AllCounts = dict[int, dict[str, np.ndarray]]  # tokens kept -> prompt -> Counts
-
-
-class Row(NamedTuple):
-    """A head of so many tokens, over the tasks in the domain: what it covers, what it costs, what it gives."""
-
-    tokens: int
-    coverage: float
-    size_ratio: float
-    acceptance_rate: Estimate
-    block_efficiency: Estimate
-    speedup: Estimate
-    gain: Estimate | None
-    token_rate_ratio: Estimate
 
 
 @command("trim")
@@ -70,7 +59,7 @@ def main(cfg: DictConfig) -> None:
     sizes = [size for size in cfg.trim.sizes if size < len(ranked)]
     heads = {size: trim(copy.deepcopy(whole), ranked[:size]) for size in sizes} | {len(ranked): whole}
     context = min(map(context_length, (target, whole)))
-    counts = decode_all(heads, target, stops, prompts(cfg, tokenizer, context, cfg.trim.prompts_per_task, {}), cfg)
+    counts = decode_all(heads, target, stops, read_tasks(cfg, tokenizer, context, cfg.trim.prompts_per_task, {}), cfg)
     heldout = np.concatenate([np.array(text) for text in written.get("validation") or written["train"]])
     ratios = {size: num_parameters(head) / num_parameters(target) for size, head in heads.items()}
     covered = {size: float(np.isin(heldout, ranked[:size]).mean()) for size in heads}
@@ -80,7 +69,7 @@ def main(cfg: DictConfig) -> None:
     tokenizer.save_pretrained(stage.directory)
     if best.tokens < len(ranked):
         write_kept(stage.directory, ranked[: best.tokens])
-    page = report(table, best, cfg)
+    page = trim_page(table, best, cfg.trim.drafter, cfg.trim.num_speculative_tokens)
     write_jsonl(stage.directory / "trim.jsonl", [row._asdict() for row in table])
     write_text(stage.directory / "trim.md", page)
     draw_trimming(table, stage.directory / "trim")
@@ -122,12 +111,12 @@ def decode_all(
     return found
 
 
-def row_of(size: int, coverage: float, ratios: dict[int, float], counts: AllCounts, gamma: int) -> Row:
+def row_of(size: int, coverage: float, ratios: dict[int, float], counts: AllCounts, gamma: int) -> TrimRow:
     """The figures of one size; its gain over the whole head is paired by prompt."""
     whole, efficiency = max(counts), estimate(counts[size], "block_efficiency")
     per_tau = [memory_bound_speedup(1, ratios[one], gamma) for one in (size, whole)]
     gain = paired_difference(counts[size], counts[whole], "block_efficiency", factors=(per_tau[0], per_tau[1]))
-    return Row(
+    return TrimRow(
         size,
         coverage,
         ratios[size],
@@ -137,33 +126,6 @@ def row_of(size: int, coverage: float, ratios: dict[int, float], counts: AllCoun
         gain if size < whole else None,
         estimate(counts[size], "token_rate_ratio"),
     )
-
-
-def report(rows: list[Row], best: Row, cfg: DictConfig) -> str:
-    """The page, in Markdown."""
-    columns = ["tokens kept", "of the target's words", "c", "α", "τ", "MBSU", "MBSU − whole", "token rate"]
-    lines = [
-        [
-            str(row.tokens),
-            f"{row.coverage:.1%}",
-            f"{row.size_ratio:.2%}",
-            *map(with_interval, (row.acceptance_rate, row.block_efficiency, row.speedup)),
-            with_interval(row.gain, signed=True) if row.gain else "",
-            with_interval(row.token_rate_ratio),
-        ]
-        for row in rows
-    ]
-    whole = max(row.tokens for row in rows)
-    verdict = f"A head of {best.tokens} of {whole} tokens has the highest MBSU, and is what this directory has."
-    if best.tokens == whole:
-        verdict = "No trimmed head has a higher MBSU than the whole one, so this directory has the whole one."
-    title = f"Heads of {cfg.trim.drafter}, tasks in the domain, γ = {cfg.trim.num_speculative_tokens}"
-    notes = (
-        "c counts no row that the head lost. Of the target's words: held-out response tokens that the head can draft. "
-        "In brackets: 95% bootstrap intervals over prompts, the differences paired."
-    )
-    table = Table("trim", title, columns, lines, notes)
-    return f"# {table.title}\n\n{verdict}\n\n{table.markdown()}\n"
 
 
 if __name__ == "__main__":

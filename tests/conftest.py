@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from drafter.batches import response_sequence
-from drafter.rows import Rows
+from drafter.artifacts.rows import Rows
+from drafter.data.batches import response_sequence
 
 VOCABULARY = 64
 WORDS = "<end> <unk> the cat dog saw a bird who and then ran to tree house what did do ? .".split()  # noqa: SIM905

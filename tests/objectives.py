@@ -7,8 +7,8 @@ import hydra
 import torch
 from omegaconf import OmegaConf
 
-from drafter.block_losses import Places
-from drafter.losses import with_context
+from drafter.losses.block_losses import Places
+from drafter.losses.divergences import with_context
 
 LOSSES = {
     path.stem: hydra.utils.instantiate(OmegaConf.load(path))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drafter.interruptions import Interrupted, caught, held, raise_asked, take_back
-from tests.test_faults import FORKED, STEPS, content
+from tests.training.test_faults import FORKED, STEPS, content
 
 LOOPS = {  # a stage, what makes it several files, and a file that is there once it works
     "respond": (STEPS["respond"], "00000.json"),

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from drafter.accepting import Block
+from drafter.decoding.acceptance import Block
+from drafter.decoding.speculative import Decoded, Seconds
 from drafter.metrics import (
     FIGURES,
     Counts,
@@ -15,7 +16,6 @@ from drafter.metrics import (
     paired_difference,
     token_rate_ratio,
 )
-from drafter.speculative import Decoded, Seconds
 
 
 def counts(tokens=10, target_calls=5, accepted=5, tested=8, seconds=1.0, baseline_tokens=10, baseline_seconds=2.0):

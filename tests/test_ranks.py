@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from drafter.ranks import deal, join, wait_for_all
-from tests.test_faults import FORKED
+from tests.training.test_faults import FORKED
 
 
 def take(rank, port, folder):

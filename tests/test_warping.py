@@ -65,4 +65,4 @@ def named(module):
 
 
 def test_no_other_place_of_the_library_names_float64():
-    assert set().union(*map(named, DRAFTER.glob("*.py"))) == ALLOWED
+    assert set().union(*map(named, DRAFTER.rglob("*.py"))) == ALLOWED

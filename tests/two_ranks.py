@@ -10,11 +10,11 @@ import lightning
 import numpy as np
 import torch
 
-from drafter import losses
-from drafter.batches import Sequence
-from drafter.datamodules import InMemory, SequenceData
-from drafter.modules import Distillation
+from drafter.data.batches import Sequence
+from drafter.losses import divergences as losses
 from drafter.ranks import leave_at_exit
+from drafter.training.datamodules import InMemory, SequenceData
+from drafter.training.modules import Distillation
 from tests.conftest import answered, small_model
 
 

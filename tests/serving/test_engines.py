@@ -15,12 +15,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from drafter.artifacts import read_jsonl
-from drafter.ends import end_of_turn_ids
-from drafter.gate import load_drafter
-from drafter.loading import load_target, load_tokenizer
-from drafter.prompts import encode_prompt
-from drafter.speculative import autoregressive_decode, speculative_decode
+from drafter.artifacts.manifest import read_jsonl
+from drafter.data.prompts import encode_prompt
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode
+from drafter.models.compatibility import load_drafter
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.loading import load_target, load_tokenizer
 from drafter.warping import Sampling
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent

@@ -1,0 +1,1 @@
+"""Directories that say what they hold: manifests, rows, storage, locks."""

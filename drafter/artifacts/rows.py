@@ -1,0 +1,187 @@
+"""Rows on disk that are read one by one, in any order: the target's responses, and its cached distributions.
+
+A shard is an Arrow stream with one record batch a row (`datasets.load_dataset("arrow", data_files=…)` reads it).
+index.parquet says where each row lies and what its CRC-32 is, so that a row costs one range read, from a disk or an
+object store, and a changed byte is noticed where it is read. Beside each shard a small JSON file holds its part of the
+index; it is written last, and says that the shard is complete.
+"""
+
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from drafter.artifacts.manifest import ArtifactError, read_manifest
+from drafter.artifacts.storage import Folder
+
+INDEX = "index.parquet"
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream
+Row = dict[str, Any]
+
+
+def write_shard(folder: Folder, number: int, rows: list[Row], schema: pa.Schema, notes: dict[str, Any]) -> None:
+    """Write the rows, whose values are Python's or flat numpy arrays, and then the shard's part of the index.
+
+    `notes` are kept for `finish`, e.g. how many rows failed and why.
+    """
+    head = schema.serialize().to_pybytes()
+    parts = [_record(row, schema) for row in rows]
+    ends = len(head) + np.cumsum([len(part) for part in parts], dtype=np.int64)
+    data = b"".join([head, *parts, END])
+    folder.write(_shard(number), data)
+    index = [
+        {
+            "id": row["id"],
+            "split": row["split"],
+            "kind": row["kind"],
+            "shard": number,
+            "start": int(end) - len(part),
+            "bytes": len(part),
+            "crc32": zlib.crc32(part),
+            "prompt_tokens": len(row["prompt_ids"]),
+            "response_tokens": len(row["response_ids"]),
+        }
+        for row, part, end in zip(rows, parts, ends, strict=True)
+    ]
+    note = {"sha256": sha256(data).hexdigest(), "rows": index, "notes": notes}
+    folder.write(_note(number), json.dumps(note).encode())
+
+
+def missing_shards(folder: Folder, count: int) -> list[int]:
+    """The numbers of the shards that are not complete yet."""
+    there = folder.sizes()
+    return [number for number in range(count) if _note(number) not in there or _shard(number) not in there]
+
+
+def finish(folder: Folder, count: int, schema: pa.Schema) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Write index.parquet. Returns the checksum of each file, and each shard's notes.
+
+    Raises:
+        ArtifactError: there is no row at all.
+    """
+    notes = [json.loads(folder.read(_note(number))) for number in range(count)]
+    rows = [row for note in notes for row in note["rows"]]
+    if not rows:
+        raise ArtifactError(f"{folder} has no row: {[note['notes'] for note in notes]}")
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({b"rows": schema.serialize().to_pybytes()})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    folder.write(INDEX, sink.getvalue())
+    files = {_shard(number): note["sha256"] for number, note in enumerate(notes)}
+    return {**files, INDEX: sha256(sink.getvalue()).hexdigest()}, [note["notes"] for note in notes]
+
+
+class Rows(Sequence[Row]):
+    """Random access to the rows of a finished stage ("respond" or "cache").
+
+    Raises:
+        ArtifactError: the stage did not finish, or a file is missing, cut short or damaged: it is named.
+    """
+
+    def __init__(self, url: str | Path, stage: str):
+        self.folder, self.stage = Folder(url), stage
+        manifest = read_manifest(url, stage)
+        data = self.folder.read(INDEX) if self.folder.exists(INDEX) else b""
+        if sha256(data).hexdigest() != manifest["files"][INDEX]:
+            raise self._damaged(INDEX, "it is not the one that its manifest was written for")
+        table = pq.read_table(io.BytesIO(data))
+        self.schema = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"rows"]))
+        self._index = {name: table[name].to_numpy() for name in table.column_names}
+        self._check_sizes()
+
+    def __len__(self) -> int:
+        return len(self._index["id"])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.read(list(range(len(self)))[index]) if isinstance(index, slice) else self.read([index])[0]
+
+    @property
+    def splits(self) -> np.ndarray:
+        """Of each row: "train" or "validation"."""
+        return self._index["split"]
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """Of each row: the kind of its instruction."""
+        return self._index["kind"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of each row: the tokens of its prompt and response."""
+        return self._index["prompt_tokens"] + self._index["response_tokens"]
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of all responses."""
+        return int(self._index["response_tokens"].sum())
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        """Those rows; a list of numbers is a flat numpy array."""
+        if len(indices) == 0:
+            return []
+        index = self._index
+        ranges = [
+            (_shard(index["shard"][i]), int(index["start"][i]), int(index["start"][i] + index["bytes"][i]))
+            for i in indices
+        ]
+        rows = []
+        for i, (name, start, end), data in zip(indices, ranges, self.folder.read_ranges(ranges), strict=True):
+            where = f"row '{index['id'][i]}', bytes {start} to {end}"
+            if isinstance(data, Exception):
+                raise self._damaged(name, f"{where}, cannot be read ({data})") from data
+            if len(data) != end - start or zlib.crc32(data) != index["crc32"][i]:
+                raise self._damaged(name, f"{where}, is not what was written")
+            rows.append(_row(pa.ipc.read_record_batch(pa.py_buffer(data), self.schema)))
+        return rows
+
+    def _check_sizes(self) -> None:
+        there, shards = self.folder.sizes(), self._index["shard"]
+        last = np.flatnonzero(np.append(shards[1:] != shards[:-1], True))
+        for i in last:
+            name = _shard(shards[i])
+            wanted = int(self._index["start"][i] + self._index["bytes"][i]) + len(END)
+            if name not in there:
+                raise self._damaged(name, "it is missing")
+            if there[name] != wanted:
+                raise self._damaged(name, f"it has {there[name]} bytes, not {wanted}")
+
+    def _damaged(self, name: str, what: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.folder}/{name} is damaged: {what}. Copy it again from where it came; or, to make it again, rename "
+            f"{self.folder}/manifest.json to started.json, remove {name} and run `python -m experiments.{self.stage}`, "
+            f"which keeps the other files"
+        )
+
+
+def _record(row: Row, schema: pa.Schema) -> bytes:
+    columns = []
+    for field in schema:
+        value = row[field.name]
+        if pa.types.is_list(field.type):
+            values = pa.array(value, field.type.value_type)
+            columns.append(pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values))
+        else:
+            columns.append(pa.array([value], field.type))
+    return bytes(pa.record_batch(columns, schema=schema).serialize())
+
+
+def _row(batch: pa.RecordBatch) -> Row:
+    return {
+        field.name: column.values.to_numpy() if pa.types.is_list(field.type) else column[0].as_py()
+        for field, column in zip(batch.schema, batch.columns, strict=True)
+    }
+
+
+def _shard(number: int) -> str:
+    return f"{number:05d}.arrow"
+
+
+def _note(number: int) -> str:
+    return f"{number:05d}.json"

@@ -1,0 +1,175 @@
+"""Text -> packed tokens; and the embedded default's text: the docstrings of the installed Python packages.
+
+Docstrings are real English that is on every machine which can run this project, so the whole method can be tried
+with nothing downloaded. They are read with `ast` (no package is imported or executed), in parallel.
+"""
+
+import ast
+import copy
+import hashlib
+import importlib.util
+import inspect
+import signal
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from drafter.artifacts.storage import whole_file
+from drafter.data.prompts import encode_text
+
+SKIPPED_FOLDERS = {"tests", "test", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor", "testing"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+MIN_CHARACTERS, MAX_CHARACTERS = 40, 2500
+
+
+class Doc(NamedTuple):
+    """One documented object: qualified name, call signature ("" for modules), docstring, and source code."""
+
+    name: str
+    signature: str
+    text: str
+    code: str
+
+
+def source_files(packages: list[str]) -> list[tuple[str, Path]]:
+    """(module name, path) of every Python file of the packages; "stdlib" names the standard library.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    files = []
+    for package in packages:
+        if package == "stdlib":
+            root, prefix = Path(sysconfig.get_paths()["stdlib"]), ""
+        else:
+            spec = importlib.util.find_spec(package)
+            if spec is None or not spec.submodule_search_locations:
+                raise ValueError(f"data.packages: '{package}' is not an installed package; install it or drop it")
+            root, prefix = Path(spec.submodule_search_locations[0]), package + "."
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if not SKIPPED_FOLDERS & set(parts):
+                module = ".".join(part for part in parts if part != "__init__")
+                files.append(((prefix + module).rstrip("."), path))
+    return files
+
+
+def extract(packages: list[str], workers: int) -> list[Doc]:
+    """Every docstring of the packages, once each (identical texts are kept under the first name), in a fixed order.
+
+    Raises:
+        ValueError: a package is not installed, or there is no docstring at all.
+    """
+    files = source_files(packages)
+    # Ctrl-C reaches the whole process group; the pool ends its processes in order.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        found = pool.map(_docs_of_file, files, chunksize=32)
+        docs = [doc for of_file in tqdm(found, "docstrings", len(files), unit="file") for doc in of_file]
+    unique = {" ".join(doc.text.split()): doc for doc in reversed(docs)}
+    if not unique:
+        raise ValueError(f"the corpus is empty: no docstrings in packages {packages}")
+    return sorted(unique.values())
+
+
+def is_heldout(name: str, percent: float) -> bool:
+    """Whether a qualified name belongs to the held-out split: a fixed hash, so it never depends on the rest."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 10_000 < percent * 100
+
+
+def pretraining_texts(docs: list[Doc], code_share: float) -> Iterator[str]:
+    """Each docstring under its signature; and source code for `code_share` of the functions that have any."""
+    for doc in docs:
+        yield f"`{doc.name}{doc.signature}`\n\n{doc.text}"
+        if doc.code and is_heldout("code:" + doc.name, 100 * code_share):
+            yield doc.code
+
+
+def pack(
+    path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: int | None, limit: int | None = None
+) -> int:
+    """Tokenize texts and join them, each followed by the token `end`, up to `limit` tokens, in a .npy file.
+
+    uint16 or uint32. Texts and tokens pass through, a thousand texts at a time, however many there are. Returns how
+    many tokens were written. Without an end token (None) nothing separates the texts.
+
+    Raises:
+        ControlTokenError: a text writes out a control token that the tokenizer cannot encode as text.
+    """
+    largest = max(*tokenizer.get_vocab().values(), end or 0)  # the number of tokens is no bound: ids may have gaps
+    dtype = np.uint16 if largest < 2**16 else np.uint32
+    count, remaining = 0, iter(texts)
+    bar = tqdm(total=limit, desc="packing", unit="token", unit_scale=True)
+    with bar, whole_file(path) as file:
+        _write_header(file, dtype, 0)
+        while (limit is None or count < limit) and (batch := list(islice(remaining, 1000))):
+            tokens = _encode(batch, tokenizer, end, dtype)[: None if limit is None else limit - count]
+            file.write(tokens.tobytes())
+            count += len(tokens)
+            bar.update(len(tokens))
+        file.seek(0)
+        _write_header(file, dtype, count)
+    return count
+
+
+def _write_header(file: BinaryIO, dtype: type, count: int) -> None:
+    """A .npy header, which is as long for any count: numpy leaves room for it to grow."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count,)})
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int | None, dtype: type) -> np.ndarray:
+    ends = [] if end is None else [end]
+    return np.concatenate([np.array([*ids, *ends], dtype) for ids in encode_text(tokenizer, texts)])
+
+
+def _docs_of_file(module_and_path: tuple[str, Path]) -> list[Doc]:
+    module, path = module_and_path
+    source = path.read_text(encoding="utf-8", errors="ignore")
+    if len(source) > 2_000_000:
+        return []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    return list(_docs_of_node(module, tree))
+
+
+def _docs_of_node(name: str, node: Documented) -> Iterator[Doc]:
+    text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+    if name and MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS and len(text.encode()) < 1.03 * len(text):
+        signature = code = ""
+        if isinstance(node, Function):
+            signature, code = f"({ast.unparse(_without_annotations(node.args))})", _code(node)
+        yield Doc(name, signature if len(signature) < 120 else "(...)", text, code)
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, Function)) and (not child.name.startswith("_") or child.name == "__init__"):
+            yield from _docs_of_node(f"{name}.{child.name}", child)
+
+
+def _without_annotations(arguments: ast.arguments) -> ast.arguments:
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    for argument in filter(None, every):
+        argument.annotation = None
+    return arguments
+
+
+def _code(node: Function) -> str:
+    """The function without its docstring, normalised by `ast`; "" where it is too short or too long to be useful."""
+    body = node.body[1:]
+    if not 3 <= len(body) <= 12:
+        return ""
+    bare = copy.copy(node)
+    bare.body, bare.decorator_list, bare.returns = body, [], None
+    code = ast.unparse(bare)
+    return code if 150 <= len(code) <= 1200 else ""

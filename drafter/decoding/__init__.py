@@ -1,0 +1,1 @@
+"""Speculative decoding and its baseline, and what both cost and accept."""

@@ -1,0 +1,1 @@
+"""Loading models, building drafters, and telling what a model is like."""

@@ -1,0 +1,279 @@
+"""The two LightningModules: Pretraining (next-token loss) and Distillation (pull the drafter to the target).
+
+Shapes: B sequences, T tokens, N predicted positions of a batch, V vocabulary, H hidden size.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from drafter.data.batches import Batch, next_tokens, response_mask
+from drafter.data.target_cache import target_at
+from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
+from drafter.losses.block_losses import Places
+from drafter.losses.chunked import Head, Predicted, chunked_sum, chunked_values
+from drafter.losses.distributions import Target, most_likely
+from drafter.losses.divergences import Loss, batch_statistic, kld, tvd
+from drafter.models.inspection import check_drafter_head, has_plain_head, hidden_states
+from drafter.models.loading import OutputEmbedding
+from drafter.models.sharding import shard_frozen, shard_module
+from drafter.training.weighting import Weighting, uniform
+from drafter.warping import Sampling, double
+
+
+class Pretraining(lightning.LightningModule):
+    """Next-token prediction from scratch (paper, section 2.1).
+
+    Args:
+        model: the trainable causal LM.
+        learning_rate: AdamW's peak, reached after 2% of the steps and decayed by a cosine to a tenth.
+        weight_decay: of matrices; vectors have none.
+    """
+
+    def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1):
+        super().__init__()
+        check_drafter_head(model)
+        self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard_module(self, self.model, self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        loss = next_token_loss(self.model, batch)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        loss = next_token_loss(self.model, batch)
+        count = int(batch.target_mask_BT.sum())
+        self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
+        clip(optimizer, gradient_clip_val)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps = int(self.trainer.estimated_stepping_batches)
+        return adamw(self.model, self.learning_rate, self.weight_decay, steps)
+
+
+class Distillation(lightning.LightningModule):
+    """Pull the drafter's distribution to the frozen target's at every response token (paper, section 2.3).
+
+    The loss is (1 - text_share) x the distillation loss over response tokens + text_share x the next-token loss over
+    packed text, each averaged over its own tokens (of all ranks), so that the mix is 9:1 whatever the lengths. Target
+    distributions come from what the batch has cached of them, else from a forward of the target.
+
+    Args:
+        target: frozen, in eval mode; with a cache its output embedding is enough.
+        drafter: the trainable model.
+        loss: (logits_p_NV, logits_q_NV) -> values (N,); see losses.
+        text_share: weight of the next-token loss where a batch has both kinds.
+        learning_rate, weight_decay: see `adamw`.
+        weighting: what each response position weighs in the mean; see weighting.
+        num_speculative_tokens: gamma of the block efficiency that is logged; see offline.
+        response_top_p: what the responses were drawn with.
+        shard_target: split the target over the ranks of each node, where it is not cached; see sharding.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel | OutputEmbedding,
+        drafter: PreTrainedModel,
+        loss: Loss,
+        text_share: float,
+        learning_rate: float,
+        weight_decay: float = 0.1,
+        weighting: Weighting = uniform,
+        num_speculative_tokens: int = 3,
+        response_top_p: float = 1.0,
+        shard_target: bool = False,
+    ):
+        super().__init__()
+        check_drafter_head(drafter)
+        self.shard_target = shard_target
+        self.num_speculative_tokens, self.response_top_p = num_speculative_tokens, response_top_p
+        self.drafter, self.loss, self.text_share, self.weighting = drafter, loss, text_share, weighting
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        # In a tuple the target is no submodule: it is in no checkpoint, no optimizer and no gradient all-reduce.
+        self._frozen = (target,)
+        self._target_has_plain_head = True  # known at the start of a fit
+        self._yardsticks: list[torch.Tensor] = []
+
+    @property
+    def target(self) -> PreTrainedModel | OutputEmbedding:
+        """The frozen target."""
+        return self._frozen[0]
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard_module(self, self.drafter, self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        live = isinstance(self.target, PreTrainedModel)
+        if live and self.shard_target:
+            shard_frozen(self.target, self.device)
+        self.target.to(self.device)
+        if live:
+            self._target_has_plain_head = has_plain_head(self.target)
+
+    on_validation_start = on_fit_start
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        hidden_BTH = hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)
+        predicted, text_BT = self._predicted(batch, hidden_BTH), batch.target_mask_BT & batch.is_text_B[:, None]
+        weights_N = self.weighting(predicted, batch)
+        distilled = predicted.sum(self._with_statistics(predicted), weights_N)
+        text = next_token_sum(self.drafter, hidden_BTH[text_BT], next_tokens(batch)[text_BT])
+        loss = (1 - self.text_share) * distilled * self._per_weight(weights_N)
+        loss = loss + self.text_share * text * self._per_weight(text_BT)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        predicted = self._predicted(batch, hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT))
+        responses_B = ~batch.is_text_B
+        lengths_B, temperature_B = response_mask(batch).sum(1)[responses_B], batch.temperature_B[responses_B]
+        temperature_N = temperature_B.repeat_interleave(lengths_B)
+
+        def measures(logits_p_NV: torch.Tensor, rows: slice) -> torch.Tensor:
+            target, tokens_N = predicted.target(rows), predicted.places.tokens_N[rows]
+            agreement_N = (logits_p_NV.argmax(-1) == most_likely(target)).float()
+            distances = (kld(logits_p_NV, target), tvd(logits_p_NV, target))
+            accept_N = self._acceptance(logits_p_NV, target, tokens_N, temperature_N[rows])
+            return torch.stack([torch.ones_like(agreement_N), *distances, agreement_N, accept_N], dim=-1)
+
+        measured_NM = chunked_values(measures, predicted.hidden_NH, predicted.head)
+        blocks_B = expected_blocks(split_rows(measured_NM[:, -1], lengths_B), lengths_B, self.num_speculative_tokens)
+        sums = [double(measured_NM[:, :-1]).sum(0)]
+        for chosen_B in (temperature_B == 0, temperature_B > 0):
+            known_B = chosen_B & blocks_B.isfinite().to(chosen_B.device)
+            sums.append(torch.stack([double(lengths_B[known_B].sum()), blocks_B[known_B.to(blocks_B.device)].sum()]))
+        self._yardsticks.append(torch.cat(sums))
+
+    def _acceptance(
+        self, logits_p_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, temperature_N: torch.Tensor
+    ) -> torch.Tensor:
+        """offline.acceptance_of_written at each position's temperature; not a number where that cannot be told."""
+        accept_N = torch.full(temperature_N.shape, math.nan, device=temperature_N.device, dtype=torch.float32)
+        for millionths in temperature_N.unique().tolist():
+            rows_N, temperature = temperature_N == millionths, millionths / 1e6
+            # What a sparse target would be at another temperature is not known; greedily, its argmax was written.
+            if isinstance(target, torch.Tensor) or temperature == 0:
+                q_NV = target[rows_N] if isinstance(target, torch.Tensor) else logits_p_NV[rows_N]
+                how = Sampling(temperature, self.response_top_p)
+                accept_N[rows_N] = acceptance_of_written(logits_p_NV[rows_N], q_NV, tokens_N[rows_N], how)
+        return accept_N
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
+        self._yardsticks.clear()
+        count, kld_sum, tvd_sum, agreement, *texts = sums.tolist()
+        if not math.isfinite(tvd_sum):
+            raise ValueError(
+                f"the distance of drafter and target is {tvd_sum} after {self.trainer.global_step} steps: one of them "
+                f"gives logits that are not finite. Lower finetune.learning_rate, or try target.dtype=float32"
+            )
+        # The sums are of all ranks already; sync_dist averages equal values, and keeps Lightning from warning.
+        self.log("val/kld", kld_sum / count, prog_bar=True, sync_dist=True)
+        self.log("val/tvd", tvd_sum / count, sync_dist=True)
+        self.log("val/acceptance_rate", 1 - tvd_sum / count, prog_bar=True, sync_dist=True)
+        self.log("val/argmax_agreement", agreement / count, sync_dist=True)
+        for name, tokens, blocks in (("greedy", *texts[:2]), ("sampled", *texts[2:])):
+            if tokens:
+                self.log(f"val/block_efficiency_{name}", tokens / blocks, sync_dist=True)
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
+        clip(optimizer, gradient_clip_val)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps = int(self.trainer.estimated_stepping_batches)
+        return adamw(self.drafter, self.learning_rate, self.weight_decay, steps)
+
+    def _predicted(self, batch: Batch, hidden_BTH: torch.Tensor) -> Predicted:
+        """The batch's response positions, as the losses see them."""
+        mask_BT = response_mask(batch)
+        following_BT = mask_BT.flip(1).cumsum(1).flip(1) - 1
+        places = Places(next_tokens(batch)[mask_BT], following_BT[mask_BT])
+        head = Head.of(self.drafter.get_output_embeddings())
+        return Predicted(hidden_BTH[mask_BT], head, target_at(self.target, batch, self._target_has_plain_head), places)
+
+    def _with_statistics(self, predicted: Predicted) -> Loss:
+        """The loss, told the mean reward of all ranks' positions where it is normalised by it."""
+        statistic = batch_statistic(self.loss)
+        if statistic is None:
+            return self.loss
+        values_N = predicted.values(statistic)
+        return partial(self.loss, mean_reward=self._global_sum(values_N) / self._global_sum(torch.ones_like(values_N)))
+
+    def _per_weight(self, weights: torch.Tensor) -> torch.Tensor:
+        """What makes a sum of this rank's values the mean over all ranks, once DDP has averaged the gradients.
+
+        A sum over no positions is zero, with a gradient of zero, whatever multiplies it.
+        """
+        total = self._global_sum(weights)
+        return self.trainer.world_size / torch.where(total > 0, total, 1.0)
+
+    def _global_sum(self, values: torch.Tensor) -> torch.Tensor:
+        return self.trainer.strategy.reduce(values.sum().float(), reduce_op="sum")
+
+
+def next_token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy in nats over the predicted positions."""
+    hidden_BTH, mask_BT = hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT), batch.target_mask_BT
+    return next_token_sum(model, hidden_BTH[mask_BT], next_tokens(batch)[mask_BT]) / mask_BT.sum()
+
+
+def next_token_sum(model: PreTrainedModel, hidden_NH: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the next tokens in nats, summed over N positions."""
+
+    def values(logits_nV: torch.Tensor, rows: slice) -> torch.Tensor:
+        return F.cross_entropy(logits_nV.float(), tokens_N[rows], reduction="none")
+
+    return chunked_sum(values, hidden_NH, Head.of(model.get_output_embeddings()))
+
+
+def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> None:
+    """Scale the gradients to a norm of at most `largest`.
+
+    Lightning's own refuses a fused optimizer in mixed precision, for the sake of a loss scaler that bfloat16 has not.
+    """
+    if largest:
+        nn.utils.clip_grad_norm_([one for group in optimizer.param_groups for one in group["params"]], largest)
+
+
+def check_precision(precision: str | int) -> None:
+    """Refuse a trainer's precision that needs its loss scaled: `clip` would take scaled gradients for large ones.
+
+    Raises:
+        ValueError: it is one of float16's.
+    """
+    if str(precision) in ("16", "16-mixed", "16-true", "transformer-engine-float16"):
+        raise ValueError(
+            f"trainer.precision is {precision}: float16 needs its loss scaled, which clipping of the gradients does "
+            f"not know here. Give bf16-mixed, or 32-true"
+        )
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> dict[str, Any]:
+    """AdamW with a linear warm-up over 2% of the steps and a cosine decay to a tenth, in Lightning's form."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    warmup = max(1, round(0.02 * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,1 @@
+"""What a run will take: a roofline and the estimates made with it."""

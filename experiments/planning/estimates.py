@@ -1,0 +1,289 @@
+"""What each stage of a plan takes: tokens, operations, memory by part, disk and time, from its config and two shapes.
+
+See `roofline` for the formulas. The scale says what to expect of the texts and the drafter (`scale.expected`).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from drafter.losses.chunked import CHUNK_ENTRIES
+from experiments.planning.roofline import (
+    Hardware,
+    Shape,
+    forward_seconds,
+    generation_memory,
+    loss_seconds,
+    operations,
+    training_memory,
+    training_seconds,
+    update_seconds,
+)
+from experiments.running.jobs import Job
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FIRST_ROUND = 16  # tokens; see engines.transformers_engine
+ACTIVATIONS = 12  # numbers a token and hidden unit that a forward without gradients holds at once
+
+
+class World(NamedTuple):
+    """What the stages of a plan share."""
+
+    hardware: DictConfig
+    gpus: int
+    target: Shape
+    drafter: Shape
+    prompt: float
+    response: float
+    block_efficiency: float
+    finetunings: int
+
+    @property
+    def length(self) -> float:
+        """Of a prompt and its response, in tokens."""
+        return self.prompt + self.response
+
+    def device(self, low: bool) -> Hardware:
+        """The hardware in two-byte or in four-byte arithmetic."""
+        fields = {str(name): value for name, value in self.hardware.items() if name not in ("flops", "float32_flops")}
+        return Hardware(flops=self.hardware.flops if low else self.hardware.float32_flops, **fields)
+
+    def training(self, cfg: DictConfig) -> tuple[Hardware, int]:
+        """The hardware as a stage trains with it, and the bytes of a number there."""
+        low = str(cfg.trainer.precision).startswith(("bf16", "16"))
+        return self.device(low), 2 if low else 4
+
+    def shares(self, cfg: DictConfig) -> tuple[int, int]:
+        """How many devices hold one target together, and into how many shares the work goes."""
+        return (self.gpus, 1) if cfg.target.parallel == "tensor" else (1, self.gpus)
+
+
+class Stage(NamedTuple):
+    """One run's estimate: bytes of memory on each device by part, bytes on disk, seconds with all devices at work."""
+
+    name: str
+    tokens: float
+    operations: float
+    memory: dict[str, float]
+    disk: float
+    seconds: float
+    knob: str  # what to change if it does not fit
+
+    @property
+    def total_memory(self) -> float:
+        """Bytes on each device."""
+        return sum(self.memory.values())
+
+
+def estimates(job: Job, world: World) -> Iterator[Stage]:
+    """A stage's, if it computes with a model."""
+    how = {
+        "pretrain": of_pretrain,
+        "respond": of_respond,
+        "cache": of_cache,
+        "finetune": of_finetune,
+        "evaluate": of_evaluate,
+    }
+    if job.stage in how:
+        yield how[job.stage](job.cfg, world)
+
+
+def of_pretrain(cfg: DictConfig, world: World) -> Stage:
+    """Next-token prediction on packed text."""
+    settings, shape = cfg.pretrain, world.drafter
+    tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
+    seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, tokens)
+    heldout = cfg.scale.heldout_tokens * passes(settings)
+    judged = validation_seconds(cfg, world, heldout, settings.sequence_length, heldout)
+    return Stage(
+        "pretrain",
+        tokens * settings.max_steps,
+        3 * operations(shape, tokens, settings.sequence_length / 2) * settings.max_steps,
+        memory,
+        (2 if shape.vocabulary <= 2**16 else 4) * (cfg.scale.pretraining_tokens or tokens * settings.max_steps),
+        seconds * settings.max_steps + judged,
+        "lower pretrain.batch_size and raise trainer.accumulate_grad_batches, or pretrain.gradient_checkpointing=true",
+    )
+
+
+def of_respond(cfg: DictConfig, world: World) -> Stage:
+    """Batched generation in rounds: a forward over the texts so far, then one for each next token of all."""
+    settings, width, shape = cfg.respond, BYTES[cfg.target.dtype], world.target
+    device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
+    sequences = max(1, settings.batch_tokens / (world.length + world.response))
+    batches, seconds, begun, round_ = number / sequences / shares, 0.0, 0.0, FIRST_ROUND
+    while begun < settings.max_new_tokens:
+        alive = math.exp(-begun / world.response)  # lengths are taken to be exponential
+        steps = min(round_, settings.max_new_tokens - begun)
+        text = world.prompt + begun
+        seconds += alive * forward_seconds(device, shape, sequences * text, text / 2, 0, width, split)
+        one = forward_seconds(device, shape, sequences, text + steps / 2, sequences, width, split)
+        seconds, begun, round_ = seconds + alive * steps * one, begun + steps, 2 * round_
+    return Stage(
+        "respond",
+        number * world.response,
+        operations(shape, number * world.length, world.length / 2),
+        generation_memory(shape, sequences, world.length + world.response, width, split) | process(world),
+        number * world.length * 4,
+        0.0 if settings.by == "reference" else batches * seconds,
+        "target.parallel=tensor, or lower respond.batch_tokens",
+    )
+
+
+def of_cache(cfg: DictConfig, world: World) -> Stage:
+    """One forward of the target over every response, up to the output embedding: the sparse format meets that too."""
+    width, shape, tokens = BYTES[cfg.target.dtype], world.target, cfg.cache.batch_tokens
+    device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
+    scored = world.response / world.length if "top_k" in cfg.cache.format else 0.0
+    one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored)
+    memory = generation_memory(shape, 0, 0, width, split)
+    memory["activations"] = ACTIVATIONS * tokens * shape.hidden * width
+    return Stage(
+        "cache",
+        number * world.length,
+        operations(shape, number * world.length, world.length / 2, number * world.length * scored),
+        memory | process(world),
+        number * world.response * cached_bytes(cfg, shape),
+        number * world.length / tokens / shares * one,
+        "target.parallel=tensor, or lower cache.batch_tokens",
+    )
+
+
+def of_finetune(cfg: DictConfig, world: World) -> Stage:
+    """Distillation: the drafter's step, and of the target a forward, or its output embedding where it is cached."""
+    settings, share = cfg.finetune, cfg.finetune.text_share
+    samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
+    tokens = samples * ((1 - share) * world.length + share * settings.sequence_length)
+    scored = samples * ((1 - share) * world.response + share * settings.sequence_length)
+    seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, scored, samples)
+    answered, judged = samples * (1 - share) * settings.max_steps, validated(cfg, settings)
+    seconds = seconds * settings.max_steps + of_target(cfg, world, answered + judged)
+    seconds += validation_seconds(cfg, world, judged * world.length, world.length, judged * world.response)
+    done = operations(world.target, (answered + judged) * world.length, world.length / 2) if not cfg.inputs.cache else 0
+    done += 3 * operations(world.drafter, tokens, settings.sequence_length / 2, scored) * settings.max_steps
+    return Stage(
+        "finetune",
+        tokens * settings.max_steps,
+        done,
+        memory | target_memory(cfg, world, samples / cfg.trainer.accumulate_grad_batches),
+        4 * world.drafter.parameters * (2 + kept_steps(cfg)),
+        seconds,
+        "cache the target (inputs.cache), or target.parallel=fsdp; lower finetune.batch_size and raise "
+        "trainer.accumulate_grad_batches, or finetune.gradient_checkpointing=true",
+    )
+
+
+def of_target(cfg: DictConfig, world: World, samples: float) -> float:
+    """Seconds of all devices for the target's logits of so many responses."""
+    width, shape = BYTES[cfg.target.dtype], world.target
+    device = world.device(width < 4)
+    if cfg.inputs.cache:
+        return 2 * shape.head * samples * world.response / world.gpus / (device.flops * device.efficiency)
+    batches = samples / cfg.finetune.batch_size
+    tokens = cfg.finetune.batch_size * world.length / world.gpus
+    return batches * forward_seconds(device, shape, tokens, world.length / 2, 0, width)
+
+
+def target_memory(cfg: DictConfig, world: World, samples: float) -> dict[str, float]:
+    """What the target takes on each device beside the drafter: with FSDP its embeddings whole, and two layers."""
+    width, shape = BYTES[cfg.target.dtype], world.target
+    if cfg.inputs.cache:
+        return {"target": shape.head * width}
+    embeddings = shape.parameters - shape.multiplied + shape.head
+    layers = shape.parameters - embeddings
+    held = layers / world.gpus + 2 * layers / shape.layers if cfg.target.parallel == "fsdp" else layers
+    activations = ACTIVATIONS * samples / world.gpus * world.length * shape.hidden
+    return {"target": (embeddings + held + activations) * width}
+
+
+def of_evaluate(cfg: DictConfig, world: World) -> Stage:
+    """Each prompt by the target alone, and by each drafter at each gamma."""
+    width, gammas = BYTES[cfg.target.dtype], cfg.evaluate.num_speculative_tokens
+    drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
+    split, shares = world.shares(cfg)
+
+    def call(shape: Shape, tokens: int, bytes_: int, of: int = 1) -> float:
+        return forward_seconds(world.device(bytes_ < 4), shape, tokens, world.length, 1, bytes_, of)
+
+    prompts = len(cfg.task) * cfg.evaluate.prompts_per_task
+    seconds = world.response * call(world.target, 1, width, split)
+    for gamma in gammas:
+        drafted = gamma if isinstance(gamma, int) else 3
+        blocks = drafters * world.response / world.block_efficiency
+        seconds += blocks * (drafted * call(world.drafter, 1, 4) + call(world.target, drafted + 1, width, split))
+    memory = generation_memory(world.target, 1, world.length, width, split)
+    memory["drafters"] = 4 * drafters * world.drafter.parameters
+    tokens = prompts * world.response * (1 + drafters * len(gammas))
+    return Stage(
+        "evaluate",
+        tokens,
+        operations(world.target, tokens, world.length),
+        memory | process(world),
+        0.0,
+        prompts * seconds / shares,
+        "target.parallel=tensor, or fewer drafters at once",
+    )
+
+
+def trained(
+    cfg: DictConfig,
+    settings: DictConfig,
+    world: World,
+    tokens: float,
+    longest: int,
+    scored: float,
+    samples: float | None = None,
+) -> tuple[float, dict[str, float]]:
+    """Seconds of an optimizer step on all devices, and each one's memory."""
+    (device, width), pieces = world.training(cfg), cfg.trainer.accumulate_grad_batches
+    checkpointing, shape = settings.gradient_checkpointing, world.drafter
+    shards = world.gpus if "ModelParallel" in str(cfg.trainer.strategy) else 1
+    widest = (samples * longest if samples else tokens) / world.gpus / pieces
+    memory = training_memory(shape, widest, width, CHUNK_ENTRIES[device.kind], shards, checkpointing)
+    seconds = training_seconds(device, shape, tokens / world.gpus, longest, scored / world.gpus, checkpointing)
+    return seconds + (pieces - 1) * update_seconds(device, shape), memory | process(world)
+
+
+def validation_seconds(cfg: DictConfig, world: World, tokens: float, length: float, scored: float) -> float:
+    """Of the drafter's forward over `tokens`, and of its distances at the scored ones, on all devices."""
+    device, _ = world.training(cfg)
+    done = operations(world.drafter, tokens, length / 2, scored)
+    return (done / (device.flops * device.efficiency) + loss_seconds(device, world.drafter, scored)) / world.gpus
+
+
+def passes(settings: DictConfig) -> int:
+    """How often a training run validates: before it, at each interval, and after its last step."""
+    return int(1 + math.ceil(settings.max_steps / min(settings.validate_every, settings.max_steps)))
+
+
+def validated(cfg: DictConfig, settings: DictConfig) -> float:
+    """Responses that are judged in all of a finetuning's validations."""
+    return float(cfg.scale.num_responses / 10 * passes(settings))
+
+
+def responses(cfg: DictConfig) -> float:
+    """How many responses are written, those for validation too."""
+    number = cfg.scale.num_responses
+    return float(number * (1.1 if "validation" in cfg.distillation.splits else 1))
+
+
+def kept_steps(cfg: DictConfig) -> int:
+    """How many drafters are kept along finetuning."""
+    every = cfg.finetune.keep_every
+    return (cfg.finetune.max_steps - 1) // every if every else 0
+
+
+def cached_bytes(cfg: DictConfig, shape: Shape) -> float:
+    """A token's, in the cache."""
+    how = cfg.cache.format
+    if "top_k" in how:
+        ids = 2 if shape.vocabulary <= 2**16 else 4
+        return (how.top_k + how.num_samples) * (ids + BYTES[how.dtype]) + 6 + 16
+    return shape.hidden * BYTES[how.dtype] + 16
+
+
+def process(world: World) -> dict[str, float]:
+    """What a process takes without a model."""
+    return {"process": world.hardware.process_memory}

@@ -1,0 +1,1 @@
+"""From counts to tables, figures and pages; needs neither torch nor Hydra."""

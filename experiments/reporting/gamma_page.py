@@ -1,0 +1,72 @@
+"""The page that says which gamma pays: a row for each task and gamma, and a verdict for each task."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from drafter.metrics import Estimate
+from experiments.reporting.tabular import Table, with_interval
+
+if TYPE_CHECKING:
+    from drafter.decoding.timings import Costs
+
+
+class GammaRow(NamedTuple):
+    """A task at one gamma: block efficiency, the cost of a block in target calls, and the speed-ups."""
+
+    task: str
+    gamma: int
+    block_efficiency: float
+    cost: float
+    predicted: float
+    measured: Estimate
+
+
+def gamma_page(rows: list[GammaRow], costs: "Costs", drafter: str, compiled: bool) -> str:
+    """Return the page in Markdown.
+
+    Args:
+        rows: all tasks and gammas.
+        costs: the call timings that the predictions rest on.
+        drafter: what the drafter is called.
+        compiled: whether both models were compiled.
+    """
+    how = "both models compiled" if compiled else "no model compiled"
+    lines = [
+        f"# Which γ for {drafter}",
+        "",
+        f"On this machine ({how}) a drafter call takes {1e3 * costs.drafter:.2f} ms and a target call with one token "
+        f"{1e3 * costs.target[0]:.2f} ms: c = {costs.ratio:.2f}. A target call with γ + 1 tokens takes v(γ) times as "
+        f"long. A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the bonus token.",
+        "",
+    ]
+    columns = ["γ", "τ", "v", "cγ + v", "predicted speed-up", "measured"]
+    for task in dict.fromkeys(row.task for row in rows):
+        of_task = [row for row in rows if row.task == task]
+        cells = [
+            [
+                str(row.gamma),
+                f"{row.block_efficiency:.2f}",
+                f"{costs.verification(row.gamma):.2f}",
+                f"{row.cost:.2f}",
+                f"{row.predicted:.2f}",
+                with_interval(row.measured),
+            ]
+            for row in of_task
+        ]
+        table = Table(task, task, columns, cells)
+        lines += [f"## {table.title}", "", verdict(of_task), "", table.markdown(), ""]
+    return "\n".join(lines)
+
+
+def verdict(rows: list[GammaRow]) -> str:
+    """Return one sentence for one task: the best gamma, or that none pays and why."""
+    best = max(rows, key=lambda row: row.measured[0])
+    value, low, high = best.measured
+    speed = f"{value:.2f} [{low:.2f}, {high:.2f}] times as fast as the target alone"
+    if value > 1:
+        certain = "" if low > 1 else ", within the noise of 1"
+        return f"γ = {best.gamma} is best: {speed}{certain}."
+    return (
+        f"No γ pays on this machine: at the best, γ = {best.gamma}, decoding is {speed}. A block there costs "
+        f"{best.cost:.2f} target calls and gives {best.block_efficiency:.2f} tokens: to pay, it would have to give "
+        f"more than it costs."
+    )

@@ -1,0 +1,1 @@
+"""What the commands share: configs, claims, training runs, sweeps, dry runs."""

@@ -1,0 +1,121 @@
+"""Which instructions and prompts are prepared; what would fail in a later stage for want of them is refused here."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from drafter.data.control_tokens import ControlTokenError, control_pattern
+from drafter.data.prompts import encode_prompt, encode_text
+from drafter.data.selection import Candidate, Row, Selection, Tally, check_ids
+
+log = logging.getLogger(__name__)
+
+
+def encodes_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
+    """Whether the tokenizer can encode a text: not where control tokens in it cannot be told from the text."""
+    pattern = control_pattern(tokenizer)
+
+    def encodes(text: str) -> bool:
+        if not pattern.search(text):
+            return True
+        try:
+            return bool(encode_text(tokenizer, [text]))
+        except ControlTokenError:
+            return False
+
+    return encodes
+
+
+def prompt_length(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], int | None]:
+    """The tokens of a row's prompt; None where it or its reference cannot be encoded."""
+    encodes = encodes_text(tokenizer)
+
+    def length(row: Row) -> int | None:
+        try:
+            return len(encode_prompt(tokenizer, row["prompt"])) if encodes(row.get("reference", "")) else None
+        except ControlTokenError:
+            return None
+
+    return length
+
+
+def choose_instructions(
+    cfg: DictConfig,
+    streams: Mapping[str, Iterator[Candidate]],
+    weights: Mapping[str, float],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Selection:
+    """The instructions to train on, and a tenth of them beside for validation.
+
+    Where no row falls into validation by its hash, as with few rows, some of the others are held out.
+
+    Raises:
+        ValueError: a source gives no instruction, or all together too few.
+    """
+    wanted, limit = cfg.prepare.instructions, cfg.prepare.max_prompt_tokens
+    quotas = {"train": wanted, "validation": wanted and max(1, wanted // 10)}
+    selection = Selection(streams, quotas, limit, prompt_length(tokenizer), weights)
+    is_full = wanted is not None and len(selection.rows["train"]) == wanted
+    for name, tally in selection.tallies.items():
+        if not tally.used and not tally.left_out["not needed"] and (tally.read or not is_full):
+            raise ValueError(_nothing(f"the source of instructions '{name}'", tally, limit))
+    train, validation = selection.rows["train"], selection.rows["validation"]
+    if len(train) + len(validation) < 2 or not train:
+        raise ValueError(
+            f"data '{cfg.data.name}' gave {len(train)} instructions for training and {len(validation)} for validation: "
+            f"at least one of each is needed (prepare.instructions is {wanted})"
+        )
+    if not validation:
+        _hold_out(selection, len(train) * cfg.data.heldout_percent / 100)
+    check_ids([*selection.rows["train"], *selection.rows["validation"]], f"data '{cfg.data.name}'")
+    return selection
+
+
+def _hold_out(selection: Selection, number: float) -> None:
+    """Move so many rows, at least one and at most half, to validation: the first by the hash of their prompts."""
+    train = selection.rows["train"]
+    by_hash = sorted(train, key=lambda row: hashlib.sha256(f"validation:{row['prompt']}".encode()).digest())
+    held = {row["id"]: row["kind"] for row in by_hash[: max(1, min(round(number), len(train) // 2))]}
+    selection.rows["train"] = [row for row in train if row["id"] not in held]
+    selection.rows["validation"] = [row for row in train if row["id"] in held]
+    for kind in held.values():
+        tally = selection.tallies.get(kind) or next(iter(selection.tallies.values()))
+        tally.used.subtract(["train"])
+        tally.used["validation"] += 1
+    log.warning("no instruction fell into validation by its hash, so %d of %d are held out", len(held), len(train))
+
+
+def choose_prompts(
+    cfg: DictConfig, streams: Mapping[str, Iterator[Candidate]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Selection]:
+    """The prompts of each task.
+
+    Raises:
+        ValueError: a task has none, by its name, with what became of its rows.
+    """
+    if not streams:
+        raise ValueError("there is no task to evaluate on: task is empty")
+    length, limit = prompt_length(tokenizer), cfg.prepare.max_prompt_tokens
+    selections = {
+        task: Selection({task: stream}, {task: cfg.prepare.prompts_per_task}, limit, length)
+        for task, stream in streams.items()
+    }
+    for task, selection in selections.items():
+        if not selection.rows[task]:
+            raise ValueError(_nothing(f"task '{task}'", selection.tallies[task], limit))
+        check_ids(selection.rows[task], f"task '{task}'")
+    return selections
+
+
+def _nothing(owner: str, tally: Tally, limit: int) -> str:
+    """The refusal of a source that gave nothing."""
+    told = f"{owner} has no row that its settings choose: {tally}"
+    if tally.shortest is None:
+        return told
+    return (
+        f"{told}. Its shortest prompt that is too long has {tally.shortest} tokens, "
+        f"and prepare.max_prompt_tokens is {limit}: raise it, give shorter rows, or leave it out"
+    )

@@ -1,0 +1,202 @@
+"""Where the prepared data come from: docstrings of installed packages, or local files and datasets of the hub."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import DictConfig
+
+from drafter.data.corpus import Doc, extract, is_heldout, pretraining_texts
+from drafter.data.instructions import IN_DOMAIN, derive
+from drafter.data.selection import Candidate, Tally
+from drafter.data.sources import Source, entries, labels, source_of
+from experiments.running.inputs import plain
+
+DECODING = ("temperature", "top_p", "max_new_tokens", "in_domain")  # what a task says to evaluate alone
+
+
+class Data(NamedTuple):
+    """Text by part with its tally, and candidates: of instructions by source, of prompts by task."""
+
+    texts: dict[str, Iterator[str]]
+    text_tallies: dict[str, Tally]
+    instructions: dict[str, Iterator[Candidate]]
+    weights: dict[str, float]
+    tasks: dict[str, Iterator[Candidate]]
+
+
+def has_docstrings(cfg: DictConfig) -> bool:
+    """Whether the data are docstrings, rather than sources."""
+    return "packages" in cfg.data
+
+
+def instruction_sources(cfg: DictConfig) -> dict[str, Source]:
+    """The sources of instructions by their names, each of which is the kind of its rows.
+
+    Raises:
+        ValueError: none; a setting that is wrong; or names that do not tell two of them apart.
+    """
+    sources = [
+        source_of(settings, f"data.instructions.{number}")
+        for number, settings in enumerate(plain(cfg.data.instructions))
+    ]
+    if not sources:
+        raise ValueError("data.instructions is empty: give it one source or more")
+    return dict(zip(labels(sources), sources, strict=True))
+
+
+def pretraining_source(cfg: DictConfig) -> Source:
+    """The source of the text to pretrain on."""
+    return source_of(plain(cfg.data.pretraining), "data.pretraining")
+
+
+def task_sources(cfg: DictConfig) -> dict[str, Source]:
+    """The tasks' sources, without how their prompts are decoded; none for a task on docstrings.
+
+    Raises:
+        ValueError: a task without a path, where the data are no docstrings; or a setting that is wrong.
+    """
+    found = {}
+    for name, settings in plain(cfg.task).items():
+        of_source = {key: value for key, value in settings.items() if key not in DECODING}
+        if "path" in settings:
+            found[name] = source_of(of_source, f"task.{name}")
+        elif not has_docstrings(cfg):
+            raise ValueError(
+                f"task.{name} has no path, and data={cfg.data.name} has no docstrings to ask about: task=files"
+            )
+    return found
+
+
+def identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings that determine the prepared data, and the fingerprints of local files by what they are for.
+
+    How a task is decoded is evaluate's. Where a local file lies is nobody's: its content counts.
+    """
+    tasks, sources = task_sources(cfg), {}
+    settings: dict[str, Any] = {"prepare": plain(cfg.prepare), "seed": cfg.seed}
+    settings["task"] = {name: tasks[name].identity(name) if name in tasks else {} for name in cfg.task}
+    if has_docstrings(cfg):
+        settings["data"] = plain(cfg.data)
+    else:
+        text, asked = pretraining_source(cfg), instruction_sources(cfg)
+        settings["data"] = {
+            "name": cfg.data.name,
+            "heldout_percent": cfg.data.heldout_percent,
+            "pretraining": text.identity("pretraining"),
+            "instructions": [source.identity(name) for name, source in asked.items()],
+        }
+        sources = {"pretraining": text} | {f"instructions {name}": source for name, source in asked.items()}
+    sources |= {f"task {name}": source for name, source in tasks.items()}
+    return settings, {name: source.fingerprint() for name, source in sources.items() if source.is_local}
+
+
+def gather(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
+    """The data that the config names; a text that `encodes` refuses is left out."""
+    data = docstrings(cfg, encodes) if has_docstrings(cfg) else datasets(cfg, encodes)
+    return data._replace(tasks={**data.tasks, **{name: of_task(one, name) for name, one in task_sources(cfg).items()}})
+
+
+def docstrings(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
+    """Text, instructions and prompts from the docstrings of installed packages.
+
+    Held-out names are shared by a second hash: two thirds for the tasks, a third for validation.
+    """
+    docs = extract(list(cfg.data.packages), workers=2)
+    order = np.random.default_rng(cfg.seed).permutation(len(docs))
+    parts: dict[str, list[Doc]] = {"train": [], "validation": [], "task": []}
+    for index in order:
+        name = docs[index].name
+        heldout = "validation" if is_heldout("validation:" + name, 33) else "task"
+        parts[heldout if is_heldout(name, cfg.data.heldout_percent) else "train"].append(docs[index])
+    tallies = {"train": Tally(), "heldout": Tally()}
+    texts = {
+        part: counted(pretraining_texts(parts[split], cfg.data.code_share), part, tallies[part], encodes)
+        for part, split in (("train", "train"), ("heldout", "validation"))
+    }
+    train, validation = (questions(parts[split], IN_DOMAIN, split) for split in ("train", "validation"))
+    tasks = {task: questions(parts["task"], (task,), task) for task in cfg.task}
+    return Data(texts, tallies, {"docstrings": ten_to_one(train, validation)}, {"docstrings": 1.0}, tasks)
+
+
+def questions(docs: list[Doc], kinds: tuple[str, ...], split: str) -> Iterator[Candidate]:
+    """One instruction per documented object, its kinds in turn, so that no object is asked about twice."""
+    asked = set()
+    for number, doc in enumerate(docs):
+        found = {row.kind: row for row in derive(doc) if row.kind in kinds}
+        if found:
+            row = list(found.values())[number % len(found)]
+            fields = {
+                "id": f"{row.kind}:{row.name}",
+                "kind": row.kind,
+                "prompt": row.prompt,
+                "reference": row.reference,
+            }
+            yield Candidate(
+                fields, split, "of an object that is asked about already" if fields["id"] in asked else None
+            )
+            asked.add(fields["id"])
+
+
+def ten_to_one(train: Iterator[Candidate], validation: Iterator[Candidate]) -> Iterator[Candidate]:
+    """Both in one stream, in the proportion in which they are wanted, so that neither is read to its end in vain."""
+    while batch := [*islice(train, 10), *islice(validation, 1)]:
+        yield from batch
+
+
+def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
+    """Text and instructions from sources; the split of a row is decided by a hash of its text."""
+    percent, source, asked = cfg.data.heldout_percent, pretraining_source(cfg), instruction_sources(cfg)
+    tallies = {"train": Tally(), "heldout": Tally()}
+
+    def text(part: str) -> Iterator[str]:
+        for entry in entries(source, speakers=None):
+            tallies[part].absent.update(entry.absent)
+            other = not entry.left_out and is_heldout(entry.text, percent) != (part == "heldout")
+            left_out = entry.left_out or ("of the other part" if other else None)
+            yield from counted([entry.text], part, tallies[part], encodes, left_out)
+
+    def of_source(name: str) -> Iterator[Candidate]:
+        for entry in entries(asked[name]):
+            split = "validation" if is_heldout(entry.text, percent) else "train"
+            row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text, "reference": entry.reference}
+            yield Candidate(row, split, entry.left_out, tuple(entry.absent))
+
+    streams = {name: of_source(name) for name in asked}
+    weights = {name: one.weight for name, one in asked.items()}
+    return Data({part: text(part) for part in tallies}, tallies, streams, weights, {})
+
+
+def of_task(source: Source, name: str) -> Iterator[Candidate]:
+    """The prompts of a task."""
+    for entry in entries(source):
+        row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text}
+        yield Candidate(row, name, entry.left_out, tuple(entry.absent))
+
+
+def counted(
+    texts: Iterator[str] | list[str],
+    part: str,
+    tally: Tally,
+    encodes: Callable[[str], bool],
+    left_out: str | None = None,
+) -> Iterator[str]:
+    """The texts that are used, once they are counted."""
+    for text in texts:
+        tally.read += 1
+        reason = left_out or (None if encodes(text) else "with control tokens that cannot be encoded as text")
+        if reason:
+            tally.left_out[reason] += 1
+        else:
+            tally.used[part] += 1
+            yield text
+
+
+def first_rows(stream: Iterator[Candidate], number: int) -> Iterator[Candidate]:
+    """A stream up to so many rows that its source's `where` lets through."""
+    for candidate in stream:
+        number -= candidate.left_out != "filtered by where"
+        yield candidate
+        if not number:
+            return

@@ -1,0 +1,142 @@
+"""A stage without its work: both models without weights, the first rows of its data, its inputs; nothing is written.
+
+`dry_run=true`, or `--dry-run`, on any stage or the pipeline. What would fail after hours fails here, with the same
+error: a model or data set that cannot be reached, a template that does not fit its rows, a prompt that is too long.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from drafter.artifacts.manifest import MANIFEST
+from drafter.data.corpus import source_files
+from drafter.data.files import find_files
+from drafter.data.prompts import check_embedding, encode_prompt
+from drafter.data.selection import read_instructions
+from drafter.data.sources import Source, entries
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.inspection import num_parameters
+from drafter.models.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
+from experiments.running.choosing import choose_instructions, choose_prompts
+from experiments.running.data_sources import (
+    datasets,
+    first_rows,
+    has_docstrings,
+    instruction_sources,
+    of_task,
+    pretraining_source,
+    task_sources,
+)
+from experiments.running.inputs import new_drafter, target_source
+
+ROWS = 2000  # of each source that are looked at
+SMALL = 10_000_000  # bytes of local files that are looked at to their end
+SHOWN = 3
+
+
+def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = lambda cfg: None) -> None:
+    """Check the settings, as the stage itself does, and print what it would work with.
+
+    Raises:
+        OSError: a model or a data set cannot be reached.
+        ValueError: parts do not fit each other.
+        KeyError: a template needs a field that its rows lack.
+    """
+    check(cfg)
+    print(f"dry run of {stage} -> {cfg.out}")
+    tokenizer = load_tokenizer(target_source(cfg))
+    for line in (*models(cfg, tokenizer), *data(cfg, stage, tokenizer), *inputs(cfg), *batches(cfg, stage)):
+        print(f"  {line}")
+
+
+def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Target and drafter on the meta device, and the target's tokenizer."""
+    path, source = cfg.target.path, target_source(cfg)
+    rows = vocabulary_width(source)
+    check_embedding(tokenizer, rows, path)
+    target = meta_model(source)
+    with torch.device("meta"):
+        drafter = new_drafter(cfg, tokenizer)
+    ratio = num_parameters(drafter) / num_parameters(target)
+    context = context_limit(source)
+    yield f"target {path}: {type(target).__name__}, {num_parameters(target):,} parameters, context {context:,}"
+    ends = end_of_turn_ids(source, tokenizer)
+    template = "its chat template" if tokenizer.chat_template else "no chat template: prompts stand as they are"
+    yield f"tokenizer: {len(tokenizer):,} tokens, {rows:,} rows, ends at {ends}, {template}"
+    yield f"drafter: {type(drafter).__name__}, {num_parameters(drafter):,} parameters, c = {ratio:.2%}"
+
+
+def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The first rows: of the sources before they are prepared, else of what was prepared."""
+
+    def told(name: str, texts: list[str], as_prompts: bool) -> str:
+        encode = (lambda text: encode_prompt(tokenizer, text)) if as_prompts else tokenizer.tokenize
+        lengths = [len(encode(text)) for text in texts[:SHOWN]]
+        return f"{name}: rows of {lengths} tokens; the first begins {texts[0][:60]!r}"
+
+    if stage == "prepare":
+        if has_docstrings(cfg):
+            yield f"data: {len(source_files(list(cfg.data.packages))):,} files of {len(cfg.data.packages)} packages"
+        else:
+            source = pretraining_source(cfg)
+            yield told(source.path, first_texts(source), as_prompts=False)
+            sources = instruction_sources(cfg)
+            streams = datasets(cfg, lambda text: True).instructions
+            weights = {name: one.weight for name, one in sources.items()}
+            limited = {name: first_rows(streams[name], _rows(one)) for name, one in sources.items()}
+            asked = choose_instructions(cfg, limited, weights, tokenizer)
+            for name, one in sources.items():
+                rows = [row["prompt"] for split in asked.rows.values() for row in split if row["kind"] == name]
+                yield f"{told(one.path, rows, as_prompts=True)} ({asked.tallies[name]})"
+        tasks = task_sources(cfg)
+        prompts = {name: first_rows(of_task(one, name), _rows(one)) for name, one in tasks.items()}
+        for name, chosen in (choose_prompts(cfg, prompts, tokenizer) if prompts else {}).items():
+            rows = [row["prompt"] for row in chosen.rows[name]]
+            yield f"{told(f'task {name}, {tasks[name].path}', rows, as_prompts=True)} ({chosen.tallies[name]})"
+    elif "data" in cfg.inputs and (prepared := Path(cfg.inputs.data) / "instructions.jsonl").exists():
+        yield told(str(prepared), [row["prompt"] for row in read_instructions(prepared)], as_prompts=True)
+
+
+def _rows(source: Source) -> int:
+    """How many rows of a source are looked at: all of a small one."""
+    if source.is_local and sum(file.stat().st_size for file in find_files(source.path)) < SMALL:
+        return sys.maxsize
+    return ROWS
+
+
+def first_texts(source: Source) -> list[str]:
+    """The texts of a source's first rows.
+
+    Raises:
+        ValueError: there is none.
+    """
+    limit = _rows(source)
+    texts = [entry.text for entry in islice(entries(source, speakers=None), limit) if entry.text]
+    if not texts:
+        raise ValueError(f"the corpus is empty: {source.path} has no row that its settings choose")
+    return texts
+
+
+def inputs(cfg: DictConfig) -> Iterator[str]:
+    """Which directories are finished, and which an earlier stage has to make."""
+    for name, path in cfg.inputs.items() if "inputs" in cfg else ():
+        if path and "://" not in path:
+            known = (Path(path) / MANIFEST).exists() or (Path(path) / "config.json").exists()
+            yield f"{name}: {path} is {'there' if known else 'not there yet: the stages before make it'}"
+
+
+def batches(cfg: DictConfig, stage: str) -> Iterator[str]:
+    """What each rank gets of a batch."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if "batch_size" in cfg[stage]:
+        size = cfg[stage].batch_size
+        if size < ranks:
+            raise ValueError(f"{stage}.batch_size is {size}, less than one sample for each of {ranks} ranks")
+        pieces = cfg.trainer.accumulate_grad_batches
+        yield f"batches of {size} samples over {ranks} ranks, {pieces} to an optimizer step"

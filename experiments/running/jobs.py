@@ -1,0 +1,107 @@
+"""The pipeline's jobs: which runs of which stages a plan and its overrides ask for. Nothing is run here."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from experiments.running.composing import cells, concerning, configured, first_key, input_key, override
+from experiments.running.inputs import STEPS
+
+STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "tables")
+
+
+class Job(NamedTuple):
+    """A stage's run, and what Hydra knows of it."""
+
+    stage: str
+    cfg: DictConfig
+    hydra: DictConfig
+
+    def choice(self, group: str) -> str | None:
+        """Which config was chosen of a group."""
+        choice: str | None = self.hydra.hydra.runtime.choices.get(group)
+        return choice
+
+
+def composed(name: str, arguments: list[str]) -> tuple[DictConfig, list[Job]]:
+    """A primary config of the pipeline's kind, and the jobs that it and the other overrides, the stages', ask for.
+
+    Raises:
+        ValueError: an override concerns no stage.
+    """
+    known = compose(name)
+    plan = compose(name, [argument for argument in arguments if first_key(argument) in known])
+    others = [argument for argument in arguments if first_key(argument) not in known]
+    check_known(others)
+    return plan, list(planned(plan, others))
+
+
+def planned(plan: DictConfig, others: list[str]) -> Iterator[Job]:
+    """Every run of every stage, in order."""
+    yield job("prepare", others)
+    yield job("pretrain", others)
+    finetunings = [job("finetune", others, cell) for cell in finetuned(plan)]
+    written = [one.choice("distillation") for one in finetunings if not one.cfg.distillation.rounds]
+    for name in dict.fromkeys(["target", *written]):  # each set once, whatever reads it
+        yield job("respond", others, [f"distillation={name}"])
+        yield job("cache", others, [f"distillation={name}"])
+    yield from finetunings
+    variants = [one for one in finetunings if one.choice("variant")]
+    if variants:
+        yield evaluated(variants, others, "evaluate_variants", plan.of_variants)
+    whole = [one for one in finetunings if one not in variants]
+    kept = [
+        one
+        for one in whole
+        if one.choice("loss") in plan.along.losses
+        and one.cfg.seed in plan.along.seeds
+        and 0 < one.cfg.finetune.keep_every < one.cfg.finetune.max_steps
+    ]
+    if kept:
+        yield evaluated(kept, others, "evaluate_steps", plan.of_variants, f"/{STEPS}/*")
+    yield job("evaluate", others)
+    yield job("tables", others)
+
+
+def finetuned(plan: DictConfig) -> list[list[str]]:
+    """The overrides of each finetuning."""
+    found = [[f"loss={loss}", f"seed={seed}"] for seed in plan.seeds or [] for loss in plan.losses]
+    for experiment in plan.experiments:
+        for cell in cells("finetune", experiment):
+            ours = [override for override in cell if override.partition("=")[0] != "seed"]
+            seeds = [f"seed={seed}" for seed in plan.seeds] if plan.seeds else list(set(cell) - set(ours))
+            found += [cell for cell in ([*ours, seed] for seed in seeds) if cell not in found]
+    return found
+
+
+def job(stage: str, others: list[str], overrides: list[str] | None = None) -> Job:
+    """A stage with the pipeline's overrides and its own."""
+    cfg = configured(stage, [*concerning(stage, others), *(overrides or [])])
+    return Job(stage, cfg, HydraConfig.instance().cfg)
+
+
+def evaluated(trained: list[Job], others: list[str], out: str, how: DictConfig, below: str = "") -> Job:
+    """An evaluation of these finetunings' drafters in a directory of its own."""
+    drafters = override("drafters", [f"{one.cfg.out}{below}" for one in trained])
+    gammas = ",".join(map(str, how.num_speculative_tokens))
+    overrides = [f"out=${{root}}/{out}", drafters, f"evaluate.num_speculative_tokens=[{gammas}]"]
+    return job("evaluate", others, overrides)
+
+
+def check_known(arguments: list[str]) -> None:
+    """Refuse an override that concerns no stage.
+
+    Raises:
+        ValueError: names it.
+    """
+    stages = [compose(name) for name in STAGES]
+    known = sorted(set().union(*stages))
+    inputs = sorted({name for cfg in stages if "inputs" in cfg for name in cfg.inputs})
+    for argument in arguments:
+        if first_key(argument) not in known:
+            raise ValueError(f"'{argument}' is a setting of no stage: '{first_key(argument)}' is none of {known}")
+        if first_key(argument) == "inputs" and input_key(argument) not in inputs:
+            raise ValueError(f"'{argument}' is a setting of no stage: its inputs are {inputs}")

@@ -1,0 +1,49 @@
+"""On-policy distillation: rounds of answers by the drafter of the round before, judged by the target.
+
+DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649) let the drafter write what it is trained on, since that is
+what it drafts when it serves. Here each round is a distillation set, its cache and a finetuning of their own, so that
+all that holds for those holds for these: resumable, on any number of ranks, and each with its manifest.
+"""
+
+from collections.abc import Callable
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.running.caching import cache
+from experiments.running.composing import concerning, configured, first_key, override
+from experiments.running.inputs import plain
+from experiments.running.responding import respond
+
+
+def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
+    """`distillation.rounds` rounds -> ${root}/rounds/<name>/<round>, the last one's drafter -> cfg.out.
+
+    Args:
+        cfg: a finetuning's config.
+        finetune: one finetuning on a set that is there.
+    """
+    before, given = HydraConfig.instance().cfg, HydraConfig.get().overrides.task
+    others = [part for part in given if first_key(part) != "distillation"]
+    how = [override(f"distillation.{key}", value) for key, value in plain(cfg.distillation).items() if key != "rounds"]
+    written = [*others, f"distillation={HydraConfig.get().runtime.choices['distillation']}", *how]
+    rounds, steps, drafter = cfg.distillation.rounds, cfg.finetune.max_steps, cfg.inputs.drafter
+    OmegaConf.resolve(cfg)
+    try:
+        for number in range(1, rounds + 1):
+            folder, last = f"{cfg.root}/rounds/{cfg.name}/{number}", number == rounds
+            answers, judged = f"{folder}/responses", f"{folder}/cache"
+            trained = cfg.out if last else f"{folder}/drafter"
+            read = {"out": answers, "inputs.data": cfg.inputs.data, "inputs.drafter": drafter}
+            reading = [override(key, value) for key, value in read.items()]
+            respond(configured("respond", [*concerning("respond", written), *reading]))
+            responses = override("inputs.responses", answers)
+            cache(configured("cache", [*concerning("cache", written), override("out", judged), responses]))
+            of_round = steps * number // rounds - steps * (number - 1) // rounds
+            name = cfg.name if last else f"{cfg.name}-round{number}"
+            changed = {"inputs.drafter": drafter, "inputs.cache": judged, "finetune.max_steps": of_round}
+            changed |= {"out": trained, "name": name, "distillation.rounds": 0}
+            finetune(configured("finetune", [*given, *(override(key, value) for key, value in changed.items())]))
+            drafter = trained
+    finally:
+        HydraConfig.instance().cfg = before

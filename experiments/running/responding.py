@@ -1,0 +1,200 @@
+"""Generating the responses of a distillation set, from a stage's config; see conf/respond.yaml."""
+
+import logging
+from collections import Counter
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from drafter.artifacts import rows
+from drafter.data.engines import (
+    Engine,
+    Limits,
+    Request,
+    mixed_engine,
+    references_engine,
+    settings_left_out,
+    transformers_engine,
+    vllm_engine,
+)
+from drafter.data.prompts import encode_prompt, encode_text
+from drafter.data.responses import plan, schema, shards, write_responses
+from drafter.data.selection import read_instructions
+from drafter.models.ends import end_of_turn_ids
+from drafter.models.fingerprints import model_fingerprint
+from drafter.models.loading import Model, ModelSource, context_limit, load_target, load_tokenizer, vocabulary_width
+from drafter.models.sharding import check_parallel
+from drafter.ranks import Ranks, join, wait_for_all
+from experiments.running.inputs import (
+    claim,
+    data_fingerprint,
+    frozen_drafter,
+    plain,
+    target_inputs,
+    target_named,
+    target_source,
+)
+
+log = logging.getLogger(__name__)
+# Arguments of vllm.LLM that say how much memory it takes and how many devices, and leave what is drawn as it is.
+VLLM_MEANS = {
+    "gpu_memory_utilization",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "swap_space",
+    "cpu_offload_gb",
+    "enforce_eager",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "block_size",
+    "disable_log_stats",
+}
+
+
+def respond(cfg: DictConfig) -> None:
+    """Encode the instructions, check them all, then generate shard by shard."""
+    check(cfg)
+    inputs = {"data": data_fingerprint(cfg), **target_inputs(cfg)}
+    if cfg.respond.by in ("drafter", "mixture"):
+        inputs["drafter"] = model_fingerprint(cfg.inputs.drafter)
+    stage = claim(cfg, "respond", settings_of(cfg), inputs)
+    if stage.complete:
+        return log.info("%s is up to date", cfg.out)
+    ranks, settings = join(cfg.target.parallel == "tensor"), cfg.respond
+    tokenizer = load_tokenizer(target_source(cfg))
+    requests, skipped = asked(cfg, tokenizer)
+    parts = shards(requests, settings.shard_size)
+    limits = Limits(settings.top_p, settings.max_new_tokens, end_of_turn_ids(target_source(cfg), tokenizer))
+    write_responses(
+        engine(cfg, limits, ranks, tokenizer),
+        parts,
+        stage.folder,
+        schema(settings.top_p),
+        stop_ids=limits.stop_ids,
+        known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
+        seed=cfg.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        writes=ranks.writes,
+    )
+    wait_for_all()
+    if ranks.first:
+        files, notes = rows.finish(stage.folder, len(parts), schema(settings.top_p))
+        failed = sum((Counter(note["failed"]) for note in notes), Counter[str]())
+        counts = {
+            "asked": len(requests) + skipped.total(),
+            "written": len(requests) - failed.total(),
+            "skipped": skipped,
+            "failed": failed,
+            "truncated": sum(note["truncated"] for note in notes),
+            "stop_ids": limits.stop_ids,
+            "target": target_named(cfg),
+        }
+        stage.finish(files, counts)
+        log.info("%s: %s", cfg.out, counts)
+    wait_for_all()  # the next stage of this process may read it
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """What determines the responses' distribution, and how they are cut into files; not how many are made at once."""
+    settings: dict[str, Any] = plain(cfg.respond)
+    del settings["batch_tokens"]
+    settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_MEANS}
+    return {**settings, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
+
+
+def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:
+    """What is asked of the target, and what is not, by reason: a prompt that leaves no room for its answer.
+
+    Raises:
+        ValueError: nothing is left of a split.
+    """
+    settings, instructions = cfg.respond, read_instructions(f"{cfg.inputs.data}/instructions.jsonl")
+    context = context_limit(target_source(cfg))
+    requests, skipped = [], Counter[str]()
+    for split in settings.splits:
+        number = settings.num_responses if split == "train" else settings.num_responses // 10
+        chosen = [row for row in instructions if row["split"] == split]
+        if settings.by == "reference":
+            skipped["no reference answer"] += sum(not row.get("reference") for row in chosen)
+            chosen = [row for row in chosen if row.get("reference")]
+        if not chosen:
+            raise ValueError(f"{cfg.inputs.data} has no {split} instructions" + f" for respond.by={settings.by}")
+        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in chosen]
+        wanted = plan(chosen, prompts, list(settings.temperatures), number)
+        fitting = [request for request in wanted if len(request.prompt_ids) + settings.max_new_tokens <= context]
+        if not fitting:
+            raise ValueError(
+                f"each of the {len(wanted)} {split} prompts exceeds the context of {context} tokens with "
+                f"respond.max_new_tokens={settings.max_new_tokens}: lower it"
+            )
+        skipped[f"prompt and max_new_tokens exceed the context of {context}"] += len(wanted) - len(fitting)
+        requests += fitting
+    return requests, +skipped
+
+
+def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """The engine of whom respond.by names; the target's is of the kind that respond.engine names."""
+
+    def targets() -> Engine:
+        if ranks.first:
+            tell_left_out(target_source(cfg))
+        if cfg.respond.engine == "vllm":
+            return vllm_engine(target_source(cfg), limits, cfg.seed, **plain(cfg.respond.vllm))
+        return transformers_engine(load_target(target_source(cfg)).to(ranks.device), limits, cfg.respond.batch_tokens)
+
+    def drafters() -> Engine:
+        drafter = frozen_drafter(cfg, cfg.inputs.drafter).to(ranks.device)
+        if ranks.first:
+            tell_left_out(cfg.inputs.drafter)
+        return transformers_engine(drafter, limits, cfg.respond.batch_tokens)
+
+    def references() -> Engine:
+        if not limits.stop_ids:
+            raise ValueError(
+                f"respond.by=reference: {cfg.target.path} names no end of text, so that no reference answer would end"
+            )
+        answers = {row["id"]: row["reference"] for row in read_instructions(f"{cfg.inputs.data}/instructions.jsonl")}
+        encoded = encode_text(tokenizer, list(answers.values()))
+        ended = ([*ids, *limits.stop_ids[:1]][: limits.max_new_tokens] for ids in encoded)
+        return references_engine(dict(zip(answers, ended, strict=True)))
+
+    by = {
+        "target": targets,
+        "drafter": drafters,
+        "reference": references,
+        "mixture": lambda: mixed_engine([targets(), drafters()]),
+    }
+    return by[cfg.respond.by]()
+
+
+def tell_left_out(model: Model) -> None:
+    """Log what a model's generation config asks for, and its responses do not follow."""
+    if found := settings_left_out(model):
+        log.info(
+            "generation_config.json of %s sets %s: these are not applied, responses are the model's own distribution "
+            "at the temperature and top-p of the config",
+            ModelSource.of(model).path,
+            ", ".join(f"{name}={value}" for name, value in found.items()),
+        )
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse settings that would fail, or mean something else, once the target is generating.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    check_parallel(cfg.target.parallel, "tensor", "respond")
+    settings = cfg.respond
+    for name, allowed, wanted in (
+        ("temperatures", settings.temperatures and min(settings.temperatures) >= 0, "0 (greedy) or above, one or more"),
+        ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
+        ("num_responses", settings.num_responses >= 10, "at least 10 (a tenth of them beside for validation)"),
+        ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
+        ("by", settings.by in ("target", "drafter", "mixture", "reference"), "target, drafter, mixture or reference"),
+        ("engine", settings.engine in ("transformers", "vllm"), "transformers or vllm"),
+    ):
+        if not allowed:
+            raise ValueError(f"respond.{name} is {settings[name]}, must be {wanted}")

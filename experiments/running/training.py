@@ -1,0 +1,156 @@
+"""One Lightning run: loggers, resume, validation before the first step and after the last."""
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drafter import interruptions
+from drafter.artifacts.manifest import Stage
+from drafter.ranks import leave_at_exit
+from drafter.training.datamodules import SequenceData
+from drafter.training.resuming import AtomicCheckpoints, Resuming
+from experiments.running.inputs import STEPS, plain
+from experiments.running.recording import OneRun, ended_run, run_settings
+
+log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+# What says how a training stage is computed and what of it is kept, and leaves its result as it is up to rounding.
+MEANS = {"num_workers", "keep_every", "gradient_checkpointing", "compile"}
+TRAINER_MEANS = {
+    "_target_",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "num_sanity_val_steps",
+    "inference_mode",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "use_distributed_sampler",
+    "benchmark",
+    "profiler",
+}
+
+
+def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
+    """What of a training stage's config determines its result: its section, the trainer's settings and the seed."""
+    settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS}
+    trainer = {name: value for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
+    return {**settings, "trainer": trainer, "seed": cfg.seed}
+
+
+def economical(model: PreTrainedModel, settings: DictConfig) -> PreTrainedModel:
+    """The model, told to recompute its activations in the backward pass, and compiled, if the settings say so."""
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        model.base_model.compile(dynamic=True)
+    return model
+
+
+def train(
+    module: lightning.LightningModule,
+    data: SequenceData,
+    stage: Stage,
+    settings: DictConfig,
+    cfg: DictConfig,
+    name: str,
+    callbacks: Sequence[lightning.Callback] = (),
+) -> lightning.Trainer:
+    """Fit for settings.max_steps, going on from the checkpoint that an interrupted run has left."""
+    leave_at_exit()
+    last = stage.directory / CHECKPOINTS / "last.ckpt"
+    interval = min(settings.validate_every, settings.max_steps)
+    curve = CSVLogger(stage.directory, name="logs", version="")
+    for stale in last.parent.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)  # every rank removes them
+    with ended_run(), warnings.catch_warnings():
+        # An interrupted run's curve is in its checkpoint, and comes back from there.
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        trainer: lightning.Trainer = hydra.utils.instantiate(
+            cfg.trainer,
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            val_check_interval=interval * cfg.trainer.accumulate_grad_batches,
+            check_val_every_n_epoch=None,
+            log_every_n_steps=max(1, min(10, settings.max_steps)),
+            logger=[curve, *weights_and_biases(cfg, stage, name)],
+            plugins=[AtomicCheckpoints()],
+            enable_checkpointing=False,  # Lightning's own; ours is the callback
+            callbacks=[*callbacks, Resuming(last, curve, cfg.seed)],
+        )
+        if not last.exists():
+            trainer.validate(module, data, verbose=False)
+        found = {"ckpt_path": last, "weights_only": True} if last.exists() else {}
+        with interruptions.held():
+            trainer.fit(module, data, **found)
+        if settings.max_steps % interval:
+            trainer.validate(module, data, verbose=False)
+    return trainer
+
+
+class KeptSteps(lightning.Callback):
+    """Keeps the drafter of every so many steps, as <directory>/steps/<name>-step<step>: a Hugging Face directory."""
+
+    def __init__(self, directory: Path, name: str, tokenizer: PreTrainedTokenizerBase, every: int):
+        self.folder, self.name, self.tokenizer, self.every = directory / STEPS, name, tokenizer, every
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write it where there is one to keep; the last step's is the result itself."""
+        step = trainer.global_step
+        path = self.folder / f"{self.name}-step{step}"
+        wanted = self.every and 0 < step < trainer.max_steps and step % self.every == 0
+        weights = weights_of(pl_module.drafter, trainer) if wanted else {}
+        if wanted and trainer.is_global_zero and not path.exists():
+            half = path.with_name(path.name + ".tmp")
+            shutil.rmtree(half, ignore_errors=True)
+            pl_module.drafter.save_pretrained(half, state_dict=weights)
+            self.tokenizer.save_pretrained(half)
+            half.rename(path)
+
+
+def weights_of(model: PreTrainedModel, trainer: lightning.Trainer) -> dict[str, torch.Tensor]:
+    """The parameters being trained, whole on rank 0 however they are split, a tied one once; all ranks have to ask."""
+    (prefix,) = (f"{name}." for name, child in trainer.lightning_module.named_children() if child is model)
+    state = trainer.strategy.lightning_module_state_dict()
+    return {name: state[prefix + name] for name, _ in model.named_parameters() if prefix + name in state}
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage, trainer: lightning.Trainer) -> None:
+    """Write the trained model beside its logs as a Hugging Face directory, and finish the stage (rank 0 alone)."""
+    weights = weights_of(model, trainer)
+    if trainer.is_global_zero:
+        model.save_pretrained(stage.directory, state_dict=weights)
+        tokenizer.save_pretrained(stage.directory)
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        stage.finish(counts={"steps": trainer.global_step, **metrics})
+        shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)
+    trainer.strategy.barrier()
+
+
+def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]:
+    """Its logger if configured (see recording)."""
+    if not cfg.logger.wandb or int(os.environ.get("RANK", 0)) > 0:
+        return []
+    try:
+        settings = run_settings(cfg, name, stage.identity["stage"])
+        settings["config"] |= {"stage": stage.identity}
+        logger = OneRun(stage.directory / "logs" / "wandb.json", settings)
+        _ = logger.experiment  # starts the run: what can fail, fails here
+        return [logger]
+    except Exception as problem:  # any failure of a third party's logging is worth one line, not the run
+        log.warning("Weights & Biases is off for this run: %s", problem)
+    return []

@@ -1,0 +1,44 @@
+"""The mask marks exactly the places whose next token is to be predicted."""
+
+import numpy as np
+import torch
+
+from drafter.data.batches import Sequence, by_budget, collate
+from tests.conftest import answered
+
+
+def test_a_packed_sequence_of_l_tokens_has_l_minus_1_targets():
+    batch = collate([Sequence(np.arange(10, 16), num_context=1, is_text=True)])
+    assert batch.target_mask_BT.tolist() == [[True] * 5 + [False]]
+
+
+def test_a_response_has_one_place_a_token_and_none_in_the_prompt():
+    batch = collate([answered([1, 2, 3], [7, 8], 0.5), Sequence(np.arange(8), 1, True)])
+    next_tokens = batch.input_ids_BT.roll(-1, 1)
+    assert next_tokens[0][batch.target_mask_BT[0]].tolist() == [7, 8]
+    assert batch.is_text_B.tolist() == [False, True]
+    assert batch.temperature_B.tolist() == [500_000, -1]
+
+
+def test_padding_is_on_the_right_and_outside_attention_and_loss():
+    batch = collate([answered([1], [2, 3]), answered([1, 4, 5], [6, 7, 8])])
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    assert batch.input_ids_BT[0].tolist() == [1, 2, 3, 0, 0, 0]
+    assert batch.target_mask_BT[0].tolist() == [True, True, False, False, False, False]
+
+
+def test_cached_states_follow_the_places_row_by_row():
+    states = [torch.full((count, 4), float(number)) for number, count in enumerate((2, 1))]
+    samples = [answered([1, 9], [2, 3])._replace(cached_N=states[0]), answered([1], [6])._replace(cached_N=states[1])]
+    batch = collate([samples[0], Sequence(np.arange(5), 1, True), samples[1]])
+    assert batch.cached_N.shape == (3, 4)
+    places = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()[:, 0]
+    assert [(0, 2)[int(value)] for value in batch.cached_N[:, 0]] == places.tolist()
+
+
+def test_a_budget_counts_padding_and_puts_like_lengths_together():
+    lengths = [5, 30, 4, 6, 5, 100]
+    batches = by_budget(lengths, 20)
+    assert sorted(index for batch in batches for index in batch) == list(range(6))
+    assert [[lengths[index] for index in batch] for batch in batches] == [[4, 5, 5], [6], [30], [100]]
+    assert by_budget([], 20) == []

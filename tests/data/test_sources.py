@@ -1,0 +1,123 @@
+import json
+
+import pytest
+
+from drafter.data.sources import LOOKAHEAD, Source, entries, labels, read_rows, source_of
+from tests.conftest import write_jsonl
+
+
+def source(tmp_path, rows, template="{text}", **how):
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    return Source(str(tmp_path / "rows.jsonl"), template, **how)
+
+
+def test_a_local_file_is_read_whole_whatever_the_split_asked_for(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("one\ntwo\n")
+    assert list(read_rows(str(path), split="validation")) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = str(tmp_path / "nowhere.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no data file at .*nowhere\.jsonl"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("name", ["table.xlsx", "README"])
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=r"is none of \.jsonl, \.json, \.parquet, \.csv, \.txt"):
+        read_rows(str(tmp_path / name))
+
+
+def test_entries_have_the_number_of_their_row_and_why_there_is_nothing(tmp_path):
+    rows = [
+        {"text": "a", "lang": "en"},
+        {"text": None, "lang": "en"},
+        {"text": "b", "lang": "de"},
+        {"text": "c", "lang": "en"},
+    ]
+    found = list(entries(source(tmp_path, rows, where={"lang": "en"})))
+    assert [(one.number, one.text, one.left_out) for one in found] == [
+        (0, "a", None),
+        (1, "", "empty"),
+        (2, "", "filtered by where"),
+        (3, "c", None),
+    ]
+
+
+def test_a_field_that_some_rows_lack_is_empty_there_and_counted(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "input": "c"}, {"input": "d"}]
+    found = list(entries(source(tmp_path, rows, "{text} {input}", reference="{input}")))
+    assert [(one.text, one.reference) for one in found] == [("a", ""), ("b c", "c"), ("d", "d")]
+    assert [one.absent for one in found] == [["input", "input"], [], ["text"]]
+
+
+def test_a_field_that_no_row_has_is_refused(tmp_path):
+    rows = [{"text": str(number)} for number in range(LOOKAHEAD + 1)]
+    message = r"row 1: template '{text} {body}' needs the field 'body'; the row has \['text'\], .* the first 1000 rows"
+    with pytest.raises(KeyError, match=message):
+        next(entries(source(tmp_path, rows, "{text} {body}")))
+    with pytest.raises(KeyError, match="needs the field 'body'"):
+        next(entries(source(tmp_path, rows, reference="{body}")))
+
+
+def test_a_row_that_is_no_text_is_refused_by_its_place(tmp_path):
+    one = source(tmp_path, [{"text": "a"}, {"text": ["b"]}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: the field {text} is a list"):
+        list(entries(one))
+
+
+def test_no_rows_are_no_entries(tmp_path):
+    assert list(entries(source(tmp_path, []))) == []
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["data/train.jsonl"], ["train"]),
+        (["org/name"], ["name"]),
+        (["a/train.jsonl", "b/train.jsonl", "c/chat.csv"], ["a/train", "b/train", "chat"]),
+        (["/x/a/train.jsonl", "/y/a/train.jsonl"], ["x/a/train", "y/a/train"]),
+        (["train.jsonl", "a/train.jsonl"], ["train", "a/train"]),
+        (["org-a/chat", "org-b/chat"], ["org-a/chat", "org-b/chat"]),
+        (["a/text-*.jsonl.gz", "b/part.jsonl.zst"], ["text", "part"]),
+        (["folder/*/rows.jsonl", "other/*.jsonl"], ["rows", "other"]),
+    ],
+)
+def test_sources_are_called_after_as_little_of_their_paths_as_tells_them_apart(paths, names):
+    assert labels([Source(path, "{text}") for path in paths]) == names
+
+
+def test_sources_of_one_path_need_labels():
+    one, other = (Source("org/chat", "{text}", label=label) for label in (None, "other"))
+    assert labels([one, other]) == ["chat", "other"]
+    with pytest.raises(ValueError, match=r"\['org/chat', 'org/chat'\] are both .*: give one of them another label"):
+        labels([one, one])
+    with pytest.raises(ValueError, match="another label"):
+        labels([other, other])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"whre": {}}, r"data.x has \['whre'\]; a source has \['path', 'template'"),
+        ({"weight": 0}, "data.x.weight is 0, must be above 0"),
+        ({"template": "{"}, "a literal brace is doubled"),
+        ({"reference": "yes"}, "has no field"),
+    ],
+)
+def test_a_wrong_setting_of_a_source_is_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        source_of({"path": "x.jsonl", "template": "{text}", **how}, "data.x")
+
+
+def test_a_local_file_is_known_by_its_content_and_not_by_its_place(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    here, there = source(tmp_path / "a", [{"text": "x"}]), source(tmp_path / "b", [{"text": "x"}], split="test")
+    assert here.fingerprint() == there.fingerprint()
+    assert here.identity("rows") == there.identity("rows")
+    assert str(tmp_path) not in json.dumps(here.identity("rows"))
+    assert source(tmp_path / "b", [{"text": "y"}]).fingerprint() != here.fingerprint()
+    assert Source("org/x", "{text}", revision="1").identity("x") != Source("org/x", "{text}").identity("x")

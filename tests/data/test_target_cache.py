@@ -1,0 +1,192 @@
+"""What is cached of the target is what it says live: exactly, or in expectation."""
+
+import json
+
+import pytest
+import torch
+
+from drafter.artifacts import rows
+from drafter.artifacts.manifest import ArtifactError
+from drafter.artifacts.storage import Folder
+from drafter.data import target_cache
+from drafter.data.batches import collate, response_sequence
+from drafter.data.responses import schema
+from drafter.data.target_cache import (
+    ExactFormat,
+    SparseFormat,
+    live_target,
+    require_output_embedding,
+    restore,
+    target_at,
+    write_cache,
+)
+from drafter.losses.distributions import Sparse
+from drafter.losses.divergences import acceptance_rate, kld
+from drafter.models.loading import embedding_checksum
+from tests.conftest import capped, finished_rows, small_model
+
+HOW = {"batch_tokens": 20, "shard_size": 3, "seed": 0}
+ROWS = [
+    {
+        "id": str(number),
+        "kind": "k",
+        "split": "train",
+        "temperature": 1.0,
+        "prompt_ids": [1] * (1 + number % 3),
+        "response_ids": list(range(2, 4 + number % 4)),
+        "truncated": False,
+    }
+    for number in range(7)
+]
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("responses"))
+    for number in (0, 1):
+        rows.write_shard(folder, number, ROWS[4 * number : 4 * number + 4], schema(0.95), {})
+    return finished_rows(folder, rows.finish(folder, 2, schema(0.95))[0], "respond")
+
+
+def cached(target, responses, path, format, **how):
+    folder = Folder(path)
+    count, schema = write_cache(target, responses, folder, format, **{**HOW, **how})
+    return finished_rows(folder, rows.finish(folder, count, schema)[0], "cache")
+
+
+def batch_of(found, order):
+    return collate([response_sequence(row, restore(row, found.schema)) for row in found.read(order)])
+
+
+def live(target, responses, order):
+    batch = collate([response_sequence(row) for row in responses.read(order)])
+    return live_target(target, batch, plain_head=True)[1](slice(None))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 3e-3), ("bfloat16", 2e-2)])
+def test_exact_logits_are_the_live_ones_in_any_order(target, responses, tmp_path, dtype, tolerance):
+    found = cached(target, responses, tmp_path, ExactFormat(dtype))
+    for order in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 5]):
+        ours, theirs = target_at(target, batch_of(found, order))(slice(None)), live(target, responses, order)
+        # bfloat16 keeps 8 bits of a state, float16 11, and a logit adds 32 of them up
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+        assert ours.shape == theirs.shape
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_sparse_log_probabilities_are_the_live_ones(target, responses, tmp_path, dtype):
+    found = cached(target, responses, tmp_path, SparseFormat(top_k=5, num_samples=3, dtype=dtype))
+    order = [6, 2, 5]
+    sparse = target_at(target, batch_of(found, order))(slice(None))
+    log_q_NV = live(target, responses, order).log_softmax(-1)
+    assert isinstance(sparse, Sparse)
+    assert sparse.ids_NK.shape == (len(log_q_NV), 5 + 3 + 1)
+    top = log_q_NV.topk(5).indices
+    assert sparse.ids_NK[:, :5].tolist() == top.tolist()
+    assert not (sparse.ids_NK[:, 5:8, None] == top[:, None]).any()
+    assert sparse.ids_NK[:, -1].tolist() == [token for i in order for token in ROWS[i]["response_ids"]]
+    # half a unit in the last of 8 or 11 bits
+    tolerance = {"float32": 1e-5, "float16": 2**-11, "bfloat16": 2**-8}[dtype]
+    torch.testing.assert_close(sparse.log_q_NK, log_q_NV.gather(-1, sparse.ids_NK), rtol=tolerance, atol=1e-5)
+    mass = (sparse.weight_NK * sparse.log_q_NK.exp()).sum(-1)
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=30 * tolerance, atol=1e-4)
+
+
+def test_acceptance_and_kld_of_a_sparse_cache_are_right_in_expectation(responses, tmp_path):
+    target, drafter = small_model(1, 32, sharpness=8.0), small_model(2, sharpness=8.0)  # flat: much is outside the top
+    order = list(range(7))
+    logits_q = live(target, responses, order)
+    batch = collate([response_sequence(row) for row in responses.read(order)])
+    logits_p = drafter(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits[
+        batch.target_mask_BT
+    ]
+    for measure in (acceptance_rate, kld):
+        values = []
+        for seed in range(60):
+            found = cached(target, responses, tmp_path / f"{measure.__name__}{seed}", SparseFormat(4, 4), seed=seed)
+            values.append(measure(logits_p, target_at(target, batch_of(found, order))(slice(None))).mean())
+        values, reference = torch.stack(values), measure(logits_p, logits_q).mean()
+        assert values.std() > 0
+        # Five standard errors leave two in a million to chance.
+        assert abs(values.mean() - reference) < 5 * values.std() / 60**0.5
+
+
+@pytest.mark.parametrize("format", [ExactFormat(), SparseFormat(5, 3)])
+def test_ranks_and_resumption_write_the_same_files(target, responses, tmp_path, monkeypatch, format):
+    whole = cached(target, responses, tmp_path / "whole", format)
+    with monkeypatch.context() as patch:
+        patch.setattr(target_cache, "deal", lambda numbers, world_size: enumerate([1]))
+        write_cache(target, responses, Folder(tmp_path / "parts"), format, **HOW, rank=1, world_size=2)
+    (tmp_path / "parts" / "00000.arrow").write_bytes(b"a shard whose index was not written")
+    parts = cached(target, responses, tmp_path / "parts", format)
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(
+        [f"0000{n}.{end}" for n in range(3) for end in ("arrow", "json")] + ["index.parquet", "manifest.json"]
+    )
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert [row["id"] for row in whole] == [row["id"] for row in parts] == [row["id"] for row in responses]
+
+
+def test_a_row_of_a_cache_is_the_responses_row_and_more(target, responses, tmp_path):
+    found = cached(target, responses, tmp_path, ExactFormat())
+    for row, original in zip(found, responses, strict=True):
+        assert row.keys() - original.keys() == {"hidden"}
+        assert row["response_ids"].tolist() == original["response_ids"].tolist()
+    assert restore(responses[0], responses.schema) is None
+
+
+def test_a_target_that_changes_its_logits_after_the_head_is_refused_by_exact_and_kept_by_sparse(
+    target, responses, tmp_path
+):
+    with pytest.raises(ValueError, match="use cache=sparse"):
+        cached(capped(target), responses, tmp_path / "exact", ExactFormat())
+    assert not list(tmp_path.glob("exact/*"))
+    found = cached(capped(target), responses, tmp_path / "sparse", SparseFormat(5, 3))
+    batch = batch_of(found, [3])
+    sparse = target_at(capped(target), batch)(slice(None))
+    theirs = capped(target)(input_ids=batch.input_ids_BT).logits[batch.target_mask_BT].log_softmax(-1)
+    torch.testing.assert_close(sparse.log_q_NK, theirs.gather(-1, sparse.ids_NK), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", [ExactFormat("float32"), SparseFormat(5, 3)])
+@pytest.mark.parametrize("part", ["norm", "lm_head"])
+def test_a_target_that_is_not_finite_is_refused_and_not_stored(target, responses, tmp_path, format, part):
+    broken = type(target)(target.config).eval()
+    broken.load_state_dict(target.state_dict())
+    with torch.no_grad():
+        (broken.model.norm if part == "norm" else broken.lm_head).weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite"):
+        cached(broken, responses, tmp_path, format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        (SparseFormat(top_k=64), r"top_k=64 and num_samples=40 for 64 tokens"),
+        (SparseFormat(top_k=4, num_samples=0), "num_samples=0"),
+        (SparseFormat(top_k=4, dtype="int8"), r"dtype is 'int8', must be one of bfloat16, float16, float32"),
+        (ExactFormat("float8"), r"dtype is 'float8'"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(target, responses, tmp_path, format, message):
+    with pytest.raises(ValueError, match=message):
+        cached(target, responses, tmp_path, format)
+
+
+def test_an_exact_cache_goes_with_its_own_output_embedding_alone(target, drafter, tmp_path):
+    head, other = (model.get_output_embeddings() for model in (target, drafter))
+    exact = {"settings": {"format": {"dtype": "bfloat16"}}, "counts": {"output_embedding": embedding_checksum(head)}}
+    for name, manifest in {
+        "exact": exact,
+        "unknown": exact | {"counts": {}},
+        "sparse": {"settings": {"format": {"top_k": 4}}, "counts": {}},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"stage": "cache", **manifest}))
+    require_output_embedding(str(tmp_path / "exact"), head)
+    require_output_embedding(str(tmp_path / "sparse"), other)
+    for name, found in (("exact", embedding_checksum(head)), ("unknown", "None")):
+        with pytest.raises(ArtifactError, match=f"output embedding {found}, but .* is {embedding_checksum(other)}"):
+            require_output_embedding(str(tmp_path / name), other)

@@ -1,0 +1,125 @@
+"""A model decodes exactly what it would without a cache, or is refused by name before anything is decoded."""
+
+import pytest
+import torch
+
+from drafter.decoding.capabilities import check_can_decode, check_decodes, decoder_of
+from drafter.decoding.decoders import Compiled, Decoder
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.warping import Sampling
+from tests.conftest import small_model
+from tests.families import DECODE, REFUSED, family
+
+GREEDY, PROMPT = Sampling(), [3, 5, 7, 9, 11, 2, 4]
+
+
+def uncached(model, prompt, count):
+    text = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            text.append(int(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+def like(model):
+    """A drafter that is mostly right: the model, its output embedding a little changed."""
+    drafter = family(model.config.model_type)
+    torch.manual_seed(1)
+    weight = drafter.get_output_embeddings().weight
+    weight.add_(0.3 * weight.std() * torch.randn_like(weight))
+    return drafter
+
+
+@pytest.mark.parametrize("kind", DECODE)
+def test_a_family_decodes_its_own_uncached_text_beyond_its_window_too(kind):
+    target = family(kind)
+    check_can_decode(target.config)
+    expected = uncached(target, PROMPT, 20)
+    decoded = speculative_decode(target, like(target), PROMPT, 3, 20, GREEDY, [])
+    assert decoded.tokens == autoregressive_decode(target, PROMPT, 20, GREEDY, []).tokens == expected
+    assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_family_that_keeps_a_state_is_refused_by_name_as_target_and_as_drafter(kind, drafter):
+    model = family(kind)
+    named = f"{type(model).__name__} cannot be decoded with: .* finetuning and validation's expected block efficiency"
+    for refused in (
+        lambda: check_can_decode(model.config),
+        lambda: autoregressive_decode(model, PROMPT, 5, GREEDY, []),
+        lambda: speculative_decode(model, drafter, PROMPT, 3, 5, GREEDY, []),
+        lambda: speculative_decode(drafter, model, PROMPT, 3, 5, GREEDY, []),
+        lambda: speculative_decode_batch(model, drafter, [PROMPT], 3, 5, GREEDY, []),
+        lambda: Compiled(model, 40) and decoder_of(Compiled(model, 40)),
+    ):
+        with pytest.raises(ValueError, match=named):
+            refused()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_reason_to_refuse_and_hides_no_state(dtype):
+    for kind in ("llama", "qwen3_moe"):
+        for seed in range(3):
+            check_decodes(family(kind, seed).to(dtype))
+    with pytest.raises(ValueError, match="cannot be decoded with"):
+        check_decodes(family("rwkv").to(dtype))
+
+
+def test_weights_as_they_are_initialized_are_judged_as_well():
+    for kind, refused in (("llama", False), ("rwkv", True), ("recurrent_gemma", True)):
+        model = family(kind)
+        model.init_weights()
+        if refused:
+            with pytest.raises(ValueError, match="cannot be decoded with"):
+                check_decodes(model)
+        else:
+            check_decodes(model)
+
+
+@pytest.mark.parametrize("broken", ["crop", "ignored"])
+def test_a_cache_that_does_not_do_its_work_is_seen(broken, monkeypatch):
+    model = small_model(1, 32, 2, sharpness=60.0)
+    if broken == "crop":
+        monkeypatch.setattr("transformers.cache_utils.DynamicLayer.crop", lambda *_: None)
+    else:
+        feed = Decoder.feed
+        monkeypatch.setattr(Decoder, "feed", lambda self, ids, starts, keep: feed(Decoder(self.model), ids, [0], keep))
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be decoded with"):
+        check_decodes(model)
+
+
+def test_a_model_is_tried_once_without_random_numbers_and_left_in_its_mode(monkeypatch):
+    model = small_model(1).train()
+    before = torch.get_rng_state()
+    check_decodes(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    monkeypatch.setattr(type(model), "forward", None)
+    check_decodes(model)
+
+
+def test_a_hybrid_architecture_whose_layers_all_attend_is_not_refused_by_its_config():
+    sizes = {"num_local_experts": 2, "shared_intermediate_size": 32, "mamba_n_heads": 8, "mamba_d_head": 8}
+    model = family("granitemoehybrid", layer_types=["attention"] * 2, **sizes)
+    check_can_decode(model.config)
+    check_decodes(model)
+
+
+def test_a_compiled_decoder_is_right_beyond_a_window(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    target = family("mistral")
+    pair = [Compiled(model, 48) for model in (target, like(target))]
+    assert speculative_decode(*pair, PROMPT, 3, 20, GREEDY, []).tokens == uncached(target, PROMPT, 20)
+
+
+def test_memory_that_runs_out_is_no_verdict(monkeypatch):
+    model = small_model(1)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            check_decodes(model)
+    check_decodes(model)

@@ -1,0 +1,361 @@
+"""Decoding is lossless, counts are exact, and a test of losslessness that can fail."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from drafter.decoding.acceptance import Block, verify
+from drafter.decoding.speculative import Adaptive, autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.warping import Sampling, draw, in_nucleus, warp
+from tests.conftest import VOCABULARY, small_model
+
+GREEDY = Sampling()
+
+
+class Script:
+    """A stub model: at each position its favourite token is the script's next one (positions from 0)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, script, calls=None):
+        self.script, self.seen, self.calls = script, 0, calls
+
+    def forward(self, input_ids, past_key_values, use_cache, logits_to_keep):
+        # The cache is told nothing; positions are counted from its own length, which tests crop as the real one.
+        length = past_key_values.length = getattr(past_key_values, "length", 0) + input_ids.shape[1]
+        if self.calls is not None:
+            self.calls.append(input_ids.shape[1])
+        logits = torch.zeros(1, logits_to_keep, 10)
+        for row, position in enumerate(range(length - logits_to_keep, length)):
+            logits[0, row, self.script[position]] = 5.0
+        return CausalLMOutputWithPast(logits=logits)
+
+    __call__ = forward
+
+
+@pytest.fixture
+def _stub_cache(monkeypatch):
+    class Cache:
+        def crop(self, tokens):
+            assert tokens < 0
+            self.length += tokens
+
+    monkeypatch.setattr("drafter.decoding.decoders.DynamicCache", Cache)
+
+
+def script(*tokens):
+    return list(tokens) * 20
+
+
+@pytest.mark.usefixtures("_stub_cache")
+class TestStubs:
+    def test_a_drafter_that_always_agrees_fills_every_block(self):
+        calls = []
+        decoded = speculative_decode(Script(script(1, 2, 3), calls), Script(script(1, 2, 3)), [0, 0], 3, 12, GREEDY, [])
+        assert decoded.tokens == (script(1, 2, 3)[1:])[:12]
+        assert [len(block.emitted) for block in decoded.blocks] == [4, 4, 4]
+        assert [block.accepted for block in decoded.blocks] == [3, 3, 3]
+        assert calls == [5, 4, 4]  # the prompt and its drafts, then each block's added token and its drafts
+
+    def test_a_drafter_that_never_agrees_costs_one_call_a_token(self):
+        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(4, 5, 6)), [0], 3, 7, GREEDY, [])
+        assert decoded.tokens == script(1, 2, 3)[:7]
+        assert [(block.accepted, len(block.emitted)) for block in decoded.blocks] == [(0, 1)] * 7
+        assert [block.tested for block in decoded.blocks] == [1] * 6 + [0]  # no room for a draft in the last
+
+    def test_a_drafter_that_sometimes_agrees_keeps_the_agreeing_prefix(self):
+        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 9)), [0], 4, 9, GREEDY, [])
+        assert decoded.tokens == script(1, 2, 3)[:9]
+        assert [block.accepted for block in decoded.blocks] == [2, 2, 2]
+        assert [block.tested for block in decoded.blocks] == [3, 3, 2]
+
+    def test_a_stop_token_inside_a_block_ends_the_text(self):
+        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 3)), [0], 5, 12, GREEDY, [3])
+        assert decoded.tokens == [1, 2, 3]
+        assert decoded.blocks == [Block([1, 2, 3, 1, 2], 3, [1, 2, 3], (1.0,) * 5, room=2)]
+        assert decoded.blocks[0].tested == decoded.blocks[0].expected == 3
+
+    @pytest.mark.parametrize("limit", range(1, 9))
+    def test_the_length_limit_is_exact_and_no_draft_goes_beyond_it(self, limit):
+        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 3)), [0], 3, limit, GREEDY, [])
+        assert len(decoded.tokens) == limit
+        assert sum(len(block.drafted) for block in decoded.blocks) <= limit
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+def test_greedy_output_is_the_targets_own(target, drafter, gamma):
+    for seed in range(5):
+        prompt = torch.randint(0, VOCABULARY, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
+        own = autoregressive_decode(target, prompt, 40, GREEDY, [5])
+        decoded = speculative_decode(target, drafter, prompt, gamma, 40, GREEDY, [5])
+        assert decoded.tokens == own.tokens
+        assert [token for block in decoded.blocks for token in block.emitted] == decoded.tokens
+
+
+def test_greedy_output_agrees_with_transformers_own_generation(target):
+    prompt = [3, 1, 4, 1, 5]
+    ours = autoregressive_decode(target, prompt, 20, GREEDY, []).tokens
+    theirs = target.generate(
+        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert ours == theirs[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0), Sampling(0.6, 0.9), Sampling(0.8, 1.0, 5)])
+@pytest.mark.parametrize("gamma", [3, 5])
+def test_a_copy_of_the_target_is_always_accepted(target, gamma, sampling):
+    generator = torch.Generator().manual_seed(0)
+    decoded = speculative_decode(target, target, [1, 2, 3], gamma, 6 * (gamma + 1), sampling, [], generator)
+    assert [block.accepted for block in decoded.blocks] == [gamma] * 6
+    assert len(decoded.tokens) / len(decoded.blocks) == gamma + 1
+
+
+# The chi-square tests below accept a correct decoder with probability 1 - 1e-3 each (fixed seeds: it is decided once).
+FALSE_ALARM = 1e-3
+SAMPLES = 20_000
+SAMPLINGS = [Sampling(temperature, top_p) for temperature in (1.0, 0.6) for top_p in (1.0, 0.9)]
+
+
+def chi_square_tail(statistic, freedom):
+    """P(X > statistic), X ~ chi-square, by the regularised incomplete gamma function."""
+    half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def p_value(counts, probabilities):
+    """Of the hypothesis that the counts come from the probabilities."""
+    expected = probabilities * counts.sum()
+    pooled = expected >= 5  # the usual condition; the rare rest forms one cell
+    observed = np.append(counts[pooled], counts[~pooled].sum())
+    expected = np.append(expected[pooled], expected[~pooled].sum())
+    kept = expected > 0
+    assert observed[~kept].sum() == 0, "a token came out that the target never gives"
+    if kept.sum() == 1:
+        return 1.0  # there is nothing else that could have come out, and it has
+    statistic = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    return chi_square_tail(statistic, kept.sum() - 1)
+
+
+def accept_all(drafted, p, q, generator):
+    accepted, _, chances = verify(drafted, p, q, generator)
+    own = torch.multinomial(q[:, -1], 1, generator=generator)[:, 0]
+    return torch.full_like(accepted, drafted.shape[1]), own, chances
+
+
+def resample_from_q(drafted, p, q, generator):
+    """The classic mistake: the right accept test, but a rejection draws from q and not from the residual."""
+    accepted, _, chances = verify(drafted, p, q, generator)
+    own = torch.multinomial(q[torch.arange(len(q)), accepted], 1, generator=generator)[:, 0]
+    return accepted, own, chances
+
+
+def pairs_from(rule, p, q, gamma, generator):
+    """Histogram over pairs of tokens of SAMPLES decodings from a first-order chain given by p and q, (V, V) each."""
+
+    def block(last):
+        states = [last]
+        for _ in range(gamma):
+            states.append(torch.multinomial(p[states[-1]], 1, generator=generator)[:, 0])
+        states = torch.stack(states, 1)
+        accepted, own, _ = rule(states[:, 1:], p[states[:, :-1]], q[states], generator)
+        places = torch.arange(gamma + 1)
+        return accepted, torch.where(
+            places < accepted[:, None], states[:, 1:][:, places.clamp_max(gamma - 1)], own[:, None]
+        )
+
+    accepted, emitted = block(torch.zeros(SAMPLES, dtype=torch.long))
+    _, again = block(emitted[:, 0])
+    second = torch.where(accepted > 0, emitted[:, 1], again[:, 0])
+    return np.bincount(emitted[:, 0] * len(p) + second, minlength=len(p) ** 2)
+
+
+@pytest.fixture(scope="module")
+def chain():
+    generator = torch.Generator().manual_seed(3)
+    return (2 * torch.randn(2, 6, 6, generator=generator)).unbind(0)
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_pairs_of_sampled_tokens_have_the_targets_distribution(chain, sampling, gamma):
+    p, q = (warp(logits, sampling) for logits in chain)
+    counts = pairs_from(verify, p, q, gamma, torch.Generator().manual_seed(0))
+    assert p_value(counts, (q[0][:, None] * q).flatten().double().numpy()) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("rule", [accept_all, resample_from_q])
+def test_a_wrong_accept_rule_is_seen(chain, rule, sampling, gamma):
+    p, q = (warp(logits, sampling) for logits in chain)
+    counts = pairs_from(rule, p, q, gamma, torch.Generator().manual_seed(0))
+    expected = (q[0][:, None] * q).flatten().double().numpy()
+    # A token that the target never gives is seen at once, before any statistic.
+    assert counts[expected == 0].sum() > 0 or p_value(counts, expected) < FALSE_ALARM
+
+
+def distribution_of_pairs(target, prompt, sampling):
+    with torch.inference_mode():
+        once = warp(target(input_ids=torch.tensor([prompt])).logits[0, -1], sampling)
+        rows = torch.tensor([[*prompt, token] for token in range(6)])
+        twice = warp(target(input_ids=rows).logits[:, -1], sampling)
+    return (once[:, None] * twice).flatten().double().numpy()
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5, Adaptive(5, 0.4)])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_whole_loop_samples_the_targets_distribution_for_texts_of_any_length_side_by_side(sampling, gamma):
+    target, drafter = (small_model(seed, vocab=6, sharpness=20.0) for seed in (1, 2))
+    generator, prompts = torch.Generator().manual_seed(0), ([0, 1], [3], [5, 2, 4])
+    decoded = speculative_decode_batch(target, drafter, list(prompts) * 1500, gamma, 2, sampling, [], generator, 4400)
+    for number, prompt in enumerate(prompts):
+        counts = np.bincount([6 * one.tokens[0] + one.tokens[1] for one in decoded[number::3]], minlength=36)
+        assert p_value(counts, distribution_of_pairs(target, prompt, sampling)) > FALSE_ALARM
+
+
+def test_one_text_by_itself_samples_the_targets_distribution():
+    target, drafter = (small_model(seed, vocab=6, sharpness=40.0) for seed in (1, 2))
+    sampling, generator, counts = Sampling(0.8, 0.95), torch.Generator().manual_seed(0), np.zeros(36)
+    for _ in range(800):
+        first, second = speculative_decode(target, drafter, [0, 1], 3, 2, sampling, [], generator).tokens
+        counts[first * 6 + second] += 1
+    assert p_value(counts, distribution_of_pairs(target, [0, 1], sampling)) > FALSE_ALARM
+
+
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2], [2, 3, 8, 4]]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("gamma", [1, 4, Adaptive(6, 0.2)])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[3, 1], [4, 1], [5, 9]], PROMPTS[:1]], ids=["ragged", "even", "one"])
+def test_texts_side_by_side_are_greedily_what_each_is_alone(target, drafter, prompts, gamma, batch_size):
+    batch = speculative_decode_batch(target, drafter, prompts, gamma, 30, GREEDY, [5], batch_size=batch_size)
+    for prompt, decoded in zip(prompts, batch, strict=True):
+        alone = speculative_decode(target, drafter, prompt, gamma, 30, GREEDY, [5])
+        assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, 30, GREEDY, [5]).tokens
+        assert [token for block in decoded.blocks for token in block.emitted] == decoded.tokens
+        if not isinstance(gamma, Adaptive):  # whose drafts go on as long as any text's drafter is sure
+            assert [(block.accepted, block.emitted) for block in decoded.blocks] == [
+                (block.accepted, block.emitted) for block in alone.blocks
+            ]
+
+
+@pytest.mark.parametrize("prompts", [[[8], [1, 5, 9, 2, 6]], [[1, 5, 9, 2, 6], [8]], [[8], [3]]])
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_prompt_of_one_token_goes_side_by_side_too(target, drafter, prompts, batch_size):
+    batch = speculative_decode_batch(target, drafter, prompts, 3, 20, GREEDY, [], batch_size=batch_size)
+    for prompt, decoded in zip(prompts, batch, strict=True):
+        alone = speculative_decode(target, drafter, prompt, 3, 20, GREEDY, [])
+        assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, 20, GREEDY, []).tokens
+
+
+def test_models_with_learned_positions_go_side_by_side_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    models = []
+    for seed, width in ((1, 32), (2, 16)):
+        torch.manual_seed(seed)
+        config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=width, n_layer=2, n_head=2)
+        models.append(GPT2LMHeadModel(config).eval())
+        models[-1].transformer.wte.weight.data.mul_(20)
+    for prompt, decoded in zip(PROMPTS, speculative_decode_batch(*models, PROMPTS, 3, 20, GREEDY, [5]), strict=True):
+        assert decoded.tokens == autoregressive_decode(models[0], prompt, 20, GREEDY, [5]).tokens
+
+
+def test_a_model_whose_window_is_shorter_than_the_texts_is_refused_side_by_side(drafter):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=16,
+    )
+    windowed = MistralForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"its last 16 tokens .* decode them one at a time"):
+        speculative_decode_batch(windowed, drafter, PROMPTS, 3, 20, GREEDY, [])
+    short = speculative_decode_batch(windowed, drafter, [[1], [2]], 3, 8, GREEDY, [])
+    assert short[1].tokens == autoregressive_decode(windowed, [2], 8, GREEDY, []).tokens
+
+
+def test_a_model_that_counts_positions_from_its_own_mask_is_refused_side_by_side(drafter):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    alibi = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)).eval()
+    with pytest.raises(ValueError, match="BloomForCausalLM does not take masks and positions as they are given"):
+        speculative_decode_batch(alibi, drafter, PROMPTS, 3, 20, GREEDY, [])
+    assert speculative_decode(alibi, drafter, [1, 2], 3, 8, GREEDY, []).tokens == (
+        autoregressive_decode(alibi, [1, 2], 8, GREEDY, []).tokens
+    )
+
+
+def test_an_unsure_drafter_drafts_one_token_and_a_sure_one_all(target):
+    unsure = speculative_decode(target, small_model(2, sharpness=0.0), [1, 2], Adaptive(5, 0.5), 20, GREEDY, [])
+    assert {len(block.drafted) for block in unsure.blocks[:-1]} == {1}
+    sure = speculative_decode(target, small_model(2, sharpness=1e4), [1, 2], Adaptive(5, 0.5), 20, GREEDY, [])
+    assert max(len(block.drafted) for block in sure.blocks) == 5
+
+
+def test_chances_are_those_of_the_accept_test(target, drafter):
+    sampling, generator = Sampling(0.8), torch.Generator().manual_seed(0)
+    blocks = [
+        block
+        for _ in range(150)
+        for block in speculative_decode(target, drafter, [1, 2], 3, 12, sampling, [], generator).blocks
+    ]
+    expected = sum(float(np.prod(block.chances[: j + 1])) for block in blocks for j in range(len(block.chances)))
+    accepted = sum(block.accepted for block in blocks)
+    # The coin flips' standard error: each block's accepted count has a variance of at most (3/2)^2 here.
+    assert abs(expected - accepted) < 5 * 1.5 * len(blocks) ** 0.5
+    assert all(0 <= chance <= 1 for block in blocks for chance in block.chances)
+
+
+def test_tokens_are_drawn_in_proportion_to_their_weights_and_none_of_weight_zero():
+    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.5, 0.0])
+    drawn = draw(weights.expand(20_000, -1), torch.Generator().manual_seed(0))
+    assert p_value(np.bincount(drawn, minlength=6)[[1, 3, 4]], np.array([3, 1, 0.5]) / 4.5) > FALSE_ALARM
+    assert set(drawn.tolist()) == {1, 3, 4}
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_draw_tokens_of_some_weight(monkeypatch, uniform):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
+    assert draw(torch.tensor([[0.0, 0.1, 0.7, 0.0]])).tolist() == [2 if uniform else 1]
+
+
+def test_warping_agrees_with_transformers_warpers():
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)) * 3
+    reference = TopPLogitsWarper(0.9)(None, TopKLogitsWarper(20)(None, TemperatureLogitsWarper(0.6)(None, logits)))
+    torch.testing.assert_close(warp(logits, Sampling(0.6, 0.9, 20)), reference.softmax(-1))
+
+
+def test_greedy_warping_is_one_hot_at_the_first_maximum():
+    probs = warp(torch.tensor([[0.0, 2.0, 2.0]]), GREEDY)
+    assert probs.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_what_cannot_be_decoded_is_refused_before_any_call(target):
+    for gamma, limit, prompt, message in [
+        (0, 5, [1], "num_speculative_tokens .* is 0"),
+        (3, 0, [1], "max_new_tokens is 0"),
+        (3, 5, [], "no tokens"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            speculative_decode(None, None, prompt, gamma, limit, GREEDY, [])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        speculative_decode_batch(None, None, [[1]], 3, 5, GREEDY, [], batch_size=0)
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p_and_all_that_tie_with_its_last():
+    probs = torch.tensor([[0.1, 0.5, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]])
+    assert in_nucleus(probs, 0.6).tolist() == [[False, True, True, True], [True] * 4, [False, True, False, False]]
+    assert in_nucleus(probs, 0.5).tolist() == [[False, True, False, False], [True] * 4, [False, True, False, False]]
+    assert in_nucleus(probs, 1e-9).sum(-1).tolist() == [1, 4, 1]

@@ -1,0 +1,104 @@
+"""How a command ends: a refusal is one line, a bug keeps its traceback."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from drafter import metrics
+from drafter.artifacts import manifest as artifacts
+from drafter.artifacts.manifest import ArtifactError
+from experiments import pipeline, respond
+from experiments.running.commands import check_seed, ended, is_refusal
+
+PROJECT = Path(__file__).parents[2]
+
+
+def raised_by(function, *arguments):
+    with pytest.raises(Exception) as problem:  # noqa: PT011
+        function(*arguments)
+    return problem.value
+
+
+def test_what_this_project_raises_is_a_refusal(tmp_path):
+    assert is_refusal(raised_by(artifacts.read_manifest, tmp_path, "prepare"))
+    assert is_refusal(raised_by(artifacts.require, "x", "tokenizer", "a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (artifacts.digest, (object(),)),  # a TypeError raised in a library, called from here
+        (artifacts.read_jsonl, ("/dev/stdin\0",)),  # a ValueError, of Python itself
+        (metrics.estimate, ({"p": np.zeros(3)}, "block_efficiency")),  # an error within an expression of ours
+        (int, ("x",)),
+    ],
+)
+def test_what_others_raise_is_a_bug(function, arguments):
+    assert not is_refusal(raised_by(function, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seed='1'", "error: seed is '1', must be a whole number"),
+        ("nonsense=1", "error: Could not override 'nonsense'"),
+    ],
+)
+def test_a_stage_ends_in_one_line_on_a_refusal_too(monkeypatch, capsys, override, sentence):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr("sys.argv", ["respond", override])
+    with pytest.raises(SystemExit) as refusal:
+        respond.main()
+    assert str(refusal.value).startswith(sentence)
+    assert "Traceback" not in capsys.readouterr().err
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_the_pipeline_ends_in_one_line_on_a_refusal_and_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as refusal, ended("experiments.pipeline"):
+        pipeline.main(["scale=smoke", "nonsense=1"])
+    assert str(refusal.value).startswith("error: 'nonsense=1' is a setting of no stage")
+    for bug in (TypeError("unsupported operand"), ValueError("shapes do not match"), KeyError("x")):
+
+        def fails(name, arguments, bug=bug):
+            raise bug
+
+        monkeypatch.setattr(pipeline, "composed", fails)
+        with pytest.raises(type(bug)) as kept, ended("experiments.pipeline"):
+            pipeline.main(["scale=smoke"])
+        assert kept.value is bug
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ArtifactError), ended("experiments.x"):
+        artifacts.require("x", "tokenizer", "a", "b")
+
+
+@pytest.mark.parametrize("seed", ["1", True, -1, 1.5, None, 2**32])
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(ValueError, match=r"seed is .*must be a whole number"):
+        check_seed(OmegaConf.create({"seed": seed}))
+
+
+def test_seeds_that_are_numbers_and_commands_without_one_pass():
+    check_seed(OmegaConf.create({"seed": 0}))
+    check_seed(OmegaConf.create({}))
+
+
+@pytest.mark.parametrize("scale", ["", ".", "..", "tiny/..", "a b"])
+def test_make_removes_nothing_without_the_name_of_a_scale(tmp_path, scale):
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    command = ["make", "-f", PROJECT / "Makefile", "clean", f"SCALE={scale}"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert ended.returncode != 0
+    assert b"nothing was removed" in ended.stdout
+    assert (tmp_path / "runs" / "tiny").exists()
+
+
+def test_make_help_lists_every_target(tmp_path):
+    shown = subprocess.run(["make", "-s", "help"], cwd=PROJECT, capture_output=True, check=True).stdout.decode()
+    for target in ("table-losses", "table-ood", "figure-checkpoints", "clean"):
+        assert any(line.split()[:1] == [target] for line in shown.splitlines()), target

@@ -1,0 +1,193 @@
+"""The sweeps of conf/experiment: through the pipeline, and as Hydra multiruns with a cell that fails."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hydra import initialize_config_module
+from transformers import AutoModelForCausalLM
+
+from drafter.artifacts.manifest import read_jsonl, read_manifest
+from drafter.artifacts.rows import Rows
+from experiments.pipeline import main
+from experiments.running.composing import cells
+from tests.experiments.test_pipeline import snapshot
+
+
+@pytest.fixture(scope="module")
+def suite(world, tmp_path_factory):
+    """All cells of the paper's losses and of the data's variants, one seed, beside a finished run."""
+    overrides, finished = world
+    root = tmp_path_factory.mktemp("suite") / "run"
+    shutil.copytree(finished, root)
+    command = [
+        *overrides,
+        f"root={root}",
+        "losses=[kld,tvdpp]",
+        "seeds=[1]",
+        "experiments=[data]",
+        "along.losses=[kld]",
+    ]
+    main(command)
+    return command, root
+
+
+def test_every_variant_is_trained_and_evaluated_once(suite):
+    _, root = suite
+    variants = "responses_10", "responses_33", "text_0", "text_50", "greedy", "reference", "drafter", "mixture"
+    names = {f"tvdpp-{name}-seed1" for name in variants}
+    for folder in ("variants", "evaluate_variants"):
+        assert {path.parent.name for path in (root / folder).glob("*/manifest.json")} == names
+    for name in names:
+        rows = read_jsonl(root / "evaluate_variants" / name / "counts.jsonl")
+        assert {row["gamma"] for row in rows} == {3}
+        counts = read_manifest(root / "evaluate_variants" / name, "evaluate")["counts"]
+        assert counts["loss"] == name.removesuffix("-seed1")
+    base = AutoModelForCausalLM.from_pretrained(root / "finetune" / "tvdpp-seed1").state_dict()
+    for name in names:
+        found = AutoModelForCausalLM.from_pretrained(root / "variants" / name).state_dict()
+        assert any(not torch.equal(found[key], base[key]) for key in base), name
+
+
+def test_the_sets_are_what_they_are_called(suite):
+    _, root = suite
+    assert set(Rows(root / "responses-greedy", "respond").splits) == {"train"}
+    assert {row["temperature"] for row in Rows(root / "responses-greedy", "respond")} == {0}
+    target, reference = Rows(root / "responses", "respond"), Rows(root / "responses-reference", "respond")
+    assert set(target.splits) == {"train", "validation"}
+    assert all(3 <= len(row["response_ids"]) <= 8 for row in reference)
+    assert not any(row["truncated"] for row in reference if len(row["response_ids"]) < 8)
+    assert not (root / "responses-drafter").exists()  # each finetuning has its own
+
+
+def test_each_round_is_answered_by_the_drafter_of_the_round_before(suite):
+    _, root = suite
+    for name in ("tvdpp-drafter-seed1", "tvdpp-mixture-seed1"):
+        rounds, drafters = root / "rounds" / name, []
+        for number in (1, 2, 3):
+            answered = read_manifest(rounds / str(number) / "responses", "respond")
+            trained = rounds / str(number) / "drafter" if number < 3 else root / "variants" / name
+            found = read_manifest(trained, "finetune")
+            assert answered["inputs"]["drafter"] == found["inputs"]["drafter"]
+            assert found["settings"]["max_steps"] == 2
+            drafters.append(answered["inputs"]["drafter"])
+        assert len(set(drafters)) == 3
+
+
+def test_the_kept_steps_are_evaluated(suite):
+    _, root = suite
+    (kept,) = (root / "finetune" / "kld-seed1" / "steps").iterdir()
+    assert kept.name == "kld-seed1-step5"
+    found = read_manifest(root / "evaluate_steps" / kept.name, "evaluate")["counts"]
+    assert (found["loss"], found["seed"], found["step"]) == ("kld", 1, 5)
+
+
+def test_a_second_run_repeats_nothing(suite):
+    command, root = suite
+    before = {path: what for path, what in snapshot(root).items() if "report" not in path.parts}
+    main(command)
+    assert {path: what for path, what in snapshot(root).items() if "report" not in path.parts} == before
+
+
+@pytest.mark.parametrize(
+    ("made", "stage", "content"),
+    [
+        ("variants/tvdpp-greedy-seed1", "finetune", "model.safetensors"),
+        ("variants/tvdpp-drafter-seed1", "finetune", "model.safetensors"),
+        ("evaluate_variants/tvdpp-greedy-seed1", "evaluate", "samples.jsonl"),
+    ],
+)
+def test_any_run_is_made_again_by_the_one_command_in_its_manifest(suite, tmp_path, made, stage, content):
+    _, root = suite
+    before = read_manifest(root / made, stage)
+    assert before["config"]["root"] == str(root)
+    assert before["environment"]["commit"]
+    shutil.move(root / made, tmp_path / "away")
+    command = shlex.split(before["command"])
+    assert command[:2] == ["python", "-m"]
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    try:
+        subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, env=environment)
+        after = read_manifest(root / made, stage)
+    finally:
+        shutil.rmtree(root / made, ignore_errors=True)
+        shutil.move(tmp_path / "away", root / made)
+    assert after["command"] == before["command"]
+    assert after["files"][content] == before["files"][content]
+    assert (after["settings"], after["inputs"]) == (before["settings"], before["inputs"])
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_is_named(suite, tmp_path):
+    command, finished = suite
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    for name in ("kld-seed1", "tvdpp-seed1"):
+        shutil.rmtree(root / "finetune" / name)
+        shutil.rmtree(root / "evaluate" / name)
+    (root / "finetune" / "kld-seed1").mkdir()
+    (root / "finetune" / "kld-seed1" / "something.json").write_text("{}")
+    with pytest.raises(
+        RuntimeError, match=r"1 of the finetunings failed, all else is done:\n  .*kld-seed1: .*holds files"
+    ):
+        main([*command[:-4], f"root={root}", "losses=[kld,tvdpp]", "seeds=[1]"])
+    assert (root / "evaluate" / "tvdpp-seed1" / "manifest.json").exists()
+    assert (root / "finetune" / "kld-seed1" / "something.json").read_text() == "{}"
+
+
+def test_a_multirun_names_its_failed_cell_and_finishes_the_rest(suite, tmp_path):
+    command, _ = suite
+    overrides = [
+        part for part in command if part.split("=")[0] not in ("losses", "seeds", "experiments", "along.losses")
+    ]
+    folder = tmp_path / "out"
+    (folder / "tvd-seed1").mkdir(parents=True)
+    (folder / "tvd-seed1" / "something.json").write_text("{}")
+    sweep = [
+        sys.executable,
+        "-m",
+        "experiments.finetune",
+        "-m",
+        "loss=kld,tvd,nla",
+        "seed=1",
+        f"out={folder}/${{name}}",
+    ]
+    concerned = [part for part in overrides if part.split(".")[0] not in ("finetune",)]
+    result = subprocess.run([*sweep, *concerned, "finetune.max_steps=2"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "1 cells of the sweep failed; all others are finished:" in result.stderr
+    assert "loss=tvd seed=1" in result.stderr.split("all others are finished:")[1]
+    assert {path.parent.name for path in folder.glob("*/manifest.json")} == {"kld-seed1", "nla-seed1"}
+
+
+@pytest.mark.skipif(find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason="needs drafter[joblib]")
+def test_joblib_runs_cells_side_by_side_and_names_the_one_that_failed(suite, tmp_path):
+    command, _ = suite
+    overrides = [
+        part for part in command if part.split("=")[0] not in ("losses", "seeds", "experiments", "along.losses")
+    ]
+    (tmp_path / "tvd-seed1").mkdir()
+    (tmp_path / "tvd-seed1" / "something.json").write_text("{}")
+    sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "loss=kld,tvd,nla", "seed=1"]
+    where = [f"out={tmp_path}/${{name}}", "finetune.max_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.finetune", *sweep, *overrides, *where], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "loss=tvd seed=1" in done.stderr.split("1 cells of the sweep failed")[1]
+    assert {path.parent.name for path in tmp_path.glob("*/manifest.json")} == {"kld-seed1", "nla-seed1"}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "count"), [("losses", 24), ("data", 24), ("transfer", 12), ("transfer_paper", 9)]
+)
+def test_experiments_are_sweeps_that_hydra_knows(experiment, count):
+    with initialize_config_module("conf", version_base="1.3"):
+        found = cells("finetune", experiment)
+    assert len({tuple(cell) for cell in found}) == len(found) == count
+    assert json.dumps(found).count("seed=") == count

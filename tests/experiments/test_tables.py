@@ -1,0 +1,476 @@
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from drafter.artifacts.manifest import ArtifactError, Stage, write_jsonl
+from drafter.metrics import Estimate
+from experiments import curves, tables
+from experiments.reporting.figures import colours, draw_curves, draw_efficiency
+from experiments.reporting.page import by_prompt, write_html
+from experiments.reporting.results import POOLED, check_evaluations, in_order, read_curves, read_evaluations, summarise
+from experiments.reporting.tabular import Table, with_interval
+from experiments.tables import by_task
+
+TASKS = {"open_ended": 6, "code": 4}  # prompts of each
+GAMMAS = (3, 5)
+ACCEPTED = {"pretrained": 6, "kld": 12, "tvd": 10}  # of 10 blocks: block efficiency is 1 + accepted / 10
+NASTY = "Is 1 < 2 & <script>alert('x')</script>?"
+
+
+def evaluation(root, name, loss, seed, tasks=TASKS, gammas=GAMMAS, accepted=None):
+    """A finished evaluation directory, as experiments.evaluate writes it."""
+    accepted = ACCEPTED[loss] if accepted is None else accepted
+    about = {task: {"in_domain": task != "code"} for task in tasks}
+    stage = Stage(root / "evaluate" / name, "evaluate", {"seed": 0, "tasks": about}, {"drafter": name})
+    counts, samples = [], []
+    for gamma in gammas:
+        for task, size in tasks.items():
+            for i in range(size):
+                kept = accepted + i % 3  # prompts differ, so that intervals have a width
+                row = {"tokens": 10 + kept, "target_calls": 10, "accepted": kept, "tested": 30, "seconds": 1.0}
+                baseline = {"baseline_tokens": 20, "baseline_seconds": 2.0}
+                more = {"drafted": 30, "expected": 10.0 + kept, "drafting_seconds": 0.3, "verifying_seconds": 0.6}
+                places = {"by_position": [[kept, 0, 0], [10, 10, 10]]}
+                counts.append(
+                    {"task": task, "gamma": gamma, "prompt": f"{task}:{i}", **row, **baseline, **more, **places}
+                )
+            blocks = [
+                {"accepted": ["drafted ", "<b>bold</b>"], "rejected": ["refused"], "own": [" added"]},
+                {"accepted": [], "rejected": [], "own": ["<|im_end|>"]},
+            ]
+            key = {"task": task, "gamma": gamma, "prompt": f"{task}:0"}
+            samples.append({**key, "message": f"{NASTY} {task}", "blocks": blocks})
+    write_jsonl(stage.directory / "counts.jsonl", counts)
+    write_jsonl(stage.directory / "samples.jsonl", samples)
+    summary = {"loss": loss, "seed": seed, "drafter_parameters": 4, "target_parameters": 100}
+    stage.finish(counts={**summary, "greedy_outputs": 8, "greedy_outputs_unlike_the_target": seed == 2})
+    return stage.directory
+
+
+def finetuning(root, loss, seed, rows=4):
+    """A finished finetuning's manifest and its CSV log, in which training and validation rows alternate."""
+    stage = Stage(
+        root / "finetune" / f"{loss}-seed{seed}", "finetune", {"name": f"{loss}-seed{seed}", "seed": seed}, {}
+    )
+    (stage.directory / "logs").mkdir()
+    fields = ["epoch", "step", "train/loss", "val/acceptance_rate", "val/argmax_agreement", "val/kld", "val/tvd"]
+    with (stage.directory / "logs" / "metrics.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(fields)
+        for i in range(rows):
+            writer.writerow([0, 5 * i, 3.0, "", "", "", ""])
+            writer.writerow([0, 5 * i, "", 0.4 + 0.01 * i + 0.01 * seed, 0.5, 2.0 - 0.1 * i, 0.6])
+    stage.finish()
+
+
+def pipeline_root(path):
+    """Four evaluations and three finetunings under one root, made in no particular order."""
+    evaluation(path, "tvd-seed1", "tvd", 1)
+    evaluation(path, "kld-seed2", "kld", 2)
+    evaluation(path, "drafter", "pretrained", 0)
+    evaluation(path, "kld-seed1", "kld", 1)
+    for loss, seed in (("kld", 1), ("kld", 2), ("tvd", 1)):
+        finetuning(path, loss, seed)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    return pipeline_root(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """The text of one report that several tests read."""
+    return (run_tables(pipeline_root(tmp_path_factory.mktemp("root"))) / "report.html").read_text()
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def run_tables(root):
+    tables.main(OmegaConf.create(settings(root, root / "report")))
+    return root / "report"
+
+
+def settings(root, out, **more):
+    models = {name: str(root / name) for name in ("target", "drafter")}
+    return {
+        "root": str(root),
+        "out": str(out),
+        "base": "pretrained",
+        "dry_run": False,
+        "publish": None,
+        "models": models,
+        "logger": {"wandb": False},
+        **more,
+    }
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags, the addresses that its attributes lead to, and text by class."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.spans, self.open = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [
+            value for name, value in attributes if name in {"src", "href", "xlink:href", "srcset", "data"}
+        ]
+        self.open = dict(attributes).get("class") if tag == "span" else None
+        if self.open:
+            self.spans.append((self.open, ""))
+
+    def handle_data(self, data):
+        if self.open:
+            self.spans[-1] = (self.open, self.spans[-1][1] + data)
+
+    def handle_endtag(self, tag):
+        self.open = None
+
+
+def test_evaluations_are_read_with_the_pretrained_drafter_first_then_by_loss_and_seed(root):
+    found = read_evaluations(root / "evaluate")
+    assert [(row.loss, row.seed) for row in found] == [("pretrained", 0), ("kld", 1), ("kld", 2), ("tvd", 1)]
+    assert found[0].size_ratio == 0.04
+    assert len(found[0].counts) == len(GAMMAS) * sum(TASKS.values())
+    assert found[0].counts["code", 3, "code:1"].tokens == 17
+
+
+def test_an_unfinished_evaluation_is_left_out(root):
+    (root / "evaluate" / "tvd-seed1" / "manifest.json").unlink()
+    assert {row.loss for row in read_evaluations(root / "evaluate")} == {"pretrained", "kld"}
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["no-folder", "empty-folder"])
+def test_no_evaluation_names_the_command_that_makes_one(tmp_path, made):
+    if made:
+        (tmp_path / "evaluate").mkdir()
+    with pytest.raises(ArtifactError, match=r"python -m experiments\.evaluate"):
+        run_tables(tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_summary_has_a_row_for_each_loss_task_and_gamma_over_all_its_seeds(root):
+    rows = summarise(read_evaluations(root / "evaluate"))
+    assert len(rows) == 3 * len(TASKS) * len(GAMMAS)
+    assert list(dict.fromkeys(row.loss for row in rows)) == ["pretrained", "kld", "tvd"]
+    assert {(row.loss, row.seeds) for row in rows} == {("pretrained", 1), ("kld", 2), ("tvd", 1)}
+    assert {(row.task, row.prompts) for row in rows} == set(TASKS.items())
+
+
+def test_the_summarys_values_are_the_ones_computed_by_hand(root):
+    rows = summarise(read_evaluations(root / "evaluate"))
+    (row,) = (row for row in rows if (row.loss, row.task, row.gamma) == ("kld", "open_ended", 5))
+    efficiency = 1 + (12 + 1) / 10  # six prompts with 0, 1, 2, 0, 1, 2 tokens more: one on average
+    assert row.block_efficiency.value == pytest.approx(efficiency)
+    assert row.acceptance_rate.value == pytest.approx(13 / 30)
+    assert row.token_rate_ratio.value == pytest.approx((23 / 1.0) / (20 / 2.0))
+    assert row.speedup.value == pytest.approx(efficiency / (0.04 * 5 + 1))
+    assert row.speedup.low == pytest.approx(row.block_efficiency.low / (0.04 * 5 + 1))
+    assert row.block_efficiency.low < efficiency < row.block_efficiency.high
+
+
+def test_the_gain_is_paired_so_that_the_prompts_own_spread_cancels(root):
+    rows = summarise(read_evaluations(root / "evaluate"))
+    gains = {row.loss: row.gain for row in rows if (row.task, row.gamma) == ("code", 3)}
+    assert gains["pretrained"] is None
+    for loss in ("kld", "tvd"):
+        # Every prompt gains the same number of tokens a block: no width but float64 rounding.
+        assert gains[loss] == pytest.approx([(ACCEPTED[loss] - 6) / 10] * 3, abs=1e-12)
+
+
+def test_other_prompts_than_the_pretrained_drafters_leave_the_gain_blank(tmp_path):
+    evaluation(tmp_path, "drafter", "pretrained", 0)
+    evaluation(tmp_path, "kld-seed1", "kld", 1, tasks={"open_ended": 5, "code": 4})
+    gains = {row.task: row.gain for row in summarise(read_evaluations(tmp_path / "evaluate")) if row.loss == "kld"}
+    assert gains["open_ended"] is None
+    assert gains["code"] is not None
+
+
+def test_without_a_pretrained_drafter_every_gain_is_blank(tmp_path):
+    evaluation(tmp_path, "kld-seed1", "kld", 1)
+    assert {row.gain for row in summarise(read_evaluations(tmp_path / "evaluate"))} == {None}
+
+
+def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_the_pretrained(root):
+    rows = [row for row in summarise(read_evaluations(root / "evaluate")) if row.gamma == 3]
+    header, rule, *lines = [cells(line) for line in by_task(rows, "n", "t").markdown().splitlines()]
+    assert header == ["task", "drafter", "τ", "expected τ", "τ − pretrained", "MBSU", "token rate", "acceptance rate"]
+    assert rule == ["---"] * len(header)
+    named = [task.replace("_", " ") for task in TASKS]
+    assert [line[:2] for line in lines] == [[task, loss] for task in named for loss in ("pretrained", "kld", "tvd")]
+    assert [line[4] for line in lines if line[1] == "pretrained"] == ["", ""]
+    assert [line[4] for line in lines if line[1] == "kld"] == ["+0.60 [+0.60, +0.60]"] * 2
+    assert all(len(line) == len(header) for line in lines)
+    assert lines[0][2].startswith("1.70 [")
+    assert [line[1] for line in lines if line[2].startswith("**")] == ["kld", "kld"]  # the best of each task
+
+
+def test_gammas_are_in_the_order_of_numbers_and_adaptive_comes_last():
+    assert in_order(["adaptive", 10, 3, 10]) == [3, 10, "adaptive"]
+
+
+def test_an_interval_is_written_with_two_decimals_and_a_sign_on_demand():
+    assert with_interval(Estimate(2.312, 2.2, 2.44)) == "2.31 [2.20, 2.44]"
+    assert with_interval(Estimate(0.1, -0.05, 0.2), signed=True) == "+0.10 [-0.05, +0.20]"
+
+
+def test_curves_are_the_validation_rows_by_loss_and_seed(root):
+    curves = read_curves(root / "finetune")
+    assert {loss: sorted(seeds) for loss, seeds in curves.items()} == {"kld": [1, 2], "tvd": [1]}
+    assert [row["step"] for row in curves["kld"][2]] == [0, 5, 10, 15]
+    assert curves["kld"][2][1]["val/acceptance_rate"] == pytest.approx(0.43)
+    assert "train/loss" not in curves["kld"][1][0]
+
+
+def test_the_curves_of_a_finetuning_that_is_still_running_are_drawn_too(root):
+    folder = root / "finetune" / "kld-seed1"
+    (folder / "manifest.json").rename(folder / "started.json")
+    assert sorted(read_curves(root / "finetune")["kld"]) == [1, 2]
+    cfg = {
+        "folders": [str(root / "finetune"), str(root / "variants")],
+        "only": ["kld"],
+        "out": str(root / "new" / "curves"),
+    }
+    curves.main(OmegaConf.create(cfg))
+    assert ">kld</text>" in (root / "new" / "curves.svg").read_text()
+    assert ">tvd</text>" not in (root / "new" / "curves.svg").read_text()
+    with pytest.raises(ValueError, match=r"has logged \['nla'\]: \['kld', 'tvd'\]"):
+        curves.main(OmegaConf.create({**cfg, "only": ["nla"]}))
+
+
+def test_the_command_writes_results_figures_and_report(root, capsys):
+    report = run_tables(root)
+    written = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
+    figures = {f"figures/{name}.{kind}" for name in ("block_efficiency", "curves") for kind in ("png", "svg")}
+    names = ("models", "losses", "ood", "gamma_3", "gamma_5", "positions")
+    made = {f"tables/{name}.{kind}" for name in names for kind in ("md", "tex")}
+    assert written == {"results.md", "report.html", "runs.json"} | figures | made
+    results = (report / "results.md").read_text()
+    titles = ["Architectures", "Which loss?", "Out of the domain, γ = 3", "γ = 3", "γ = 5"]
+    assert re.findall(r"### (.*)", results)[:5] == titles
+    assert "| drafter | draft 1 | draft 2 | draft 3 | draft 4 | draft 5 |" in results
+    assert "10 prompts, 2 seeds a loss, c = 0.0400" in results
+    assert "in 31 of 32 decodings" in results  # four evaluations of 8, one of which differs once
+    assert str(report / "report.html") in capsys.readouterr().out
+
+
+def test_what_is_published_is_what_was_made_without_the_large_files(root):
+    tables.main(OmegaConf.create(settings(root, root / "report", publish=str(root / "results" / "here"))))
+    published = {str(path.relative_to(root / "results" / "here")) for path in (root / "results").rglob("*.*")}
+    made = {str(path.relative_to(root / "report")) for path in (root / "report").rglob("*.*")}
+    assert published == {name for name in made if not name.endswith((".svg", ".html"))}
+    assert (root / "results" / "here" / "results.md").read_text() == (root / "report" / "results.md").read_text()
+
+
+def test_each_run_behind_the_numbers_is_traced(root):
+    found = json.loads((run_tables(root) / "runs.json").read_text())
+    assert set(found) == {str(path.parent) for path in root.rglob("manifest.json")}
+    run = found[str(root / "evaluate" / "kld-seed1")]
+    assert run["stage"] == "evaluate"
+    assert {"argv", "commit", "versions", "cpus", "finished"} <= set(run["environment"])
+    assert {"settings", "inputs", "fingerprint"} <= set(run)
+
+
+def test_the_pretrained_drafter_alone_makes_a_report_as_well(tmp_path):
+    evaluation(tmp_path, "drafter", "pretrained", 0)
+    report = run_tables(tmp_path)
+    assert "pretrained" in (report / "results.md").read_text()
+    assert (report / "report.html").stat().st_size > 0
+
+
+def test_figures_are_written_as_png_and_svg_with_something_in_them(root):
+    rows, curves = summarise(read_evaluations(root / "evaluate")), read_curves(root / "finetune")
+    for name, svg in (("bars", draw_efficiency(rows, root / "bars")), ("lines", draw_curves(curves, root / "lines"))):
+        png = (root / f"{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert len(png) > 5000  # an empty panel of this size takes about 3 kB
+        assert xml.etree.ElementTree.parse(root / f"{name}.svg").getroot().tag.endswith("svg")
+        assert svg.startswith("<svg")
+        for loss in ("kld", "tvd"):
+            assert f">{loss}</text>" in svg
+
+
+def test_the_figure_of_efficiency_has_a_panel_for_each_gamma_and_names_every_task(root):
+    svg = draw_efficiency(summarise(read_evaluations(root / "evaluate")), root / "bars")
+    assert [f"γ = {gamma}" in svg for gamma in GAMMAS] == [True, True]
+    assert svg.count("open ended") == len(GAMMAS)
+
+
+@pytest.mark.parametrize("gammas", [(3,), (5,)], ids=["last-panel", "first-panel"])
+def test_a_cell_that_was_not_run_is_left_blank_in_the_figure(tmp_path, gammas):
+    evaluation(tmp_path, "drafter", "pretrained", 0, gammas=(3, 5))
+    evaluation(tmp_path, "kld-seed1", "kld", 1, gammas=gammas)
+    assert draw_efficiency(summarise(read_evaluations(tmp_path / "evaluate")), tmp_path / "bars").startswith("<svg")
+
+
+def test_each_loss_has_one_colour_whatever_the_order_and_the_pretrained_is_grey():
+    assert colours(["kld", "pretrained", "tvd"]) == colours(["tvd", "kld"])
+    assert colours(["tvd", "mine"])["tvd"] == colours(["kld", "tvd"])["tvd"]
+    for losses in (["kld", "tvd", "tvdpp"], ["kld", "mine", "another", "nla"]):
+        assert len({colours(losses)[loss] for loss in [*losses, "pretrained"]}) == len(losses) + 1
+    assert colours([])["pretrained"] == "#999999"
+
+
+def test_figures_leave_no_open_figures(root):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    draw_efficiency(summarise(read_evaluations(root / "evaluate")), root / "bars")
+    draw_curves(read_curves(root / "finetune"), root / "lines")
+    assert plt.get_fignums() == before
+
+
+def test_the_report_leads_nowhere_outside_itself(html):
+    page = Page(html)
+    assert not {"link", "iframe", "img", "object", "embed", "base"} & set(page.tags)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert page.tags.count("svg") == 1
+
+
+def test_the_report_colours_tokens_by_who_wrote_them(html):
+    page = Page(html)
+    assert {name for name, _ in page.spans} == {"accepted", "rejected", "own"}
+    for span in (("accepted", "drafted "), ("rejected", "refused"), ("own", " added"), ("own", "<|im_end|>")):
+        assert span in page.spans
+
+
+def test_the_report_escapes_the_texts(html):
+    assert "<script>alert" not in html
+    assert "<b>bold" not in html
+    assert "Is 1 &lt; 2 &amp; &lt;script&gt;" in html
+    assert ("accepted", "<b>bold</b>") in Page(html).spans
+
+
+def test_the_report_has_a_table_for_each_gamma_with_the_best_drafter_of_each_task_in_bold(html):
+    assert re.findall(r'<table id="gamma_(\d)">', html) == ["3", "5"]
+    best = re.findall(r"<td>(?:[^<]*)</td><td>(\w+)</td><td><b>", html)
+    assert best == ["kld"] * len(TASKS) * len(GAMMAS)
+
+
+def test_a_report_without_curves_has_no_plots(tmp_path):
+    table = Table("t", "Title", ["a", "b"], [["x", "**2.0**"], ["y", ""]])
+    write_html(tmp_path / "page.html", [table], {}, {"block_efficiency": "<svg></svg>"}, {}, ["note"])
+    text = (tmp_path / "page.html").read_text()
+    assert "<td>x</td><td><b>2.0</b></td>" in text
+    assert "Plotly" not in text
+    assert len(text) < 20_000
+
+
+def test_the_report_shows_one_text_a_task_at_the_smallest_gamma_decoded_by_every_drafter():
+    def text(gamma, prompt, accepted):
+        blocks = [{"accepted": ["x"] * accepted, "rejected": [], "own": ["y"]}] * 2
+        return {"task": "code", "gamma": gamma, "prompt": prompt, "message": prompt, "blocks": blocks}
+
+    (row,) = by_prompt({"one": [text(5, "p", 4), text(3, "p", 2), text(3, "q", 1)], "two": [text(3, "p", 3)]})
+    assert (row["task"], row["gamma"], row["prompt"]) == ("code", 3, "p")
+    efficiencies = {drafter: decoding["efficiency"] for drafter, decoding in row["decodings"].items()}
+    assert efficiencies == {"one": 3.0, "two": 4.0}
+
+
+def test_only_the_first_seed_of_a_loss_is_shown_in_the_report(html):
+    assert "kld-seed1: τ = 2.50" not in html  # two blocks of 3 and 1 tokens
+    assert "kld-seed1: τ = 2.00" in html
+    assert "kld-seed2" not in html
+
+
+def test_the_tables_run_without_torch(root):
+    code = (
+        "import sys; from omegaconf import OmegaConf; from experiments import tables\n"
+        f"tables.main(OmegaConf.create({settings(root, root / 'out')!r}))\n"
+        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "assert not loaded & {'torch', 'transformers', 'lightning', 'datasets'}, sorted(loaded)"
+    )
+    here = Path(tables.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (root / "out" / "results.md").exists()
+
+
+def test_more_seeds_add_up_to_a_ratio_of_sums(tmp_path):
+    evaluation(tmp_path, "drafter", "pretrained", 0)
+    evaluation(tmp_path, "kld-seed1", "kld", 1, accepted=4)
+    evaluation(tmp_path, "kld-seed2", "kld", 2, accepted=8)
+    rows = summarise(read_evaluations(tmp_path / "evaluate"))
+    (row,) = (row for row in rows if (row.loss, row.task, row.gamma) == ("kld", "open_ended", 3))
+    assert row.block_efficiency.value == pytest.approx(np.mean([1 + 5 / 10, 1 + 9 / 10]))
+    assert row.prompts == TASKS["open_ended"]
+
+
+def test_tasks_in_the_domain_are_pooled_as_sums_and_the_others_left_out(tmp_path):
+    tasks = {"open_ended": 6, "summary": 2, "code": 4}
+    evaluation(tmp_path, "drafter", "pretrained", 0, tasks)
+    evaluation(tmp_path, "kld-seed1", "kld", 1, tasks)
+    rows = summarise(read_evaluations(tmp_path / "evaluate"))
+    pooled = {(row.loss, row.gamma): row for row in rows if row.task == POOLED}
+    assert set(pooled) == {(loss, gamma) for loss in ("pretrained", "kld") for gamma in GAMMAS}
+    assert pooled["kld", 3].prompts == 8
+    kept = [i % 3 for size in (6, 2) for i in range(size)]
+    assert pooled["kld", 3].block_efficiency.value == pytest.approx(np.mean([1 + (12 + i) / 10 for i in kept]))
+    assert pooled["kld", 3].gain.value == pytest.approx(0.6)
+
+
+def test_one_task_in_the_domain_is_not_pooled(root):
+    assert POOLED not in {row.task for row in summarise(read_evaluations(root / "evaluate"))}
+
+
+def test_the_base_of_the_comparison_is_chosen_by_name(root):
+    rows = summarise(read_evaluations(root / "evaluate", "kld"), "kld")
+    assert rows[0].loss == "kld"
+    gains = {row.loss: row.gain and row.gain.value for row in rows if (row.task, row.gamma) == ("code", 3)}
+    assert gains == {"kld": None, "pretrained": pytest.approx(-0.6), "tvd": pytest.approx(-0.2)}
+    assert "τ − kld" in by_task(rows, "n", "t", "kld").columns
+    found = read_evaluations(root / "evaluate", "kl")
+    with pytest.raises(ArtifactError, match=r"base is 'kl', but what was evaluated .* \['kld', 'pretrained', 'tvd'\]"):
+        check_evaluations(found, root, "kl")
+
+
+def test_the_commits_and_machines_named_are_those_of_the_evaluations(root):
+    machines = {"cores": 64, "processor": "EPYC", "gpu": "NVIDIA A100"}, {"cores": 8, "processor": "M3", "gpu": None}
+    for name, commit, machine in zip(("drafter", "kld-seed1"), ("abc", "def"), machines, strict=True):
+        path = root / "evaluate" / name / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["environment"] |= {"commit": commit, "machine": machine}
+        path.write_text(json.dumps(manifest))
+    for name in ("kld-seed2", "tvd-seed1"):
+        shutil.rmtree(root / "evaluate" / name)
+    page = (run_tables(root) / "results.md").read_text()
+    assert "Measured on 8 CPU cores (M3); NVIDIA A100, 64 CPU cores (EPYC), commit abc, def." in page
+
+
+def test_what_an_earlier_run_left_is_not_published_and_what_is_not_ours_stays(root, tmp_path):
+    for folder in (root / "report", tmp_path / "published"):
+        for name in ("tables/old.md", "tables/old.tex", "figures/old.png", "figures/old.svg", "tables/mine.ods"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("x")
+    tables.main(OmegaConf.create(settings(root, root / "report", publish=str(tmp_path / "published"))))
+    for folder in (root / "report", tmp_path / "published"):
+        assert not list(folder.rglob("old.*"))
+        assert (folder / "tables" / "mine.ods").exists()
+        assert (folder / "tables" / "losses.md").exists()
+
+
+def test_two_drafters_of_one_loss_and_seed_are_no_two_seeds(root):
+    evaluation(root, "b-kld-seed1", "kld", 1)
+    assert [one.loss for one in read_evaluations(root / "evaluate")] == [
+        "pretrained",
+        "kld",
+        "kld (b-kld-seed1)",
+        "kld (kld-seed1)",
+        "tvd",
+    ]

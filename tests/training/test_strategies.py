@@ -1,0 +1,164 @@
+"""Every way of training on several ranks, on CPU with gloo: the curve and the drafter are those of one process."""
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drafter.artifacts.manifest import read_jsonl, read_manifest
+from drafter.artifacts.rows import Rows
+from drafter.data.target_cache import restore
+from tests.conftest import save_llama
+from tests.experiments.test_pipeline import stage
+from tests.training.test_ddp import TORCHRUN, manifest, run
+
+STEPS = ["loss=tvdpp", "finetune.max_steps=6", "finetune.validate_every=3"]
+FSDP2, LIVE, ACCUMULATE = ["trainer=fsdp2"], ["inputs.cache=null"], ["trainer.accumulate_grad_batches=2"]
+STRATEGIES = {
+    "ddp": [],
+    "fsdp2": FSDP2,
+    "accumulate_checkpointing": [*ACCUMULATE, "finetune.gradient_checkpointing=true"],
+    "compile": ["finetune.compile=true"],
+    "target_fsdp": [*LIVE, "target.parallel=fsdp"],
+    "bf16": ["trainer.precision=bf16-mixed"],
+    "all_fsdp2": [*LIVE, "target.parallel=fsdp", *FSDP2, "finetune.gradient_checkpointing=true"],
+}
+# What changes the result, and not only the way to it, is asked of one process too.
+ALSO_ALONE = {
+    "target_fsdp": LIVE,
+    "all_fsdp2": LIVE,
+    "bf16": STRATEGIES["bf16"],
+    "accumulate_checkpointing": ACCUMULATE,
+}
+
+
+def curve(folder):
+    with (folder / "logs" / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """One process's run with the given overrides, made once."""
+    overrides, _ = world
+    made = {}
+
+    def run_of(extra):
+        key = tuple(extra)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("alone") / "out"
+            run(sys.executable, "-m", "experiments.finetune", *overrides, *STEPS, *extra, f"out={made[key]}")
+        return made[key]
+
+    return run_of
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_have_the_curve_and_the_drafter_of_one_process(world, alone, tmp_path, strategy):
+    overrides, _ = world
+    out = tmp_path / "two"
+    run(*TORCHRUN, "-m", "experiments.finetune", *overrides, *STEPS, *STRATEGIES[strategy], f"out={out}")
+    one = alone(ALSO_ALONE.get(strategy, []))
+    assert manifest(out)["counts"]["steps"] == 6
+    assert len(curve(out)) == len(curve(one)) == 4
+    # The same sums in another order; AdamW's first steps divide by the root of small numbers. bfloat16 has 8 bits.
+    loose = 20 if strategy == "bf16" else 1
+    for found, expected in zip(curve(out), curve(one), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3 * loose, abs=1e-4 * loose)
+    two, whole = (load_file(folder / "model.safetensors") for folder in (out, one))
+    assert two.keys() == whole.keys()
+    for name, value in whole.items():
+        assert value.dtype == torch.float32
+        assert two[name].sub(value).abs().max() < 2e-3 * loose, name
+
+
+@pytest.mark.parametrize("goes_on", ["fsdp2", "alone"])
+def test_a_killed_run_of_two_ranks_goes_on_to_the_curve_of_one_that_was_not(world, alone, tmp_path, goes_on):
+    overrides, _ = world
+    longer = ["finetune.max_steps=26", "finetune.validate_every=4"]
+    command = ["-m", "experiments.finetune", *overrides, *STEPS, *longer, f"out={tmp_path}/out"]
+    process = subprocess.Popen([*TORCHRUN, *command, *FSDP2], start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out" / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    run(*([*TORCHRUN, *command, *FSDP2] if goes_on == "fsdp2" else [sys.executable, *command]))
+    for found, expected in zip(curve(tmp_path / "out"), curve(alone(longer)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_a_job_of_a_cluster_that_is_preempted_is_requeued_and_ends_with_the_same_curve(world, alone, tmp_path):
+    overrides, _ = world
+    longer = ["finetune.max_steps=80", "finetune.validate_every=4"]
+    command = ["-m", "experiments.finetune", *overrides, *STEPS, *longer, f"out={tmp_path}/out", "cluster=local"]
+    jobs = f"hydra.launcher.submitit_folder={tmp_path}/jobs"
+    process = subprocess.Popen([sys.executable, *command, jobs], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"submitit.core._submit" in (line := path.read_bytes()) and bytes(tmp_path) in line:
+                os.kill(int(path.parent.name), signal.SIGUSR2)
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert "failed" not in told
+    assert any("Requeued job" in path.read_text() for path in (tmp_path / "jobs").glob("*log.*"))
+    for found, expected in zip(curve(tmp_path / "out"), curve(alone(longer)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_two_ranks_hold_one_target_together_and_answer_as_one_process(world, tmp_path):
+    overrides, root = world
+    save_llama(tmp_path / "target", root.parent / "target")
+    overrides = [*overrides, f"target.path={tmp_path}/target", f"++inputs.data={root}/data"]
+    steps = {"respond": [], "cache": [f"inputs.responses={tmp_path}/respond-one"]}
+    for name, extra in steps.items():
+        command = ["-m", f"experiments.{name}", *overrides, *extra]
+        run(sys.executable, *command, f"out={tmp_path}/{name}-one")
+        run(*TORCHRUN, *command, f"out={tmp_path}/{name}-two", "target.parallel=tensor")
+    one, two = (Rows(tmp_path / f"respond-{name}", "respond") for name in ("one", "two"))
+    assert [row["response_ids"].tolist() for row in two] == [row["response_ids"].tolist() for row in one]
+    counts = (read_manifest(tmp_path / f"cache-{name}", "cache")["counts"] for name in ("one", "two"))
+    assert len({one["output_embedding"] for one in counts}) == 1  # gathered from both ranks
+    one, two = (Rows(tmp_path / f"cache-{name}", "cache") for name in ("one", "two"))
+    for expected, found in zip(one, two, strict=True):
+        expected, found = (restore(row, rows.schema).float() for row, rows in ((expected, one), (found, two)))
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)  # they are kept in bfloat16
+    sparse = ["-m", "experiments.cache", *overrides, *steps["cache"], "cache=sparse", "cache.format.num_samples=8"]
+    sparse += ["cache.format.top_k=4"]
+    run(sys.executable, *sparse, f"out={tmp_path}/sparse-one")
+    run(*TORCHRUN, *sparse, f"out={tmp_path}/sparse-two", "target.parallel=tensor")
+    one, two = (Rows(tmp_path / f"sparse-{name}", "cache") for name in ("one", "two"))
+    for expected, found in zip(one, two, strict=True):
+        assert found["ids"].tolist() == expected["ids"].tolist()
+    evaluate = ["-m", "experiments.evaluate", *overrides, f"drafters=[{root}/drafter]"]
+    run(sys.executable, *evaluate, f"out={tmp_path}/evaluate-one")
+    run(*TORCHRUN, *evaluate, f"out={tmp_path}/evaluate-two", "target.parallel=tensor")
+    one, two = (read_jsonl(tmp_path / f"evaluate-{name}" / "drafter" / "counts.jsonl") for name in ("one", "two"))
+    for field in ("tokens", "target_calls", "accepted"):
+        assert [row[field] for row in two] == [row[field] for row in one]
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "message"),
+    [
+        ("respond", "fsdp", r"target\.parallel is 'fsdp', but respond takes null .* or tensor"),
+        ("finetune", "tensor", r"target\.parallel is 'tensor', but finetune takes null .* or fsdp"),
+        ("cache", "tensor", r"target\.parallel is 'tensor', .* the ranks of torchrun: there are none"),
+    ],
+)
+def test_a_way_of_splitting_the_target_that_a_stage_does_not_have_is_refused(world, tmp_path, name, parallel, message):
+    overrides, _ = world
+    with pytest.raises(ValueError, match=message):
+        stage(name, [*overrides, f"target.parallel={parallel}", "++inputs.cache=null", f"out={tmp_path}/out"])

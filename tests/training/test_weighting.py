@@ -1,0 +1,94 @@
+"""Position weights: D-PACE's against a loop over blocks, AdaSPEC's against a sort."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from drafter.data.batches import collate
+from drafter.losses.chunked import Head
+from drafter.losses.divergences import kld
+from drafter.training.modules import Distillation
+from drafter.training.weighting import furthest_behind, prefix_confidence, uniform
+from tests.conftest import answered, small_model
+
+ROWS = [[5 + row + n for n in range(1 + 2 * row)] for row in range(4)]
+
+
+@pytest.fixture
+def seen(target, drafter):
+    """The predicted positions of a batch of responses of 1, 3, 5 and 7 tokens, and the batch."""
+    batch = collate([answered([1, 2], row) for row in ROWS])
+    module = Distillation(target, drafter, kld, 0.0, 1e-3)
+    with torch.no_grad():
+        hidden = drafter.base_model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT)
+    return module._predicted(batch, hidden.last_hidden_state), batch
+
+
+def logits_of(model, batch):
+    logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+    return logits[batch.target_mask_BT]
+
+
+def test_places_are_the_responses_tokens_and_what_follows_them(seen):
+    predicted, _ = seen
+    assert predicted.places.tokens_N.tolist() == [token for row in ROWS for token in row]
+    assert predicted.places.following_N.tolist() == [0, 2, 1, 0, 4, 3, 2, 1, 0, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_uniform_is_one_each(seen):
+    assert uniform(*seen).tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 20])
+def test_a_position_weighs_what_it_adds_to_the_accepted_length_of_every_block_that_it_is_in(seen, drafter, gamma):
+    predicted, batch = seen
+    probs = logits_of(drafter, batch).softmax(-1)
+    confidence = 0.7 * probs.gather(-1, predicted.places.tokens_N[:, None])[:, 0] + 0.3
+    expected, first = [], 0
+    for row in ROWS:
+        c = confidence[first : first + len(row)].tolist()
+        first += len(c)
+        for k in range(len(c)):
+            weight = 0.0
+            for start in range(max(0, k - gamma + 1), k + 1):
+                for end in range(k, min(start + gamma, len(c))):
+                    product = 1.0
+                    for i in range(start, end + 1):
+                        product *= c[i]
+                    weight += product
+            expected.append(weight)
+    ours = prefix_confidence(*seen, num_speculative_tokens=gamma, smoothing=0.3)
+    torch.testing.assert_close(ours, torch.tensor(expected))
+
+
+def test_the_positions_furthest_behind_the_reference_are_chosen(seen, target, drafter):
+    _, batch = seen
+    reference = small_model(seed=5, hidden=16, sharpness=60.0)
+    q = logits_of(target, batch)
+    behind = kld(logits_of(drafter, batch), q) - kld(logits_of(reference, batch), q)
+    chosen = set(behind.argsort(descending=True)[:4].tolist())
+    weights = furthest_behind(*seen, reference=reference, share=0.25)
+    assert {i for i, weight in enumerate(weights.tolist()) if weight == 1} == chosen
+    assert weights.sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        (partial(prefix_confidence, smoothing=0.0), "weighting.smoothing is 0.0"),
+        (partial(prefix_confidence, num_speculative_tokens=0), "num_speculative_tokens is 0"),
+        (partial(furthest_behind, reference=None, share=1.5), "weighting.share is 1.5"),
+    ],
+)
+def test_a_wrong_switch_is_named(seen, weighting, message):
+    with pytest.raises(ValueError, match=message):
+        weighting(*seen)
+
+
+def test_the_loss_is_the_weighted_mean(seen, target, drafter):
+    predicted, _ = seen
+    weights = torch.arange(16.0)
+    values = predicted.values(kld)
+    torch.testing.assert_close(predicted.sum(kld, weights), (weights * values).sum())
+    assert isinstance(predicted.head, Head)
