@@ -142,7 +142,7 @@ def ggufs(tmp_path_factory):
     drafter = export(folder / "drafter", *how)
     target = folder / "target.gguf"
     arguments = [found[-1], TARGET, "--outfile", target, "--outtype", "f32"]
-    script = ROOT / "experiments" / "to_gguf.py"
+    script = ROOT / "experiments" / "exporting" / "to_gguf.py"
     subprocess.run([*map(str, [PYTHON, script, *arguments])], check=True, capture_output=True)
     return target, next(drafter.glob("*.gguf"))
 
