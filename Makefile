@@ -9,6 +9,8 @@ SEEDS ?= 1
 ARGS ?=
 RANKS ?= $(if $(filter tiny smoke,$(SCALE)),2,1)
 FORMAT ?= hf
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist worksteal
 VENV ?= .venv
 SERVING := .venv-serving
 PY := $(VENV)/bin/python
@@ -17,7 +19,7 @@ comma := ,
 DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(word 1,$(subst $(comma), ,$(SEEDS)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
+.PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
   plan dry-run test-serving trim export tables table-models table-losses table-ood table-data table-transfer figure-checkpoints curves sync
 
 help: ## list the targets
@@ -35,8 +37,12 @@ $(VENV)/.installed: pyproject.toml
 demo: setup ## every stage on SCALE, then the results table, figures and report
 	$(RUN).pipeline scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] evaluate_ranks=$(RANKS) $(ARGS)
 
-test: setup ## the test suite
-	$(PY) -m pytest
+test: setup ## the fast tests, in JOBS processes
+	$(PY) -m pytest $(PARALLEL) -m "not end_to_end"
+	@echo 'Left out: tests marked end_to_end (several processes, whole sweeps, killed runs). `make test-all` runs every test.'
+
+test-all: setup ## every test
+	$(PY) -m pytest $(PARALLEL)
 
 test-serving: demo $(SERVING)/.installed ## the demo's drafter in OpenVINO and llama.cpp, in an environment of their own
 	$(PY) -m pytest tests/serving -s

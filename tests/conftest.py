@@ -43,7 +43,7 @@ def small_model(seed=0, hidden=16, layers=1, vocab=VOCABULARY, sharpness=1.0):
 def capped(model):
     """The same weights in a class that caps its logits after the output embedding, as Gemma 2 does."""
 
-    class Capped(type(model)):  # type: ignore[misc]
+    class Capped(type(model)):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
             output.logits = 2 * torch.tanh(output.logits / 2)

@@ -12,6 +12,8 @@ import torch
 from drafter.interruptions import Interrupted, caught, held, raise_asked, take_back
 from tests.training.test_faults import FORKED, STEPS, content
 
+pytestmark = pytest.mark.end_to_end
+
 LOOPS = {  # a stage, what makes it several files, and a file that is there once it works
     "respond": (STEPS["respond"], "00000.json"),
     "cache": (STEPS["cache"], "00000.json"),

@@ -171,7 +171,7 @@ def vllm_engine(target: ModelSource, limits: Limits, seed: int, **options: Any) 
         from vllm import LLM, SamplingParams
     except ImportError as problem:
         raise ImportError(
-            "respond.engine=vllm needs vLLM: `pip install 'drafter[vllm]'`, or use respond.engine=transformers"
+            "respond.engine=vllm needs vLLM: `pip install -e '.[vllm]'`, or use respond.engine=transformers"
         ) from problem
     llm = LLM(
         model=target.path,

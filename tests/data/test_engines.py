@@ -196,7 +196,7 @@ class FakeLLM:
 @pytest.fixture
 def fake_vllm(monkeypatch):
     module = types.ModuleType("vllm")
-    module.LLM, module.SamplingParams = FakeLLM, FakeSamplingParams
+    module.LLM, module.SamplingParams = FakeLLM, FakeSamplingParams  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -249,5 +249,5 @@ def test_under_torchrun_each_rank_has_its_own_gpu(fake_vllm, monkeypatch, visibl
 
 def test_without_vllm_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"pip install 'drafter\[vllm\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[vllm\]'"):
         vllm_engine(MODEL, Limits(0.95, 12, [7]), 5)

@@ -109,7 +109,7 @@ def test_a_compiled_decoder_is_right_beyond_a_window(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     target = family("mistral")
     pair = [Compiled(model, 48) for model in (target, like(target))]
-    assert speculative_decode(*pair, PROMPT, 3, 20, GREEDY, []).tokens == uncached(target, PROMPT, 20)
+    assert speculative_decode(*pair, PROMPT, 3, 20, GREEDY, []).tokens == uncached(target, PROMPT, 20)  # type: ignore[call-arg]
 
 
 def test_memory_that_runs_out_is_no_verdict(monkeypatch):

@@ -26,7 +26,7 @@ def test_a_compiled_pair_decodes_text_after_text_as_the_plain_one_does(target, d
         own = autoregressive_decode(target, prompt, 30, GREEDY, [5]).tokens
         assert autoregressive_decode(compiled[0], prompt, 30, GREEDY, [5]).tokens == own
         plain = speculative_decode(target, drafter, prompt, 3, 30, GREEDY, [5])
-        found = speculative_decode(*compiled, prompt, 3, 30, GREEDY, [5])
+        found = speculative_decode(*compiled, prompt, 3, 30, GREEDY, [5])  # type: ignore[call-arg]
         assert (found.tokens, found.blocks) == (own, plain.blocks)
 
 

@@ -39,7 +39,7 @@ def _stub_cache(monkeypatch):
     class Cache:
         def crop(self, tokens):
             assert tokens < 0
-            self.length += tokens
+            self.length += tokens  # type: ignore[attr-defined]
 
     monkeypatch.setattr("drafter.decoding.decoders.DynamicCache", Cache)
 
@@ -259,7 +259,7 @@ def test_models_with_learned_positions_go_side_by_side_too():
         config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=width, n_layer=2, n_head=2)
         models.append(GPT2LMHeadModel(config).eval())
         models[-1].transformer.wte.weight.data.mul_(20)
-    for prompt, decoded in zip(PROMPTS, speculative_decode_batch(*models, PROMPTS, 3, 20, GREEDY, [5]), strict=True):
+    for prompt, decoded in zip(PROMPTS, speculative_decode_batch(*models, PROMPTS, 3, 20, GREEDY, [5]), strict=True):  # type: ignore[call-arg]
         assert decoded.tokens == autoregressive_decode(models[0], prompt, 20, GREEDY, [5]).tokens
 
 

@@ -19,6 +19,8 @@ from experiments.pipeline import main
 from experiments.running.composing import cells
 from tests.experiments.test_pipeline import snapshot
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture(scope="module")
 def suite(world, tmp_path_factory):

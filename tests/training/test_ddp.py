@@ -10,6 +10,8 @@ import torch
 
 from drafter.artifacts.manifest import read_jsonl
 
+pytestmark = pytest.mark.end_to_end
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 STEPS = "finetune.max_steps=3"
 

@@ -23,6 +23,8 @@ from drafter.artifacts.storage import Folder, write_file
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
+pytestmark = pytest.mark.end_to_end
+
 # Processes that start with everything imported: a run costs its own time alone.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["tests.training.test_faults", "experiments.pipeline"])

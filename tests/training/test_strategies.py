@@ -20,6 +20,8 @@ from tests.conftest import save_llama
 from tests.experiments.test_pipeline import stage
 from tests.training.test_ddp import TORCHRUN, manifest, run
 
+pytestmark = pytest.mark.end_to_end
+
 STEPS = ["loss=tvdpp", "finetune.max_steps=6", "finetune.validate_every=3"]
 FSDP2, LIVE, ACCUMULATE = ["trainer=fsdp2"], ["inputs.cache=null"], ["trainer.accumulate_grad_batches=2"]
 STRATEGIES = {
