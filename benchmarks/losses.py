@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.divergences import batch_statistic, with_context
-from tests.objectives import LOSSES, places
+from drafter.losses.objective import Positions, objective_of
+from tests.objectives import LOSSES, positions
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -40,22 +40,21 @@ def inputs(arguments):
         hidden_p.requires_grad_(),
         Head(weight_p.requires_grad_()),
         lambda rows: target(hidden_q[rows]),
-        places(arguments.positions, arguments.vocabulary, 64),
+        positions(arguments.positions, arguments.vocabulary, 64),
     )
-    return seen._replace(places=type(seen.places)(*(part.to(DEVICE) for part in seen.places)))
+    return seen._replace(positions=Positions(*(part.to(DEVICE) for part in seen.positions)))
 
 
 def step(name, path, seen):
     """One loss and its backward; the gradients are thrown away."""
-    loss = LOSSES[name]
+    objective = objective_of(LOSSES[name])
     if path == "whole":
         logits_q = seen.target(slice(None))
-        total = with_context(loss, places=seen.places)(seen.head(seen.hidden_NH), logits_q).sum()
+        total = objective(seen.head(seen.hidden_NH), logits_q, seen.positions).sum()
     else:
-        statistic = batch_statistic(loss)
-        if statistic is not None:
-            loss = with_context(loss, mean_reward=seen.values(statistic).mean())
-        total = seen.sum(loss)
+        if objective.batch_mean is not None:
+            objective = objective.with_mean(seen.values(objective.batch_mean).mean())
+        total = seen.sum(objective)
     total.backward()
     value = total.item()
     seen.hidden_NH.grad = seen.head.weight_VH.grad = None

@@ -15,9 +15,9 @@ import torch
 from drafter.artifacts.rows import Rows
 from drafter.data.batches import collate, next_tokens, response_sequence
 from drafter.data.target_cache import restore, target_at
-from drafter.losses.block_losses import Places
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.divergences import batch_statistic, tvd, tvdpp
+from drafter.losses.divergences import tvd, tvdpp
+from drafter.losses.objective import Positions, objective_of
 from drafter.models.inspection import hidden_states
 from drafter.models.loading import load_model, load_target
 
@@ -43,11 +43,12 @@ def main(root):
         hidden_BTH = hidden_states(drafter, batch.input_ids_BT, batch.attention_mask_BT)
         mask_BT, head = batch.target_mask_BT, Head.of(drafter.get_output_embeddings())
         tokens_N = next_tokens(batch)[mask_BT]
-        places = Places(tokens_N, torch.zeros_like(tokens_N))
-        seen = Predicted(hidden_BTH[mask_BT], head, target_at(target, batch), places)
-        if (statistic := batch_statistic(loss)) is not None:
-            loss = partial(loss, mean_reward=seen.values(statistic).mean())
-        grads = torch.autograd.grad(seen.sum(loss) / len(tokens_N), list(drafter.parameters()))
+        positions = Positions(tokens_N, torch.zeros_like(tokens_N))
+        seen = Predicted(hidden_BTH[mask_BT], head, target_at(target, batch), positions)
+        objective = objective_of(loss)
+        if objective.batch_mean is not None:
+            objective = objective.with_mean(seen.values(objective.batch_mean).mean())
+        grads = torch.autograd.grad(seen.sum(objective) / len(tokens_N), list(drafter.parameters()))
         return torch.cat([grad.flatten() for grad in grads])
 
     torch.manual_seed(0)

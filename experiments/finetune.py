@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from drafter.artifacts.manifest import fingerprint, read_manifest, require
 from drafter.artifacts.rows import Rows
 from drafter.data.target_cache import require_output_embedding
-from drafter.losses.block_losses import Places
 from drafter.losses.chunked import Head, Predicted
 from drafter.losses.distributions import Drawn, Target
-from drafter.losses.divergences import Loss, batch_statistic, with_context
+from drafter.losses.objective import Loss, Positions, check_chunks, objective_of
 from drafter.models.compatibility import check_pair, load_drafter, partner
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.inspection import check_positions, vocabulary_rows
@@ -110,20 +109,20 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
         check_parallel(cfg.target.parallel, "fsdp", "finetune")
     loss: Loss = hydra.utils.instantiate(cfg.loss)
     weighting: Weighting = hydra.utils.instantiate(cfg.weighting)
-    zeros, places = torch.zeros(2, 2), Places(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))
-    try_loss(loss, zeros, places)
+    zeros, positions = torch.zeros(2, 2), Positions(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))
+    try_loss(loss, zeros, positions)
+    check_chunks(loss)
     if "reference" not in cfg.weighting:
-        weighting(Predicted(zeros, Head(zeros), lambda rows: zeros[rows], places), batch=None)
+        weighting(Predicted(zeros, Head(zeros), lambda rows: zeros[rows], positions), batch=None)
     text_samples(0, cfg.finetune.text_share)
     if read_kept(cfg.inputs.drafter):
         raise ValueError(f"inputs.drafter is {cfg.inputs.drafter}, which is trimmed: give the one it was made from")
     return loss, weighting
 
 
-def try_loss(loss: Loss, target: Target, places: Places) -> None:
+def try_loss(loss: Loss, target: Target, positions: Positions) -> None:
     """One value of the loss at two positions over two tokens."""
-    batch_statistic(loss)
-    with_context(loss, places=places)(torch.zeros(2, 2), target)
+    objective_of(loss)(torch.zeros(2, 2), target, positions)
 
 
 def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
@@ -136,7 +135,7 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
         if "top_k" in cache["settings"]["format"]:
             tokens_N = torch.zeros(2, dtype=torch.long)
             sparse = Drawn.of(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted()
-            try_loss(loss, sparse, Places(tokens_N, torch.tensor([1, 0])))
+            try_loss(loss, sparse, Positions(tokens_N, torch.tensor([1, 0])))
     else:
         inputs["responses"] = responses_fingerprint(cfg)
     if cfg.inputs.validation:

@@ -1,4 +1,4 @@
-"""The configured losses, and the places of the positions that tests try them at."""
+"""The configured losses, and the positions that tests try them at."""
 
 from functools import partial
 from pathlib import Path
@@ -7,8 +7,7 @@ import hydra
 import torch
 from omegaconf import OmegaConf
 
-from drafter.losses.block_losses import Places
-from drafter.losses.divergences import with_context
+from drafter.losses.objective import Positions, objective_of
 
 LOSSES = {
     path.stem: hydra.utils.instantiate(OmegaConf.load(path))
@@ -22,13 +21,14 @@ LOSSES |= {
 }
 
 
-def places(count, vocabulary, length=5):
+def positions(count, vocabulary, length=5):
     """Responses of `length` positions, the last one perhaps shorter, with arbitrary tokens."""
-    position = torch.arange(count)
-    ends = (position // length + 1).mul(length).clamp_max(count)
-    return Places((7 * position + 3) % vocabulary, ends - position - 1)
+    index = torch.arange(count)
+    ends = (index // length + 1).mul(length).clamp_max(count)
+    return Positions((7 * index + 3) % vocabulary, ends - index - 1)
 
 
-def at_places(loss, count, vocabulary):
+def at_positions(loss, count, vocabulary):
     """The loss as a function of logits alone."""
-    return with_context(loss, places=places(count, vocabulary))
+    where = positions(count, vocabulary)
+    return lambda logits_p, logits_q: objective_of(loss)(logits_p, logits_q, where)

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drafter.losses.block_losses import Places
 from drafter.losses.distributions import Target
-from drafter.losses.divergences import Loss, lookahead, with_context
+from drafter.losses.objective import Loss, Objective, Positions, objective_of
 
 # (logits_nV, rows) -> values_n: what a loss is at the positions `rows` of the batch.
 Evaluate = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -43,7 +42,7 @@ class Head(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """The N response positions of a batch: the drafter's hidden states and head, the target, and the places.
+    """The N response positions of a batch: the drafter's hidden states and head, the target, and the positions.
 
     `target` gives the target's logits (n, V) at a slice of the positions, which it may make from hidden states, or its
     sparse distributions.
@@ -52,20 +51,24 @@ class Predicted(NamedTuple):
     hidden_NH: torch.Tensor
     head: Head
     target: Callable[[slice], Target]
-    places: Places
+    positions: Positions
 
-    def values(self, loss: Loss, rows: int | None = None) -> torch.Tensor:
-        """A loss at every position, without gradient; shape (N, ...) where it gives (n, ...)."""
-        return chunked_values(self._at(loss), self.hidden_NH, self.head, lookahead(loss), rows)
+    def values(self, loss: Loss | Objective, rows: int | None = None) -> torch.Tensor:
+        """Return a loss at every position without gradient; shape (N, ...) where it gives (n, ...)."""
+        objective = objective_of(loss)
+        return chunked_values(self._in_chunk(objective), self.hidden_NH, self.head, objective.lookahead, rows)
 
-    def sum(self, loss: Loss, weights_N: torch.Tensor | None = None, rows: int | None = None) -> torch.Tensor:
-        """Σ weight · loss over the positions, differentiable in the drafter's hidden states and head."""
-        return chunked_sum(self._at(loss), self.hidden_NH, self.head, weights_N, lookahead(loss), rows)
+    def sum(
+        self, loss: Loss | Objective, weights_N: torch.Tensor | None = None, rows: int | None = None
+    ) -> torch.Tensor:
+        """Return Σ weight · loss over the positions, differentiable in the drafter's hidden states and head."""
+        objective = objective_of(loss)
+        return chunked_sum(self._in_chunk(objective), self.hidden_NH, self.head, weights_N, objective.lookahead, rows)
 
-    def _at(self, loss: Loss) -> Evaluate:
+    def _in_chunk(self, objective: Objective) -> Evaluate:
         def evaluate(logits_p_nV: torch.Tensor, rows: slice) -> torch.Tensor:
-            places = Places(self.places.tokens_N[rows], self.places.following_N[rows])
-            return with_context(loss, places=places)(logits_p_nV, self.target(rows))
+            positions = Positions(self.positions.tokens_N[rows], self.positions.following_N[rows])
+            return objective(logits_p_nV, self.target(rows), positions)
 
         return evaluate
 

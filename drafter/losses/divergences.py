@@ -18,17 +18,15 @@ reward r(x) = 1 if q(x) > p(x) else 0 is 0 there, and so is what they add to a g
 Shapes: N positions, V vocabulary, S samples a position.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from drafter.losses.distributions import Pair, Target, pair
-
-Loss = Callable[..., torch.Tensor]
+from drafter.losses.objective import Loss, Objective, Positions, declares, objective_of
 
 
 def kld(
@@ -117,6 +115,20 @@ def lk_hybrid(
     return far_N * both.sum(_mass(both.log_q_NV, both.log_q_NV - both.log_p_NV)) + (1 - far_N) * near_N
 
 
+def _tvdpp_objective(loss: Loss, settings: Mapping[str, Any]) -> Objective:
+    """Return that TVD++ with the statistics of the batch needs the batch's mean reward."""
+    if settings.get("statistics", "batch") == "position":
+        return Objective(loss)
+    temperature, top_p = settings.get("temperature", 1.0), settings.get("top_p", 1.0)
+    estimator = settings.get("estimator", "exact")
+
+    def mean_reward_of_positions(logits_p_NV: torch.Tensor, logits_q_NV: Target) -> torch.Tensor:
+        return _mean_reward(pair(logits_p_NV, logits_q_NV, temperature, top_p), logits_p_NV.shape[-1], estimator)
+
+    return Objective(loss, batch_mean=mean_reward_of_positions)
+
+
+@declares(_tvdpp_objective)
 def tvdpp(
     logits_p_NV: torch.Tensor,
     logits_q_NV: Target,
@@ -138,7 +150,7 @@ def tvdpp(
             open; taken exactly over the batch, TVD++ is TVD / sigma, the same direction.
         estimator: the expectation over the whole vocabulary, or over `num_samples` tokens drawn from p, where the
             baseline mu lowers the variance. mu is over what the estimator sees: vocabulary entries, or draws from p.
-        mean_reward: mu of the batch, where these N positions are a part of it (see `batch_statistic`).
+        mean_reward: mu of the batch, where these N positions are a part of it (see `Objective.batch_mean`).
     """
     if statistics not in ("batch", "position"):
         raise ValueError(f"loss.statistics is '{statistics}', must be 'batch' or 'position'")
@@ -162,24 +174,41 @@ def tvdpp(
     return (both.log_p_NV.gather(-1, tokens_NS) * -advantage_NS).mean(-1) * scale
 
 
+def _mix_objective(_: Loss, settings: Mapping[str, Any]) -> Objective:
+    """Return what the parts of a mix need together."""
+    parts = [objective_of(part) for part in settings["parts"]]
+    statistics = [part.batch_mean for part in parts if part.batch_mean is not None]
+    if len(statistics) > 1:
+        raise ValueError("loss.parts has several TVD++ with batch statistics, where one mean reward serves one")
+    return Objective(
+        partial(mix, weights=settings["weights"], parts=parts),
+        any(part.needs_positions for part in parts),
+        max(part.lookahead for part in parts) if parts else 0,
+        statistics[0] if statistics else None,
+    )
+
+
+@declares(_mix_objective)
 def mix(
     logits_p_NV: torch.Tensor,
     logits_q_NV: Target,
     *,
     weights: Sequence[float],
-    parts: Sequence[Loss],
-    places: Any = None,
+    parts: Sequence[Loss | Objective],
+    positions: Positions | None = None,
     mean_reward: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weighted sum of other losses, each with its own settings.
+    """Return the weighted sum of other losses, each with its own settings.
 
     Raises:
-        ValueError: as many weights as parts are needed, one or more.
+        ValueError: the numbers of weights and parts differ, or there are none.
     """
     if len(weights) != len(parts) or not parts:
         raise ValueError(f"loss.weights has {len(weights)} numbers for {len(parts)} loss.parts")
-    told = [with_context(part, places=places, mean_reward=mean_reward) for part in parts]
-    values = [weight * part(logits_p_NV, logits_q_NV) for weight, part in zip(weights, told, strict=True)]
+    values = [
+        weight * objective_of(part)(logits_p_NV, logits_q_NV, positions, mean_reward)
+        for weight, part in zip(weights, parts, strict=True)
+    ]
     return torch.stack(values).sum(0)
 
 
@@ -189,49 +218,6 @@ def acceptance_rate(
     """alpha = sum_x min(p, q): the chance that a token drafted from p is accepted against q. No loss: a yardstick."""
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     return both.sum(torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).exp())
-
-
-def with_context(loss: Loss, **context: Any) -> Loss:
-    """The loss with those values of `context` that it takes and that are there: `places`, `mean_reward`."""
-    taken = inspect.signature(loss).parameters
-    return partial(loss, **{name: value for name, value in context.items() if name in taken and value is not None})
-
-
-def lookahead(loss: Loss) -> int:
-    """How many positions past its own a loss's value depends on; for most, none."""
-    if parts := _setting(loss, "parts"):
-        return max(lookahead(part) for part in parts)
-    return (_setting(loss, "num_speculative_tokens") or 1) - 1
-
-
-def batch_statistic(loss: Loss) -> Loss | None:
-    """What a loss has to know of the whole batch before its value at any position; for most, nothing.
-
-    The result is a function of two tensors of logits that gives one value a position, shape (N,). The mean of it, over
-    all positions of all ranks, is the loss's `mean_reward`.
-
-    Raises:
-        ValueError: parts of a mix that need different ones.
-    """
-    if parts := _setting(loss, "parts"):
-        found = [part for part in parts if batch_statistic(part)]
-        if len(found) > 1:
-            raise ValueError("loss.parts has several TVD++ with batch statistics, where one mean reward serves one")
-        return batch_statistic(found[0]) if found else None
-    if getattr(loss, "func", loss) is not tvdpp or _setting(loss, "statistics") == "position":
-        return None
-
-    def statistic(logits_p_NV: torch.Tensor, logits_q_NV: Target) -> torch.Tensor:
-        both = pair(logits_p_NV, logits_q_NV, _setting(loss, "temperature"), _setting(loss, "top_p"))
-        return _mean_reward(both, logits_p_NV.shape[-1], _setting(loss, "estimator"))
-
-    return statistic
-
-
-def _setting(loss: Loss, name: str) -> Any:
-    """A keyword's value, as bound by `partial` or as the function's own default; None where there is none."""
-    parameter = inspect.signature(loss).parameters.get(name)
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
 def _mass(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ Shapes: B sequences, T tokens, N predicted positions of a batch, V vocabulary, H
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import lightning
@@ -16,10 +15,10 @@ from transformers import PreTrainedModel
 from drafter.data.batches import Batch, next_tokens, response_mask
 from drafter.data.target_cache import target_at
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
-from drafter.losses.block_losses import Places
 from drafter.losses.chunked import Head, Predicted, chunked_sum, chunked_values
 from drafter.losses.distributions import Target, most_likely
-from drafter.losses.divergences import Loss, batch_statistic, kld, tvd
+from drafter.losses.divergences import kld, tvd
+from drafter.losses.objective import Loss, Objective, Positions, objective_of
 from drafter.models.inspection import check_drafter_head, has_plain_head, hidden_states
 from drafter.models.loading import OutputEmbedding
 from drafter.models.sharding import shard_frozen, shard_module
@@ -86,7 +85,7 @@ class Distillation(lightning.LightningModule):
         self,
         target: PreTrainedModel | OutputEmbedding,
         drafter: PreTrainedModel,
-        loss: Loss,
+        loss: Loss | Objective,
         text_share: float,
         learning_rate: float,
         weight_decay: float = 0.1,
@@ -99,7 +98,8 @@ class Distillation(lightning.LightningModule):
         check_drafter_head(drafter)
         self.shard_target = shard_target
         self.num_speculative_tokens, self.response_top_p = num_speculative_tokens, response_top_p
-        self.drafter, self.loss, self.text_share, self.weighting = drafter, loss, text_share, weighting
+        self.drafter, self.text_share, self.weighting = drafter, text_share, weighting
+        self.objective = objective_of(loss)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         # In a tuple the target is no submodule: it is in no checkpoint, no optimizer and no gradient all-reduce.
         self._frozen = (target,)
@@ -129,7 +129,7 @@ class Distillation(lightning.LightningModule):
         hidden_BTH = hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)
         predicted, text_BT = self._predicted(batch, hidden_BTH), batch.target_mask_BT & batch.is_text_B[:, None]
         weights_N = self.weighting(predicted, batch)
-        distilled = predicted.sum(self._with_statistics(predicted), weights_N)
+        distilled = predicted.sum(self._with_batch_mean(predicted), weights_N)
         text = next_token_sum(self.drafter, hidden_BTH[text_BT], next_tokens(batch)[text_BT])
         loss = (1 - self.text_share) * distilled * self._per_weight(weights_N)
         loss = loss + self.text_share * text * self._per_weight(text_BT)
@@ -143,7 +143,7 @@ class Distillation(lightning.LightningModule):
         temperature_N = temperature_B.repeat_interleave(lengths_B)
 
         def measures(logits_p_NV: torch.Tensor, rows: slice) -> torch.Tensor:
-            target, tokens_N = predicted.target(rows), predicted.places.tokens_N[rows]
+            target, tokens_N = predicted.target(rows), predicted.positions.tokens_N[rows]
             agreement_N = (logits_p_NV.argmax(-1) == most_likely(target)).float()
             distances = (kld(logits_p_NV, target), tvd(logits_p_NV, target))
             accept_N = self._acceptance(logits_p_NV, target, tokens_N, temperature_N[rows])
@@ -200,17 +200,19 @@ class Distillation(lightning.LightningModule):
         """The batch's response positions, as the losses see them."""
         mask_BT = response_mask(batch)
         following_BT = mask_BT.flip(1).cumsum(1).flip(1) - 1
-        places = Places(next_tokens(batch)[mask_BT], following_BT[mask_BT])
+        positions = Positions(next_tokens(batch)[mask_BT], following_BT[mask_BT])
         head = Head.of(self.drafter.get_output_embeddings())
-        return Predicted(hidden_BTH[mask_BT], head, target_at(self.target, batch, self._target_has_plain_head), places)
+        return Predicted(
+            hidden_BTH[mask_BT], head, target_at(self.target, batch, self._target_has_plain_head), positions
+        )
 
-    def _with_statistics(self, predicted: Predicted) -> Loss:
-        """The loss, told the mean reward of all ranks' positions where it is normalised by it."""
-        statistic = batch_statistic(self.loss)
-        if statistic is None:
-            return self.loss
-        values_N = predicted.values(statistic)
-        return partial(self.loss, mean_reward=self._global_sum(values_N) / self._global_sum(torch.ones_like(values_N)))
+    def _with_batch_mean(self, predicted: Predicted) -> Objective:
+        """Return the loss, with the mean over all ranks' positions filled in where it needs one."""
+        if self.objective.batch_mean is None:
+            return self.objective
+        values_N = predicted.values(self.objective.batch_mean)
+        count = self._global_sum(torch.ones_like(values_N))
+        return self.objective.with_mean(self._global_sum(values_N) / count)
 
     def _per_weight(self, weights: torch.Tensor) -> torch.Tensor:
         """What makes a sum of this rank's values the mean over all ranks, once DDP has averaged the gradients.

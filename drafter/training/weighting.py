@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from drafter.data.batches import Batch, response_mask
-from drafter.losses.block_losses import Places, windowed_products
+from drafter.losses.block_losses import windowed_products
 from drafter.losses.chunked import Head, Predicted
 from drafter.losses.divergences import kld
+from drafter.losses.objective import Objective, Positions
 from drafter.models.inspection import hidden_states
 
 Weighting = Callable[..., torch.Tensor]  # (predicted, batch) -> weights_N
@@ -37,11 +38,11 @@ def prefix_confidence(
     if not 0 < smoothing <= 1:
         raise ValueError(f"weighting.smoothing is {smoothing}, must be above 0, at most 1")
 
-    def confidence(logits_p_NV: torch.Tensor, _: torch.Tensor, *, places: Places) -> torch.Tensor:
-        return logits_p_NV.float().softmax(-1).gather(-1, places.tokens_N[:, None])[:, 0]
+    def confidence(logits_p_NV: torch.Tensor, _: torch.Tensor, *, positions: Positions) -> torch.Tensor:
+        return logits_p_NV.float().softmax(-1).gather(-1, positions.tokens_N[:, None])[:, 0]
 
-    confidence_N = (1 - smoothing) * predicted.values(confidence) + smoothing
-    reach_NG = windowed_products(confidence_N, predicted.places.following_N, num_speculative_tokens)
+    confidence_N = (1 - smoothing) * predicted.values(Objective(confidence, needs_positions=True)) + smoothing
+    reach_NG = windowed_products(confidence_N, predicted.positions.following_N, num_speculative_tokens)
     value_NG = reach_NG.flip(1).cumsum(1).flip(1)
     weights_N = torch.zeros_like(confidence_N)
     for step in range(min(num_speculative_tokens, len(weights_N))):

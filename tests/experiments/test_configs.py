@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 
-from tests.objectives import at_places
+from tests.objectives import at_positions
 
 CONF = Path(__file__).parents[2] / "conf"
 STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "gamma", "tables", "curves")
@@ -128,7 +128,7 @@ def test_every_loss_is_a_value_for_each_position(loss):
     generator = torch.Generator().manual_seed(0)
     logits_p_NV, logits_q_NV = (torch.randn(6, 11, generator=generator) for _ in range(2))
     logits_p_NV.requires_grad_()
-    values_N = at_places(function, 6, 11)(logits_p_NV, logits_q_NV)
+    values_N = at_positions(function, 6, 11)(logits_p_NV, logits_q_NV)
     assert values_N.shape == (6,)
     assert values_N.isfinite().all()
     values_N.mean().backward()

@@ -1,13 +1,12 @@
 """The chunked sum against autograd through logits of the whole batch, for every configured loss."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from drafter.losses.chunked import Head, Predicted, chunked_sum, chunked_values
-from drafter.losses.divergences import batch_statistic, kld, tvd
-from tests.objectives import LOSSES, at_places, places
+from drafter.losses.divergences import kld, tvd
+from drafter.losses.objective import objective_of
+from tests.objectives import LOSSES, at_positions, positions
 
 N, H, V = 37, 8, 50
 
@@ -28,16 +27,16 @@ def leaves(hidden, head):
 
 def whole(loss, hidden, head, logits_q, weights):
     """The reference: the plain function on all logits, and autograd."""
-    total = (weights * at_places(loss, len(hidden), V)(head(hidden), logits_q)).sum()
+    total = (weights * at_positions(loss, len(hidden), V)(head(hidden), logits_q)).sum()
     return total, torch.autograd.grad(total, leaves(hidden, head))
 
 
 def in_chunks(loss, hidden, head, logits_q, rows, weights=None):
-    predicted = Predicted(hidden, head, lambda part: logits_q[part], places(len(hidden), V))
-    statistic = batch_statistic(loss)
-    if statistic is not None:
-        loss = partial(loss, mean_reward=predicted.values(statistic, rows).mean())
-    total = predicted.sum(loss, weights, rows)
+    predicted = Predicted(hidden, head, lambda part: logits_q[part], positions(len(hidden), V))
+    objective = objective_of(loss)
+    if objective.batch_mean is not None:
+        objective = objective.with_mean(predicted.values(objective.batch_mean, rows).mean())
+    total = predicted.sum(objective, weights, rows)
     return total, torch.autograd.grad(total, leaves(hidden, head))
 
 

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from drafter.losses.block_losses import Places, block, e2e_tvd
+from drafter.losses.block_losses import block, e2e_tvd
 from drafter.losses.chunked import Head, Predicted
 from drafter.losses.distributions import Drawn, pair
 from drafter.losses.divergences import acceptance_rate, ce, jsd, kld, rkl, tvd, tvdpp
-from tests.objectives import LOSSES, at_places
+from drafter.losses.objective import Positions
+from tests.objectives import LOSSES, at_positions
 
 V, DRAWS = 40, 40_000
 
@@ -45,19 +46,20 @@ def test_a_sparse_target_is_right_in_expectation(loss, one):
 
 def test_products_along_a_block_are_right_in_expectation(one):
     p, q = one
-    positions = 3
-    places = Places(torch.full((DRAWS,), 7), (positions - 1 - torch.arange(DRAWS) % positions))
-    values = e2e_tvd(p.expand(DRAWS, V), drawn(q), places=places)[::positions][:-1]
-    exact = e2e_tvd(p.expand(positions, V), q.expand(positions, V), places=Places(*(x[:positions] for x in places)))[0]
+    length = 3
+    positions = Positions(torch.full((DRAWS,), 7), (length - 1 - torch.arange(DRAWS) % length))
+    values = e2e_tvd(p.expand(DRAWS, V), drawn(q), positions=positions)[::length][:-1]
+    first = Positions(*(field[:length] for field in positions))
+    exact = e2e_tvd(p.expand(length, V), q.expand(length, V), positions=first)[0]
     error = values.std() / len(values) ** 0.5
     assert abs((values.mean() - exact).item()) < 5 * error.item()
 
 
 def test_the_block_loss_needs_the_targets_own_token_alone(one):
     p, q = one
-    places = Places(torch.tensor([7]), torch.tensor([0]))
+    positions = Positions(torch.tensor([7]), torch.tensor([0]))
     sparse = Drawn.of(q, torch.tensor([7]), top_k=1, num_samples=1).weighted()
-    torch.testing.assert_close(block(p, sparse, places=places), block(p, q, places=places))
+    torch.testing.assert_close(block(p, sparse, positions=positions), block(p, q, positions=positions))
 
 
 def test_top_k_weights_are_one_and_the_own_tokens_is_zero(one):
@@ -88,7 +90,7 @@ BIASED = ["nla", "lk_hybrid", "tvdpp position", "nla at 0.3", "kld of a nucleus"
 def test_every_loss_takes_a_sparse_target_or_says_why_not(name, one):
     p, q = one
     sparse = Drawn.of(q, torch.tensor([3]), top_k=4, num_samples=2).weighted()
-    loss = at_places(LOSSES[name], 1, V)
+    loss = at_positions(LOSSES[name], 1, V)
     if name in BIASED:
         with pytest.raises(ValueError, match=r"sparse target .*exact cache"):
             loss(p, sparse)
@@ -107,7 +109,7 @@ def test_a_sparse_target_goes_through_chunks_as_a_whole_one_does():
     hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (20, V))
     q = torch.randn(20, V, generator=generator, dtype=torch.float64)
     sparse = Drawn.of(q, torch.arange(20), 4, 2).weighted()
-    predicted = Predicted(hidden, Head(weight), lambda rows: sparse[rows], Places(torch.arange(20), torch.zeros(20)))
+    predicted = Predicted(hidden, Head(weight), lambda rows: sparse[rows], Positions(torch.arange(20), torch.zeros(20)))
     ours = torch.autograd.grad(predicted.sum(tvd, rows=6), (hidden, weight))
     theirs = torch.autograd.grad(tvd(hidden @ weight.T, sparse).sum(), (hidden, weight))
     for got, wanted in zip(ours, theirs, strict=True):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from drafter.losses.block_losses import e2e_tvd
-from drafter.losses.divergences import acceptance_rate, batch_statistic, kld, lookahead, mix, nla, tvd, tvdpp
-from tests.objectives import LOSSES, at_places, places
+from drafter.losses.divergences import acceptance_rate, kld, mix, nla, tvd, tvdpp
+from drafter.losses.objective import Objective, check_chunks, objective_of
+from tests.objectives import LOSSES, at_positions, positions
 
 N, V = 12, 30
 PLAIN = [name for name in LOSSES if "sampled" not in name]
@@ -70,7 +71,7 @@ def normalised(p, q, over):
 
 def blocks(values, normalise):
     """From each position: the sum of the products of one, two, three values, within its response."""
-    following = places(N, V).following_N.tolist()
+    following = positions(N, V).following_N.tolist()
     result = []
     for start in range(N):
         count, product, total = min(3, following[start] + 1), 1.0, 0.0
@@ -82,7 +83,7 @@ def blocks(values, normalise):
 
 
 def own_tokens(probs):
-    return probs.gather(-1, places(N, V).tokens_N[:, None])[:, 0]
+    return probs.gather(-1, positions(N, V).tokens_N[:, None])[:, 0]
 
 
 def half_nucleus(p, q):
@@ -115,7 +116,7 @@ def test_value_and_gradient_are_those_of_the_formula(name, dtype, tolerance, log
     reference = formula((p / temperature).softmax(-1), (q / temperature).softmax(-1))
     expected = gradient(reference, p)
     narrow = p.detach().to(dtype).requires_grad_()
-    values = at_places(LOSSES[name], N, V)(narrow, q.to(dtype))
+    values = at_positions(LOSSES[name], N, V)(narrow, q.to(dtype))
     assert values.dtype == dtype
     torch.testing.assert_close(values.double(), reference, rtol=tolerance, atol=tolerance)
     assert (gradient(values, narrow) - expected).norm() <= tolerance * expected.norm()
@@ -130,19 +131,31 @@ def test_a_mix_is_the_weighted_sum_of_its_parts(logits):
     parts = [partial(kld, temperature=1.0), partial(nla, temperature=0.3)]
     torch.testing.assert_close(mix(p, q, weights=[0.2, 3.0], parts=parts), 0.2 * parts[0](p, q) + 3 * parts[1](p, q))
     torch.testing.assert_close(LOSSES["kld_nla"](p, q), 0.5 * parts[0](p, q) + 0.5 * parts[1](p, q))
-    ahead = mix(p, q, weights=[1.0, 1.0], parts=[kld, e2e_tvd], places=places(N, V))
-    torch.testing.assert_close(ahead, kld(p, q) + e2e_tvd(p, q, places=places(N, V)))
+    ahead = mix(p, q, weights=[1.0, 1.0], parts=[kld, e2e_tvd], positions=positions(N, V))
+    torch.testing.assert_close(ahead, kld(p, q) + e2e_tvd(p, q, positions=positions(N, V)))
     with pytest.raises(ValueError, match=r"loss.weights has 1 numbers for 2 loss.parts"):
         mix(p, q, weights=[1.0], parts=parts)
 
 
 def test_a_mix_looks_as_far_ahead_as_its_parts_and_needs_their_statistic():
-    assert lookahead(partial(mix, weights=[1, 1], parts=[kld, partial(e2e_tvd, num_speculative_tokens=5)])) == 4
-    assert lookahead(kld) == 0
-    assert batch_statistic(partial(mix, weights=[1, 1], parts=[kld, tvdpp])) is not None
-    assert batch_statistic(LOSSES["tvdpp position"]) is None
+    parts = [kld, partial(e2e_tvd, num_speculative_tokens=5)]
+    assert objective_of(partial(mix, weights=[1, 1], parts=parts)).lookahead == 4
+    assert objective_of(kld) == Objective(kld)
+    assert objective_of(partial(mix, weights=[1, 1], parts=[kld, tvdpp])).batch_mean is not None
+    assert objective_of(LOSSES["tvdpp position"]).batch_mean is None
     with pytest.raises(ValueError, match="several TVD"):
-        batch_statistic(partial(mix, weights=[1, 1], parts=[tvdpp, tvdpp]))
+        objective_of(partial(mix, weights=[1, 1], parts=[tvdpp, tvdpp]))
+
+
+def test_a_loss_that_needs_its_batch_and_does_not_say_so_is_refused():
+    def mine(logits_p, logits_q):
+        return tvdpp(logits_p, logits_q)
+
+    with pytest.raises(ValueError, match="declare what it needs"):
+        check_chunks(mine)
+    for name, loss in LOSSES.items():
+        check_chunks(loss)
+        assert objective_of(loss).lookahead == (2 if name in ("e2e_tvd", "block") else 0)
 
 
 def test_tvd_is_one_minus_the_overlap_and_half_the_l1_distance(logits):
@@ -209,14 +222,14 @@ def test_temperature_divides_both_models_logits(name, logits):
     if LOSSES[name].func is mix:
         return
     scaled = partial(LOSSES[name], temperature=1.0), partial(LOSSES[name], temperature=0.5)
-    at_one, at_half = (at_places(loss, N, V) for loss in scaled)
+    at_one, at_half = (at_positions(loss, N, V) for loss in scaled)
     torch.testing.assert_close(at_half(p, q), at_one(2 * p, 2 * q))
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "ce" and "nucleus" not in name])
 def test_equal_distributions_give_no_gradient(name, logits):
     p, _ = logits
-    values = at_places(LOSSES[name], N, V)(p, p.detach())
+    values = at_positions(LOSSES[name], N, V)(p, p.detach())
     torch.testing.assert_close(gradient(values, p), torch.zeros(N, V, dtype=torch.float64))
 
 
@@ -241,7 +254,7 @@ def awkward():
 def test_values_and_gradients_are_finite_where_formulas_are_not(name, case):
     p, q = awkward()[case]
     p = p.clone().requires_grad_()
-    values = at_places(LOSSES[name], N, V)(p, q)
+    values = at_positions(LOSSES[name], N, V)(p, q)
     assert values.isfinite().all()
     assert gradient(values, p).isfinite().all()
 
@@ -259,14 +272,14 @@ def test_the_log_of_acceptance_still_has_a_gradient_where_acceptance_underflows(
 def test_the_target_gets_no_gradient(name, logits):
     p, q = logits
     q.requires_grad_()
-    values = at_places(LOSSES[name], N, V)(p, q)
+    values = at_positions(LOSSES[name], N, V)(p, q)
     assert torch.autograd.grad(values.sum(), q, allow_unused=True)[0] is None
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_positions_give_no_values(name):
     empty = torch.zeros(0, V)
-    assert at_places(LOSSES[name], 0, V)(empty, empty).shape == (0,)
+    assert at_positions(LOSSES[name], 0, V)(empty, empty).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -285,4 +298,4 @@ def test_a_wrong_switch_is_named(keywords, message, logits):
 
 def test_a_block_of_no_tokens_is_refused(logits):
     with pytest.raises(ValueError, match="num_speculative_tokens is 0"):
-        e2e_tvd(*logits, places=places(N, V), num_speculative_tokens=0)
+        e2e_tvd(*logits, positions=positions(N, V), num_speculative_tokens=0)

@@ -32,8 +32,8 @@ def logits_of(model, batch):
 
 def test_places_are_the_responses_tokens_and_what_follows_them(seen):
     predicted, _ = seen
-    assert predicted.places.tokens_N.tolist() == [token for row in ROWS for token in row]
-    assert predicted.places.following_N.tolist() == [0, 2, 1, 0, 4, 3, 2, 1, 0, 6, 5, 4, 3, 2, 1, 0]
+    assert predicted.positions.tokens_N.tolist() == [token for row in ROWS for token in row]
+    assert predicted.positions.following_N.tolist() == [0, 2, 1, 0, 4, 3, 2, 1, 0, 6, 5, 4, 3, 2, 1, 0]
 
 
 def test_uniform_is_one_each(seen):
@@ -44,7 +44,7 @@ def test_uniform_is_one_each(seen):
 def test_a_position_weighs_what_it_adds_to_the_accepted_length_of_every_block_that_it_is_in(seen, drafter, gamma):
     predicted, batch = seen
     probs = logits_of(drafter, batch).softmax(-1)
-    confidence = 0.7 * probs.gather(-1, predicted.places.tokens_N[:, None])[:, 0] + 0.3
+    confidence = 0.7 * probs.gather(-1, predicted.positions.tokens_N[:, None])[:, 0] + 0.3
     expected, first = [], 0
     for row in ROWS:
         c = confidence[first : first + len(row)].tolist()
