@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import fingerprint, read_manifest, require
 from drafter.artifacts.rows import Rows
-from drafter.data.target_cache import require_output_embedding
+from drafter.data.target_cache import format_kind, require_output_embedding
 from drafter.losses.block_losses import Places
 from drafter.losses.chunked import Head, Predicted
 from drafter.losses.distributions import Drawn, Target
@@ -133,7 +133,7 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
         inputs["cache"] = fingerprint(cfg.inputs.cache, "cache")
         cache = read_manifest(cfg.inputs.cache, "cache")
         require(cfg.inputs.cache, "target", cache["inputs"]["target"], inputs["target"])
-        if "top_k" in cache["settings"]["format"]:
+        if format_kind(cfg.inputs.cache) == "sparse":
             tokens_N = torch.zeros(2, dtype=torch.long)
             sparse = Drawn.of(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted()
             try_loss(loss, sparse, Places(tokens_N, torch.tensor([1, 0])))

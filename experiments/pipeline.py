@@ -12,15 +12,15 @@ import subprocess
 import sys
 import warnings
 
-from hydra import initialize_config_module
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
-from experiments.running.commands import ended
+from experiments.running.commands import pipeline_command
 from experiments.running.composing import override
 from experiments.running.inputs import STEPS
-from experiments.running.jobs import Job, composed
+from experiments.running.jobs import Job, all_jobs
 from experiments.running.lengths import check_lengths
 
 MODULES = {
@@ -34,31 +34,30 @@ MODULES = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    """Run the stages with the given overrides.
+@pipeline_command("pipeline")
+def main(plan: DictConfig) -> None:
+    """Run the stages.
 
     Raises:
-        RuntimeError: finetunings failed, once all others are done.
+        RuntimeError: finetunings failed; it is raised once everything else is done.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "lightning.pytorch", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     disable_progress_bar()  # of loading weights; the stages' own bars stay
-    with initialize_config_module("conf", version_base="1.3"):
-        plan, jobs = composed("pipeline", arguments)
-        check(jobs)
-        failed: dict[str, Exception] = {}
-        for job in jobs:
-            if job.stage == "evaluate":
-                job.cfg.drafters = [path for path in job.cfg.drafters if path.removesuffix(f"/{STEPS}/*") not in failed]
-            try:
-                run(job, plan.evaluate_ranks)
-            except Exception as problem:
-                if job.stage != "finetune":
-                    raise
-                logging.exception("%s failed", job.cfg.out)
-                failed[job.cfg.out] = problem
+    jobs = all_jobs(plan)
+    check(jobs)
+    failed: dict[str, Exception] = {}
+    for job in jobs:
+        if job.stage == "evaluate":
+            job.cfg.drafters = [path for path in job.cfg.drafters if path.removesuffix(f"/{STEPS}/*") not in failed]
+        try:
+            run(job, plan.evaluate_ranks)
+        except Exception as problem:
+            if job.stage != "finetune":
+                raise
+            logging.exception("%s failed", job.cfg.out)
+            failed[job.cfg.out] = problem
     if failed:
         named = "\n".join(f"  {out}: {problem}" for out, problem in failed.items())
         raise RuntimeError(f"{len(failed)} of the finetunings failed, all else is done:\n{named}")
@@ -111,5 +110,4 @@ def run_to_the_end(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with ended("experiments.pipeline"):
-        main(sys.argv[1:])
+    main()

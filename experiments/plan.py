@@ -4,11 +4,9 @@ Prints parameters, c and the speed-up to expect, and of each stage tokens, opera
 refuses what cannot fit, with the setting that would make it fit.
 """
 
-import sys
 from typing import Any
 
 import torch
-from hydra import initialize_config_module
 from omegaconf import DictConfig
 
 from drafter.metrics import memory_bound_speedup
@@ -17,20 +15,20 @@ from drafter.models.loading import meta_model
 from experiments.planning.estimates import Stage, World, estimates
 from experiments.planning.roofline import Shape
 from experiments.reporting.tabular import Table
-from experiments.running.commands import ended
+from experiments.running.commands import pipeline_command
 from experiments.running.inputs import plain, target_source
-from experiments.running.jobs import Job, composed
+from experiments.running.jobs import Job, all_jobs
 
 
-def main(arguments: list[str]) -> None:
+@pipeline_command("plan")
+def main(settings: DictConfig) -> None:
     """Print the plan.
 
     Raises:
-        ValueError: a stage cannot fit, or an override concerns no stage.
+        ValueError: a stage cannot fit, or an override belongs to no stage.
     """
-    with initialize_config_module("conf", version_base="1.3"):
-        settings, jobs = composed("plan", arguments)
-        world = world_of(settings, jobs)
+    jobs = all_jobs(settings)
+    world = world_of(settings, jobs)
     stages = [stage for job in jobs for stage in estimates(job, world)]
     print(report(stages, world, settings))
     refuse(stages, world, settings)
@@ -141,5 +139,4 @@ def duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    with ended("experiments.plan"):
-        main(sys.argv[1:])
+    main()

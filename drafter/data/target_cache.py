@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drafter.artifacts import rows
-from drafter.artifacts.manifest import read_manifest, require
+from drafter.artifacts.manifest import ArtifactError, read_manifest, require
 from drafter.artifacts.storage import Folder
 from drafter.data.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
 from drafter.losses.chunked import CHUNK_ENTRIES, Head
@@ -110,15 +110,26 @@ def restore(row: rows.Row, schema: pa.Schema) -> torch.Tensor | Drawn | None:
     )
 
 
+def format_kind(directory: str) -> str:
+    """Return the kind of a finished cache's format: "exact" or "sparse".
+
+    Raises:
+        ArtifactError: the cache was made before formats had a kind.
+    """
+    kind: str | None = read_manifest(directory, "cache")["settings"]["format"].get("kind")
+    if kind is None:
+        raise ArtifactError(f"{directory} does not say of which kind its format is: make it again with this version")
+    return kind
+
+
 def require_output_embedding(directory: str, embedding: nn.Module) -> None:
     """Refuse an exact cache whose hidden states belong to another output embedding; a sparse one needs none.
 
     Raises:
         ArtifactError: names the cache, and both checksums.
     """
-    manifest = read_manifest(directory, "cache")
-    if "top_k" not in manifest["settings"]["format"]:
-        found = manifest["counts"].get("output_embedding")
+    if format_kind(directory) == "exact":
+        found = read_manifest(directory, "cache")["counts"].get("output_embedding")
         require(directory, "output embedding", found, embedding_checksum(embedding))
 
 

@@ -136,7 +136,7 @@ def of_cache(cfg: DictConfig, world: World) -> Stage:
     """One forward of the target over every response, up to the output embedding: the sparse format meets that too."""
     width, shape, tokens = BYTES[cfg.target.dtype], world.target, cfg.cache.batch_tokens
     device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
-    scored = world.response / world.length if "top_k" in cfg.cache.format else 0.0
+    scored = world.response / world.length if cfg.cache.format.kind == "sparse" else 0.0
     one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored)
     memory = generation_memory(shape, 0, 0, width, split)
     memory["activations"] = ACTIVATIONS * tokens * shape.hidden * width
@@ -278,7 +278,7 @@ def kept_steps(cfg: DictConfig) -> int:
 def cached_bytes(cfg: DictConfig, shape: Shape) -> float:
     """A token's, in the cache."""
     how = cfg.cache.format
-    if "top_k" in how:
+    if how.kind == "sparse":
         ids = 2 if shape.vocabulary <= 2**16 else 4
         return (how.top_k + how.num_samples) * (ids + BYTES[how.dtype]) + 6 + 16
     return shape.hidden * BYTES[how.dtype] + 16

@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from drafter.artifacts import rows
-from drafter.data.target_cache import write_cache
+from drafter.data.target_cache import Format, write_cache
 from drafter.models.loading import embedding_checksum, load_target
 from drafter.models.sharding import check_parallel
 from drafter.ranks import join, wait_for_all
@@ -31,7 +31,7 @@ def cache(cfg: DictConfig) -> None:
         target,
         responses,
         stage.folder,
-        hydra.utils.instantiate(cfg.cache.format),
+        format_of(cfg),
         batch_tokens=cfg.cache.batch_tokens,
         shard_size=cfg.cache.shard_size,
         seed=cfg.seed,
@@ -56,6 +56,13 @@ def cache(cfg: DictConfig) -> None:
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
     wait_for_all()  # the next stage of this process may read it
+
+
+def format_of(cfg: DictConfig) -> Format:
+    """Build the cache's format; `kind` is its declared name, which no constructor takes."""
+    fields = {name: value for name, value in plain(cfg.cache.format).items() if name != "kind"}
+    found: Format = hydra.utils.instantiate(fields)
+    return found
 
 
 def check(cfg: DictConfig) -> None:

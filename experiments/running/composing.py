@@ -90,9 +90,21 @@ def input_key(argument: str) -> str:
     return re.split(r"[.=]", argument.lstrip("+~"))[1]
 
 
+def gather_stage_overrides(name: str, overrides: list[str]) -> list[str]:
+    """Return the overrides of conf/<name>.yaml, with all others, those of the stages, as the value of stage_overrides.
+
+    >>> gather_stage_overrides("pipeline", ["seeds=[1]", "respond.top_p=0.9"])  # doctest: +SKIP
+    ['seeds=[1]', "stage_overrides=['respond.top_p=0.9']"]
+    """
+    known = {"hydra", *compose(name)}
+    own = [argument for argument in overrides if first_key(argument) in known]
+    others = [argument for argument in overrides if first_key(argument) not in known]
+    return [*own, override("stage_overrides", others)] if others else own
+
+
 def first_key(argument: str) -> str:
-    """`+respond.top_p=0.9` -> respond"""
-    return re.split(r"[.=@]", argument.lstrip("+~"))[0]
+    """`+respond.top_p=0.9` -> respond, `hydra/launcher=joblib` -> hydra"""
+    return re.split(r"[.=@/]", argument.lstrip("+~"))[0]
 
 
 def cells(name: str, experiment: str) -> list[list[str]]:

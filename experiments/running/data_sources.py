@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 from drafter.data.corpus import Doc, extract, is_heldout, pretraining_texts
 from drafter.data.instructions import IN_DOMAIN, derive
 from drafter.data.selection import Candidate, Tally
-from drafter.data.sources import Source, entries, labels, source_of
+from drafter.data.sources import Source, entries, source_of
 from experiments.running.inputs import plain
 
+KINDS = ("docstrings", "files")
 DECODING = ("temperature", "top_p", "max_new_tokens", "in_domain")  # what a task says to evaluate alone
 
 
@@ -27,23 +28,29 @@ class Data(NamedTuple):
 
 
 def has_docstrings(cfg: DictConfig) -> bool:
-    """Whether the data are docstrings, rather than sources."""
-    return "packages" in cfg.data
+    """Return whether the data are docstrings of installed packages, rather than files and hub datasets.
+
+    Raises:
+        ValueError: data.kind is neither "docstrings" nor "files".
+    """
+    if cfg.data.kind not in KINDS:
+        raise ValueError(f"data.kind is '{cfg.data.kind}', must be one of {', '.join(KINDS)}")
+    return bool(cfg.data.kind == "docstrings")
 
 
 def instruction_sources(cfg: DictConfig) -> dict[str, Source]:
-    """The sources of instructions by their names, each of which is the kind of its rows.
+    """Return the sources of instructions by name; the name is also the `kind` of each row.
 
     Raises:
-        ValueError: none; a setting that is wrong; or names that do not tell two of them apart.
+        ValueError: there is no source, or a setting is wrong.
     """
-    sources = [
-        source_of(settings, f"data.instructions.{number}")
-        for number, settings in enumerate(plain(cfg.data.instructions))
-    ]
+    sources = {
+        name: source_of({"template": "{prompt}", **settings}, f"data.instructions.{name}")
+        for name, settings in plain(cfg.data.instructions).items()
+    }
     if not sources:
         raise ValueError("data.instructions is empty: give it one source or more")
-    return dict(zip(labels(sources), sources, strict=True))
+    return sources
 
 
 def pretraining_source(cfg: DictConfig) -> Source:
@@ -82,6 +89,7 @@ def identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
     else:
         text, asked = pretraining_source(cfg), instruction_sources(cfg)
         settings["data"] = {
+            "kind": cfg.data.kind,
             "name": cfg.data.name,
             "heldout_percent": cfg.data.heldout_percent,
             "pretraining": text.identity("pretraining"),

@@ -26,21 +26,19 @@ class Job(NamedTuple):
         return choice
 
 
-def composed(name: str, arguments: list[str]) -> tuple[DictConfig, list[Job]]:
-    """A primary config of the pipeline's kind, and the jobs that it and the other overrides, the stages', ask for.
+def all_jobs(plan: DictConfig) -> list[Job]:
+    """Return the runs of the stages that the config of a pipeline asks for, in order.
 
     Raises:
-        ValueError: an override concerns no stage.
+        ValueError: an override belongs to no stage.
     """
-    known = compose(name)
-    plan = compose(name, [argument for argument in arguments if first_key(argument) in known])
-    others = [argument for argument in arguments if first_key(argument) not in known]
-    check_known(others)
-    return plan, list(planned(plan, others))
+    others = list(plan.stage_overrides)
+    check_known(others, plan)
+    return list(planned(plan, others))
 
 
 def planned(plan: DictConfig, others: list[str]) -> Iterator[Job]:
-    """Every run of every stage, in order."""
+    """Yield every run of every stage, in order; `others` are the overrides of the stages."""
     yield job("prepare", others)
     yield job("pretrain", others)
     finetunings = [job("finetune", others, cell) for cell in finetuned(plan)]
@@ -91,14 +89,14 @@ def evaluated(trained: list[Job], others: list[str], out: str, how: DictConfig, 
     return job("evaluate", others, overrides)
 
 
-def check_known(arguments: list[str]) -> None:
-    """Refuse an override that concerns no stage.
+def check_known(arguments: list[str], plan: DictConfig) -> None:
+    """Refuse an override that belongs to no stage.
 
     Raises:
-        ValueError: names it.
+        ValueError: names the override and the keys that there are.
     """
     stages = [compose(name) for name in STAGES]
-    known = sorted(set().union(*stages))
+    known = sorted(set(map(str, plan)).union(*stages) - {"stage_overrides"})
     inputs = sorted({name for cfg in stages if "inputs" in cfg for name in cfg.inputs})
     for argument in arguments:
         if first_key(argument) not in known:
