@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import MANIFEST, Stage, read_jsonl, write_jsonl
@@ -30,6 +29,7 @@ from experiments.running.commands import command
 from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, identity_of, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
+from experiments.running.progress import Progress
 from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
 
 log = logging.getLogger(__name__)
@@ -70,16 +70,17 @@ def main(cfg: DictConfig) -> None:
         speculative_decode(target, drafter, work[0].prompt, 3, 8, Sampling(), [])
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     todo = [number for number in range(len(parts)) if missing_files(number, pending)]
-    dealt = deal(todo, ranks.world_size)
-    for _, number in tqdm(dealt, "evaluate", len(todo), unit=f"{PART} prompts", disable=not ranks.first):
-        missing = missing_files(number, pending)
-        rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
-        for task in parts[number]:
-            decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, gammas, cfg.seed)
-            for path, of_drafter in decoded.items():
-                rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
-        for path, file in missing.items() if ranks.writes else []:
-            write_jsonl(file, rows[path])
+    with Progress("evaluate", f"part of {PART} prompts", ranks.world_size) as report:
+        for index, number in deal(todo, ranks.world_size):
+            missing = missing_files(number, pending)
+            rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
+            for task in parts[number]:
+                decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, gammas, cfg.seed)
+                for path, of_drafter in decoded.items():
+                    rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
+            for path, file in missing.items() if ranks.writes else []:
+                write_jsonl(file, rows[path])
+            report(index + 1, len(todo), sum(row["tokens"] for of_drafter in rows.values() for row in of_drafter))
     wait_for_all()
     if ranks.first:
         for path, stage in pending.items():

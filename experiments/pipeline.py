@@ -10,18 +10,20 @@ import contextlib
 import logging
 import subprocess
 import sys
-import warnings
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from transformers.utils.logging import disable_progress_bar
 
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
+from experiments.reporting.conclusions import conclusions
+from experiments.reporting.results import read_evaluations
 from experiments.running.commands import pipeline_command
 from experiments.running.composing import override
 from experiments.running.inputs import STEPS
 from experiments.running.jobs import Job, all_jobs
 from experiments.running.lengths import check_lengths
+from experiments.running.progress import announce, quiet
 
 MODULES = {
     "prepare": prepare,
@@ -41,14 +43,12 @@ def main(plan: DictConfig) -> None:
     Raises:
         RuntimeError: finetunings failed; it is raised once everything else is done.
     """
-    for noisy in ("httpx", "lightning.pytorch", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    disable_progress_bar()  # of loading weights; the stages' own bars stay
+    quiet()
     jobs = all_jobs(plan)
     check(jobs)
     failed: dict[str, Exception] = {}
-    for job in jobs:
+    for number, job in enumerate(jobs, start=1):
+        announce(job.stage, job.cfg.out, number, len(jobs))
         if job.stage == "evaluate":
             job.cfg.drafters = [path for path in job.cfg.drafters if path.removesuffix(f"/{STEPS}/*") not in failed]
         try:
@@ -58,6 +58,9 @@ def main(plan: DictConfig) -> None:
                 raise
             logging.exception("%s failed", job.cfg.out)
             failed[job.cfg.out] = problem
+    if not (last := jobs[-1].cfg).dry_run:
+        evaluations = read_evaluations(Path(last.root) / "evaluate", last.base)
+        print("\n" + "\n".join(conclusions(evaluations, last.out)), flush=True)
     if failed:
         named = "\n".join(f"  {out}: {problem}" for out, problem in failed.items())
         raise RuntimeError(f"{len(failed)} of the finetunings failed, all else is done:\n{named}")

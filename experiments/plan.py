@@ -18,6 +18,7 @@ from experiments.reporting.tabular import Table
 from experiments.running.commands import pipeline_command
 from experiments.running.inputs import plain, target_source
 from experiments.running.jobs import Job, all_jobs
+from experiments.running.progress import duration
 
 
 @pipeline_command("plan")
@@ -129,13 +130,6 @@ def size(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.3g} {name}"
     return f"{number / 1e3:.3g} kB" if number else ""
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from experiments.running.choosing import choose_instructions, choose_prompts, en
 from experiments.running.commands import command
 from experiments.running.data_sources import gather, identity
 from experiments.running.inputs import claim, target_source
+from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def main(cfg: DictConfig) -> None:
     if end is None:
         log.warning("the tokenizer has no end-of-text token, so nothing separates the packed texts")
     for part, limit in (("heldout", cfg.prepare.heldout_tokens), ("train", cfg.prepare.pretraining_tokens)):
-        written = pack(stage.directory / f"{part}.npy", data.texts[part], tokenizer, end, limit)
+        with Progress(f"prepare {part} text", "token") as progress:
+            written = pack(stage.directory / f"{part}.npy", data.texts[part], tokenizer, end, limit, progress)
         tallies[f"text {part}"] = data.text_tallies[part]
         log.info("text %s: %s", part, data.text_tallies[part])
         if written == 0:

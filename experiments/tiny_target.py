@@ -29,6 +29,7 @@ from drafter.training.datamodules import InMemory, PackedText, SequenceData
 from drafter.training.modules import Pretraining, check_precision
 from experiments.running.commands import command
 from experiments.running.inputs import plain
+from experiments.running.training import TrainingProgress
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,12 @@ def train(model: PreTrainedModel, data: SequenceData, stage: str, cfg: DictConfi
         val_check_interval=min(steps, cfg.validate_every),
         check_val_every_n_epoch=None,
         limit_val_batches=40,
+        enable_progress_bar=False,
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[ModelCheckpoint(folder, every_n_train_steps=200, save_last=True, save_top_k=0)],
+        callbacks=[
+            ModelCheckpoint(folder, every_n_train_steps=200, save_last=True, save_top_k=0),
+            TrainingProgress(stage),
+        ],
     )
     last = folder / "last.ckpt"
     trainer.fit(Pretraining(model, settings.learning_rate), data, ckpt_path=str(last) if last.exists() else None)

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drafter.artifacts import rows
@@ -26,6 +25,7 @@ from drafter.losses.chunked import CHUNK_ENTRIES, Head
 from drafter.losses.distributions import Drawn, Sparse, Target
 from drafter.models.inspection import has_plain_head, hidden_states, vocabulary_rows
 from drafter.models.loading import OutputEmbedding, embedding_checksum
+from drafter.progress import Report, silent
 from drafter.ranks import deal
 from drafter.warping import double
 
@@ -145,6 +145,7 @@ def write_cache(
     rank: int = 0,
     world_size: int = 1,
     writes: bool = True,
+    report: Report = silent,
 ) -> tuple[int, pa.Schema]:
     """Store the distributions of all response positions, `shard_size` rows a file; files that are there are kept.
 
@@ -159,20 +160,21 @@ def write_cache(
     schema = pa.schema([*responses.schema, *format.fields(vocabulary_rows(target))], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
     missing = rows.missing_shards(folder, len(starts))
-    with tqdm(total=shard_size * len(missing), desc="cache", unit="row", disable=rank > 0 or not writes) as bar:
-        for index, number in deal(missing, world_size):
-            bar.update(shard_size * index - bar.n)  # those before are other ranks'
-            shard = responses[starts[number] : starts[number] + shard_size]
-            torch.manual_seed(seed * 1_000_003 + number)
-            undecided = []
-            for batch in by_budget([len(row["prompt_ids"]) + len(row["response_ids"]) for row in shard], batch_tokens):
-                for i, columns in zip(batch, _rows(target, [shard[i] for i in batch], format, plain_head), strict=True):
-                    shard[i] |= {name: array.reshape(-1) for name, array in columns.items()}
-                    if "log_rest" in columns:
-                        undecided += np.exp(double(_restored(shard[i], schema, "log_rest")).numpy()).tolist()
-                bar.update(len(batch))
-            if writes:
-                rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})
+    total = sum(min(shard_size, len(responses) - starts[number]) for number in missing)
+    for index, number in deal(missing, world_size):
+        shard = responses[starts[number] : starts[number] + shard_size]
+        torch.manual_seed(seed * 1_000_003 + number)
+        undecided, done = [], shard_size * index
+        lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in shard]
+        for batch in by_budget(lengths, batch_tokens):
+            for i, columns in zip(batch, _rows(target, [shard[i] for i in batch], format, plain_head), strict=True):
+                shard[i] |= {name: array.reshape(-1) for name, array in columns.items()}
+                if "log_rest" in columns:
+                    undecided += np.exp(double(_restored(shard[i], schema, "log_rest")).numpy()).tolist()
+            done += len(batch)
+            report(done, total, sum(lengths[i] for i in batch))
+        if writes:
+            rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})
     return len(starts), schema
 
 

@@ -11,6 +11,7 @@ from drafter.models.loading import embedding_checksum, load_target
 from drafter.models.sharding import check_parallel
 from drafter.ranks import join, wait_for_all
 from experiments.running.inputs import claim, plain, responses_fingerprint, target_inputs, target_named, target_source
+from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +28,20 @@ def cache(cfg: DictConfig) -> None:
     ranks = join(cfg.target.parallel == "tensor")
     responses = rows.Rows(cfg.inputs.responses, "respond")
     target = load_target(target_source(cfg)).to(ranks.device)
-    count, schema = write_cache(
-        target,
-        responses,
-        stage.folder,
-        format_of(cfg),
-        batch_tokens=cfg.cache.batch_tokens,
-        shard_size=cfg.cache.shard_size,
-        seed=cfg.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        writes=ranks.writes,
-    )
+    with Progress("cache", "row", ranks.world_size) as progress:
+        count, schema = write_cache(
+            target,
+            responses,
+            stage.folder,
+            format_of(cfg),
+            batch_tokens=cfg.cache.batch_tokens,
+            shard_size=cfg.cache.shard_size,
+            seed=cfg.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            writes=ranks.writes,
+            report=progress,
+        )
     head = embedding_checksum(target.get_output_embeddings())
     wait_for_all()
     if ranks.first:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from drafter.interruptions import Interrupted, caught
 from experiments.running.composing import gather_stage_overrides, with_home
+from experiments.running.progress import announce, quiet
 
 OURS = Path(__file__).parents[2]
 Stage = Callable[[DictConfig], Any]
@@ -39,7 +40,12 @@ def command(name: str) -> Callable[[Stage], Callable[..., Any]]:
             check_seed(cfg)
             return stage(with_home(cfg))
 
-        run = under_hydra(name, entered)
+        @functools.wraps(stage)
+        def announced(cfg: DictConfig) -> Any:
+            announce(name, with_home(cfg).get("out"))
+            return entered(cfg)
+
+        run = under_hydra(name, announced)
 
         @functools.wraps(stage)
         def main(cfg: DictConfig | None = None) -> Any:
@@ -87,6 +93,7 @@ def under_hydra(name: str, stage: Stage) -> Callable[[], None]:
 
     @functools.wraps(stage)
     def task(cfg: DictConfig) -> Any:
+        quiet()
         try:
             return stage(cfg)
         except Exception as problem:

@@ -12,6 +12,7 @@ from drafter.data.instructions import IN_DOMAIN, derive
 from drafter.data.selection import Candidate, Tally
 from drafter.data.sources import Source, entries, source_of
 from experiments.running.inputs import plain
+from experiments.running.progress import Progress
 
 KINDS = ("docstrings", "files")
 DECODING = ("temperature", "top_p", "max_new_tokens", "in_domain")  # what a task says to evaluate alone
@@ -111,7 +112,8 @@ def docstrings(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
 
     Held-out names are shared by a second hash: two thirds for the tasks, a third for validation.
     """
-    docs = extract(list(cfg.data.packages), workers=2)
+    with Progress("prepare docstrings", "file") as progress:
+        docs = extract(list(cfg.data.packages), workers=2, report=progress)
     order = np.random.default_rng(cfg.seed).permutation(len(docs))
     parts: dict[str, list[Doc]] = {"train": [], "validation": [], "task": []}
     for index in order:

@@ -35,6 +35,7 @@ from experiments.running.inputs import (
     target_named,
     target_source,
 )
+from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
 # Arguments of vllm.LLM that say how much memory it takes and how many devices, and leave what is drawn as it is.
@@ -66,18 +67,20 @@ def respond(cfg: DictConfig) -> None:
     requests, skipped = asked(cfg, tokenizer)
     parts = shards(requests, settings.shard_size)
     limits = Limits(settings.top_p, settings.max_new_tokens, end_of_turn_ids(target_source(cfg), tokenizer))
-    write_responses(
-        engine(cfg, limits, ranks, tokenizer),
-        parts,
-        stage.folder,
-        schema(settings.top_p),
-        stop_ids=limits.stop_ids,
-        known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
-        seed=cfg.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        writes=ranks.writes,
-    )
+    with Progress("respond", "row", ranks.world_size) as progress:
+        write_responses(
+            engine(cfg, limits, ranks, tokenizer),
+            parts,
+            stage.folder,
+            schema(settings.top_p),
+            stop_ids=limits.stop_ids,
+            known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
+            seed=cfg.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            writes=ranks.writes,
+            report=progress,
+        )
     wait_for_all()
     if ranks.first:
         files, notes = rows.finish(stage.folder, len(parts), schema(settings.top_p))

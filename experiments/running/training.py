@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter import interruptions
 from drafter.artifacts.manifest import Stage
+from drafter.data.batches import Batch
 from drafter.ranks import leave_at_exit
 from drafter.training.datamodules import SequenceData
 from drafter.training.resuming import AtomicCheckpoints, Resuming
 from experiments.running.inputs import STEPS, plain
+from experiments.running.progress import Progress
 from experiments.running.recording import OneRun, ended_run, run_settings
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,8 @@ def train(
             logger=[curve, *weights_and_biases(cfg, stage, name)],
             plugins=[AtomicCheckpoints()],
             enable_checkpointing=False,  # Lightning's own; ours is the callback
-            callbacks=[*callbacks, Resuming(last, curve, cfg.seed)],
+            enable_progress_bar=False,  # TrainingProgress instead
+            callbacks=[*callbacks, Resuming(last, curve, cfg.seed), TrainingProgress(name)],
         )
         if not last.exists():
             trainer.validate(module, data, verbose=False)
@@ -100,6 +103,32 @@ def train(
         if settings.max_steps % interval:
             trainer.validate(module, data, verbose=False)
     return trainer
+
+
+class TrainingProgress(lightning.Callback):
+    """Shows the step, the loss, the tokens per second of all ranks and the time left (see progress.Progress)."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begin at the step from which training goes on."""
+        self.progress = Progress(self.name, "step", trainer.world_size, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        """Report the step; one of several accumulated batches leaves it as it is."""
+
+        def loss() -> float | None:
+            value = trainer.callback_metrics.get("train/loss")
+            return None if value is None else float(value)
+
+        self.progress(trainer.global_step, trainer.max_steps, batch.attention_mask_BT.sum(), loss)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave the bar as it is."""
+        self.progress.__exit__()
 
 
 class KeptSteps(lightning.Callback):
