@@ -1,9 +1,9 @@
 """Stage 4: decode the tasks' prompts with each drafter and without one. Config: conf/evaluate.yaml.
 
 Each drafter has a directory of its own, so that a new drafter needs only its own evaluation. All new drafters decode
-each prompt in turn: the autoregressive baseline is decoded once for all of them, and a ratio of token rates compares times
-that were measured close together on one machine. Each rank takes the next part of the prompts when it is free. An
-interrupted evaluation continues with the missing parts.
+each prompt in turn: the autoregressive baseline is decoded once for all of them, and a ratio of token rates compares
+times that were measured close together on one machine. Each rank takes the next part of the prompts when it is free.
+An interrupted evaluation continues with the missing parts.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """Find the best γ of a target and a drafter on this machine, for each task. Config: conf/gamma.yaml.
 
 The target alone generates a text for each prompt. From these texts follows the expected block efficiency at every γ
-(see drafter.decoding.expected_efficiency), from timed calls the costs c and v (see drafter.decoding.timings), and from both
-the predicted speed-up. Then the prompts are decoded at each γ, to compare.
+(see drafter.decoding.expected_efficiency), from timed calls the costs c and v (see drafter.decoding.timings), and
+from both the predicted speed-up. Then the prompts are decoded at each γ, to compare.
 """
 
 import logging

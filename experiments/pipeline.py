@@ -1,9 +1,10 @@
 """All stages in one process: prepare, pretrain, respond, cache, finetune, evaluate, tables.
 
 Config: conf/pipeline.yaml. The pipeline finetunes with every pair of a loss and a seed, and for every cell of the
-sweeps in `experiments` (conf/experiment). The distillation sets that these need are made once. Each stage is composed from its
-own config with the same overrides, as on its own command line. A stage that is up to date is skipped, so that the same
-command continues an interrupted pipeline. A finetuning that fails does not stop the others; it is named at the end.
+sweeps in `experiments` (conf/experiment). The distillation sets that these need are made once. Each stage is composed
+from its own config with the same overrides, as on its own command line. A stage that is up to date is skipped, so
+that the same command continues an interrupted pipeline. A finetuning that fails does not stop the others; it is named
+at the end.
 """
 
 import contextlib

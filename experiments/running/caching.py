@@ -1,4 +1,4 @@
-"""Writing the cache of the target's distributions, from a stage's config; see conf/cache.yaml."""
+"""Write the cache of the target's distributions from the config of a stage; see conf/cache.yaml."""
 
 import logging
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def cache(cfg: DictConfig) -> None:
-    """One forward of the target over every response."""
+    """Run the target once over every response and store its distributions."""
     check(cfg)
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
     settings = {name: value for name, value in plain(cfg.cache).items() if name != "batch_tokens"}
@@ -58,7 +58,7 @@ def cache(cfg: DictConfig) -> None:
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
-    wait_for_all()  # the next stage of this process may read it
+    wait_for_all()  # the next stage of this process may read the cache
 
 
 def format_of(cfg: DictConfig) -> Format:
@@ -69,5 +69,5 @@ def format_of(cfg: DictConfig) -> Format:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a way of splitting the target that this stage does not have."""
+    """Refuse a way of splitting the target that this stage does not support."""
     check_parallel(cfg.target.parallel, "tensor", "cache")

@@ -61,7 +61,9 @@ class Progress:
             self.bar.n = done
             self.bar.set_postfix_str(", ".join(details))
         else:
-            if total is not None and done > self.start:
+            if done == total:
+                details.append(f"took {duration(seconds)}")
+            elif total is not None and done > self.start:
                 details.append(f"{duration(seconds * (total - done) / (done - self.start))} left")
             of = "" if total is None else f" of {total:,}"
             log.info("%s: %s", self.name, ", ".join([f"{self.unit} {done:,}{of}", *details]))

@@ -41,7 +41,7 @@ def test_a_log_has_a_line_every_thirty_seconds_with_the_loss_the_rate_and_the_ti
     assert caplog.messages == [
         "respond: row 40 of 100, loss 1.235, 100 tokens/s, 60 s left",
         "respond: row 70 of 100, loss 1.235, 100 tokens/s, 30 s left",
-        "respond: row 100 of 100, loss 1.235, 100 tokens/s, 0 s left",
+        "respond: row 100 of 100, loss 1.235, 100 tokens/s, took 90 s",
     ]
 
 
