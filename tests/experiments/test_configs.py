@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 
+import experiments.running.composing  # noqa: F401  (it registers the resolvers of the configs)
 from tests.objectives import at_places
 
 CONF = Path(__file__).parents[2] / "conf"
