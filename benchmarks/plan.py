@@ -13,12 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hydra import initialize_config_module
+from hydra import compose, initialize_config_module
 
 from drafter.artifacts.manifest import read_manifest
 from experiments.plan import world_of
 from experiments.planning.estimates import estimates
-from experiments.running.jobs import composed
+from experiments.running.composing import gather_stage_overrides
+from experiments.running.jobs import all_jobs
 
 STAGES = ("pretrain", "respond", "cache", "finetune", "evaluate")
 
@@ -45,7 +46,9 @@ def main():
     root = parser.parse_args().root
     with initialize_config_module("conf", version_base="1.3"):
         drafter = f"drafters=[{root}/finetune/tvdpp-seed1]"
-        settings, jobs = composed("plan", ["hardware=cpu", "plan.gpus=1", "losses=[tvdpp]", drafter])
+        given = gather_stage_overrides("plan", ["hardware=cpu", "plan.gpus=1", "losses=[tvdpp]", drafter])
+        settings = compose("plan", given)
+        jobs = all_jobs(settings)
         expected = {stage.name: stage for job in jobs for stage in estimates(job, world_of(settings, jobs))}
     print("| stage | time: planned | measured | ratio | memory: planned | measured | ratio |\n" + "| --- " * 7 + "|")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Stage 2b: the target's distributions at the response tokens. Config: conf/cache.yaml."""
+"""Stage 2b: store the target's distribution at every response token. Config: conf/cache.yaml."""
 
 from omegaconf import DictConfig
 
@@ -10,7 +10,7 @@ check = caching.check
 
 @command("cache")
 def main(cfg: DictConfig) -> None:
-    """Write the target's distribution at every response token."""
+    """Write the cache shard by shard."""
     if cfg.dry_run:
         return dry_run.show(cfg, "cache", check)
     caching.cache(cfg)

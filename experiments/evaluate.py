@@ -1,8 +1,9 @@
-"""Stage 4: decode the tasks' prompts with each drafter, beside the autoregressive baseline. Config: conf/evaluate.yaml.
+"""Stage 4: decode the tasks' prompts with each drafter and without one. Config: conf/evaluate.yaml.
 
-One directory a drafter, so that a new drafter costs its own evaluation alone. All that are new go together, prompt by
-prompt: the baseline is decoded once for all of them, and a ratio of token rates is of one machine at one time. Each
-rank takes the next part of the prompts when it is free, and an interrupted evaluation goes on with the missing parts.
+Each drafter has a directory of its own, so that a new drafter needs only its own evaluation. All new drafters decode
+each prompt in turn: the autoregressive baseline is decoded once for all of them, and a ratio of token rates compares
+times that were measured close together on one machine. Each rank takes the next part of the prompts when it is free.
+An interrupted evaluation continues with the missing parts.
 """
 
 import logging
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import MANIFEST, Stage, read_jsonl, write_jsonl
@@ -30,6 +30,7 @@ from experiments.running.commands import command
 from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, identity_of, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
+from experiments.running.progress import Progress
 from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ PART = 8  # prompts that are evaluated, and written, together
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
-    """Evaluate every drafter that has not been, all of them prompt by prompt."""
+    """Evaluate every drafter that has no finished evaluation."""
     if cfg.dry_run:
         return dry_run.show(cfg, "evaluate", check)
     check(cfg)
@@ -66,20 +67,21 @@ def main(cfg: DictConfig) -> None:
     work = read_tasks(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, cfg.evaluate.sampling)
     gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
     parts = [work[start : start + PART] for start in range(0, len(work), PART)]
-    for drafter in drafters.values():  # first calls are slow, and nobody's fault
+    for drafter in drafters.values():  # the first calls are slow, and should not count for any drafter
         speculative_decode(target, drafter, work[0].prompt, 3, 8, Sampling(), [])
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     todo = [number for number in range(len(parts)) if missing_files(number, pending)]
-    dealt = deal(todo, ranks.world_size)
-    for _, number in tqdm(dealt, "evaluate", len(todo), unit=f"{PART} prompts", disable=not ranks.first):
-        missing = missing_files(number, pending)
-        rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
-        for task in parts[number]:
-            decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, gammas, cfg.seed)
-            for path, of_drafter in decoded.items():
-                rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
-        for path, file in missing.items() if ranks.writes else []:
-            write_jsonl(file, rows[path])
+    with Progress("evaluate", f"part of {PART} prompts", ranks.world_size) as report:
+        for index, number in deal(todo, ranks.world_size):
+            missing = missing_files(number, pending)
+            rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
+            for task in parts[number]:
+                decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, gammas, cfg.seed)
+                for path, of_drafter in decoded.items():
+                    rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
+            for path, file in missing.items() if ranks.writes else []:
+                write_jsonl(file, rows[path])
+            report(index + 1, len(todo), sum(row["tokens"] for of_drafter in rows.values() for row in of_drafter))
     wait_for_all()
     if ranks.first:
         for path, stage in pending.items():
@@ -87,19 +89,19 @@ def main(cfg: DictConfig) -> None:
 
 
 def missing_files(number: int, stages: dict[str, Stage]) -> dict[str, Path]:
-    """Drafter -> the file of its part, of those that do not have it yet."""
+    """Return the file of a part for each drafter that does not have it yet."""
     files = {path: stage.directory / f"part-{number:05d}.jsonl" for path, stage in stages.items()}
     return {path: file for path, file in files.items() if not file.exists()}
 
 
 def is_pending(cfg: DictConfig) -> bool:
-    """Whether a drafter has no evaluation yet."""
+    """Return whether any drafter has no finished evaluation yet."""
     directories = output_directories(Path(cfg.out), find_drafters(list(cfg.drafters)))
     return any(not (directory / MANIFEST).exists() for directory in directories.values())
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what would fail, or mean something else, after the model is loaded."""
+    """Check the settings before a model is loaded."""
     check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
     for task, how in cfg.task.items():
@@ -109,10 +111,10 @@ def check(cfg: DictConfig) -> None:
 
 
 def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
-    """A number, or what "adaptive" stands for.
+    """Return γ as a number, or the adaptive rule of evaluate.adaptive for "adaptive".
 
     Raises:
-        ValueError: another word.
+        ValueError: another word is given.
     """
     if isinstance(gamma, str):
         if gamma != "adaptive":
@@ -130,7 +132,7 @@ def finish(
     stops: list[int],
     cfg: DictConfig,
 ) -> None:
-    """All parts as counts.jsonl (a row for each task, gamma and prompt) and samples.jsonl (texts by block)."""
+    """Join all parts into counts.jsonl (a row per task, γ and prompt) and samples.jsonl (texts by block)."""
     files = [stage.directory / f"part-{number:05d}.jsonl" for number in range(parts)]
     rows = [row for file in files for row in read_jsonl(file)]
     shown: Counter[tuple[str, str]] = Counter()

@@ -1,4 +1,4 @@
-"""Stage 3: pull the drafter's distribution to the target's. Config: conf/finetune.yaml."""
+"""Stage 3: finetune the drafter to match the target's distributions. Config: conf/finetune.yaml."""
 
 import logging
 from functools import partial
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import fingerprint, read_manifest, require
 from drafter.artifacts.rows import Rows
-from drafter.data.target_cache import require_output_embedding
+from drafter.data.target_cache import format_kind, require_output_embedding
 from drafter.losses.chunked import Head, Predicted
 from drafter.losses.distributions import Drawn, Target
 from drafter.losses.objective import Loss, Positions, check_chunks, objective_of
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @command("finetune")
 def main(cfg: DictConfig) -> None:
-    """One finetuning, or several on sets that the drafter writes (conf/distillation)."""
+    """Run one finetuning, or several rounds on responses that the drafter generates (conf/distillation)."""
     if cfg.dry_run:
         return dry_run.show(cfg, "finetune", check)
     if cfg.distillation.rounds:
@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def finetune(cfg: DictConfig) -> None:
-    """Load target, drafter, responses and cache, all checked against each other; train; save."""
+    """Load target, drafter, responses and cache, check that they belong together, train and save."""
     loss, weighting = check(cfg)
     inputs = checked_inputs(cfg, loss)
     stage = claim(cfg, "finetune", settings_of(cfg), inputs)
@@ -81,11 +81,11 @@ def finetune(cfg: DictConfig) -> None:
 
 
 def samples(cfg: DictConfig, drafter: PreTrainedModel) -> tuple[SequenceData, Rows]:
-    """What is trained and validated on, and the rows whose split "validation" that is."""
+    """Return the training and validation data, and the rows that the validation responses come from."""
     kind = "cache" if cfg.inputs.cache else "respond"
     rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)
     judged_on = Rows(cfg.inputs.validation, kind) if cfg.inputs.validation else rows
-    vocabulary = vocabulary_rows(drafter)  # the target's too, or the drafter would not have been loaded
+    vocabulary = vocabulary_rows(drafter)  # equal to the target's, which loading the drafter has checked
     text = PackedText(Path(cfg.inputs.data) / "train.npy", cfg.finetune.sequence_length, vocabulary)
     responses = Responses(rows, "train", cfg.finetune.responses_share, cfg.finetune.kinds, vocabulary)
     training = Mixture(responses, text, cfg.finetune.text_share, cfg.seed)
@@ -96,14 +96,14 @@ def samples(cfg: DictConfig, drafter: PreTrainedModel) -> tuple[SequenceData, Ro
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """What determines the result, beside the inputs (a reference drafter is one of them, wherever it lies)."""
+    """Return the settings that determine the result. A reference drafter is an input, so its path is not among them."""
     weighting = {name: value for name, value in plain(cfg.weighting).items() if name != "reference"}
     settings = {**training_settings(cfg, "finetune"), "loss": plain(cfg.loss), "weighting": weighting}
     return {**settings, "name": cfg.name, "target_dtype": cfg.target.dtype}
 
 
 def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
-    """The loss and the weighting, both tried on two positions: a wrong switch is refused before compute is spent."""
+    """Return the loss and the weighting, after trying both on two positions, so that wrong settings fail at once."""
     check_precision(cfg.trainer.precision)
     if not cfg.inputs.cache:
         check_parallel(cfg.target.parallel, "fsdp", "finetune")
@@ -121,18 +121,18 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
 
 
 def try_loss(loss: Loss, target: Target, positions: Positions) -> None:
-    """One value of the loss at two positions over two tokens."""
+    """Compute the loss once, at two positions over a vocabulary of two tokens."""
     objective_of(loss)(torch.zeros(2, 2), target, positions)
 
 
 def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
-    """Fingerprints of what the run reads; refuses parts that were not made from one another, or for this loss."""
+    """Return the fingerprints of the inputs. Refuse inputs that do not belong together or do not suit the loss."""
     inputs = pair_inputs(cfg, cfg.inputs.drafter)
     if cfg.inputs.cache:
         inputs["cache"] = fingerprint(cfg.inputs.cache, "cache")
         cache = read_manifest(cfg.inputs.cache, "cache")
         require(cfg.inputs.cache, "target", cache["inputs"]["target"], inputs["target"])
-        if "top_k" in cache["settings"]["format"]:
+        if format_kind(cfg.inputs.cache) == "sparse":
             tokens_N = torch.zeros(2, dtype=torch.long)
             sparse = Drawn.of(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted()
             try_loss(loss, sparse, Positions(tokens_N, torch.tensor([1, 0])))

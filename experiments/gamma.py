@@ -1,8 +1,8 @@
-"""Which gamma, and is it worth it? One page for a target, a drafter, a machine and each task. Config: conf/gamma.yaml.
+"""Find the best γ of a target and a drafter on this machine, for each task. Config: conf/gamma.yaml.
 
-The target answers each prompt by itself; from those texts alone follows tau at every gamma (see
-drafter.decoding.expected_efficiency), from the timed calls c and v (see drafter.decoding.timings), and from both the
-predicted speed-up. Then each gamma is decoded.
+The target alone generates a text for each prompt. From these texts follows the expected block efficiency at every γ
+(see drafter.decoding.expected_efficiency), from timed calls the costs c and v (see drafter.decoding.timings), and
+from both the predicted speed-up. Then the prompts are decoded at each γ, to compare.
 """
 
 import logging
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @command("gamma")
 def main(cfg: DictConfig) -> None:
-    """Measure, and write gamma.md, gamma.jsonl and the figure."""
+    """Measure, and write gamma.md, gamma.jsonl, counts.jsonl and the figure."""
     if cfg.dry_run:
         return dry_run.show(cfg, "gamma", check)
     check(cfg)
@@ -86,7 +86,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a target or tasks that cannot be decoded, and a range of gammas that is none."""
+    """Refuse a target or tasks that cannot be decoded, and a largest γ below 1."""
     check_can_decode(load_config(target_source(cfg)))
     if cfg.gamma.largest < 1:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at least 1")
@@ -97,7 +97,7 @@ def check(cfg: DictConfig) -> None:
 def decode_all(
     tasks: list[Task], models: list[PreTrainedModel | Compiled], stops: list[int], cfg: DictConfig
 ) -> list[tuple[list[int], dict[int, Counts]]]:
-    """Each prompt's text by the target alone, and the counts of its decoding at each gamma, one after the other."""
+    """Return for each prompt the text of the target alone, and the counts of decoding it at each γ."""
     (target, drafter), found = models, []
     for task in tasks:
         limit, sampling = task.max_new_tokens, task.sampling
@@ -119,7 +119,7 @@ def block_efficiencies(
     drafter: PreTrainedModel,
     largest: int,
 ) -> list[float]:
-    """tau at gamma = 1 ... largest, from the texts that the target wrote."""
+    """Return the expected block efficiency at γ = 1 … largest, from the texts that the target generated."""
     blocks, tokens = np.zeros(largest), 0
     for task, (text, _) in zip(tasks, found, strict=True):
         ids = torch.tensor([[*task.prompt, *text]], device=target.device)

@@ -1,27 +1,30 @@
 """All stages in one process: prepare, pretrain, respond, cache, finetune, evaluate, tables.
 
-Config: conf/pipeline.yaml. What is finetuned is losses x seeds and the cells of the named experiments' sweeps
-(conf/experiment); the sets that these need are made once for all. Each stage is composed from its own config with the
-same overrides, as on its own command line, and skips itself where it is up to date, so an interrupted pipeline goes on
-with the same command. A finetuning that fails does not stop the others, and is named at the end.
+Config: conf/pipeline.yaml. The pipeline finetunes with every pair of a loss and a seed, and for every cell of the
+sweeps in `experiments` (conf/experiment). The distillation sets that these need are made once. Each stage is composed
+from its own config with the same overrides, as on its own command line. A stage that is up to date is skipped, so
+that the same command continues an interrupted pipeline. A finetuning that fails does not stop the others; it is named
+at the end.
 """
 
 import contextlib
 import logging
 import subprocess
 import sys
-import warnings
+from pathlib import Path
 
-from hydra import initialize_config_module
 from hydra.core.hydra_config import HydraConfig
-from transformers.utils.logging import disable_progress_bar
+from omegaconf import DictConfig
 
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
-from experiments.running.commands import ended
+from experiments.reporting.conclusions import conclusions
+from experiments.reporting.results import read_evaluations
+from experiments.running.commands import pipeline_command
 from experiments.running.composing import override
 from experiments.running.inputs import STEPS
-from experiments.running.jobs import Job, composed
+from experiments.running.jobs import Job, all_jobs
 from experiments.running.lengths import check_lengths
+from experiments.running.progress import announce, quiet
 
 MODULES = {
     "prepare": prepare,
@@ -34,41 +37,41 @@ MODULES = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    """Run the stages with the given overrides.
+@pipeline_command("pipeline")
+def main(plan: DictConfig) -> None:
+    """Run the stages.
 
     Raises:
-        RuntimeError: finetunings failed, once all others are done.
+        RuntimeError: finetunings failed; it is raised once everything else is done.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("httpx", "lightning.pytorch", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    disable_progress_bar()  # of loading weights; the stages' own bars stay
-    with initialize_config_module("conf", version_base="1.3"):
-        plan, jobs = composed("pipeline", arguments)
-        check(jobs)
-        failed: dict[str, Exception] = {}
-        for job in jobs:
-            if job.stage == "evaluate":
-                job.cfg.drafters = [path for path in job.cfg.drafters if path.removesuffix(f"/{STEPS}/*") not in failed]
-            try:
-                run(job, plan.evaluate_ranks)
-            except Exception as problem:
-                if job.stage != "finetune":
-                    raise
-                logging.exception("%s failed", job.cfg.out)
-                failed[job.cfg.out] = problem
+    quiet()
+    jobs = all_jobs(plan)
+    check(jobs)
+    failed: dict[str, Exception] = {}
+    for number, job in enumerate(jobs, start=1):
+        announce(job.stage, job.cfg.out, number, len(jobs))
+        if job.stage == "evaluate":
+            job.cfg.drafters = [path for path in job.cfg.drafters if path.removesuffix(f"/{STEPS}/*") not in failed]
+        try:
+            run(job, plan.evaluate_ranks)
+        except Exception as problem:
+            if job.stage != "finetune":
+                raise
+            logging.exception("%s failed", job.cfg.out)
+            failed[job.cfg.out] = problem
+    if not (last := jobs[-1].cfg).dry_run:
+        evaluations = read_evaluations(Path(last.root) / "evaluate", last.base)
+        print("\n" + "\n".join(conclusions(evaluations, last.out)), flush=True)
     if failed:
         named = "\n".join(f"  {out}: {problem}" for out, problem in failed.items())
-        raise RuntimeError(f"{len(failed)} of the finetunings failed, all else is done:\n{named}")
+        raise RuntimeError(f"{len(failed)} of the finetunings failed; everything else is done:\n{named}")
 
 
 def check(jobs: list[Job]) -> None:
-    """Find a wrong value of the last stage before the first one computes.
+    """Check the settings of every stage before the first one computes.
 
     Raises:
-        ValueError: names it.
+        ValueError: a setting is wrong; the error names it.
     """
     for job in jobs:
         if job.stage != "tables":
@@ -82,7 +85,7 @@ def check(jobs: list[Job]) -> None:
 
 
 def run(job: Job, evaluate_ranks: int = 1) -> None:
-    """One stage, as its own command line would run it; an evaluation by several processes, if so asked."""
+    """Run one stage as its own command line would; with `evaluate_ranks` above 1, evaluate in that many processes."""
     HydraConfig.instance().cfg = job.hydra
     if job.stage == "evaluate" and evaluate_ranks > 1 and not job.cfg.dry_run and evaluate.is_pending(job.cfg):
         overrides = [*job.hydra.hydra.overrides.task, override("drafters", list(job.cfg.drafters))]
@@ -92,17 +95,17 @@ def run(job: Job, evaluate_ranks: int = 1) -> None:
 
 
 def run_to_the_end(command: list[str]) -> None:
-    """A program that starts others: where this process is interrupted, it ends, and ends them, before this one does.
+    """Run a program and wait for it. When this process is interrupted, end the program before this process ends.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the program failed.
     """
     with subprocess.Popen(command) as process:
         try:
             status = process.wait()
         except BaseException:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)  # Ctrl-C reaches it too
+                process.wait(5)  # Ctrl-C also reaches the program
             process.terminate()
             process.wait()
             raise
@@ -111,5 +114,4 @@ def run_to_the_end(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with ended("experiments.pipeline"):
-        main(sys.argv[1:])
+    main()

@@ -1,14 +1,12 @@
-"""What the pipeline will take on given hardware, from its configs and a roofline. Config: conf/plan.yaml.
+"""Estimate what the pipeline needs on given hardware, from its configs and a roofline model. Config: conf/plan.yaml.
 
-Prints parameters, c and the speed-up to expect, and of each stage tokens, operations, memory by part, disk and time;
-refuses what cannot fit, with the setting that would make it fit.
+The command prints the number of parameters, c, the expected speed-up, and for each stage its tokens, operations, memory
+by part, disk and time. It refuses a plan that cannot fit and names the setting that would make it fit.
 """
 
-import sys
 from typing import Any
 
 import torch
-from hydra import initialize_config_module
 from omegaconf import DictConfig
 
 from drafter.metrics import memory_bound_speedup
@@ -17,27 +15,28 @@ from drafter.models.loading import meta_model
 from experiments.planning.estimates import Stage, World, estimates
 from experiments.planning.roofline import Shape
 from experiments.reporting.tabular import Table
-from experiments.running.commands import ended
+from experiments.running.commands import pipeline_command
 from experiments.running.inputs import plain, target_source
-from experiments.running.jobs import Job, composed
+from experiments.running.jobs import Job, all_jobs
+from experiments.running.progress import duration
 
 
-def main(arguments: list[str]) -> None:
+@pipeline_command("plan")
+def main(settings: DictConfig) -> None:
     """Print the plan.
 
     Raises:
-        ValueError: a stage cannot fit, or an override concerns no stage.
+        ValueError: a stage cannot fit, or an override belongs to no stage.
     """
-    with initialize_config_module("conf", version_base="1.3"):
-        settings, jobs = composed("plan", arguments)
-        world = world_of(settings, jobs)
+    jobs = all_jobs(settings)
+    world = world_of(settings, jobs)
     stages = [stage for job in jobs for stage in estimates(job, world)]
     print(report(stages, world, settings))
     refuse(stages, world, settings)
 
 
 def world_of(settings: DictConfig, jobs: list[Job]) -> World:
-    """Both models' shapes, and what is expected of texts and drafter."""
+    """Return the shapes of both models and the expected text lengths and block efficiency."""
     cfg = jobs[0].cfg
     known: dict[str, Any] = plain(cfg.target_shape) if cfg.target_shape else {}
     shape = known if known.pop("of", None) == cfg.target.path else None
@@ -58,7 +57,7 @@ def world_of(settings: DictConfig, jobs: list[Job]) -> World:
 
 
 def report(stages: list[Stage], world: World, settings: DictConfig) -> str:
-    """The plan, in Markdown."""
+    """Return the plan as Markdown."""
     ratio, gammas = world.drafter.parameters / world.target.parameters, (3, 5)
     speedups = ", ".join(f"{memory_bound_speedup(world.block_efficiency, ratio, g):.2f} at γ = {g}" for g in gammas)
     head = (
@@ -68,7 +67,7 @@ def report(stages: list[Stage], world: World, settings: DictConfig) -> str:
         f"{speedups}.\n"
     )
     price = settings.plan.price
-    columns = ["stage", "runs", "tokens", "operations", "memory a device", "disk", "time", "device-hours"]
+    columns = ["stage", "runs", "tokens", "operations", "memory per device", "disk", "time", "device-hours"]
     columns += ["price"] if price else []
     lines, names = [], list(dict.fromkeys(stage.name for stage in stages))
     for name in [*names, "all"]:
@@ -90,15 +89,15 @@ def report(stages: list[Stage], world: World, settings: DictConfig) -> str:
     parts = list(dict.fromkeys(part for stage in stages for part in stage.memory))
     largest = [max((one for one in stages if one.name == name), key=lambda one: one.total_memory) for name in names]
     rows = [[one.name, *(size(one.memory[part]) if part in one.memory else "" for part in parts)] for one in largest]
-    memory = Table("memory", "Memory a device, by part", ["stage", *parts], rows)
+    memory = Table("memory", "Memory per device, by part", ["stage", *parts], rows)
     return f"{head}\n{Table('plan', 'Plan', columns, lines).markdown()}\n\n## {memory.title}\n\n{memory.markdown()}\n"
 
 
 def refuse(stages: list[Stage], world: World, settings: DictConfig) -> None:
-    """Refuse what does not fit.
+    """Refuse a plan whose memory or disk does not fit.
 
     Raises:
-        ValueError: names the stage, the largest part, and what to change.
+        ValueError: names the stage, its largest part and the setting to change.
     """
     for stage in stages:
         if stage.total_memory > world.hardware.memory:
@@ -118,7 +117,7 @@ def refuse(stages: list[Stage], world: World, settings: DictConfig) -> None:
 
 
 def amount(number: float) -> str:
-    """A number in words of three digits: 6.7B."""
+    """Return a number with three significant digits and a unit: "6.7B"."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
@@ -126,20 +125,12 @@ def amount(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes: 13.5 GB."""
+    """Return a number of bytes with its unit: "13.5 GB"; nothing for 0."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if number >= unit:
             return f"{number / unit:.3g} {name}"
     return f"{number / 1e3:.3g} kB" if number else ""
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 if __name__ == "__main__":
-    with ended("experiments.plan"):
-        main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""Stage 0: text, instructions and evaluation prompts in the target's tokens. Config: conf/prepare.yaml."""
+"""Stage 0: prepare text, instructions and evaluation prompts with the target's tokenizer. Config: conf/prepare.yaml."""
 
 import logging
 
@@ -14,6 +14,7 @@ from experiments.running.choosing import choose_instructions, choose_prompts, en
 from experiments.running.commands import command
 from experiments.running.data_sources import gather, identity
 from experiments.running.inputs import claim, target_source
+from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Write train.npy and heldout.npy, instructions.jsonl and tasks.jsonl.
 
-    Instructions and prompts come first, since what is refused of them is known long before the text is packed.
+    Instructions and prompts come first, because they can be refused, and packing the text takes much longer.
     """
     if cfg.dry_run:
         return dry_run.show(cfg, "prepare", check)
@@ -46,9 +47,10 @@ def main(cfg: DictConfig) -> None:
     counts = {"instructions": len(chosen), "prompts": len(tasks)}
     end = tokenizer.eos_token_id
     if end is None:
-        log.warning("the tokenizer has no end-of-text token, so nothing separates the packed texts")
+        log.warning("the tokenizer has no end-of-text token, so packed texts follow each other without a separator")
     for part, limit in (("heldout", cfg.prepare.heldout_tokens), ("train", cfg.prepare.pretraining_tokens)):
-        written = pack(stage.directory / f"{part}.npy", data.texts[part], tokenizer, end, limit)
+        with Progress(f"prepare {part} text", "token") as progress:
+            written = pack(stage.directory / f"{part}.npy", data.texts[part], tokenizer, end, limit, progress)
         tallies[f"text {part}"] = data.text_tallies[part]
         log.info("text %s: %s", part, data.text_tallies[part])
         if written == 0:
@@ -59,7 +61,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a target whose tokenizer writes ids that its embedding has not."""
+    """Refuse a target whose tokenizer produces ids outside of its embedding."""
     source = target_source(cfg)
     check_embedding(load_tokenizer(source), vocabulary_width(source), source.path)
 

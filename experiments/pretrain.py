@@ -1,4 +1,4 @@
-"""Stage 1: a drafter from scratch by next-token prediction. Config: conf/pretrain.yaml."""
+"""Stage 1: pretrain a drafter from scratch by next-token prediction. Config: conf/pretrain.yaml."""
 
 import logging
 from pathlib import Path
@@ -42,12 +42,12 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse float16, and a drafter that cannot be distilled, decoded with or fed such long sequences.
+    """Refuse float16, and a drafter that cannot be distilled or decoded with, or has too few positions.
 
-    The drafter is built without weights.
+    The drafter is built without weights, so that the check takes no memory.
 
     Raises:
-        ValueError: names the precision, or the architecture.
+        ValueError: names the precision or the architecture.
     """
     check_precision(cfg.trainer.precision)
     tokenizer = load_tokenizer(target_source(cfg))

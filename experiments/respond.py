@@ -1,4 +1,4 @@
-"""Stage 2: the instructions are answered, by the target or another (conf/distillation). Config: conf/respond.yaml."""
+"""Stage 2: generate responses to the instructions (by whom: conf/distillation). Config: conf/respond.yaml."""
 
 from omegaconf import DictConfig
 
@@ -10,7 +10,7 @@ check = responding.check
 
 @command("respond")
 def main(cfg: DictConfig) -> None:
-    """Generate responses shard by shard."""
+    """Generate the responses shard by shard."""
     if cfg.dry_run:
         return dry_run.show(cfg, "respond", check)
     responding.respond(cfg)

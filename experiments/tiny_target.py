@@ -1,7 +1,7 @@
-"""Make assets/tiny-target, the embedded default's chat model, with this project's own Pretraining module.
+"""Make assets/tiny-target, the chat model of the embedded default, with this project's own Pretraining module.
 
-`python -m experiments.tiny_target` (or `make tiny-target`). Killed and started again, it goes on from the last
-checkpoint of the stage it was in. Nothing else in the project depends on this script: its product is in the repository.
+`python -m experiments.tiny_target` or `make tiny-target`. When it is interrupted, the same command continues from the
+last checkpoint. Nothing else in the project depends on this command: the model that it makes is in the repository.
 """
 
 import logging
@@ -29,13 +29,14 @@ from drafter.training.datamodules import InMemory, PackedText, SequenceData
 from drafter.training.modules import Pretraining, check_precision
 from experiments.running.commands import command
 from experiments.running.inputs import plain
+from experiments.running.training import TrainingProgress
 
 log = logging.getLogger(__name__)
 
 
 @command("tiny_target")
 def main(cfg: DictConfig) -> None:
-    """Tokenizer, packed text, pretraining, chat finetuning, export."""
+    """Train the tokenizer, pack the text, pretrain, finetune on chats, and export."""
     check_precision(cfg.trainer.precision)
     work = Path(cfg.work)
     torch.set_float32_matmul_precision("high")
@@ -64,7 +65,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with GPT-2's pre-tokenizer (which every serving engine knows) and ChatML's special tokens."""
+    """Return a byte-level BPE with GPT-2's pre-tokenizer, which every serving engine knows, and ChatML's tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -85,7 +86,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrain
 
 
 def packed(parts: dict[str, list[Doc]], tokenizer: PreTrainedTokenizerFast, cfg: DictConfig) -> list[PackedText]:
-    """The pretraining text, in an order shuffled once, so that packages do not stand in blocks."""
+    """Return the packed pretraining text, shuffled once, so that the texts of a package do not lie side by side."""
     result = []
     for part, docs in parts.items():
         path = Path(cfg.work) / f"{part}.npy"
@@ -101,7 +102,7 @@ def packed(parts: dict[str, list[Doc]], tokenizer: PreTrainedTokenizerFast, cfg:
 def chat_sequences(
     docs: list[Doc], tokenizer: PreTrainedTokenizerFast, per_kind: int, cfg: DictConfig
 ) -> list[Sequence]:
-    """Prompt and reference answer, at most `per_kind` of each kind, shuffled; only the answer is predicted."""
+    """Return prompts with reference answers, shuffled, at most `per_kind` per kind; only answers are predicted."""
     every = [instruction for doc in docs for instruction in derive(doc)]
     taken: Counter[str] = Counter()
     sequences = []
@@ -119,7 +120,7 @@ def chat_sequences(
 
 
 def train(model: PreTrainedModel, data: SequenceData, stage: str, cfg: DictConfig) -> None:
-    """One run of the Pretraining module, resumed from its last checkpoint where there is one."""
+    """Run the Pretraining module once, from its last checkpoint if there is one."""
     settings, folder = cfg[stage], Path(cfg.work) / stage
     steps = cfg.max_steps or settings.steps
     trainer = hydra.utils.instantiate(
@@ -129,15 +130,19 @@ def train(model: PreTrainedModel, data: SequenceData, stage: str, cfg: DictConfi
         val_check_interval=min(steps, cfg.validate_every),
         check_val_every_n_epoch=None,
         limit_val_batches=40,
+        enable_progress_bar=False,
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[ModelCheckpoint(folder, every_n_train_steps=200, save_last=True, save_top_k=0)],
+        callbacks=[
+            ModelCheckpoint(folder, every_n_train_steps=200, save_last=True, save_top_k=0),
+            TrainingProgress(stage),
+        ],
     )
     last = folder / "last.ckpt"
     trainer.fit(Pretraining(model, settings.learning_rate), data, ckpt_path=str(last) if last.exists() else None)
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, cfg: DictConfig) -> None:
-    """bf16 safetensors with everything that an engine reads."""
+    """Write bfloat16 safetensors with everything that an engine reads."""
     out = Path(cfg.out)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

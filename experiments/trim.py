@@ -1,8 +1,8 @@
-"""How many tokens should a drafter's head keep? Each size is decoded with, the best is written. Config: conf/trim.yaml.
+"""Find how many tokens a drafter's output embedding should keep, and write the best drafter. Config: conf/trim.yaml.
 
-The head keeps the tokens that the target's training responses use most (see drafter.models.trimming). A
-smaller head is a smaller c, and drafts that it cannot make are tokens that the target has to add: MBSU says which of
-the two weighs more.
+The output embedding keeps the tokens that are most frequent in the target's training responses (see
+drafter.models.trimming). A smaller one makes c smaller, but the drafter can then not propose the other tokens. MBSU
+tells which effect is larger.
 """
 
 import copy
@@ -38,7 +38,7 @@ AllCounts = dict[int, dict[str, np.ndarray]]  # tokens kept -> prompt -> Counts
 
 @command("trim")
 def main(cfg: DictConfig) -> None:
-    """Decode with each size, write the table, the figure and the drafter of the best size."""
+    """Decode with each size, and write the table, the figure and the drafter of the best size."""
     if cfg.dry_run:
         return dry_run.show(cfg, "trim", check)
     check(cfg)
@@ -78,7 +78,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def responses_by_split(rows: Rows) -> dict[str, list[Any]]:
-    """The response tokens of every row, read a thousand rows at a time."""
+    """Return the response tokens of every row by split, reading a thousand rows at a time."""
     written: dict[str, list[Any]] = {split: [] for split in set(rows.splits)}
     for start in range(0, len(rows), 1000):
         for row in rows[start : start + 1000]:
@@ -87,7 +87,7 @@ def responses_by_split(rows: Rows) -> dict[str, list[Any]]:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a target or tasks that cannot be decoded, sizes that are none, and a drafter that is trimmed already."""
+    """Refuse a target or tasks that cannot be decoded, sizes below 1, and a drafter that is already trimmed."""
     check_can_decode(load_config(target_source(cfg)))
     if not cfg.trim.sizes or min(cfg.trim.sizes) < 1:
         raise ValueError(f"trim.sizes is {list(cfg.trim.sizes)}, must be numbers of tokens, at least 1")
@@ -100,7 +100,7 @@ def check(cfg: DictConfig) -> None:
 def decode_all(
     heads: dict[int, PreTrainedModel], target: PreTrainedModel, stops: list[int], work: list[Task], cfg: DictConfig
 ) -> AllCounts:
-    """The tasks in the domain (all, if none is): every size decodes each prompt in turn."""
+    """Decode each prompt of the tasks in the domain (of all tasks, if none is) with every size in turn."""
     inside = [task for task in work if cfg.task[task.name].in_domain] or work
     found: AllCounts = {size: {} for size in heads}
     gamma, named = cfg.trim.num_speculative_tokens, {str(size): head for size, head in heads.items()}
@@ -112,7 +112,7 @@ def decode_all(
 
 
 def row_of(size: int, coverage: float, ratios: dict[int, float], counts: AllCounts, gamma: int) -> TrimRow:
-    """The figures of one size; its gain over the whole head is paired by prompt."""
+    """Return the measures of one size. Its gain over the whole output embedding is paired by prompt."""
     whole, efficiency = max(counts), estimate(counts[size], "block_efficiency")
     per_tau = [memory_bound_speedup(1, ratios[one], gamma) for one in (size, whole)]
     gain = paired_difference(counts[size], counts[whole], "block_efficiency", factors=(per_tau[0], per_tau[1]))

@@ -12,11 +12,15 @@ ARROWS = {
     "drafter.metrics": set(),
     "drafter.ranks": set(),
     "drafter.interruptions": set(),
+    "drafter.progress": set(),
     "drafter.artifacts": set(),
     "drafter.losses": {"drafter.warping"},
     "drafter.models": {"drafter.artifacts"},
     "drafter.decoding": {"drafter.models", "drafter.warping", "drafter.metrics"},
-    "drafter.data": {"drafter.losses", "drafter.models", "drafter.artifacts", "drafter.warping", "drafter.ranks"},
+    "drafter.data": {
+        *("drafter.losses", "drafter.models", "drafter.artifacts", "drafter.warping", "drafter.ranks"),
+        "drafter.progress",
+    },
     "drafter.training": {
         *("drafter.data", "drafter.decoding", "drafter.losses", "drafter.models"),
         *("drafter.artifacts", "drafter.warping", "drafter.ranks", "drafter.interruptions"),

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts.storage import whole_file
 from drafter.data.prompts import encode_text
+from drafter.progress import Report, silent
 
 SKIPPED_FOLDERS = {"tests", "test", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor", "testing"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -63,7 +63,7 @@ def source_files(packages: list[str]) -> list[tuple[str, Path]]:
     return files
 
 
-def extract(packages: list[str], workers: int) -> list[Doc]:
+def extract(packages: list[str], workers: int, report: Report = silent) -> list[Doc]:
     """Every docstring of the packages, once each (identical texts are kept under the first name), in a fixed order.
 
     Raises:
@@ -73,7 +73,10 @@ def extract(packages: list[str], workers: int) -> list[Doc]:
     # Ctrl-C reaches the whole process group; the pool ends its processes in order.
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         found = pool.map(_docs_of_file, files, chunksize=32)
-        docs = [doc for of_file in tqdm(found, "docstrings", len(files), unit="file") for doc in of_file]
+        docs = []
+        for number, of_file in enumerate(found, start=1):
+            docs += of_file
+            report(number, len(files), 0)
     unique = {" ".join(doc.text.split()): doc for doc in reversed(docs)}
     if not unique:
         raise ValueError(f"the corpus is empty: no docstrings in packages {packages}")
@@ -94,7 +97,12 @@ def pretraining_texts(docs: list[Doc], code_share: float) -> Iterator[str]:
 
 
 def pack(
-    path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: int | None, limit: int | None = None
+    path: Path,
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    end: int | None,
+    limit: int | None = None,
+    report: Report = silent,
 ) -> int:
     """Tokenize texts and join them, each followed by the token `end`, up to `limit` tokens, in a .npy file.
 
@@ -107,14 +115,13 @@ def pack(
     largest = max(*tokenizer.get_vocab().values(), end or 0)  # the number of tokens is no bound: ids may have gaps
     dtype = np.uint16 if largest < 2**16 else np.uint32
     count, remaining = 0, iter(texts)
-    bar = tqdm(total=limit, desc="packing", unit="token", unit_scale=True)
-    with bar, whole_file(path) as file:
+    with whole_file(path) as file:
         _write_header(file, dtype, 0)
         while (limit is None or count < limit) and (batch := list(islice(remaining, 1000))):
             tokens = _encode(batch, tokenizer, end, dtype)[: None if limit is None else limit - count]
             file.write(tokens.tobytes())
             count += len(tokens)
-            bar.update(len(tokens))
+            report(count, limit, len(tokens))
         file.seek(0)
         _write_header(file, dtype, count)
     return count

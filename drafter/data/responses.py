@@ -11,11 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
 from drafter.data.engines import Engine, Request
+from drafter.progress import Report, silent
 from drafter.ranks import deal
 
 COLUMNS = pa.schema(
@@ -70,6 +70,7 @@ def write_responses(
     rank: int = 0,
     world_size: int = 1,
     writes: bool = True,
+    report: Report = silent,
 ) -> None:
     """Answer the shards that are not complete yet, each on the rank that is free for it, and write them.
 
@@ -78,20 +79,18 @@ def write_responses(
     """
     missing = rows.missing_shards(folder, len(parts))
     ends = list(accumulate((len(parts[number]) for number in missing), initial=0))
-    with tqdm(total=ends[-1], desc="responses", unit="row", disable=rank > 0 or not writes) as bar:
-        for index, number in deal(missing, world_size):
-            bar.update(ends[index] - bar.n)  # those before are other ranks'
-            torch.manual_seed(seed * 1_000_003 + number)
-            written, failed = [], Counter[str]()
-            for request, tokens in zip(parts[number], engine(parts[number]), strict=True):
-                if not tokens:
-                    failed["an empty response"] += 1
-                elif not known_ids.issuperset(tokens):
-                    failed["an id that the tokenizer or the target does not have"] += 1
-                else:
-                    ended = tokens[-1] in stop_ids
-                    written.append({**request._asdict(), "response_ids": tokens, "truncated": not ended})
-            notes = {"failed": failed, "truncated": sum(row["truncated"] for row in written)}
-            if writes:
-                rows.write_shard(folder, number, written, schema, notes)
-            bar.update(len(parts[number]))
+    for index, number in deal(missing, world_size):
+        torch.manual_seed(seed * 1_000_003 + number)
+        written, failed = [], Counter[str]()
+        for request, tokens in zip(parts[number], engine(parts[number]), strict=True):
+            if not tokens:
+                failed["an empty response"] += 1
+            elif not known_ids.issuperset(tokens):
+                failed["an id that the tokenizer or the target does not have"] += 1
+            else:
+                ended = tokens[-1] in stop_ids
+                written.append({**request._asdict(), "response_ids": tokens, "truncated": not ended})
+        notes = {"failed": failed, "truncated": sum(row["truncated"] for row in written)}
+        if writes:
+            rows.write_shard(folder, number, written, schema, notes)
+        report(ends[index + 1], ends[-1], sum(len(row["response_ids"]) for row in written))

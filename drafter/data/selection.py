@@ -146,6 +146,6 @@ def check_ids(rows: Iterable[Row], owner: str) -> None:
         )
     if doubled := [name for name, number in found.items() if number > 1]:
         raise ValueError(
-            f"{owner}: {len(doubled)} ids belong to more than one row, e.g. '{doubled[0]}'. Give sources of one name "
-            f"a label each, and make the file again with `python -m experiments.prepare`"
+            f"{owner}: {len(doubled)} ids belong to more than one row, e.g. '{doubled[0]}'. Make the "
+            f"file again with `python -m experiments.prepare`"
         )

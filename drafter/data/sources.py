@@ -1,14 +1,12 @@
 """Sources of text and prompts, local files or datasets of the hub, and what their templates make of each row."""
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from drafter.artifacts.manifest import digest, sha256
-from drafter.data.files import COMPRESSIONS, PlacedRow, find_files, is_local, kind, read_file
+from drafter.data.files import PlacedRow, find_files, is_local, read_file
 from drafter.data.templates import USERS, AbsentField, absent, matches, parse, render
 
 LOOKAHEAD = 1000  # rows that are read to learn which fields there are
@@ -24,7 +22,6 @@ class Source:
         template: the text or prompt that a row makes.
         where: field -> the value that a row must have to be used.
         reference: a template of the answer that the data have.
-        label: what the source is called, in ids and as a kind; None: after its path.
         weight: how often it is drawn from, relative to the other sources.
     """
 
@@ -35,7 +32,6 @@ class Source:
     revision: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
-    label: str | None = None
     weight: float = 1.0
 
     @property
@@ -43,8 +39,8 @@ class Source:
         """Whether it means local files."""
         return is_local(self.path)
 
-    def identity(self, label: str) -> dict[str, Any]:
-        """What determines the rows, but for the content of local files, whose path may change."""
+    def identity(self, name: str) -> dict[str, Any]:
+        """Return what determines the rows of the source of this name, except the content and path of local files."""
         hub = {} if self.is_local else {"path": self.path, "split": self.split, "name": self.name}
         hub |= {} if self.is_local else {"revision": self.revision}
         made = {
@@ -53,7 +49,7 @@ class Source:
             "reference": self.reference,
             "weight": float(self.weight),
         }
-        return {"label": label, **hub, **made}
+        return {"label": name, **hub, **made}
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the content of the local files."""
@@ -71,58 +67,22 @@ class Entry(NamedTuple):
 
 
 def source_of(settings: Mapping[str, Any], owner: str) -> Source:
-    """A source from its settings; `owner` is what an error calls them.
+    """Return a source with these settings; `owner` is the config key that errors name.
 
     Raises:
-        ValueError: an unknown setting, a value out of its range, or a template that is none.
+        ValueError: a setting is unknown, missing or out of its range, or a template cannot be parsed.
     """
     known = [one.name for one in fields(Source)]
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"{owner} has {unknown}; a source has {known}")
+    if missing := [name for name in ("path", "template") if name not in settings]:
+        raise ValueError(f"{owner} has no {missing[0]}: give it as {owner}.{missing[0]}=...")
     source = Source(**settings)
     if source.weight <= 0:
         raise ValueError(f"{owner}.weight is {source.weight}, must be above 0")
     for template in filter(None, (source.template, source.reference)):
         parse(template)
     return source
-
-
-def labels(sources: Sequence[Source]) -> list[str]:
-    """What each source is called: its label, or its file's name with as many folders as tell it from the others.
-
-    Raises:
-        ValueError: two sources cannot be told apart.
-    """
-    depths = [1] * len(sources)
-    while True:
-        names = [
-            source.label or "/".join(_parts(source.path)[-depth:])
-            for source, depth in zip(sources, depths, strict=True)
-        ]
-        doubled = [number for number, name in enumerate(names) if names.count(name) > 1]
-        if not doubled:
-            return names
-        longer = [
-            number
-            for number in doubled
-            if not sources[number].label and depths[number] < len(_parts(sources[number].path))
-        ]
-        if not longer:
-            paths = [sources[number].path for number in doubled]
-            raise ValueError(f"the sources {paths} are both '{names[doubled[0]]}': give one of them another label")
-        for number in longer:
-            depths[number] += 1
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    """The folders and the stem of a path, without those that a pattern leaves open."""
-    *folders, last = Path(path).parts
-    while kind(last) and Path(last).suffix in COMPRESSIONS:
-        last = Path(last).stem
-    parts = [*folders, Path(last).stem]
-    if any(mark in path for mark in "*?"):
-        parts = [re.sub(r"[*?]", "", part).strip("-_.") for part in parts]
-    return tuple(part for part in parts if part and part not in ("/", "~", "..")) or (path,)
 
 
 def read_rows(

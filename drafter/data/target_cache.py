@@ -15,17 +15,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from drafter.artifacts import rows
-from drafter.artifacts.manifest import read_manifest, require
+from drafter.artifacts.manifest import ArtifactError, read_manifest, require
 from drafter.artifacts.storage import Folder
 from drafter.data.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
 from drafter.losses.chunked import CHUNK_ENTRIES, Head
 from drafter.losses.distributions import Drawn, Sparse, Target
 from drafter.models.inspection import has_plain_head, hidden_states, vocabulary_rows
 from drafter.models.loading import OutputEmbedding, embedding_checksum
+from drafter.progress import Report, silent
 from drafter.ranks import deal
 from drafter.warping import double
 
@@ -110,15 +110,26 @@ def restore(row: rows.Row, schema: pa.Schema) -> torch.Tensor | Drawn | None:
     )
 
 
+def format_kind(directory: str) -> str:
+    """Return the kind of a finished cache's format: "exact" or "sparse".
+
+    Raises:
+        ArtifactError: the cache was made before formats had a kind.
+    """
+    kind: str | None = read_manifest(directory, "cache")["settings"]["format"].get("kind")
+    if kind is None:
+        raise ArtifactError(f"{directory} does not say of which kind its format is: make it again with this version")
+    return kind
+
+
 def require_output_embedding(directory: str, embedding: nn.Module) -> None:
     """Refuse an exact cache whose hidden states belong to another output embedding; a sparse one needs none.
 
     Raises:
         ArtifactError: names the cache, and both checksums.
     """
-    manifest = read_manifest(directory, "cache")
-    if "top_k" not in manifest["settings"]["format"]:
-        found = manifest["counts"].get("output_embedding")
+    if format_kind(directory) == "exact":
+        found = read_manifest(directory, "cache")["counts"].get("output_embedding")
         require(directory, "output embedding", found, embedding_checksum(embedding))
 
 
@@ -134,6 +145,7 @@ def write_cache(
     rank: int = 0,
     world_size: int = 1,
     writes: bool = True,
+    report: Report = silent,
 ) -> tuple[int, pa.Schema]:
     """Store the distributions of all response positions, `shard_size` rows a file; files that are there are kept.
 
@@ -148,20 +160,21 @@ def write_cache(
     schema = pa.schema([*responses.schema, *format.fields(vocabulary_rows(target))], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
     missing = rows.missing_shards(folder, len(starts))
-    with tqdm(total=shard_size * len(missing), desc="cache", unit="row", disable=rank > 0 or not writes) as bar:
-        for index, number in deal(missing, world_size):
-            bar.update(shard_size * index - bar.n)  # those before are other ranks'
-            shard = responses[starts[number] : starts[number] + shard_size]
-            torch.manual_seed(seed * 1_000_003 + number)
-            undecided = []
-            for batch in by_budget([len(row["prompt_ids"]) + len(row["response_ids"]) for row in shard], batch_tokens):
-                for i, columns in zip(batch, _rows(target, [shard[i] for i in batch], format, plain_head), strict=True):
-                    shard[i] |= {name: array.reshape(-1) for name, array in columns.items()}
-                    if "log_rest" in columns:
-                        undecided += np.exp(double(_restored(shard[i], schema, "log_rest")).numpy()).tolist()
-                bar.update(len(batch))
-            if writes:
-                rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})
+    total = sum(min(shard_size, len(responses) - starts[number]) for number in missing)
+    for index, number in deal(missing, world_size):
+        shard = responses[starts[number] : starts[number] + shard_size]
+        torch.manual_seed(seed * 1_000_003 + number)
+        undecided, done = [], shard_size * index
+        lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in shard]
+        for batch in by_budget(lengths, batch_tokens):
+            for i, columns in zip(batch, _rows(target, [shard[i] for i in batch], format, plain_head), strict=True):
+                shard[i] |= {name: array.reshape(-1) for name, array in columns.items()}
+                if "log_rest" in columns:
+                    undecided += np.exp(double(_restored(shard[i], schema, "log_rest")).numpy()).tolist()
+            done += len(batch)
+            report(done, total, sum(lengths[i] for i in batch))
+        if writes:
+            rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})
     return len(starts), schema
 
 

@@ -203,5 +203,6 @@ def sources(data: dict[str, Any]) -> list[str]:
     """Names of the data sets, with the revision where one is given."""
     if "packages" in data:
         return ["docstrings and code of " + ", ".join(data["packages"])]
-    found = [data["pretraining"], *data["instructions"]]
+    asked = data["instructions"]
+    found = [data["pretraining"], *(asked.values() if isinstance(asked, dict) else asked)]
     return [str(one["path"]) + (f" ({one['revision']})" if one.get("revision") else "") for one in found]

@@ -1,6 +1,7 @@
-"""What each stage of a plan takes: tokens, operations, memory by part, disk and time, from its config and two shapes.
+"""Estimate what each stage of a plan needs: tokens, operations, memory by part, disk and time.
 
-See `roofline` for the formulas. The scale says what to expect of the texts and the drafter (`scale.expected`).
+The estimates follow from the config of the stage and the shapes of the two models; see `roofline` for the formulas. The
+expected text lengths and block efficiency are in `scale.expected`.
 """
 
 import math
@@ -25,11 +26,11 @@ from experiments.running.jobs import Job
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FIRST_ROUND = 16  # tokens; see engines.transformers_engine
-ACTIVATIONS = 12  # numbers a token and hidden unit that a forward without gradients holds at once
+ACTIVATIONS = 12  # numbers per token and hidden unit that a forward pass without gradients holds at once
 
 
 class World(NamedTuple):
-    """What the stages of a plan share."""
+    """What the stages of a plan share: hardware, model shapes and expected lengths."""
 
     hardware: DictConfig
     gpus: int
@@ -42,26 +43,26 @@ class World(NamedTuple):
 
     @property
     def length(self) -> float:
-        """Of a prompt and its response, in tokens."""
+        """Return the length of a prompt with its response, in tokens."""
         return self.prompt + self.response
 
     def device(self, low: bool) -> Hardware:
-        """The hardware in two-byte or in four-byte arithmetic."""
+        """Return the hardware with its speed in two-byte (`low`) or four-byte arithmetic."""
         fields = {str(name): value for name, value in self.hardware.items() if name not in ("flops", "float32_flops")}
         return Hardware(flops=self.hardware.flops if low else self.hardware.float32_flops, **fields)
 
     def training(self, cfg: DictConfig) -> tuple[Hardware, int]:
-        """The hardware as a stage trains with it, and the bytes of a number there."""
+        """Return the hardware in the precision of training, and the bytes per number."""
         low = str(cfg.trainer.precision).startswith(("bf16", "16"))
         return self.device(low), 2 if low else 4
 
     def shares(self, cfg: DictConfig) -> tuple[int, int]:
-        """How many devices hold one target together, and into how many shares the work goes."""
+        """Return how many devices hold one target together, and into how many shares the work is divided."""
         return (self.gpus, 1) if cfg.target.parallel == "tensor" else (1, self.gpus)
 
 
 class Stage(NamedTuple):
-    """One run's estimate: bytes of memory on each device by part, bytes on disk, seconds with all devices at work."""
+    """The estimate of one run: bytes of memory per device by part, bytes on disk, seconds on all devices."""
 
     name: str
     tokens: float
@@ -73,12 +74,12 @@ class Stage(NamedTuple):
 
     @property
     def total_memory(self) -> float:
-        """Bytes on each device."""
+        """Return the bytes of memory per device."""
         return sum(self.memory.values())
 
 
 def estimates(job: Job, world: World) -> Iterator[Stage]:
-    """A stage's, if it computes with a model."""
+    """Yield the estimate of a stage, if the stage computes with a model."""
     how = {
         "pretrain": of_pretrain,
         "respond": of_respond,
@@ -91,7 +92,7 @@ def estimates(job: Job, world: World) -> Iterator[Stage]:
 
 
 def of_pretrain(cfg: DictConfig, world: World) -> Stage:
-    """Next-token prediction on packed text."""
+    """Estimate pretraining: next-token prediction on packed text."""
     settings, shape = cfg.pretrain, world.drafter
     tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
     seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, tokens)
@@ -109,13 +110,13 @@ def of_pretrain(cfg: DictConfig, world: World) -> Stage:
 
 
 def of_respond(cfg: DictConfig, world: World) -> Stage:
-    """Batched generation in rounds: a forward over the texts so far, then one for each next token of all."""
+    """Estimate batched generation, in rounds: a forward pass over the texts so far, then one per next token."""
     settings, width, shape = cfg.respond, BYTES[cfg.target.dtype], world.target
     device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
     sequences = max(1, settings.batch_tokens / (world.length + world.response))
     batches, seconds, begun, round_ = number / sequences / shares, 0.0, 0.0, FIRST_ROUND
     while begun < settings.max_new_tokens:
-        alive = math.exp(-begun / world.response)  # lengths are taken to be exponential
+        alive = math.exp(-begun / world.response)  # assumes exponentially distributed lengths
         steps = min(round_, settings.max_new_tokens - begun)
         text = world.prompt + begun
         seconds += alive * forward_seconds(device, shape, sequences * text, text / 2, 0, width, split)
@@ -133,10 +134,10 @@ def of_respond(cfg: DictConfig, world: World) -> Stage:
 
 
 def of_cache(cfg: DictConfig, world: World) -> Stage:
-    """One forward of the target over every response, up to the output embedding: the sparse format meets that too."""
+    """Estimate one forward pass of the target per response; only the sparse format needs the output embedding."""
     width, shape, tokens = BYTES[cfg.target.dtype], world.target, cfg.cache.batch_tokens
     device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
-    scored = world.response / world.length if "top_k" in cfg.cache.format else 0.0
+    scored = world.response / world.length if cfg.cache.format.kind == "sparse" else 0.0
     one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored)
     memory = generation_memory(shape, 0, 0, width, split)
     memory["activations"] = ACTIVATIONS * tokens * shape.hidden * width
@@ -152,7 +153,7 @@ def of_cache(cfg: DictConfig, world: World) -> Stage:
 
 
 def of_finetune(cfg: DictConfig, world: World) -> Stage:
-    """Distillation: the drafter's step, and of the target a forward, or its output embedding where it is cached."""
+    """Estimate finetuning: the drafter's steps, and the target's forward passes or its cached output embedding."""
     settings, share = cfg.finetune, cfg.finetune.text_share
     samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
     tokens = samples * ((1 - share) * world.length + share * settings.sequence_length)
@@ -176,7 +177,7 @@ def of_finetune(cfg: DictConfig, world: World) -> Stage:
 
 
 def of_target(cfg: DictConfig, world: World, samples: float) -> float:
-    """Seconds of all devices for the target's logits of so many responses."""
+    """Return the seconds, on all devices, for the target's logits of so many responses."""
     width, shape = BYTES[cfg.target.dtype], world.target
     device = world.device(width < 4)
     if cfg.inputs.cache:
@@ -187,7 +188,7 @@ def of_target(cfg: DictConfig, world: World, samples: float) -> float:
 
 
 def target_memory(cfg: DictConfig, world: World, samples: float) -> dict[str, float]:
-    """What the target takes on each device beside the drafter: with FSDP its embeddings whole, and two layers."""
+    """Return the memory of the target per device. With FSDP it is the embeddings, a share and two whole layers."""
     width, shape = BYTES[cfg.target.dtype], world.target
     if cfg.inputs.cache:
         return {"target": shape.head * width}
@@ -199,7 +200,7 @@ def target_memory(cfg: DictConfig, world: World, samples: float) -> dict[str, fl
 
 
 def of_evaluate(cfg: DictConfig, world: World) -> Stage:
-    """Each prompt by the target alone, and by each drafter at each gamma."""
+    """Estimate decoding each prompt with the target alone, and with each drafter at each γ."""
     width, gammas = BYTES[cfg.target.dtype], cfg.evaluate.num_speculative_tokens
     drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
     split, shares = world.shares(cfg)
@@ -236,7 +237,7 @@ def trained(
     scored: float,
     samples: float | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Seconds of an optimizer step on all devices, and each one's memory."""
+    """Return the seconds of an optimizer step on all devices, and the memory per device."""
     (device, width), pieces = world.training(cfg), cfg.trainer.accumulate_grad_batches
     checkpointing, shape = settings.gradient_checkpointing, world.drafter
     shards = world.gpus if "ModelParallel" in str(cfg.trainer.strategy) else 1
@@ -247,43 +248,43 @@ def trained(
 
 
 def validation_seconds(cfg: DictConfig, world: World, tokens: float, length: float, scored: float) -> float:
-    """Of the drafter's forward over `tokens`, and of its distances at the scored ones, on all devices."""
+    """Return the seconds of validation on all devices: forward passes over `tokens`, loss at `scored` of them."""
     device, _ = world.training(cfg)
     done = operations(world.drafter, tokens, length / 2, scored)
     return (done / (device.flops * device.efficiency) + loss_seconds(device, world.drafter, scored)) / world.gpus
 
 
 def passes(settings: DictConfig) -> int:
-    """How often a training run validates: before it, at each interval, and after its last step."""
+    """Return how often a training run validates: at its start, at each interval and after its last step."""
     return int(1 + math.ceil(settings.max_steps / min(settings.validate_every, settings.max_steps)))
 
 
 def validated(cfg: DictConfig, settings: DictConfig) -> float:
-    """Responses that are judged in all of a finetuning's validations."""
+    """Return the number of responses in all validations of a finetuning."""
     return float(cfg.scale.num_responses / 10 * passes(settings))
 
 
 def responses(cfg: DictConfig) -> float:
-    """How many responses are written, those for validation too."""
+    """Return how many responses are generated, including those for validation."""
     number = cfg.scale.num_responses
     return float(number * (1.1 if "validation" in cfg.distillation.splits else 1))
 
 
 def kept_steps(cfg: DictConfig) -> int:
-    """How many drafters are kept along finetuning."""
+    """Return how many drafters are kept during finetuning."""
     every = cfg.finetune.keep_every
     return (cfg.finetune.max_steps - 1) // every if every else 0
 
 
 def cached_bytes(cfg: DictConfig, shape: Shape) -> float:
-    """A token's, in the cache."""
+    """Return the bytes per response token in the cache."""
     how = cfg.cache.format
-    if "top_k" in how:
+    if how.kind == "sparse":
         ids = 2 if shape.vocabulary <= 2**16 else 4
         return (how.top_k + how.num_samples) * (ids + BYTES[how.dtype]) + 6 + 16
     return shape.hidden * BYTES[how.dtype] + 16
 
 
 def process(world: World) -> dict[str, float]:
-    """What a process takes without a model."""
+    """Return the memory of a process without a model."""
     return {"process": world.hardware.process_memory}

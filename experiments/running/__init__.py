@@ -1,1 +1,1 @@
-"""What the commands share: configs, claims, training runs, sweeps, dry runs."""
+"""What the commands share: configs, inputs, training runs, sweeps, progress and dry runs."""

@@ -1,4 +1,4 @@
-"""Writing the cache of the target's distributions, from a stage's config; see conf/cache.yaml."""
+"""Write the cache of the target's distributions from the config of a stage; see conf/cache.yaml."""
 
 import logging
 
@@ -6,17 +6,18 @@ import hydra
 from omegaconf import DictConfig
 
 from drafter.artifacts import rows
-from drafter.data.target_cache import write_cache
+from drafter.data.target_cache import Format, write_cache
 from drafter.models.loading import embedding_checksum, load_target
 from drafter.models.sharding import check_parallel
 from drafter.ranks import join, wait_for_all
 from experiments.running.inputs import claim, plain, responses_fingerprint, target_inputs, target_named, target_source
+from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
 def cache(cfg: DictConfig) -> None:
-    """One forward of the target over every response."""
+    """Run the target once over every response and store its distributions."""
     check(cfg)
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
     settings = {name: value for name, value in plain(cfg.cache).items() if name != "batch_tokens"}
@@ -27,18 +28,20 @@ def cache(cfg: DictConfig) -> None:
     ranks = join(cfg.target.parallel == "tensor")
     responses = rows.Rows(cfg.inputs.responses, "respond")
     target = load_target(target_source(cfg)).to(ranks.device)
-    count, schema = write_cache(
-        target,
-        responses,
-        stage.folder,
-        hydra.utils.instantiate(cfg.cache.format),
-        batch_tokens=cfg.cache.batch_tokens,
-        shard_size=cfg.cache.shard_size,
-        seed=cfg.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        writes=ranks.writes,
-    )
+    with Progress("cache", "row", ranks.world_size) as progress:
+        count, schema = write_cache(
+            target,
+            responses,
+            stage.folder,
+            format_of(cfg),
+            batch_tokens=cfg.cache.batch_tokens,
+            shard_size=cfg.cache.shard_size,
+            seed=cfg.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            writes=ranks.writes,
+            report=progress,
+        )
     head = embedding_checksum(target.get_output_embeddings())
     wait_for_all()
     if ranks.first:
@@ -55,9 +58,16 @@ def cache(cfg: DictConfig) -> None:
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
-    wait_for_all()  # the next stage of this process may read it
+    wait_for_all()  # the next stage of this process may read the cache
+
+
+def format_of(cfg: DictConfig) -> Format:
+    """Build the cache's format; `kind` is its declared name, which no constructor takes."""
+    fields = {name: value for name, value in plain(cfg.cache.format).items() if name != "kind"}
+    found: Format = hydra.utils.instantiate(fields)
+    return found
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a way of splitting the target that this stage does not have."""
+    """Refuse a way of splitting the target that this stage does not support."""
     check_parallel(cfg.target.parallel, "tensor", "cache")

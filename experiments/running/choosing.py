@@ -1,4 +1,4 @@
-"""Which instructions and prompts are prepared; what would fail in a later stage for want of them is refused here."""
+"""Choose the instructions and prompts to prepare, and refuse data that would make a later stage fail."""
 
 import hashlib
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def encodes_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
-    """Whether the tokenizer can encode a text: not where control tokens in it cannot be told from the text."""
+    """Return a function that tells whether the tokenizer can encode a text, including control tokens in it."""
     pattern = control_pattern(tokenizer)
 
     def encodes(text: str) -> bool:
@@ -30,7 +30,7 @@ def encodes_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
 
 
 def prompt_length(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], int | None]:
-    """The tokens of a row's prompt; None where it or its reference cannot be encoded."""
+    """Return a function from a row to its number of prompt tokens, or None if the row cannot be encoded."""
     encodes = encodes_text(tokenizer)
 
     def length(row: Row) -> int | None:
@@ -48,12 +48,12 @@ def choose_instructions(
     weights: Mapping[str, float],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Selection:
-    """The instructions to train on, and a tenth of them beside for validation.
+    """Return the training instructions, and a tenth of their number for validation.
 
-    Where no row falls into validation by its hash, as with few rows, some of the others are held out.
+    If the hash puts no row into validation, as happens with few rows, some training rows are held out instead.
 
     Raises:
-        ValueError: a source gives no instruction, or all together too few.
+        ValueError: a source gives no instruction, or all sources together give too few.
     """
     wanted, limit = cfg.prepare.instructions, cfg.prepare.max_prompt_tokens
     quotas = {"train": wanted, "validation": wanted and max(1, wanted // 10)}
@@ -75,7 +75,7 @@ def choose_instructions(
 
 
 def _hold_out(selection: Selection, number: float) -> None:
-    """Move so many rows, at least one and at most half, to validation: the first by the hash of their prompts."""
+    """Move about `number` rows, at least one and at most half, to validation, in the order of their prompts' hashes."""
     train = selection.rows["train"]
     by_hash = sorted(train, key=lambda row: hashlib.sha256(f"validation:{row['prompt']}".encode()).digest())
     held = {row["id"]: row["kind"] for row in by_hash[: max(1, min(round(number), len(train) // 2))]}
@@ -91,10 +91,10 @@ def _hold_out(selection: Selection, number: float) -> None:
 def choose_prompts(
     cfg: DictConfig, streams: Mapping[str, Iterator[Candidate]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Selection]:
-    """The prompts of each task.
+    """Return the prompts of each task.
 
     Raises:
-        ValueError: a task has none, by its name, with what became of its rows.
+        ValueError: a task has no usable prompt; names it and says what became of its rows.
     """
     if not streams:
         raise ValueError("there is no task to evaluate on: task is empty")
@@ -111,7 +111,7 @@ def choose_prompts(
 
 
 def _nothing(owner: str, tally: Tally, limit: int) -> str:
-    """The refusal of a source that gave nothing."""
+    """Return the error message for a source that gave no row."""
     told = f"{owner} has no row that its settings choose: {tally}"
     if tally.shortest is None:
         return told

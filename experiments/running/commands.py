@@ -1,4 +1,4 @@
-"""How a command begins and ends: paths in full at its start; at its end one line, where one line says all."""
+"""How a command starts and ends: Hydra composes its config, and a refusal by the user's mistake is one line."""
 
 import contextlib
 import dis
@@ -12,21 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_module
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from drafter.interruptions import Interrupted, caught
-from experiments.running.composing import with_home
+from experiments.running.composing import gather_stage_overrides, with_home
+from experiments.running.progress import announce, quiet
 
 OURS = Path(__file__).parents[2]
 Stage = Callable[[DictConfig], Any]
 
 
 def command(name: str) -> Callable[[Stage], Callable[..., Any]]:
-    """Make a command of a function of a config: conf/<name>.yaml and the command line's overrides.
+    """Return a decorator that makes a function of a config a command: conf/<name>.yaml with overrides.
 
-    Called with a config, as the pipeline does, the function runs with that.
+    Called without an argument, the command reads the command line. Called with a config, as the pipeline does, it runs
+    with that config.
     """
 
     def decorate(stage: Stage) -> Callable[..., Any]:
@@ -35,13 +40,18 @@ def command(name: str) -> Callable[[Stage], Callable[..., Any]]:
             check_seed(cfg)
             return stage(with_home(cfg))
 
-        run = hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(entered)
+        @functools.wraps(stage)
+        def announced(cfg: DictConfig) -> Any:
+            announce(name, with_home(cfg).get("out"))
+            return entered(cfg)
+
+        run = under_hydra(name, announced)
 
         @functools.wraps(stage)
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
-                return run(cfg)
-            with ended(f"experiments.{name}"):
+                return entered(cfg)
+            with ended(f"experiments.{name}"), arguments(with_settings(sys.argv[1:])):
                 return run()
 
         return main
@@ -49,11 +59,90 @@ def command(name: str) -> Callable[[Stage], Callable[..., Any]]:
     return decorate
 
 
+def pipeline_command(name: str) -> Callable[[Stage], Callable[..., Any]]:
+    """Return a decorator like `command` for a config whose command line also takes the overrides of the stages.
+
+    Hydra refuses keys that conf/<name>.yaml does not have. The overrides of stages are therefore gathered into its key
+    `stage_overrides` before Hydra reads the command line, so that `--help`, `--cfg` and `--info` work as for any other
+    command. The command can also be called with a list of overrides in the place of the command line.
+    """
+
+    def decorate(stage: Stage) -> Callable[..., Any]:
+        run = under_hydra(name, stage)
+
+        @functools.wraps(stage)
+        def main(overrides: list[str] | None = None) -> Any:
+            if overrides is not None:
+                with initialize_config_module("conf", version_base="1.3"):
+                    return stage(compose(name, gather_stage_overrides(name, overrides)))
+            with ended(f"experiments.{name}"), arguments(gathered(name, with_settings(sys.argv[1:]))):
+                return run()
+
+        return main
+
+    return decorate
+
+
+def under_hydra(name: str, stage: Stage) -> Callable[[], None]:
+    """Return a function that composes the config by Hydra from the command line and runs a stage with it.
+
+    Hydra prints a line of its own about an error of its task. The error of a single run is therefore kept from Hydra
+    and raised afterwards; in a sweep, Hydra has to know which jobs fail.
+    """
+    problems: list[Exception] = []
+
+    @functools.wraps(stage)
+    def task(cfg: DictConfig) -> Any:
+        quiet()
+        try:
+            return stage(cfg)
+        except Exception as problem:
+            if str(HydraConfig.get().mode).endswith("MULTIRUN"):
+                raise
+            problems.append(problem)
+
+    run = hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(task)
+
+    def main() -> None:
+        problems.clear()
+        run()
+        if problems:
+            raise problems[0]
+
+    return main
+
+
+def gathered(name: str, given: list[str]) -> list[str]:
+    """Return the arguments with the overrides of stages gathered; Hydra's flags and tab completion stay as given."""
+    parsed = get_args_parser().parse_args(given)
+    if parsed.shell_completion:
+        return given
+    with initialize_config_module("conf", version_base="1.3"):
+        overrides = gather_stage_overrides(name, parsed.overrides)
+    return [argument for argument in given if argument not in parsed.overrides] + overrides
+
+
+def with_settings(given: list[str]) -> list[str]:
+    """Return the arguments with `--dry-run`, which Hydra does not know, as the setting dry_run=true."""
+    return ["dry_run=true" if argument == "--dry-run" else argument for argument in given]
+
+
+@contextlib.contextmanager
+def arguments(given: list[str]) -> Iterator[None]:
+    """Let Hydra read these arguments in the place of the command line's."""
+    before = sys.argv
+    sys.argv = [before[0], *given]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 def check_seed(cfg: DictConfig) -> None:
-    """Refuse a seed that is no number, as '1' in quotation marks is, or that some source of random numbers refuses.
+    """Refuse a seed that is not a whole number, such as '1' in quotation marks, or that a generator would refuse.
 
     Raises:
-        ValueError: names it.
+        ValueError: with the seed and the allowed range.
     """
     seed = cfg.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**32:
@@ -62,13 +151,13 @@ def check_seed(cfg: DictConfig) -> None:
 
 @contextlib.contextmanager
 def ended(module: str) -> Iterator[None]:
-    """Exit with one line after an interruption, or a refusal that the user can mend. Bugs keep their traceback."""
-    for stream in (sys.stdout, sys.stderr):  # whatever the locale; a path may have bytes that are no text
+    """Exit with one line after an interruption or an error that the user can correct. Bugs keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):  # independent of the locale; the bytes of a path may not be UTF-8
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     asked = os.environ.get("HYDRA_FULL_ERROR")
     try:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the traceback itself, and nothing comes here
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the traceback and exits itself
         with caught():
             yield
     except Interrupted as interruption:
@@ -86,7 +175,7 @@ def ended(module: str) -> Iterator[None]:
 
 
 def again(module: str) -> str:
-    """The command line of this process, to be pasted into a shell."""
+    """Return the command line of this process, ready to paste into a shell."""
     start = ["python", "-m"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         start = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", "-m"]
@@ -94,7 +183,10 @@ def again(module: str) -> str:
 
 
 def is_refusal(problem: BaseException) -> bool:
-    """Whether an error is a sentence for the user: raised by a `raise` of this project, or of Hydra about a config."""
+    """Return whether an error is meant for the user: raised by a `raise` of this project, or by Hydra about a config.
+
+    Errors that arise within an expression (a division by zero, a missing key) are bugs.
+    """
     if isinstance(problem, InstantiationException) and problem.__cause__:
         return is_refusal(problem.__cause__)
     if isinstance(problem, (HydraException, OmegaConfBaseException)):
@@ -105,5 +197,5 @@ def is_refusal(problem: BaseException) -> bool:
     if place is None or place.tb_lasti < 0:
         return False
     code = place.tb_frame.f_code
-    raised = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"  # and no error within an expression
+    raised = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
     return raised and any(Path(code.co_filename).is_relative_to(OURS / name) for name in ("drafter", "experiments"))

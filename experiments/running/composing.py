@@ -1,4 +1,4 @@
-"""Configs composed in code as the command lines compose them, and which overrides concern which stage."""
+"""Compose configs in code as a command line does, and tell which overrides belong to which stage."""
 
 import hashlib
 import os
@@ -12,15 +12,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-# Keys that choose a directory by themselves, whichever stage is swept.
+# Keys whose values already choose a directory, in every stage.
 PLACES = ("root", "out", "scale", "name", "label", "experiment", "logger", "cluster")
 
 
 def configured(name: str, overrides: list[str]) -> DictConfig:
-    """A stage's config, composed as its own command line would, with every interpolation resolved.
+    """Return the config of a stage as its own command line composes it, with every interpolation resolved.
 
     Raises:
-        ValueError: a required value (`???`) was not given.
+        ValueError: a required value (`???`) is not given.
     """
     cfg = compose(name, overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
@@ -34,13 +34,13 @@ def configured(name: str, overrides: list[str]) -> DictConfig:
 
 
 def with_home(cfg: DictConfig) -> DictConfig:
-    """The config itself, with every path in it that begins with ~ written out. No other place does this."""
+    """Return the same config after expanding every path in it that begins with ~. No other place does this."""
     _expand(cfg, OmegaConf.to_container(cfg, resolve=False))
     return cfg
 
 
 def _expand(section: DictConfig | ListConfig, written: Any) -> None:
-    """Write out the paths of a section; `written` is what stands in it, interpolations as they are."""
+    """Expand the paths of a section in place; `written` is its content with interpolations unresolved."""
     for key, value in written.items() if isinstance(written, dict) else enumerate(written):
         if isinstance(value, (dict, list)):
             _expand(section[key], value)
@@ -49,14 +49,14 @@ def _expand(section: DictConfig | ListConfig, written: Any) -> None:
 
 
 def concerning(name: str, arguments: list[str]) -> list[str]:
-    """The overrides that concern a stage: those whose first key its config has, and of `inputs` the second."""
+    """Return the overrides whose first key a stage's config has; of `inputs`, those whose second key it has too."""
     cfg = compose(name)
     mine = [argument for argument in arguments if first_key(argument) in cfg]
     return [argument for argument in mine if first_key(argument) != "inputs" or input_key(argument) in cfg.inputs]
 
 
 def override(key: str, value: Any) -> str:
-    r"""An override in Hydra's grammar that gives a key this value, whatever characters it has.
+    r"""Return an override that gives a key this value, quoted for Hydra's grammar.
 
     >>> override("out", "runs/it's [1]")
     "out='runs/it\\\\'s [1]'"
@@ -65,7 +65,7 @@ def override(key: str, value: Any) -> str:
 
 
 def in_grammar(value: Any) -> str:
-    """A plain value in the grammar of Hydra's overrides."""
+    """Return a plain Python value in the grammar of Hydra's overrides."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{in_grammar(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -76,9 +76,9 @@ def in_grammar(value: Any) -> str:
 
 
 def quoted(value: str) -> str:
-    """Any text as Hydra's grammar of overrides takes it: nothing in it is a list, a choice or an interpolation.
+    """Return any text quoted for Hydra's grammar, so that nothing in it is read as a list, choice or interpolation.
 
-    Backslashes count only before a quote, or before the dollar of an interpolation.
+    A backslash has a meaning only before a quote or before the dollar sign of an interpolation.
     """
     value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     value = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
@@ -90,40 +90,54 @@ def input_key(argument: str) -> str:
     return re.split(r"[.=]", argument.lstrip("+~"))[1]
 
 
+def gather_stage_overrides(name: str, overrides: list[str]) -> list[str]:
+    """Return the overrides of conf/<name>.yaml, with all others, those of the stages, as the value of stage_overrides.
+
+    >>> gather_stage_overrides("pipeline", ["seeds=[1]", "respond.top_p=0.9"])  # doctest: +SKIP
+    ['seeds=[1]', "stage_overrides=['respond.top_p=0.9']"]
+    """
+    known = {"hydra", *compose(name)}
+    own = [argument for argument in overrides if first_key(argument) in known]
+    others = [argument for argument in overrides if first_key(argument) not in known]
+    return [*own, override("stage_overrides", others)] if others else own
+
+
 def first_key(argument: str) -> str:
-    """`+respond.top_p=0.9` -> respond"""
-    return re.split(r"[.=@]", argument.lstrip("+~"))[0]
+    """`+respond.top_p=0.9` -> respond, `hydra/launcher=joblib` -> hydra"""
+    return re.split(r"[.=@/]", argument.lstrip("+~"))[0]
 
 
 def cells(name: str, experiment: str) -> list[list[str]]:
-    """The overrides of each cell of an experiment's sweep, as `python -m experiments.<name> experiment=…` runs it.
+    """Return the overrides of each cell of an experiment's sweep, as `experiment=…` on its command line runs it.
 
     Raises:
-        ValueError: the experiment sweeps over nothing.
+        ValueError: the experiment has no sweep.
     """
     cfg = compose(name, [f"experiment={experiment}"], return_hydra_config=True)
     params = cfg.hydra.sweeper.params or {}
     if not params:
-        raise ValueError(f"conf/experiment/{experiment}.yaml has no hydra.sweeper.params: it is no sweep")
+        raise ValueError(f"conf/experiment/{experiment}.yaml has no hydra.sweeper.params, so it is not a sweep")
     given = [f"{key}={value}" for key, value in params.items()]
     parsed = OverridesParser.create().parse_overrides(given)
-    others = [key for key in swept_keys(given) if key not in ("loss", "variant", "seed")]  # these are in every name
+    others = [
+        key for key in swept_keys(given) if key not in ("loss", "variant", "seed")
+    ]  # every name contains these already
     named = [f"swept=[{','.join(others)}]"] if others else []
     return [[*cell, *named] for batch in BasicSweeper.split_arguments(parsed, None) for cell in batch]
 
 
 def swept_keys(overrides: Iterable[str]) -> list[str]:
-    """The keys to which these overrides give several values, sorted; the last override of a key counts."""
+    """Return the sorted keys to which these overrides give several values; the last override of a key counts."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     several = {one.get_key_element().lstrip("+~"): one.is_sweep_override() for one in parsed}
     return sorted(key for key, is_swept in several.items() if is_swept and not key.startswith("hydra"))
 
 
 def swept_values(*named: str, _root_: DictConfig) -> str:
-    """What tells the directory of a multirun's cell from the others': `-temperature_0.3`, or nothing.
+    """Return the suffix that distinguishes the directory of a sweep's cell, such as `-temperature_0.3`, or nothing.
 
     Args:
-        named: keys whose values are in the directory's name already.
+        named: keys whose values the directory's name already contains.
     """
     keys = [key for key in _root_.swept if key not in (*PLACES, *named)]
     leaves = [key.rsplit(".", 1)[-1] for key in keys]
@@ -136,7 +150,7 @@ def swept_values(*named: str, _root_: DictConfig) -> str:
 
 
 def as_name(value: Any) -> str:
-    """A value as a part of a directory's name; one that has other characters, or many, ends in a checksum of it."""
+    """Return a value as part of a directory's name. Unusual characters and long values are replaced by a checksum."""
     text = str(value)
     name = re.sub(r"[^\w.+-]+", "_", text).strip("_")[:40]
     return name if name == text else f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"

@@ -1,4 +1,4 @@
-"""Where the prepared data come from: docstrings of installed packages, or local files and datasets of the hub."""
+"""Read the data to prepare: docstrings of installed packages, or local files and hub datasets."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -10,14 +10,16 @@ from omegaconf import DictConfig
 from drafter.data.corpus import Doc, extract, is_heldout, pretraining_texts
 from drafter.data.instructions import IN_DOMAIN, derive
 from drafter.data.selection import Candidate, Tally
-from drafter.data.sources import Source, entries, labels, source_of
+from drafter.data.sources import Source, entries, source_of
 from experiments.running.inputs import plain
+from experiments.running.progress import Progress
 
-DECODING = ("temperature", "top_p", "max_new_tokens", "in_domain")  # what a task says to evaluate alone
+KINDS = ("docstrings", "files")
+DECODING = ("temperature", "top_p", "max_new_tokens", "in_domain")  # settings of a task that only evaluation reads
 
 
 class Data(NamedTuple):
-    """Text by part with its tally, and candidates: of instructions by source, of prompts by task."""
+    """The texts by part with their tallies, the candidate instructions by source and the candidate prompts by task."""
 
     texts: dict[str, Iterator[str]]
     text_tallies: dict[str, Tally]
@@ -27,35 +29,41 @@ class Data(NamedTuple):
 
 
 def has_docstrings(cfg: DictConfig) -> bool:
-    """Whether the data are docstrings, rather than sources."""
-    return "packages" in cfg.data
+    """Return whether the data are docstrings of installed packages, rather than files and hub datasets.
+
+    Raises:
+        ValueError: data.kind is neither "docstrings" nor "files".
+    """
+    if cfg.data.kind not in KINDS:
+        raise ValueError(f"data.kind is '{cfg.data.kind}', must be one of {', '.join(KINDS)}")
+    return bool(cfg.data.kind == "docstrings")
 
 
 def instruction_sources(cfg: DictConfig) -> dict[str, Source]:
-    """The sources of instructions by their names, each of which is the kind of its rows.
+    """Return the sources of instructions by name; the name is also the `kind` of each row.
 
     Raises:
-        ValueError: none; a setting that is wrong; or names that do not tell two of them apart.
+        ValueError: there is no source, or a setting is wrong.
     """
-    sources = [
-        source_of(settings, f"data.instructions.{number}")
-        for number, settings in enumerate(plain(cfg.data.instructions))
-    ]
+    sources = {
+        name: source_of({"template": "{prompt}", **settings}, f"data.instructions.{name}")
+        for name, settings in plain(cfg.data.instructions).items()
+    }
     if not sources:
         raise ValueError("data.instructions is empty: give it one source or more")
-    return dict(zip(labels(sources), sources, strict=True))
+    return sources
 
 
 def pretraining_source(cfg: DictConfig) -> Source:
-    """The source of the text to pretrain on."""
+    """Return the source of the pretraining text."""
     return source_of(plain(cfg.data.pretraining), "data.pretraining")
 
 
 def task_sources(cfg: DictConfig) -> dict[str, Source]:
-    """The tasks' sources, without how their prompts are decoded; none for a task on docstrings.
+    """Return the sources of the tasks that have one; a task on docstrings has none.
 
     Raises:
-        ValueError: a task without a path, where the data are no docstrings; or a setting that is wrong.
+        ValueError: a task has no path although the data are not docstrings, or a setting is wrong.
     """
     found = {}
     for name, settings in plain(cfg.task).items():
@@ -70,9 +78,9 @@ def task_sources(cfg: DictConfig) -> dict[str, Source]:
 
 
 def identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings that determine the prepared data, and the fingerprints of local files by what they are for.
+    """Return the settings that determine the prepared data, and the fingerprints of local files by their purpose.
 
-    How a task is decoded is evaluate's. Where a local file lies is nobody's: its content counts.
+    How a task is decoded belongs to evaluation. The content of a local file counts, not its path.
     """
     tasks, sources = task_sources(cfg), {}
     settings: dict[str, Any] = {"prepare": plain(cfg.prepare), "seed": cfg.seed}
@@ -82,6 +90,7 @@ def identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
     else:
         text, asked = pretraining_source(cfg), instruction_sources(cfg)
         settings["data"] = {
+            "kind": cfg.data.kind,
             "name": cfg.data.name,
             "heldout_percent": cfg.data.heldout_percent,
             "pretraining": text.identity("pretraining"),
@@ -93,17 +102,18 @@ def identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def gather(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
-    """The data that the config names; a text that `encodes` refuses is left out."""
+    """Return the data that the config names, without the texts that `encodes` refuses."""
     data = docstrings(cfg, encodes) if has_docstrings(cfg) else datasets(cfg, encodes)
     return data._replace(tasks={**data.tasks, **{name: of_task(one, name) for name, one in task_sources(cfg).items()}})
 
 
 def docstrings(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
-    """Text, instructions and prompts from the docstrings of installed packages.
+    """Return text, instructions and prompts from the docstrings of installed packages.
 
-    Held-out names are shared by a second hash: two thirds for the tasks, a third for validation.
+    A second hash divides the held-out names: two thirds are for the tasks, one third is for validation.
     """
-    docs = extract(list(cfg.data.packages), workers=2)
+    with Progress("prepare docstrings", "file") as progress:
+        docs = extract(list(cfg.data.packages), workers=2, report=progress)
     order = np.random.default_rng(cfg.seed).permutation(len(docs))
     parts: dict[str, list[Doc]] = {"train": [], "validation": [], "task": []}
     for index in order:
@@ -121,7 +131,7 @@ def docstrings(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
 
 
 def questions(docs: list[Doc], kinds: tuple[str, ...], split: str) -> Iterator[Candidate]:
-    """One instruction per documented object, its kinds in turn, so that no object is asked about twice."""
+    """Yield one instruction per documented object, cycling through the kinds, so that no object is used twice."""
     asked = set()
     for number, doc in enumerate(docs):
         found = {row.kind: row for row in derive(doc) if row.kind in kinds}
@@ -140,13 +150,13 @@ def questions(docs: list[Doc], kinds: tuple[str, ...], split: str) -> Iterator[C
 
 
 def ten_to_one(train: Iterator[Candidate], validation: Iterator[Candidate]) -> Iterator[Candidate]:
-    """Both in one stream, in the proportion in which they are wanted, so that neither is read to its end in vain."""
+    """Yield ten training candidates per validation candidate, so that neither stream is read further than needed."""
     while batch := [*islice(train, 10), *islice(validation, 1)]:
         yield from batch
 
 
 def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
-    """Text and instructions from sources; the split of a row is decided by a hash of its text."""
+    """Return text and instructions from sources. A hash of its text decides the split of a row."""
     percent, source, asked = cfg.data.heldout_percent, pretraining_source(cfg), instruction_sources(cfg)
     tallies = {"train": Tally(), "heldout": Tally()}
 
@@ -169,7 +179,7 @@ def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
 
 
 def of_task(source: Source, name: str) -> Iterator[Candidate]:
-    """The prompts of a task."""
+    """Yield the candidate prompts of a task."""
     for entry in entries(source):
         row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text}
         yield Candidate(row, name, entry.left_out, tuple(entry.absent))
@@ -182,7 +192,7 @@ def counted(
     encodes: Callable[[str], bool],
     left_out: str | None = None,
 ) -> Iterator[str]:
-    """The texts that are used, once they are counted."""
+    """Yield the texts that are used, and count all texts in the tally."""
     for text in texts:
         tally.read += 1
         reason = left_out or (None if encodes(text) else "with control tokens that cannot be encoded as text")
@@ -194,7 +204,7 @@ def counted(
 
 
 def first_rows(stream: Iterator[Candidate], number: int) -> Iterator[Candidate]:
-    """A stream up to so many rows that its source's `where` lets through."""
+    """Yield candidates until `number` of them have passed the `where` filter of their source."""
     for candidate in stream:
         number -= candidate.left_out != "filtered by where"
         yield candidate

@@ -1,7 +1,8 @@
-"""A stage without its work: both models without weights, the first rows of its data, its inputs; nothing is written.
+"""Check a stage without its work: build both models without weights, read the first rows, look for the inputs.
 
-`dry_run=true`, or `--dry-run`, on any stage or the pipeline. What would fail after hours fails here, with the same
-error: a model or data set that cannot be reached, a template that does not fit its rows, a prompt that is too long.
+Give `dry_run=true` or `--dry-run` to any stage or to the pipeline. Nothing is written. An error that would otherwise
+appear after hours appears at once: a model or data set that cannot be reached, a template that does not fit its rows, a
+prompt that is too long.
 """
 
 import os
@@ -35,13 +36,13 @@ from experiments.running.data_sources import (
 )
 from experiments.running.inputs import new_drafter, target_source
 
-ROWS = 2000  # of each source that are looked at
-SMALL = 10_000_000  # bytes of local files that are looked at to their end
+ROWS = 2000  # how many rows of each source are read
+SMALL = 10_000_000  # local files with fewer bytes are read completely
 SHOWN = 3
 
 
 def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = lambda cfg: None) -> None:
-    """Check the settings, as the stage itself does, and print what it would work with.
+    """Check the settings as the stage itself does, and print what the stage would work with.
 
     Raises:
         OSError: a model or a data set cannot be reached.
@@ -56,7 +57,7 @@ def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = la
 
 
 def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Target and drafter on the meta device, and the target's tokenizer."""
+    """Describe the target and the drafter, built on the meta device, and the tokenizer."""
     path, source = cfg.target.path, target_source(cfg)
     rows = vocabulary_width(source)
     check_embedding(tokenizer, rows, path)
@@ -73,7 +74,7 @@ def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
 
 
 def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The first rows: of the sources before they are prepared, else of what was prepared."""
+    """Describe the first rows of the sources, or, for later stages, of the prepared data."""
 
     def told(name: str, texts: list[str], as_prompts: bool) -> str:
         encode = (lambda text: encode_prompt(tokenizer, text)) if as_prompts else tokenizer.tokenize
@@ -104,17 +105,17 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def _rows(source: Source) -> int:
-    """How many rows of a source are looked at: all of a small one."""
+    """Return how many rows of a source are read: all rows of a small one."""
     if source.is_local and sum(file.stat().st_size for file in find_files(source.path)) < SMALL:
         return sys.maxsize
     return ROWS
 
 
 def first_texts(source: Source) -> list[str]:
-    """The texts of a source's first rows.
+    """Return the texts of the first rows of a source.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no row has a text.
     """
     limit = _rows(source)
     texts = [entry.text for entry in islice(entries(source, speakers=None), limit) if entry.text]
@@ -124,7 +125,7 @@ def first_texts(source: Source) -> list[str]:
 
 
 def inputs(cfg: DictConfig) -> Iterator[str]:
-    """Which directories are finished, and which an earlier stage has to make."""
+    """Say which input directories are finished and which an earlier stage still has to make."""
     for name, path in cfg.inputs.items() if "inputs" in cfg else ():
         if path and "://" not in path:
             known = (Path(path) / MANIFEST).exists() or (Path(path) / "config.json").exists()
@@ -132,7 +133,7 @@ def inputs(cfg: DictConfig) -> Iterator[str]:
 
 
 def batches(cfg: DictConfig, stage: str) -> Iterator[str]:
-    """What each rank gets of a batch."""
+    """Say how a batch is divided over the ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if "batch_size" in cfg[stage]:
         size = cfg[stage].batch_size

@@ -1,4 +1,4 @@
-"""What the stages' scripts share: config sections as plain values, their claims, and the checks of what they read."""
+"""Turn config sections into objects of the library, claim output directories and check inputs."""
 
 import shlex
 from pathlib import Path
@@ -18,12 +18,12 @@ STEPS = "steps"  # the folder of a finetuning that has its drafter at some of it
 
 
 def plain(section: Any) -> Any:
-    """A config section as plain Python values, interpolations resolved."""
+    """Return a config section as plain Python values, with interpolations resolved."""
     return OmegaConf.to_container(section, resolve=True)
 
 
 def target_source(cfg: DictConfig) -> ModelSource:
-    """Where the target is, and how it is loaded."""
+    """Return where the target is and how it is loaded."""
     return ModelSource(**plain(cfg.target))
 
 
@@ -35,62 +35,62 @@ def claim(
     directory: Path | None = None,
     instead: tuple[str, ...] = (),
 ) -> Stage:
-    """A stage's claim on its directory (default: cfg.out), with its config and the command that makes it again.
+    """Claim a directory (default: cfg.out) for a stage, and record its config and the command that makes it again.
 
     Args:
-        instead: overrides of that command, in the place of what was given for the same keys.
+        instead: overrides of that command that replace the given ones of the same keys.
     """
     how, taken = HydraConfig.get(), {override.partition("=")[0] for override in instead}
     overrides = [override for override in how.overrides.task if override.partition("=")[0] not in taken]
     if how.runtime.choices.get("experiment"):
-        overrides.append("hydra.mode=RUN")  # this cell of its sweep alone
+        overrides.append("hydra.mode=RUN")  # only this cell of the sweep
     command = shlex.join(["python", "-m", f"experiments.{name}", *overrides, *instead])
     return Stage(directory or cfg.out, name, settings, inputs, {"command": command, "config": plain(cfg)})
 
 
 def data_fingerprint(cfg: DictConfig) -> str:
-    """The prepared data's fingerprint; data in the tokens of another tokenizer than the target's is refused."""
+    """Return the fingerprint of the prepared data. Refuse data that was prepared with another tokenizer."""
     found = read_manifest(cfg.inputs.data, "prepare")["inputs"]["tokenizer"]
     require(cfg.inputs.data, "tokenizer", found, tokenizer_fingerprint(target_source(cfg)))
     return fingerprint(cfg.inputs.data, "prepare")
 
 
 def frozen_drafter(cfg: DictConfig, path: str) -> PreTrainedModel:
-    """A drafter to decode with, once it has passed the gate."""
+    """Load a drafter for decoding, after checking that it is compatible with the target."""
     drafter = load_drafter(path, target_source(cfg), cfg.pad_vocabulary)
     return drafter.requires_grad_(False).eval()
 
 
 def new_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The drafter that is to be trained, with random weights: as wide as the target, whose tokenizer this is."""
+    """Build the drafter to be trained, with random weights and the vocabulary of the target."""
     rows = vocabulary_width(target_source(cfg))
     return build_drafter(plain(cfg.drafter), rows, special_ids(tokenizer, rows))
 
 
 def target_fingerprint(cfg: DictConfig) -> str:
-    """The target's fingerprint."""
+    """Return the fingerprint of the target."""
     return model_fingerprint(target_source(cfg))
 
 
 def target_inputs(cfg: DictConfig) -> dict[str, str]:
-    """The fingerprints of the target, and of its tokenizer and chat template by themselves."""
+    """Return the fingerprints of the target and, separately, of its tokenizer with the chat template."""
     tokenizer = tokenizer_fingerprint(target_source(cfg))
     return {"target": target_fingerprint(cfg), "tokenizer": tokenizer}
 
 
 def target_named(cfg: DictConfig) -> dict[str, Any]:
-    """What a manifest says of the target for people to read; its fingerprint is among the inputs."""
+    """Return what a manifest says about the target for readers; its fingerprint is among the inputs."""
     return {"path": cfg.target.path, "revision": cfg.target.revision, "dtype": cfg.target.dtype}
 
 
 def pair_inputs(cfg: DictConfig, drafter: str) -> dict[str, str]:
-    """The fingerprints of what every stage reads that brings a drafter and the target together."""
+    """Return the fingerprints of prepared data, target and drafter, which finetune, gamma and trim read."""
     data, target = data_fingerprint(cfg), target_fingerprint(cfg)
     return {"data": data, "target": target, "drafter": model_fingerprint(drafter)}
 
 
 def responses_fingerprint(cfg: DictConfig) -> str:
-    """The responses' fingerprint; responses of another target are refused."""
+    """Return the fingerprint of the responses. Refuse responses of another target."""
     found = read_manifest(cfg.inputs.responses, "respond")["inputs"]["target"]
     require(cfg.inputs.responses, "target", found, target_fingerprint(cfg))
     return fingerprint(cfg.inputs.responses, "respond")

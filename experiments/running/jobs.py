@@ -1,4 +1,4 @@
-"""The pipeline's jobs: which runs of which stages a plan and its overrides ask for. Nothing is run here."""
+"""The jobs of a pipeline: which stages run with which configs. Nothing is run here."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,38 +14,36 @@ STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "ta
 
 
 class Job(NamedTuple):
-    """A stage's run, and what Hydra knows of it."""
+    """One run of a stage: its config, and the config with Hydra's own part."""
 
     stage: str
     cfg: DictConfig
     hydra: DictConfig
 
     def choice(self, group: str) -> str | None:
-        """Which config was chosen of a group."""
+        """Return which option of a config group was chosen."""
         choice: str | None = self.hydra.hydra.runtime.choices.get(group)
         return choice
 
 
-def composed(name: str, arguments: list[str]) -> tuple[DictConfig, list[Job]]:
-    """A primary config of the pipeline's kind, and the jobs that it and the other overrides, the stages', ask for.
+def all_jobs(plan: DictConfig) -> list[Job]:
+    """Return the runs of the stages that the config of a pipeline asks for, in order.
 
     Raises:
-        ValueError: an override concerns no stage.
+        ValueError: an override belongs to no stage.
     """
-    known = compose(name)
-    plan = compose(name, [argument for argument in arguments if first_key(argument) in known])
-    others = [argument for argument in arguments if first_key(argument) not in known]
-    check_known(others)
-    return plan, list(planned(plan, others))
+    others = list(plan.stage_overrides)
+    check_known(others, plan)
+    return list(planned(plan, others))
 
 
 def planned(plan: DictConfig, others: list[str]) -> Iterator[Job]:
-    """Every run of every stage, in order."""
+    """Yield every run of every stage, in order; `others` are the overrides of the stages."""
     yield job("prepare", others)
     yield job("pretrain", others)
     finetunings = [job("finetune", others, cell) for cell in finetuned(plan)]
     written = [one.choice("distillation") for one in finetunings if not one.cfg.distillation.rounds]
-    for name in dict.fromkeys(["target", *written]):  # each set once, whatever reads it
+    for name in dict.fromkeys(["target", *written]):  # each set once, however many finetunings read it
         yield job("respond", others, [f"distillation={name}"])
         yield job("cache", others, [f"distillation={name}"])
     yield from finetunings
@@ -67,7 +65,7 @@ def planned(plan: DictConfig, others: list[str]) -> Iterator[Job]:
 
 
 def finetuned(plan: DictConfig) -> list[list[str]]:
-    """The overrides of each finetuning."""
+    """Return the overrides of each finetuning."""
     found = [[f"loss={loss}", f"seed={seed}"] for seed in plan.seeds or [] for loss in plan.losses]
     for experiment in plan.experiments:
         for cell in cells("finetune", experiment):
@@ -78,27 +76,27 @@ def finetuned(plan: DictConfig) -> list[list[str]]:
 
 
 def job(stage: str, others: list[str], overrides: list[str] | None = None) -> Job:
-    """A stage with the pipeline's overrides and its own."""
+    """Compose a stage with the overrides of the command line and its own."""
     cfg = configured(stage, [*concerning(stage, others), *(overrides or [])])
     return Job(stage, cfg, HydraConfig.instance().cfg)
 
 
 def evaluated(trained: list[Job], others: list[str], out: str, how: DictConfig, below: str = "") -> Job:
-    """An evaluation of these finetunings' drafters in a directory of its own."""
+    """Return an evaluation of the drafters of these finetunings, in a directory of its own."""
     drafters = override("drafters", [f"{one.cfg.out}{below}" for one in trained])
     gammas = ",".join(map(str, how.num_speculative_tokens))
     overrides = [f"out=${{root}}/{out}", drafters, f"evaluate.num_speculative_tokens=[{gammas}]"]
     return job("evaluate", others, overrides)
 
 
-def check_known(arguments: list[str]) -> None:
-    """Refuse an override that concerns no stage.
+def check_known(arguments: list[str], plan: DictConfig) -> None:
+    """Refuse an override that belongs to no stage.
 
     Raises:
-        ValueError: names it.
+        ValueError: names the override and the keys that there are.
     """
     stages = [compose(name) for name in STAGES]
-    known = sorted(set().union(*stages))
+    known = sorted(set(map(str, plan)).union(*stages) - {"stage_overrides"})
     inputs = sorted({name for cfg in stages if "inputs" in cfg for name in cfg.inputs})
     for argument in arguments:
         if first_key(argument) not in known:

@@ -1,4 +1,4 @@
-"""Whether prompts and answers fit into both models, told from the configs alone, before anything computes."""
+"""Check from the configs alone that prompts and responses fit into the context of both models."""
 
 from omegaconf import DictConfig
 
@@ -8,15 +8,15 @@ from experiments.running.inputs import plain, target_source
 
 
 def check_lengths(cfg: DictConfig, prompt_tokens: int, answers: dict[str, int]) -> None:
-    """Refuse answers for which the longest prompt may leave no room.
+    """Refuse response lengths for which the longest prompt leaves no room in a context.
 
     Args:
-        cfg: a stage's config, with the target and the drafter that is to be trained.
-        prompt_tokens: of the longest prompt (prepare.max_prompt_tokens).
-        answers: the setting that limits them -> its number of tokens.
+        cfg: the config of a stage, which has the target and the drafter to be trained.
+        prompt_tokens: the length of the longest prompt (prepare.max_prompt_tokens).
+        answers: the name of each setting that limits responses, with its number of tokens.
 
     Raises:
-        ValueError: names the setting, the model and what to change.
+        ValueError: a response may not fit; names the setting, the model and what to change.
     """
     contexts = {
         f"the target {cfg.target.path}": context_limit(target_source(cfg)),

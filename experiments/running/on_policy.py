@@ -1,8 +1,8 @@
-"""On-policy distillation: rounds of answers by the drafter of the round before, judged by the target.
+"""On-policy distillation: in each round, the drafter of the previous round generates the responses to train on.
 
-DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649) let the drafter write what it is trained on, since that is
-what it drafts when it serves. Here each round is a distillation set, its cache and a finetuning of their own, so that
-all that holds for those holds for these: resumable, on any number of ranks, and each with its manifest.
+DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649) train the drafter on text that it generated itself, because
+that is what it proposes when it serves. Each round here is an ordinary distillation set, cache and finetuning. It can
+therefore be resumed, runs on any number of ranks, and has manifests.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from experiments.running.responding import respond
 
 
 def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
-    """`distillation.rounds` rounds -> ${root}/rounds/<name>/<round>, the last one's drafter -> cfg.out.
+    """Run `distillation.rounds` rounds in ${root}/rounds/<name>/<round>; the last drafter is written to cfg.out.
 
     Args:
-        cfg: a finetuning's config.
-        finetune: one finetuning on a set that is there.
+        cfg: the config of the finetuning.
+        finetune: runs one finetuning on an existing distillation set.
     """
     before, given = HydraConfig.instance().cfg, HydraConfig.get().overrides.task
     others = [part for part in given if first_key(part) != "distillation"]

@@ -1,4 +1,4 @@
-"""Generating the responses of a distillation set, from a stage's config; see conf/respond.yaml."""
+"""Generate the responses of a distillation set from the config of a stage; see conf/respond.yaml."""
 
 import logging
 from collections import Counter
@@ -35,9 +35,10 @@ from experiments.running.inputs import (
     target_named,
     target_source,
 )
+from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
-# Arguments of vllm.LLM that say how much memory it takes and how many devices, and leave what is drawn as it is.
+# Arguments of vllm.LLM that set memory and devices, and do not change the distribution of the responses.
 VLLM_MEANS = {
     "gpu_memory_utilization",
     "max_num_seqs",
@@ -66,18 +67,20 @@ def respond(cfg: DictConfig) -> None:
     requests, skipped = asked(cfg, tokenizer)
     parts = shards(requests, settings.shard_size)
     limits = Limits(settings.top_p, settings.max_new_tokens, end_of_turn_ids(target_source(cfg), tokenizer))
-    write_responses(
-        engine(cfg, limits, ranks, tokenizer),
-        parts,
-        stage.folder,
-        schema(settings.top_p),
-        stop_ids=limits.stop_ids,
-        known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
-        seed=cfg.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        writes=ranks.writes,
-    )
+    with Progress("respond", "row", ranks.world_size) as progress:
+        write_responses(
+            engine(cfg, limits, ranks, tokenizer),
+            parts,
+            stage.folder,
+            schema(settings.top_p),
+            stop_ids=limits.stop_ids,
+            known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
+            seed=cfg.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            writes=ranks.writes,
+            report=progress,
+        )
     wait_for_all()
     if ranks.first:
         files, notes = rows.finish(stage.folder, len(parts), schema(settings.top_p))
@@ -93,11 +96,11 @@ def respond(cfg: DictConfig) -> None:
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
-    wait_for_all()  # the next stage of this process may read it
+    wait_for_all()  # the next stage of this process may read the responses
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """What determines the responses' distribution, and how they are cut into files; not how many are made at once."""
+    """Return the settings that determine the responses and their files. Batch sizes are not among them."""
     settings: dict[str, Any] = plain(cfg.respond)
     del settings["batch_tokens"]
     settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_MEANS}
@@ -105,10 +108,10 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:
-    """What is asked of the target, and what is not, by reason: a prompt that leaves no room for its answer.
+    """Return the requests, and the number of skipped ones by reason, such as a prompt that leaves too little room.
 
     Raises:
-        ValueError: nothing is left of a split.
+        ValueError: no request of a split remains.
     """
     settings, instructions = cfg.respond, read_instructions(f"{cfg.inputs.data}/instructions.jsonl")
     context = context_limit(target_source(cfg))
@@ -135,7 +138,7 @@ def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Req
 
 
 def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """The engine of whom respond.by names; the target's is of the kind that respond.engine names."""
+    """Build the generator that `respond.by` selects; `respond.engine` selects how the target generates."""
 
     def targets() -> Engine:
         if ranks.first:
@@ -170,7 +173,7 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
 
 
 def tell_left_out(model: Model) -> None:
-    """Log what a model's generation config asks for, and its responses do not follow."""
+    """Log the settings of a model's generation config that are not applied to its responses."""
     if found := settings_left_out(model):
         log.info(
             "generation_config.json of %s sets %s: these are not applied, responses are the model's own distribution "
@@ -181,10 +184,10 @@ def tell_left_out(model: Model) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse settings that would fail, or mean something else, once the target is generating.
+    """Check the settings before a model is loaded.
 
     Raises:
-        ValueError: names the setting.
+        ValueError: a setting is out of its range; names it and the range.
     """
     check_parallel(cfg.target.parallel, "tensor", "respond")
     settings = cfg.respond

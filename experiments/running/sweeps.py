@@ -1,4 +1,4 @@
-"""A Hydra multirun: what its cells are named by, their ranks on a cluster, and at the end which of them failed."""
+"""A Hydra callback for sweeps: the names of the cells, their ranks on a cluster, and which cells failed."""
 
 import atexit
 import os
@@ -16,11 +16,11 @@ from experiments.running.composing import swept_keys
 
 
 class Failures(Callback):
-    """Notes each failed job in a file, whichever process or machine it ran on, and names them all at the end."""
+    """Writes a note for each failed job, whichever process or machine it ran on, and prints all at the end."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Tell each cell which keys are swept, and forget the sweep before."""
-        # As they are written: an override may hold an interpolation that means something in a job alone.
+        """Tell each cell which keys are swept, and delete the notes of the previous sweep."""
+        # Unresolved: an override may contain an interpolation that can be resolved only in a job.
         given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         sweeper: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
         params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
@@ -33,11 +33,11 @@ class Failures(Callback):
             atexit.register(_tell, _folder(config))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Make a rank of each task of a job on a cluster (conf/cluster)."""
+        """Make each task of a cluster job (conf/cluster) a rank."""
         as_under_torchrun()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Keep its overrides and its error; those of a job that was requeued and then succeeded are forgotten."""
+        """Note the overrides and the error of a failed job; delete the note of one that succeeded after a requeue."""
         if not str(config.hydra.mode).endswith("MULTIRUN"):
             return
         folder = _folder(config)
@@ -48,7 +48,7 @@ class Failures(Callback):
             cell = " ".join(job_return.overrides or [])
             try:
                 _ = job_return.return_value
-            except Exception as error:  # whatever it was, it is to be told
+            except Exception as error:  # every kind of error is reported
                 (folder / str(config.hydra.job.num)).write_text(
                     f"{cell}: {type(error).__name__}: {error}\n", encoding="utf-8"
                 )

@@ -1,4 +1,4 @@
-"""The tasks' prompts as they are decoded: how each task samples, its encoded prompts, and what of that is identity."""
+"""The prompts of the tasks, how each task samples, and which of these settings identify an evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +14,17 @@ from experiments.running.inputs import plain
 
 
 def decoding_settings(cfg: DictConfig) -> dict[str, Any]:
-    """What determines how the tasks are decoded; where their prompts come from is in the data's own identity."""
+    """Return the settings by which the tasks are decoded. The identity of the data covers their prompts."""
     limits = ("temperature", "top_p", "max_new_tokens", "in_domain")
     tasks = {name: {key: how[key] for key in limits} for name, how in plain(cfg.task).items()}
     return {"tasks": tasks, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
 
 
 def sampling_of(task: str, how: DictConfig, overrides: Mapping[str, Any]) -> Sampling:
-    """How a task is decoded: as it says itself, or as `overrides` (evaluate.sampling) says of all.
+    """Return how a task samples: by its own settings, or by `overrides` (evaluate.sampling), which apply to all tasks.
 
     Raises:
-        ValueError: a key that is neither temperature nor top_p, or a value out of its range.
+        ValueError: a key is neither temperature nor top_p, or a value is out of its range.
     """
     if unknown := set(overrides) - {"temperature", "top_p"}:
         raise ValueError(f"evaluate.sampling has {sorted(unknown)}; it takes temperature and top_p")
@@ -43,7 +43,7 @@ def read_tasks(
     per_task: int,
     overrides: Mapping[str, Any],
 ) -> list[Task]:
-    """The first `per_task` prompts of every task, encoded and checked, and how they are decoded (see sampling_of)."""
+    """Return the first `per_task` prompts of every task, encoded and checked, with their sampling (see sampling_of)."""
     every = read_jsonl(f"{cfg.inputs.data}/tasks.jsonl")
     tasks = []
     for name, how in cfg.task.items():

@@ -1,4 +1,4 @@
-"""One Lightning run: loggers, resume, validation before the first step and after the last."""
+"""Run Lightning once: loggers, resuming, and validation before the first and after the last step."""
 
 import logging
 import os
@@ -17,17 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter import interruptions
 from drafter.artifacts.manifest import Stage
+from drafter.data.batches import Batch
 from drafter.ranks import leave_at_exit
 from drafter.training.datamodules import SequenceData
 from drafter.training.resuming import AtomicCheckpoints, Resuming
 from experiments.running.inputs import STEPS, plain
+from experiments.running.progress import Progress
 from experiments.running.recording import OneRun, ended_run, run_settings
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
-# What says how a training stage is computed and what of it is kept, and leaves its result as it is up to rounding.
+# Settings of a training stage that change its result at most by rounding.
 MEANS = {"num_workers", "keep_every", "gradient_checkpointing", "compile"}
 TRAINER_MEANS = {
     "_target_",
@@ -46,14 +48,14 @@ TRAINER_MEANS = {
 
 
 def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
-    """What of a training stage's config determines its result: its section, the trainer's settings and the seed."""
+    """Return the settings that determine the result of a training stage: its section, the trainer and the seed."""
     settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS}
     trainer = {name: value for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
     return {**settings, "trainer": trainer, "seed": cfg.seed}
 
 
 def economical(model: PreTrainedModel, settings: DictConfig) -> PreTrainedModel:
-    """The model, told to recompute its activations in the backward pass, and compiled, if the settings say so."""
+    """Return the model with gradient checkpointing and torch.compile, where the settings enable them."""
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
@@ -70,15 +72,15 @@ def train(
     name: str,
     callbacks: Sequence[lightning.Callback] = (),
 ) -> lightning.Trainer:
-    """Fit for settings.max_steps, going on from the checkpoint that an interrupted run has left."""
+    """Train for settings.max_steps, from the checkpoint of an interrupted run if there is one."""
     leave_at_exit()
     last = stage.directory / CHECKPOINTS / "last.ckpt"
     interval = min(settings.validate_every, settings.max_steps)
     curve = CSVLogger(stage.directory, name="logs", version="")
     for stale in last.parent.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)  # every rank removes them
+        stale.unlink(missing_ok=True)  # every rank tries to remove them
     with ended_run(), warnings.catch_warnings():
-        # An interrupted run's curve is in its checkpoint, and comes back from there.
+        # The curve of an interrupted run is restored from its checkpoint.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         trainer: lightning.Trainer = hydra.utils.instantiate(
             cfg.trainer,
@@ -89,8 +91,9 @@ def train(
             log_every_n_steps=max(1, min(10, settings.max_steps)),
             logger=[curve, *weights_and_biases(cfg, stage, name)],
             plugins=[AtomicCheckpoints()],
-            enable_checkpointing=False,  # Lightning's own; ours is the callback
-            callbacks=[*callbacks, Resuming(last, curve, cfg.seed)],
+            enable_checkpointing=False,  # Resuming writes the checkpoints
+            enable_progress_bar=False,  # TrainingProgress instead
+            callbacks=[*callbacks, Resuming(last, curve, cfg.seed), TrainingProgress(name)],
         )
         if not last.exists():
             trainer.validate(module, data, verbose=False)
@@ -102,14 +105,40 @@ def train(
     return trainer
 
 
+class TrainingProgress(lightning.Callback):
+    """Shows the step, the loss, the tokens per second of all ranks and the time left (see progress.Progress)."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begin at the step from which training goes on."""
+        self.progress = Progress(self.name, "step", trainer.world_size, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        """Report the step; one of several accumulated batches leaves it as it is."""
+
+        def loss() -> float | None:
+            value = trainer.callback_metrics.get("train/loss")
+            return None if value is None else float(value)
+
+        self.progress(trainer.global_step, trainer.max_steps, batch.attention_mask_BT.sum(), loss)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave the bar as it is."""
+        self.progress.__exit__()
+
+
 class KeptSteps(lightning.Callback):
-    """Keeps the drafter of every so many steps, as <directory>/steps/<name>-step<step>: a Hugging Face directory."""
+    """Saves the drafter every `every` steps as a Hugging Face directory, <directory>/steps/<name>-step<step>."""
 
     def __init__(self, directory: Path, name: str, tokenizer: PreTrainedTokenizerBase, every: int):
         self.folder, self.name, self.tokenizer, self.every = directory / STEPS, name, tokenizer, every
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write it where there is one to keep; the last step's is the result itself."""
+        """Save the drafter if it is due. The drafter of the last step is the result and is not saved here."""
         step = trainer.global_step
         path = self.folder / f"{self.name}-step{step}"
         wanted = self.every and 0 < step < trainer.max_steps and step % self.every == 0
@@ -123,14 +152,14 @@ class KeptSteps(lightning.Callback):
 
 
 def weights_of(model: PreTrainedModel, trainer: lightning.Trainer) -> dict[str, torch.Tensor]:
-    """The parameters being trained, whole on rank 0 however they are split, a tied one once; all ranks have to ask."""
+    """Return the trained parameters, complete on rank 0 and each tied one once. All ranks must call this."""
     (prefix,) = (f"{name}." for name, child in trainer.lightning_module.named_children() if child is model)
     state = trainer.strategy.lightning_module_state_dict()
     return {name: state[prefix + name] for name, _ in model.named_parameters() if prefix + name in state}
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage, trainer: lightning.Trainer) -> None:
-    """Write the trained model beside its logs as a Hugging Face directory, and finish the stage (rank 0 alone)."""
+    """Save the trained model as a Hugging Face directory beside its logs and finish the stage, on rank 0."""
     weights = weights_of(model, trainer)
     if trainer.is_global_zero:
         model.save_pretrained(stage.directory, state_dict=weights)
@@ -142,15 +171,15 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stag
 
 
 def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]:
-    """Its logger if configured (see recording)."""
+    """Return the Weights & Biases logger if it is configured (see recording)."""
     if not cfg.logger.wandb or int(os.environ.get("RANK", 0)) > 0:
         return []
     try:
         settings = run_settings(cfg, name, stage.identity["stage"])
         settings["config"] |= {"stage": stage.identity}
         logger = OneRun(stage.directory / "logs" / "wandb.json", settings)
-        _ = logger.experiment  # starts the run: what can fail, fails here
+        _ = logger.experiment  # starts the run, so that a failure appears here
         return [logger]
-    except Exception as problem:  # any failure of a third party's logging is worth one line, not the run
+    except Exception as problem:  # a failure of logging must not end the run
         log.warning("Weights & Biases is off for this run: %s", problem)
     return []

@@ -60,8 +60,8 @@ def mirror(tmp_path_factory):
     tasks = [f"task.{name}.path={folder}/{name}.jsonl" for name in ("dolly", "xsum", "cnn_dailymail", "wmt18_de_en")]
     return [
         "scale=llama2", "trainer=auto", "logger=csv", f"target.path={folder}", "target.revision=null",
-        f"data.pretraining.path={folder}/text.jsonl", f"data.instructions.0.path={folder}/oig.jsonl",
-        f"data.instructions.1.path={folder}/oasst.jsonl", *tasks,
+        f"data.pretraining.path={folder}/text.jsonl", f"data.instructions.oig.path={folder}/oig.jsonl",
+        f"data.instructions.oasst.path={folder}/oasst.jsonl", *tasks,
     ]  # fmt: skip
 
 

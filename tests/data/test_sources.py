@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from drafter.data.sources import LOOKAHEAD, Source, entries, labels, read_rows, source_of
+from drafter.data.sources import LOOKAHEAD, Source, entries, read_rows, source_of
 from tests.conftest import write_jsonl
 
 
@@ -70,32 +70,6 @@ def test_a_row_that_is_no_text_is_refused_by_its_place(tmp_path):
 
 def test_no_rows_are_no_entries(tmp_path):
     assert list(entries(source(tmp_path, []))) == []
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["data/train.jsonl"], ["train"]),
-        (["org/name"], ["name"]),
-        (["a/train.jsonl", "b/train.jsonl", "c/chat.csv"], ["a/train", "b/train", "chat"]),
-        (["/x/a/train.jsonl", "/y/a/train.jsonl"], ["x/a/train", "y/a/train"]),
-        (["train.jsonl", "a/train.jsonl"], ["train", "a/train"]),
-        (["org-a/chat", "org-b/chat"], ["org-a/chat", "org-b/chat"]),
-        (["a/text-*.jsonl.gz", "b/part.jsonl.zst"], ["text", "part"]),
-        (["folder/*/rows.jsonl", "other/*.jsonl"], ["rows", "other"]),
-    ],
-)
-def test_sources_are_called_after_as_little_of_their_paths_as_tells_them_apart(paths, names):
-    assert labels([Source(path, "{text}") for path in paths]) == names
-
-
-def test_sources_of_one_path_need_labels():
-    one, other = (Source("org/chat", "{text}", label=label) for label in (None, "other"))
-    assert labels([one, other]) == ["chat", "other"]
-    with pytest.raises(ValueError, match=r"\['org/chat', 'org/chat'\] are both .*: give one of them another label"):
-        labels([one, one])
-    with pytest.raises(ValueError, match="another label"):
-        labels([other, other])
 
 
 @pytest.mark.parametrize(

@@ -177,11 +177,14 @@ def test_a_format_that_cannot_be_is_refused(target, responses, tmp_path, format,
 
 def test_an_exact_cache_goes_with_its_own_output_embedding_alone(target, drafter, tmp_path):
     head, other = (model.get_output_embeddings() for model in (target, drafter))
-    exact = {"settings": {"format": {"dtype": "bfloat16"}}, "counts": {"output_embedding": embedding_checksum(head)}}
+    exact = {
+        "settings": {"format": {"kind": "exact", "dtype": "bfloat16"}},
+        "counts": {"output_embedding": embedding_checksum(head)},
+    }
     for name, manifest in {
         "exact": exact,
         "unknown": exact | {"counts": {}},
-        "sparse": {"settings": {"format": {"top_k": 4}}, "counts": {}},
+        "sparse": {"settings": {"format": {"kind": "sparse", "top_k": 4}}, "counts": {}},
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"stage": "cache", **manifest}))

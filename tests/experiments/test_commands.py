@@ -1,19 +1,26 @@
 """How a command ends: a refusal is one line, a bug keeps its traceback."""
 
+import contextlib
 import os
+import re
 import subprocess
+import sys
+from importlib import import_module, reload
 from pathlib import Path
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+import experiments
 from drafter import metrics
 from drafter.artifacts import manifest as artifacts
 from drafter.artifacts.manifest import ArtifactError
 from experiments import pipeline, respond
-from experiments.running.commands import check_seed, ended, is_refusal
+from experiments.running.commands import check_seed, ended, is_refusal, with_settings
+from experiments.running.jobs import all_jobs
 
+COMMANDS = sorted(path.stem for path in Path("experiments").glob("*.py") if path.stem != "__init__")
 PROJECT = Path(__file__).parents[2]
 
 
@@ -60,17 +67,19 @@ def test_a_stage_ends_in_one_line_on_a_refusal_too(monkeypatch, capsys, override
 
 def test_the_pipeline_ends_in_one_line_on_a_refusal_and_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    with pytest.raises(SystemExit) as refusal, ended("experiments.pipeline"):
-        pipeline.main(["scale=smoke", "nonsense=1"])
+    monkeypatch.setattr("sys.argv", ["pipeline", "scale=smoke", "nonsense=1"])
+    with pytest.raises(SystemExit) as refusal:
+        pipeline.main()
     assert str(refusal.value).startswith("error: 'nonsense=1' is a setting of no stage")
     for bug in (TypeError("unsupported operand"), ValueError("shapes do not match"), KeyError("x")):
 
-        def fails(name, arguments, bug=bug):
+        def fails(plan, bug=bug):
             raise bug
 
-        monkeypatch.setattr(pipeline, "composed", fails)
-        with pytest.raises(type(bug)) as kept, ended("experiments.pipeline"):
-            pipeline.main(["scale=smoke"])
+        monkeypatch.setattr(pipeline, "all_jobs", fails)
+        monkeypatch.setattr("sys.argv", ["pipeline", "scale=smoke"])
+        with pytest.raises(type(bug)) as kept:
+            pipeline.main()
         assert kept.value is bug
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ArtifactError), ended("experiments.x"):
@@ -102,3 +111,50 @@ def test_make_help_lists_every_target(tmp_path):
     shown = subprocess.run(["make", "-s", "help"], cwd=PROJECT, capture_output=True, check=True).stdout.decode()
     for target in ("table-losses", "table-ood", "figure-checkpoints", "clean"):
         assert any(line.split()[:1] == [target] for line in shown.splitlines()), target
+
+
+def shown(monkeypatch, capsys, name, *given):
+    """What a command prints, as Hydra's own flags make it."""
+    monkeypatch.setattr("sys.argv", [name, *given])
+    with contextlib.suppress(SystemExit):
+        import_module(f"experiments.{name}").main()
+    assert sys.argv == [name, *given]
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_hydras_help_config_information_and_completion(monkeypatch, capsys, name):
+    key = {"pipeline": "losses", "plan": "plan", "export": "export", "tables": "publish"}.get(name, "out")
+    assert "== Configuration groups ==" in shown(monkeypatch, capsys, name, "--help")
+    assert re.search(rf"^{key}:", shown(monkeypatch, capsys, name, "--cfg", "job"), re.MULTILINE)
+    assert "conf" in shown(monkeypatch, capsys, name, "--info", "searchpath")
+    assert "complete " in shown(monkeypatch, capsys, name, "-sc", "install=bash")
+    monkeypatch.setenv("COMP_LINE", f"python experiments/{name}.py {key[:-1]}")
+    assert key in shown(monkeypatch, capsys, name, "-sc", "query=bash")
+
+
+@pytest.mark.parametrize("name", ["pipeline", "plan"])
+def test_the_pipelines_help_names_the_stages_and_their_overrides_are_gathered(monkeypatch, capsys, name):
+    given = ("losses=[kld]", "scale=smoke", "+respond.vllm.seed=1", "out=${root}/x")
+    assert "passed on to every stage" in shown(monkeypatch, capsys, name, *given, "--help")
+    text = shown(monkeypatch, capsys, name, *given, "--cfg", "job")
+    assert "losses:\n- kld\n" in text
+    assert "stage_overrides:\n- scale=smoke\n- +respond.vllm.seed=1\n" in text
+
+
+def test_overrides_of_stages_reach_them_with_their_interpolations(monkeypatch):
+    jobs = []
+    monkeypatch.setattr(
+        "sys.argv", ["pipeline", "scale=smoke", r"root='runs/it\'s here'", "out=${root}/x", "losses=[kld]"]
+    )
+    monkeypatch.setattr(pipeline, "all_jobs", lambda plan: jobs.extend(all_jobs(plan)) or [])
+    monkeypatch.setattr(pipeline, "check", lambda jobs: None)
+    pipeline.main()
+    assert {job.cfg.out for job in jobs if job.stage == "prepare"} == {"runs/it's here/x"}
+
+
+def test_importing_the_commands_leaves_the_command_line_and_the_flag_is_a_setting(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program", "--dry-run"])
+    reload(experiments)
+    assert sys.argv == ["program", "--dry-run"]
+    assert with_settings(["--dry-run", "seed=1"]) == ["dry_run=true", "seed=1"]

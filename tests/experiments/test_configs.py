@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 
+import experiments.running.composing  # noqa: F401  (it registers the resolvers of the configs)
 from tests.objectives import at_positions
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -71,12 +72,12 @@ def test_every_option_of_every_group_composes(group, option):
 def test_your_own_files_are_the_only_required_values_and_their_documented_command_gives_them():
     assert OmegaConf.missing_keys(composed("prepare", "data=files")) == {
         "data.pretraining.path",
-        "data.instructions[0].path",
+        "data.instructions.questions.path",
     }
-    command = ["data=files", "data.pretraining.path=text.jsonl", "data.instructions.0.path=questions.jsonl"]
+    command = ["data=files", "data.pretraining.path=text.jsonl", "data.instructions.questions.path=questions.jsonl"]
     data = resolved(composed("prepare", *command))["data"]
     assert data["pretraining"]["path"] == "text.jsonl"
-    assert [source["path"] for source in data["instructions"]] == ["questions.jsonl"]
+    assert {name: source["path"] for name, source in data["instructions"].items()} == {"questions": "questions.jsonl"}
 
 
 @pytest.mark.parametrize("name", ["pipeline", "tiny_target"])

@@ -48,7 +48,7 @@ def run(folder):
             "logger=csv",
             f"root={folder}/run",
             f"data.pretraining.path={folder}/text.jsonl",
-            f"data.instructions.0.path={folder}/asked.jsonl",
+            f"data.instructions.questions.path={folder}/asked.jsonl",
             "data.heldout_percent=15",
             "scale.heldout_tokens=400",
             "scale.sequence_length=64",

@@ -243,7 +243,11 @@ def test_an_empty_corpus_is_refused(world, tmp_path):
         ("respond.num_responses=5", ValueError, "respond.num_responses is 5"),
         ("respnd.top_p=0.9", ValueError, "'respnd' is none of .*'respond'"),
         ("respond.topp=0.9", HydraException, "topp"),
-        ("data=files", ValueError, r"prepare needs a value for data.instructions\[0\].path, data.pretraining.path"),
+        (
+            "data=files",
+            ValueError,
+            r"prepare needs a value for data.instructions.questions.path, data.pretraining.path",
+        ),
         ("scale=gigantic", HydraException, "gigantic"),
         (
             "task.summary.max_new_tokens=489",

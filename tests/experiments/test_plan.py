@@ -164,7 +164,7 @@ def test_the_flag_is_the_setting(world, tmp_path):
         ("target.path=./nowhere", OSError, "cannot load './nowhere'"),
         ("data.pretraining.path=nowhere.jsonl", FileNotFoundError, "no data file at 'nowhere.jsonl'"),
         ("data.pretraining.template='{body}'", KeyError, "needs the field 'body'"),
-        ("++data.instructions.0.where.lang=xx", ValueError, "has no row that its settings choose"),
+        ("++data.instructions.questions.where.lang=xx", ValueError, "has no row that its settings choose"),
     ],
 )
 def test_what_would_fail_after_hours_fails_in_the_dry_run(world, override, error, message):
@@ -201,8 +201,8 @@ def mirror(world, tmp_path_factory):
         *[override for override in overrides if override.startswith("logger")],
         f"target.path={folder}/target",
         f"data.pretraining.path={folder}/pretraining.jsonl",
-        f"data.instructions.0.path={folder}/oig.jsonl",
-        f"data.instructions.1.path={folder}/oasst.jsonl",
+        f"data.instructions.oig.path={folder}/oig.jsonl",
+        f"data.instructions.oasst.path={folder}/oasst.jsonl",
         *[f"task.{task}.path={folder}/{name}.jsonl" for task, name in tasks.items()],
     ]
 

@@ -22,7 +22,8 @@ def overrides(folder, sources, **tasks):
     return [
         "scale=smoke", "logger=csv", "data=files", "task=files", f"root={folder}/run",
         f"data.pretraining.path={folder}/text.jsonl", "scale.pretraining_tokens=2000", "scale.heldout_tokens=200",
-        f"data.instructions={given(sources)}", "~task.prompts",
+        "~data.instructions.questions", "~task.prompts",
+        *[f"+data.instructions.{name}={given(one)}" for name, one in sources.items()],
         *[f"+task.{name}={given(source(one.pop('path'), **one) | decoding)}" for name, one in tasks.items()],
     ]  # fmt: skip
 
@@ -54,19 +55,19 @@ def prepared(folder):
     return read_jsonl(data / "instructions.jsonl"), read_jsonl(data / "tasks.jsonl"), counts
 
 
-def test_two_sources_of_one_name_take_turns_and_keep_their_answers(folder):
-    sources = [source(folder / name / "train.jsonl", reference="{answer}") for name in "ab"]
+def test_two_sources_take_turns_and_keep_their_answers(folder):
+    sources = {name: source(folder / name / "train.jsonl", reference="{answer}") for name in "ab"}
     stage("prepare", overrides(folder, sources))
     rows, tasks, counts = prepared(folder)
     assert len({row["id"] for row in rows}) == len(rows) == 70
     for split, number in (("train", 64), ("validation", 6)):
         kinds = [row["kind"] for row in rows if row["split"] == split]
-        assert kinds == ["a/train", "b/train"] * (number // 2)
+        assert kinds == ["a", "b"] * (number // 2)
     assert all(row["reference"] == row["prompt"].replace("Question", "Answer").replace("?", ".") for row in rows)
     assert [row["task"] for row in tasks] == ["prompts"] * 3
     for of_source in counts["rows"].values():
         assert of_source["read"] == sum(of_source["used"].values()) + sum(of_source["left_out"].values())
-    assert counts["rows"]["instructions b/train"]["used"] == {"train": 32, "validation": 3}
+    assert counts["rows"]["instructions b"]["used"] == {"train": 32, "validation": 3}
     assert counts["rows"]["text heldout"]["left_out"]["empty"] == 2
 
 
@@ -75,7 +76,7 @@ def test_null_fields_are_empty_and_what_is_left_out_is_counted(folder):
     rows += [{"prompt": None, "input": None}, {"prompt": "Name 41."}, {"prompt": "long " * 400, "input": ""}]
     write_jsonl(folder / "ask.jsonl", rows)
     (folder / "cells.csv").write_text("prompt,n\nnull,1\nNA,1\n007,1\n2024-01-05,1\n,1\nother,2\n")
-    sources = [source(folder / "ask.jsonl", template="{prompt} Input: {input}", reference="{input}")]
+    sources = {"ask": source(folder / "ask.jsonl", template="{prompt} Input: {input}", reference="{input}")}
     task = source(folder / "cells.csv", where={"n": 1})
     stage("prepare", [*overrides(folder, sources, cells=task), "scale.prompts_per_task=9"])
     asked, tasks, counts = prepared(folder)
@@ -90,17 +91,17 @@ def test_null_fields_are_empty_and_what_is_left_out_is_counted(folder):
 
 def test_where_no_instruction_is_held_out_by_its_hash_one_is(folder, caplog):
     write_jsonl(folder / "few" / "train.jsonl", [{"prompt": f"How far is town {i}?"} for i in range(12)])
-    stage("prepare", overrides(folder, [source(folder / "few" / "train.jsonl")]))
+    stage("prepare", overrides(folder, {"few": source(folder / "few" / "train.jsonl")}))
     rows, _, counts = prepared(folder)
     assert [row["split"] for row in rows] == ["train"] * 11 + ["validation"]
-    assert counts["rows"]["instructions train"]["used"] == {"train": 11, "validation": 1}
+    assert counts["rows"]["instructions few"]["used"] == {"train": 11, "validation": 1}
     assert "no instruction fell into validation by its hash, so 1 of 12 are held out" in caplog.text
 
 
 def test_control_tokens_in_a_message_do_not_end_its_turn(folder):
     write_jsonl(folder / "ask.jsonl", [{"prompt": f"What is <|im_end|>, for the {i}th time?"} for i in range(12)])
     write_jsonl(folder / "text.jsonl", [{"text": f"{i} <|im_start|> and <|endoftext|> " * 20} for i in range(60)])
-    stage("prepare", overrides(folder, [source(folder / "ask.jsonl")]))
+    stage("prepare", overrides(folder, {"ask": source(folder / "ask.jsonl")}))
     rows, _, counts = prepared(folder)
     assert len(rows) == 12
     assert counts["rows"]["text train"]["left_out"].keys() <= {"of the other part", "empty"}
@@ -129,7 +130,7 @@ def test_control_tokens_in_a_message_do_not_end_its_turn(folder):
 def test_what_would_fail_later_is_refused_by_its_name_before_text_is_packed(folder, name, rows, message, dry_run):
     shutil.copy(folder / "a" / "train.jsonl", folder / "ask.jsonl")
     write_jsonl(folder / f"{name}.jsonl", rows)
-    command = overrides(folder, [source(folder / "ask.jsonl")], task=source(folder / "task.jsonl"))
+    command = overrides(folder, {"ask": source(folder / "ask.jsonl")}, task=source(folder / "task.jsonl"))
     with pytest.raises(ValueError, match=message):
         stage("prepare", [*command, f"dry_run={dry_run}"])
     assert not list(folder.glob("run/data/train.npy"))
@@ -137,7 +138,7 @@ def test_what_would_fail_later_is_refused_by_its_name_before_text_is_packed(fold
 
 def test_the_identity_is_what_the_rows_are_and_not_where_they_lie_or_how_they_are_decoded(folder):
     def command(where, **task):
-        sources = [source(where / "a" / "train.jsonl")]
+        sources = {"a": source(where / "a" / "train.jsonl")}
         return [*overrides(where, sources, prompts=source(where / "task.jsonl", **task)), f"root={folder}/run"]
 
     stage("prepare", command(folder))
@@ -155,11 +156,47 @@ def test_the_identity_is_what_the_rows_are_and_not_where_they_lie_or_how_they_ar
         with pytest.raises(ArtifactError, match=f"made differently.*{message}"):
             stage("prepare", change)
     write_jsonl(folder / "a" / "train.jsonl", [{"prompt": "Another?"}] * 20)
-    with pytest.raises(ArtifactError, match=r"made differently.*inputs\.instructions train"):
+    with pytest.raises(ArtifactError, match=r"made differently.*inputs\.instructions a"):
         stage("prepare", command(folder))
 
 
 def test_a_task_without_a_path_needs_docstrings(folder):
-    command = [one for one in overrides(folder, [source(folder / "task.jsonl")]) if "task" not in one.split("=")[0]]
+    command = [
+        one for one in overrides(folder, {"few": source(folder / "task.jsonl")}) if "task" not in one.split("=")[0]
+    ]
     with pytest.raises(ValueError, match=r"task.open_ended has no path, and data=files has no docstrings"):
         stage("prepare", [*command, "task=docstrings"])
+
+
+def test_a_second_source_can_be_given_on_the_command_line_with_a_path_alone(folder):
+    command = [
+        "scale=smoke",
+        "logger=csv",
+        "data=files",
+        "task=files",
+        f"root={folder}/run",
+        "scale.pretraining_tokens=2000",
+        f"data.pretraining.path={folder}/text.jsonl",
+        "scale.heldout_tokens=200",
+        f"task.prompts.path={folder}/task.jsonl",
+        f"data.instructions.questions.path={folder}/a/train.jsonl",
+        f"+data.instructions.mine.path={folder}/b/train.jsonl",
+    ]
+    stage("prepare", command)
+    rows, _, _ = prepared(folder)
+    assert {row["kind"] for row in rows} == {"questions", "mine"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "+data.instructions.mine.template=x",
+            r"data.instructions.mine has no path: give it as data.instructions.mine",
+        ),
+        ("data.kind=hub", "data.kind is 'hub', must be one of docstrings, files"),
+    ],
+)
+def test_a_source_without_a_path_and_an_unknown_kind_are_refused_by_name(folder, change, message):
+    with pytest.raises(ValueError, match=message):
+        stage("prepare", [*overrides(folder, {"a": source(folder / "a" / "train.jsonl")}), change])

@@ -1,0 +1,97 @@
+"""What one sees while a stage runs, and at the end of a pipeline."""
+
+import logging
+import sys
+
+import pytest
+
+from drafter.metrics import Counts
+from experiments.reporting.conclusions import conclusions
+from experiments.reporting.results import Evaluation
+from experiments.running.progress import Progress, announce, duration
+
+
+class Clock:
+    """A time that the test sets."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch, caplog):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    caplog.set_level(logging.INFO)
+    return Clock()
+
+
+def run(clock, **how):
+    """A hundred items, one per second, of 50 tokens each; the first ten were done before."""
+    with Progress("respond", "row", done=10, clock=clock, **how) as progress:
+        for done in range(11, 101):
+            clock.now += 1
+            progress(done, 100, 50, lambda: 1.23456)
+
+
+def test_a_log_has_a_line_every_thirty_seconds_with_the_loss_the_rate_and_the_time_left(clock, caplog):
+    run(clock, ranks=2)
+    assert caplog.messages == [
+        "respond: row 40 of 100, loss 1.235, 100 tokens/s, 60 s left",
+        "respond: row 70 of 100, loss 1.235, 100 tokens/s, 30 s left",
+        "respond: row 100 of 100, loss 1.235, 100 tokens/s, took 90 s",
+    ]
+
+
+def test_other_ranks_are_silent_and_a_total_may_be_unknown(clock, caplog, monkeypatch):
+    with Progress("prepare", "token", clock=clock) as progress:
+        clock.now += 31
+        progress(5000, None)
+    assert caplog.messages == ["prepare: token 5,000"]
+    monkeypatch.setenv("RANK", "1")
+    run(clock)
+    announce("respond", "runs/x", 3, 7)
+    assert len(caplog.messages) == 1
+
+
+def test_a_terminal_has_one_bar_without_lightnings_epoch(clock, caplog, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(clock)
+    told = capsys.readouterr().err
+    assert "100/100" in told.replace("100.", "100")
+    assert "loss 1.235, 50 tokens/s" in told
+    assert caplog.messages == []
+
+
+def test_a_stage_says_its_number_and_where_it_writes(clock, caplog):
+    announce("respond", "runs/tiny/responses", 3, 7)
+    announce("respond", "runs/tiny/responses")
+    assert caplog.messages == ["stage 3 of 7: respond → runs/tiny/responses", "respond → runs/tiny/responses"]
+
+
+def test_durations_are_as_people_say_them():
+    assert [duration(seconds) for seconds in (90, 720, 12_600)] == ["90 s", "12 min", "3.5 h"]
+
+
+def evaluation(loss, calls, seconds, folder):
+    counts = {}
+    for number in range(20):
+        values = dict.fromkeys(Counts._fields, 1) | {"tokens": 60, "target_calls": calls}
+        values |= {"seconds": seconds, "baseline_seconds": 1.0}
+        values |= {name: 60 for name in Counts._fields if name == "baseline_tokens"}
+        counts["task", 3, str(number)] = Counts(**values)
+    return Evaluation(loss, 1, 0.05, ("task",), counts, [], folder)
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(2.0, "It does not pay"), (0.5, "It pays"), (1.0, "It is undecided")])
+def test_the_end_names_the_best_drafter_whether_it_pays_and_what_is_next(tmp_path, seconds, verdict):
+    found = [
+        evaluation(name, calls, seconds, tmp_path) for name, calls in (("pretrained", 50), ("kld", 40), ("ce", 45))
+    ]
+    best, pays, following = conclusions(found, "runs/tiny/report")
+    assert best.startswith("Best drafter: kld, block efficiency 1.50 [1.50, 1.50] against 1.20 [1.20, 1.20] pretrained")
+    assert pays.startswith(verdict)
+    assert "runs/tiny/report/report.html" in following
+    assert "make demo ARGS=" in following
