@@ -1,4 +1,4 @@
-"""Validation curves of the finetunings under a root, finished or running, drawn here. Config: conf/curves.yaml."""
+"""Draw the validation curves of the finetunings under a root, finished or running. Config: conf/curves.yaml."""
 
 import logging
 from pathlib import Path
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 @command("curves")
 def main(cfg: DictConfig) -> None:
-    """Draw ${out}.png and .svg: each yardstick, a line a loss and a band over its seeds.
+    """Draw ${out}.png and .svg: a panel for each yardstick, with a line per series and a band over its seeds.
 
     Raises:
-        ValueError: nothing was logged.
+        ValueError: no finetuning in the folders has logged a chosen series.
     """
     curves = {name: seeds for folder in cfg.folders for name, seeds in read_curves(Path(folder)).items()}
     chosen = {name: seeds for name, seeds in curves.items() if not cfg.only or name in cfg.only}

@@ -25,10 +25,11 @@ from drafter.models.loading import context_length, load_config, load_target, loa
 from drafter.models.sharding import check_parallel
 from drafter.ranks import deal, join, wait_for_all
 from drafter.warping import Sampling
+from experiments.reporting.identity import DrafterIdentity, identity_of
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.composing import override
-from experiments.running.drafters import find_drafters, identity_of, output_directories
+from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 from experiments.running.progress import Progress
 from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
@@ -45,6 +46,8 @@ def main(cfg: DictConfig) -> None:
     check(cfg)
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
     settings = {**plain(cfg.evaluate), **decoding_settings(cfg)}
+    directories = output_directories(Path(cfg.out), find_drafters(list(cfg.drafters)))
+    identities = {path: identity_of(path) for path in directories}  # refused before anything is decoded
     stages = {
         path: claim(
             cfg,
@@ -54,7 +57,7 @@ def main(cfg: DictConfig) -> None:
             directory,
             (override("drafters", [path]),),
         )
-        for path, directory in output_directories(Path(cfg.out), find_drafters(list(cfg.drafters))).items()
+        for path, directory in directories.items()
     }
     pending = {path: stage for path, stage in stages.items() if not stage.complete}
     if not pending:
@@ -85,7 +88,7 @@ def main(cfg: DictConfig) -> None:
     wait_for_all()
     if ranks.first:
         for path, stage in pending.items():
-            finish(path, stage, len(parts), drafters[path], target, stops, cfg)
+            finish(identities[path], stage, len(parts), drafters[path], target, stops, cfg)
 
 
 def missing_files(number: int, stages: dict[str, Stage]) -> dict[str, Path]:
@@ -124,7 +127,7 @@ def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
 
 
 def finish(
-    path: str,
+    identity: DrafterIdentity,
     stage: Stage,
     parts: int,
     drafter: PreTrainedModel,
@@ -150,7 +153,7 @@ def finish(
         file.unlink()
     stage.finish(
         counts={
-            **identity_of(path),
+            **identity._asdict(),
             "drafter_parameters": num_parameters(drafter),
             "target_parameters": num_parameters(target),
             "stop_ids": stops,

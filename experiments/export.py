@@ -1,8 +1,8 @@
-"""A drafter as serving engines load it, once it has passed the gate, with a model card. Config: conf/export.yaml.
+"""Export a drafter in a format that serving engines load, with a model card. Config: conf/export.yaml.
 
-The exported directory has the target's tokenizer, chat template and end-of-text ids: the gate has made sure that the
-vocabulary is the same, and engines compare the rest. Weights are those of the untrimmed head: no engine that drafts
-with a model of its own knows a head of fewer tokens, so a trimmed drafter's list of tokens lies beside them.
+A drafter that is not compatible with its target is refused. The exported directory has the target's tokenizer, chat
+template and end-of-text ids, because engines compare them with the target's. The weights have the untrimmed head,
+because no engine supports a drafter whose head has fewer tokens; a trimmed drafter's list of tokens lies beside them.
 """
 
 import shlex
@@ -28,7 +28,7 @@ from experiments.running.commands import command
 from experiments.running.inputs import claim, plain, target_source
 from experiments.running.recording import record
 
-# What each format calls a number's type.
+# Format -> dtype -> the name that the format's converter has for it.
 DTYPES = {
     "hf": {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"},
     "gguf": {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "q8_0"},
@@ -38,7 +38,7 @@ DTYPES = {
 
 @command("export")
 def main(cfg: DictConfig) -> None:
-    """Check, save, convert, describe; print how to serve it."""
+    """Check, save, convert and describe the drafter, and print how to serve it."""
     facts = gather(cfg.export.drafter)
     cfg = resolved(cfg, facts.config)
     check(cfg)
@@ -54,7 +54,8 @@ def main(cfg: DictConfig) -> None:
         export(cfg, stage, facts, differences)
         if facts.config and facts.config["logger"]["wandb"]:
             card = stage.directory / "README.md"
-            record(OmegaConf.create(facts.config), "model-card", f"card-{stage.directory.name}", card)
+            series = facts.manifest["settings"].get("series")
+            record(OmegaConf.create(facts.config), "model-card", f"card-{stage.directory.name}", card, series=series)
     print(f"{stage.directory}: {cfg.export.format}, {cfg.export.dtype}\n")
     for difference in differences:
         print(f"  {difference}")
@@ -63,7 +64,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def resolved(cfg: DictConfig, known: dict[str, Any]) -> DictConfig:
-    """The config with what the drafter's own config knows, if it has one: its target."""
+    """Return the config with the target that the drafter was trained for, unless one is given, and the directory.
+
+    Raises:
+        ValueError: neither the config nor the drafter says which target it is.
+    """
     cfg = cfg.copy()
     if cfg.target.path is None and known:
         cfg.target.path, cfg.target.revision = known["target"]["path"], known["target"]["revision"]
@@ -75,10 +80,10 @@ def resolved(cfg: DictConfig, known: dict[str, Any]) -> DictConfig:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be made, and tools that are not there, before anything is loaded.
+    """Refuse an unknown format or dtype, and a converter that is not installed, before anything is loaded.
 
     Raises:
-        ValueError: names the value and what would do.
+        ValueError: names the value, and which values are allowed.
     """
     kind, dtype, converter = cfg.export.format, cfg.export.dtype, cfg.gguf.converter
     if kind not in DTYPES:
@@ -88,7 +93,7 @@ def check(cfg: DictConfig) -> None:
     if kind == "gguf" and not (converter and Path(converter).is_file()):
         raise ValueError(
             f"gguf.converter is '{converter}': give the path of convert_hf_to_gguf.py in a checkout of llama.cpp, "
-            f"and with gguf.python a Python that has what it asks for"
+            f"and with gguf.python a Python in which its requirements are installed"
         )
     tool = cfg.gguf.python if kind == "gguf" else cfg.openvino.command
     if kind != "hf" and not shutil.which(tool):
@@ -96,11 +101,11 @@ def check(cfg: DictConfig) -> None:
 
 
 def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Difference]) -> None:
-    """Write the directory, its card and its manifest."""
+    """Write the weights in the chosen format, the model card and the manifest."""
     out = stage.directory
     kind, dtype = cfg.export.format, DTYPES[cfg.export.format][cfg.export.dtype]
     source = out if kind == "hf" else out / "hf.tmp"
-    shutil.rmtree(out / "hf.tmp", ignore_errors=True)  # of a run that was cut off
+    shutil.rmtree(out / "hf.tmp", ignore_errors=True)  # left by an interrupted run
     save_hf(cfg, source, facts.gamma)
     if kind == "gguf":
         file = out / f"{Path(cfg.export.drafter).name}.gguf"
@@ -118,13 +123,13 @@ def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Differ
 
 
 def is_content(path: Path) -> bool:
-    """Whether a file is the export's, and not a stage's record."""
+    """Return whether a file is part of the export, and not a record of the stage."""
     return path.is_file() and not is_record(path.name) and path.suffix != ".tmp"
 
 
 @torch.no_grad()
 def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
-    """A Hugging Face directory whose tokenizer, template and end-of-text ids are the target's."""
+    """Save a Hugging Face directory with the target's tokenizer, chat template and end-of-text ids."""
     target = target_source(cfg)
     tokenizer = load_tokenizer(target)
     model: PreTrainedModel = with_rows(load_model(partner(cfg.export.drafter, target)), vocabulary_width(target))
@@ -146,10 +151,10 @@ def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
 
 
 def run(command: list[str]) -> None:
-    """A program of another package.
+    """Run a program of another package.
 
     Raises:
-        RuntimeError: it failed; with the last lines that it printed.
+        RuntimeError: the program failed; the error has the last lines that it printed.
     """
     found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if found.returncode:

@@ -28,7 +28,8 @@ from drafter.training.modules import Distillation, check_precision
 from drafter.training.weighting import Weighting
 from experiments.running import dry_run, on_policy
 from experiments.running.commands import command
-from experiments.running.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
+from experiments.running.identity import finetuned_identity, named_values
+from experiments.running.inputs import claim, pair_inputs, responses_fingerprint, target_source
 from experiments.running.training import KeptSteps, economical, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def finetune(cfg: DictConfig) -> None:
         response_top_p=float(judged_on.schema.metadata[b"top_p"]),
         shard_target=cfg.target.parallel == "fsdp",
     )
-    kept = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every)
+    identity = finetuned_identity(cfg)
+    kept = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every, identity)
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name, [kept])
     save(drafter, tokenizer, stage, trainer)
 
@@ -96,10 +98,19 @@ def samples(cfg: DictConfig, drafter: PreTrainedModel) -> tuple[SequenceData, Ro
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """Return the settings that determine the result. A reference drafter is an input, so its path is not among them."""
-    weighting = {name: value for name, value in plain(cfg.weighting).items() if name != "reference"}
-    settings = {**training_settings(cfg, "finetune"), "loss": plain(cfg.loss), "weighting": weighting}
-    return {**settings, "name": cfg.name, "target_dtype": cfg.target.dtype}
+    """Return the settings that determine the result, and the fields that say which drafter it is.
+
+    A weighting's reference drafter is an input: its fingerprint counts, wherever it lies.
+    """
+    weighting = named_values(cfg.weighting, "weighting")
+    weighting.pop("reference", None)
+    return {
+        **training_settings(cfg, "finetune"),
+        **finetuned_identity(cfg)._asdict(),
+        "loss_settings": named_values(cfg.loss, "loss"),
+        "weighting_settings": weighting,
+        "target_dtype": cfg.target.dtype,
+    }
 
 
 def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
@@ -121,8 +132,15 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
 
 
 def try_loss(loss: Loss, target: Target, positions: Positions) -> None:
-    """Compute the loss once, at two positions over a vocabulary of two tokens."""
-    objective_of(loss)(torch.zeros(2, 2), target, positions)
+    """Compute the loss once, at two positions over a vocabulary of two tokens.
+
+    Raises:
+        ValueError: the loss does not take the settings that its config gives it.
+    """
+    try:
+        objective_of(loss)(torch.zeros(2, 2), target, positions)
+    except TypeError as problem:
+        raise ValueError(f"loss: {problem}") from problem
 
 
 def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:

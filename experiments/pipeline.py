@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
 from experiments.reporting.conclusions import conclusions
+from experiments.reporting.identity import STEPS
 from experiments.reporting.results import read_evaluations
 from experiments.running.commands import pipeline_command
 from experiments.running.composing import override
-from experiments.running.inputs import STEPS
 from experiments.running.jobs import Job, all_jobs
 from experiments.running.lengths import check_lengths
 from experiments.running.progress import announce, quiet

@@ -1,7 +1,7 @@
-"""Stage 5: counts -> tables (Markdown and LaTeX), figures and the HTML report. Config: conf/tables.yaml. No torch here.
+"""Stage 5: make tables (Markdown and LaTeX), figures and the HTML report from counts. Config: conf/tables.yaml.
 
-Every figure is computed from the counts of the evaluations, summed over prompts and seeds; intervals are bootstrap 95%
-intervals over prompts. What was not run is left blank. runs.json traces each number to the runs that it comes from.
+Every number is computed from the counts of the evaluations, summed over prompts and seeds. Intervals are 95% bootstrap
+intervals over prompts. What was not run is left blank. runs.json describes the runs behind the numbers.
 """
 
 import json
@@ -18,11 +18,13 @@ from drafter.artifacts.provenance import describe_machine
 from drafter.artifacts.storage import local_directory
 from experiments.reporting import paper
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
+from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.page import write_html
 from experiments.reporting.results import (
     Evaluation,
     Row,
     check_evaluations,
+    in_line,
     in_order,
     read_curves,
     read_evaluations,
@@ -32,12 +34,15 @@ from experiments.reporting.tabular import Table, with_interval
 from experiments.running.commands import command
 
 log = logging.getLogger(__name__)
-GENERATED = {"tables": (".md", ".tex"), "figures": (".png", ".svg")}  # folder -> what this stage writes into it
+GENERATED = {
+    "tables": (".md", ".tex"),
+    "figures": (".png", ".svg"),
+}  # folder -> the kinds of files that this stage writes there
 CONVENTION = (
-    "τ is tokens per target call and counts the target's own token of each block (1: autoregressive; at most γ + 1). "
-    "Expected τ has each accept test's chance in the place of its coin: the same mean, less noise. "
-    "MBSU is τ / (cγ + 1), c drafter / target parameters. Token rate is tokens per second with the drafter / without, "
-    "same prompts, same machine, one run. In brackets: 95% bootstrap intervals over prompts."
+    "τ is tokens per target call and counts the bonus token of each block (1: autoregressive; at most γ + 1). "
+    "Expected τ uses the probability of each acceptance instead of its outcome: the same mean, less noise. "
+    "MBSU is τ / (cγ + 1), with c = drafter / target parameters. Token rate is tokens per second with the drafter / "
+    "without, same prompts, same machine, one run. In brackets: 95% bootstrap intervals over prompts."
 )
 
 
@@ -45,7 +50,7 @@ CONVENTION = (
 def main(cfg: DictConfig) -> None:
     """Read every finished evaluation under the root; write results.md, tables/, figures/, report.html and runs.json."""
     if cfg.dry_run:
-        return log.info("tables: it only reads what evaluate has written")
+        return log.info("tables reads what evaluate has written, so there is nothing to check")
     root, out = Path(cfg.root), Path(cfg.out)
     evaluations, variants, steps = (
         read_evaluations(root / name, cfg.base) for name in ("evaluate", "evaluate_variants", "evaluate_steps")
@@ -80,12 +85,12 @@ def main(cfg: DictConfig) -> None:
     samples = {
         one.directory.name: read_jsonl(one.directory / "samples.jsonl")
         for one in evaluations
-        if one.seed == min(other.seed for other in evaluations if other.loss == one.loss)
+        if one is min(paper.of(evaluations, one.series), key=in_line)
     }
     write_html(out / "report.html", tables, curves, figures, samples, notes)
     print("\n".join([*sections, *notes, f"report: {out / 'report.html'}"]))
     if cfg.logger.wandb and news:
-        from experiments.running.recording import record_tables  # takes a second: paid only where something is recorded
+        from experiments.running.recording import record_tables  # the import takes a second
 
         record_tables(cfg, tables, out)
     if cfg.publish:
@@ -93,21 +98,21 @@ def main(cfg: DictConfig) -> None:
 
 
 def questions(cfg: DictConfig, evaluations: list[Evaluation], variants: list[Evaluation]) -> list[Table]:
-    """The tables of the paper's questions, as far as there is anything to put into them."""
+    """Return the tables that answer the paper's questions, if their experiments were run."""
     gamma = in_order(gamma for one in evaluations for _, gamma, _ in one.counts)[0]
     tables = [architectures(cfg, evaluations)]
-    if len({one.loss for one in evaluations} - {"pretrained"}) > 1:
+    if len({one.series for one in evaluations} - {PRETRAINED}) > 1:
         tables.append(paper.losses(evaluations))
     tables.append(paper.out_of_domain(evaluations, gamma))
-    if any("-only_" not in one.loss for one in variants):
+    if any(not one.drafter.kinds for one in variants):
         tables.append(paper.data(evaluations, variants))
-    if any("-only_" in one.loss for one in variants):
+    if any(one.drafter.kinds for one in variants):
         tables.append(paper.transfer(evaluations, variants))
     return [table for table in tables if table.rows]
 
 
 def architectures(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
-    """The models of these evaluations, as far as their configs are at hand."""
+    """Return the table of the models of these evaluations whose configs are on this machine."""
     counts = read_manifest(evaluations[0].directory, "evaluate")["counts"]
     found = {name: (local_directory(path) or Path(path)) / "config.json" for name, path in cfg.models.items()}
     configs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
@@ -115,7 +120,7 @@ def architectures(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
 
 
 def details(rows: list[Row], evaluations: list[Evaluation], base: str) -> list[Table]:
-    """A table for each gamma with every task and drafter, and the acceptance rate by place."""
+    """Return a table for each gamma with every task and drafter, and the table of acceptance rates by position."""
     tables = [
         by_task([row for row in rows if row.gamma == gamma], f"gamma_{gamma}", f"γ = {gamma}", base)
         for gamma in in_order(row.gamma for row in rows)
@@ -123,8 +128,8 @@ def details(rows: list[Row], evaluations: list[Evaluation], base: str) -> list[T
     return [*tables, *positions_table(evaluations)]
 
 
-def by_task(rows: list[Row], name: str, title: str, base: str = "pretrained") -> Table:
-    """One line a task and loss; the highest τ of a task is bold."""
+def by_task(rows: list[Row], name: str, title: str, base: str = PRETRAINED) -> Table:
+    """Return a table with one line per task and series; the highest τ of each task is bold."""
     columns = ["task", "drafter", "τ", "expected τ", f"τ − {base}", "MBSU", "token rate", "acceptance rate"]
     lines = []
     for task in dict.fromkeys(row.task for row in rows):
@@ -135,12 +140,15 @@ def by_task(rows: list[Row], name: str, title: str, base: str = "pretrained") ->
             cells = [f"**{value}**" if row.block_efficiency.value == best else value]
             cells += [with_interval(row.expected), with_interval(row.gain, signed=True)]
             cells += map(with_interval, (row.speedup, row.token_rate_ratio, row.acceptance_rate))
-            lines.append([task.replace("_", " "), row.loss, *cells])
+            lines.append([task.replace("_", " "), row.series, *cells])
     return Table(name, title, columns, lines)
 
 
 def runs(root: Path) -> dict[str, Any]:
-    """Directory -> what its manifest says of how it came about, and the fingerprint that other runs name it by."""
+    """Return, for each finished directory under the root, its manifest without files and config, and its fingerprint.
+
+    The fingerprint is what other manifests name the directory by among their inputs.
+    """
     found = {}
     for path in sorted(root.rglob(MANIFEST)):
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +158,7 @@ def runs(root: Path) -> dict[str, Any]:
 
 
 def empty_of_generated(folder: Path) -> None:
-    """Make its tables/ and figures/, or remove what an earlier run left there, so that nothing stale is shown."""
+    """Create tables/ and figures/ in a folder, and remove the files that an earlier run of this stage left there."""
     for name, kinds in GENERATED.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for path in (folder / name).iterdir():
@@ -159,7 +167,7 @@ def empty_of_generated(folder: Path) -> None:
 
 
 def publish(out: Path, folder: Path) -> None:
-    """Copy what belongs into a repository: all but the report and the vector figures, which are large."""
+    """Copy the results into a folder of a repository, without the report and the vector figures, which are large."""
     empty_of_generated(folder)
     for name in ("results.md", "runs.json"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,21 +177,21 @@ def publish(out: Path, folder: Path) -> None:
 
 
 def describe(evaluations: list[Evaluation]) -> str:
-    """Prompts, seeds, c, and whether greedy text was the target's own."""
+    """Return a note on the numbers of prompts and seeds, c, and how often greedy text was the target's own."""
     manifests = [read_manifest(evaluation.directory, "evaluate")["counts"] for evaluation in evaluations]
     unlike = sum(counts["greedy_outputs_unlike_the_target"] for counts in manifests)
     greedy = sum(counts["greedy_outputs"] for counts in manifests)
     prompts = {(key[0], key[2]) for evaluation in evaluations for key in evaluation.counts}
-    seeds = {evaluation.seed for evaluation in evaluations if evaluation.loss != "pretrained"}
+    seeds = {evaluation.drafter.seed for evaluation in evaluations if evaluation.drafter.loss}
     ratio, plural = evaluations[0].size_ratio, "s" * (len(seeds) != 1)
-    described = f"{len(prompts)} prompts, {len(seeds)} seed{plural} a loss, c = {ratio:.4f}."
+    described = f"{len(prompts)} prompts, {len(seeds)} seed{plural} per loss, c = {ratio:.4f}."
     if greedy:
         described += f" Greedy text equal to the target's own in {greedy - unlike} of {greedy} decodings."
     return described
 
 
 def where_the_time_goes(evaluations: list[Evaluation]) -> str:
-    """The shares of drafting, verifying and the rest, at each gamma."""
+    """Return a note on the shares of drafting, verification and the rest in decoding's time, at each gamma."""
     shares = []
     for gamma in in_order(gamma for one in evaluations for _, gamma, _ in one.counts):
         counts = [counts for one in evaluations for (_, of_gamma, _), counts in one.counts.items() if of_gamma == gamma]
@@ -191,13 +199,13 @@ def where_the_time_goes(evaluations: list[Evaluation]) -> str:
             sum(getattr(row, name) for row in counts) for name in ("seconds", "drafting_seconds", "verifying_seconds")
         )
         rest = total - drafting - verifying
-        parts = ((drafting, "drafting"), (verifying, "verifying"), (rest, "the rest"))
+        parts = ((drafting, "drafting"), (verifying, "verification"), (rest, "the rest"))
         shares.append(f"at γ = {gamma} " + ", ".join(f"{100 * part / total:.0f}% {name}" for part, name in parts))
     return f"Decoding's time: {'; '.join(shares)}."
 
 
 def measured(evaluations: list[Evaluation]) -> str:
-    """The machines and the commits of this project that the evaluations ran on, by their own manifests."""
+    """Return a note on the machines and commits of this project that the evaluations' manifests name."""
     environments = [read_manifest(evaluation.directory, "evaluate")["environment"] for evaluation in evaluations]
     machines = "; ".join(sorted({describe_machine(recorded) for recorded in environments}))
     commits = ", ".join(sorted({recorded["commit"] for recorded in environments}))
@@ -205,18 +213,21 @@ def measured(evaluations: list[Evaluation]) -> str:
 
 
 def positions_table(evaluations: list[Evaluation]) -> list[Table]:
-    """The acceptance rate at each place of a block, over all tasks and seeds, at the largest gamma, if there is one."""
+    """Return the table of acceptance rates at each position of a block, over all tasks and seeds.
+
+    It is made for the largest fixed gamma; there is no table if only the adaptive length was run.
+    """
     largest = max((gamma for one in evaluations for gamma, *_ in one.positions if isinstance(gamma, int)), default=0)
     lines = []
-    for loss in dict.fromkeys(one.loss for one in evaluations):
+    for series in dict.fromkeys(one.series for one in evaluations):
         sums = np.zeros((2, largest))
         for one in evaluations:
             for gamma, *counts in one.positions:
-                if one.loss == loss and gamma == largest:
+                if one.series == series and gamma == largest:
                     sums[:, : len(counts[0])] += np.array(counts)
-        lines.append([loss, *(f"{accepted / tested:.2f}" if tested else "" for accepted, tested in sums.T)])
-    columns = ["drafter", *(f"draft {place}" for place in range(1, largest + 1))]
-    title = f"Acceptance rate by place in the block, all tasks, γ = {largest}"
+        lines.append([series, *(f"{accepted / tested:.2f}" if tested else "" for accepted, tested in sums.T)])
+    columns = ["drafter", *(f"draft {position}" for position in range(1, largest + 1))]
+    title = f"Acceptance rate by position in the block, all tasks, γ = {largest}"
     return [Table("positions", title, columns, lines)] if largest else []
 
 

@@ -25,10 +25,10 @@ from drafter.models.inspection import num_parameters, vocabulary_rows
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from drafter.models.trimming import most_used, read_kept, trim, write_kept
 from experiments.reporting.figures import draw_trimming
+from experiments.reporting.identity import identity_of
 from experiments.reporting.trim_page import TrimRow, trim_page
 from experiments.running import dry_run
 from experiments.running.commands import command
-from experiments.running.drafters import identity_of
 from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
 
@@ -43,10 +43,10 @@ def main(cfg: DictConfig) -> None:
         return dry_run.show(cfg, "trim", check)
     check(cfg)
     inputs = {**pair_inputs(cfg, cfg.trim.drafter), "responses": responses_fingerprint(cfg)}
-    named = identity_of(cfg.trim.drafter)
-    settings = {**plain(cfg.trim), **decoding_settings(cfg), "seed": named["seed"], "random_seed": cfg.seed}
+    whole_identity = identity_of(cfg.trim.drafter)
+    identity = whole_identity._replace(series=f"{whole_identity.series}-trimmed")
+    settings = {**plain(cfg.trim), **decoding_settings(cfg), **identity._asdict(), "random_seed": cfg.seed}
     del settings["drafter"]  # its fingerprint is among the inputs
-    settings["name"] = f"{named['loss']}-trimmed-seed{named['seed']}"
     stage = claim(cfg, "trim", settings, inputs, Path(cfg.out) / Path(cfg.trim.drafter).name)
     if stage.complete:
         return log.info("%s is up to date", stage.directory)

@@ -152,6 +152,19 @@ def require(directory: str | Path, name: str, found: str | None, wanted: str) ->
         )
 
 
+def earlier_version(directory: str | Path | Folder, sign: str) -> ArtifactError:
+    """Return the error to raise for an artifact whose manifest has the form of an earlier version of this project.
+
+    Args:
+        directory: where the artifact lies.
+        sign: what shows that it is of an earlier version.
+    """
+    return ArtifactError(
+        f"{directory} was made by an earlier version of this project ({sign}): "
+        f"remove it to make it again, or give another root"
+    )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one."""
     write_file(path, _json(value))
@@ -217,6 +230,8 @@ def _lock(directory: Path) -> Callable[..., Any]:
 
 
 def _refuse_other_identity(directory: Folder, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if found["stage"] == wanted["stage"] and "_target_" in json.dumps(found["settings"]):
+        raise earlier_version(directory, "its settings name Python paths")
     for part in ("stage", "settings", "inputs"):
         if found[part] == wanted[part]:
             continue

@@ -1,1 +1,1 @@
-"""The model card, and converters to the formats of other engines."""
+"""The model card, and converters to the formats of serving engines."""

@@ -1,4 +1,4 @@
-"""What an exported drafter says of itself, from its manifests: how to serve it, what it is worth, how it was made."""
+"""Write the model card of an exported drafter: how to serve it, its measured results, and how it was made."""
 
 import json
 import shlex
@@ -15,15 +15,23 @@ from drafter.models.compatibility import Difference, template
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.loading import load_config, load_tokenizer
 from drafter.models.trimming import read_kept
+from experiments.reporting.identity import identity_of, read_record
 from experiments.reporting.results import POOLED, Row, read_evaluations, summarise
 from experiments.reporting.tabular import Table, with_interval
 from experiments.running.inputs import target_source
 
-DEFAULT_GAMMA = 3  # the paper's, where nothing was measured
+DEFAULT_GAMMA = 3  # the paper's gamma, used if nothing was measured
 
 
 class Facts(NamedTuple):
-    """What is known of a drafter: the manifest and config of its making, and the rows of its evaluation."""
+    """What is known of a drafter.
+
+    Attributes:
+        manifest: of the stage that made it; empty for a drafter from elsewhere.
+        config: of that stage.
+        rows: the results of its evaluation.
+        size_ratio: c, the drafter's parameters divided by the target's; None if it was not evaluated.
+    """
 
     manifest: dict[str, Any]
     config: dict[str, Any]
@@ -32,39 +40,54 @@ class Facts(NamedTuple):
 
     @property
     def best(self) -> Row | None:
-        """The gamma with the highest MBSU over the tasks in the domain; none where nothing was measured."""
+        """The result with the highest MBSU over the tasks in the domain; None if nothing was measured."""
         fixed = [row for row in self.rows if isinstance(row.gamma, int)]
         pooled = [row for row in fixed if row.task == POOLED] or fixed
         return max(pooled, key=lambda row: row.speedup.value, default=None)
 
     @property
     def gamma(self) -> int:
-        """How many tokens to draft."""
+        """The number of tokens to draft per block."""
         return int(self.best.gamma) if self.best else DEFAULT_GAMMA
 
 
 def manifest_of(folder: str) -> dict[str, Any]:
-    """What made a directory; nothing, if it was no stage of this project."""
+    """Return a directory's manifest; {} if no stage of this project made it."""
     path = Path(folder) / MANIFEST
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def gather(drafter: str) -> Facts:
-    """What lies beside a drafter; little, if it is none of this project's."""
+    """Return what is known of a drafter: little, if no stage of this project made it.
+
+    Raises:
+        ArtifactError: an earlier version of this project made it.
+    """
     manifest = manifest_of(drafter)
     config = manifest.get("config", {})
     if not config:
         return Facts(manifest, config, [], None)
+    identity_of(drafter)
     found = []
     for ours in sorted(Path(config["root"]).glob(f"evaluate*/*/{MANIFEST}")):
         if read_manifest(ours.parent, "evaluate")["inputs"]["drafter"] == model_fingerprint(drafter):
             found += [one for one in read_evaluations(ours.parent.parent) if one.directory == ours.parent]
-    rows = summarise(found[:1], base=found[0].loss) if found else []
+    rows = summarise(found[:1], base=found[0].series) if found else []
     return Facts(manifest, config, rows, found[0].size_ratio if found else None)
 
 
 def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
-    """Engine -> the command, or the lines of Python, that serve the pair; each can be pasted, whatever the paths."""
+    """Return the command, or the lines of Python, with which each engine serves the pair.
+
+    Args:
+        kind: the format of the export: hf, gguf or openvino.
+        target: the target's path or hub name; paths are quoted as the shell or Python needs it.
+        drafter: the exported directory.
+        gamma: the number of tokens to draft per block.
+
+    Returns:
+        engine -> text to paste.
+    """
     if kind == "gguf":
         file = shlex.quote(f"{drafter}/{next(iter(Path(drafter).glob('*.gguf')), Path('drafter.gguf')).name}")
         options = f"--model-draft {file} --spec-type draft-simple --spec-draft-n-max {gamma}"
@@ -98,7 +121,7 @@ def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
 
 
 def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Difference]) -> None:
-    """README.md of an exported directory, with the hub's header."""
+    """Write the README.md of an exported directory, with the header that the hub reads."""
     tokenizer = load_tokenizer(target_source(cfg))
     is_path = local_directory(cfg.target.path) is not None
     header = {
@@ -129,7 +152,7 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
 
 
 def worth(rows: list[Row]) -> Table:
-    """Each task at each gamma."""
+    """Return the table of results: one line per task and gamma."""
     columns = ["task", "γ", "prompts", "τ", "MBSU", "acceptance rate", "token rate"]
     lines = []
     for row in rows:
@@ -139,7 +162,7 @@ def worth(rows: list[Row]) -> Table:
 
 
 def architecture(drafter: str) -> dict[str, str]:
-    """The drafter's shape."""
+    """Return a line that describes the drafter's architecture."""
     config = load_config(drafter)
     shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads"
     tied = "tied" if config.tie_word_embeddings else "untied"
@@ -147,7 +170,11 @@ def architecture(drafter: str) -> dict[str, str]:
 
 
 def making(manifest: dict[str, Any]) -> dict[str, str]:
-    """How the drafter came about, in the words of its manifests; a part that is not at hand is left out."""
+    """Return how the drafter was made, from its manifest and those of its inputs that are on this machine.
+
+    Raises:
+        ArtifactError: an earlier version of this project made the drafter.
+    """
     config = manifest.get("config", {})
     if not config:
         return {}
@@ -156,10 +183,9 @@ def making(manifest: dict[str, Any]) -> dict[str, str]:
         return {"head": head} | making(manifest_of(config["trim"]["drafter"]))
     told = {"seed": str(config["seed"]), "command": f"`{manifest['command']}`"}
     if manifest["stage"] == "finetune":
-        settings, loss = manifest["settings"], dict(manifest["settings"]["loss"])
-        named = str(loss.pop("_target_", "")).rsplit(".", 1)[-1]
-        loss.pop("_partial_", None)
-        told["distillation loss"] = ", ".join([named, *(f"{key} {value}" for key, value in loss.items())])
+        settings, drafter = manifest["settings"], read_record(manifest, config["out"])
+        values = {key: value for key, value in settings["loss_settings"].items() if key != "name"}
+        told["distillation loss"] = ", ".join([str(drafter.loss), *(f"{key} {one}" for key, one in values.items())])
         told["distillation"] = (
             f"{settings['max_steps']} steps of {settings['batch_size']} samples, "
             f"{settings['text_share']:.0%} of them text; {manifest['seconds']:.0f} s"
@@ -175,7 +201,7 @@ def making(manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def written(config: dict[str, Any]) -> dict[str, str]:
-    """The responses that were trained on."""
+    """Return a line on the responses that the drafter was trained on."""
     folder = config["inputs"].get("cache") or config["inputs"].get("responses") or ""
     if not (manifest := manifest_of(folder)):
         return {}
@@ -190,7 +216,7 @@ def written(config: dict[str, Any]) -> dict[str, str]:
 
 
 def pretrained(folder: str) -> dict[str, str]:
-    """The pretraining that a drafter began with."""
+    """Return a line on the pretraining that the drafter started from."""
     manifest = manifest_of(folder)
     if manifest.get("stage") != "pretrain":
         return {}
@@ -200,7 +226,7 @@ def pretrained(folder: str) -> dict[str, str]:
 
 
 def sources(data: dict[str, Any]) -> list[str]:
-    """Names of the data sets, with the revision where one is given."""
+    """Return the names of the data sets, with the revision if one is given."""
     if "packages" in data:
         return ["docstrings and code of " + ", ".join(data["packages"])]
     asked = data["instructions"]

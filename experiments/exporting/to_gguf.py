@@ -1,8 +1,9 @@
-"""llama.cpp's own converter, for vocabularies that it has not met.
+"""Run llama.cpp's converter for a vocabulary that it does not know.
 
-The converter knows a byte-level BPE vocabulary by a hash of what its tokenizer makes of one text, which no vocabulary
-of one's own can match. How such a tokenizer splits text is written in its tokenizer.json, though, and where that is
-GPT-2's way, llama.cpp can be told. Run as a script, by the converter's Python, this is the converter with that answer.
+The converter recognises a byte-level BPE vocabulary by a hash of how its tokenizer encodes one text, so it refuses
+every vocabulary that is not on its list. The rule by which a tokenizer splits text is written in its tokenizer.json,
+however. If that rule is GPT-2's, this script makes the converter treat the vocabulary as GPT-2's. The converter's own
+Python runs it.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 
 def splits_like_gpt2(folder: Path) -> bool:
-    """Whether a tokenizer.json splits text by GPT-2's rule and then into bytes, and changes nothing before."""
+    """Return whether a tokenizer.json splits text by GPT-2's rule into bytes, without normalising the text before."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     before = tokenizer.get("pre_tokenizer") or {}
@@ -25,14 +26,14 @@ def splits_like_gpt2(folder: Path) -> bool:
 
 
 def main(converter: Path, arguments: list[str]) -> None:
-    """Run the converter; a vocabulary that it does not know, but splits like GPT-2's, is told to be like it."""
-    sys.path[0] = str(converter.parent)  # in the place of this file's folder
+    """Run the converter, and answer "gpt-2" for an unknown vocabulary whose tokenizer splits text as GPT-2's does."""
+    sys.path[0] = str(converter.parent)  # replaces this file's folder
     sys.path.insert(1, str(converter.parent / "gguf-py"))
     from conversion.base import TextModel  # type: ignore[import-not-found]
 
     known = TextModel.get_vocab_base_pre
 
-    def of(self: object, tokenizer: object) -> str:
+    def pre_tokenizer_name(self: object, tokenizer: object) -> str:
         try:
             return str(known(self, tokenizer))
         except NotImplementedError:
@@ -40,7 +41,7 @@ def main(converter: Path, arguments: list[str]) -> None:
                 return "gpt-2"
             raise
 
-    TextModel.get_vocab_base_pre = of
+    TextModel.get_vocab_base_pre = pre_tokenizer_name
     sys.argv = [str(converter), *arguments]
     runpy.run_path(str(converter), run_name="__main__")
 

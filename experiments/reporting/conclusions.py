@@ -1,23 +1,24 @@
 """The end of a pipeline in three lines: which drafter is best, whether it pays here, and what to do next."""
 
 from drafter.metrics import estimate
+from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.results import POOLED, Evaluation, cell, cells, in_order
 from experiments.reporting.tabular import with_interval
 
 
 def conclusions(evaluations: list[Evaluation], report: str) -> list[str]:
     """Return three lines about the finetuned drafters at the smallest γ, on the tasks in the domain together."""
-    found = cells(evaluations[0])
-    gamma = in_order(gamma for _, gamma in found)[0]
-    tasks = [task for task, of in found if of == gamma]
+    measured = cells(evaluations[0])
+    gamma = in_order(gamma for _, gamma in measured)[0]
+    tasks = [task for task, its_gamma in measured if its_gamma == gamma]
     inside = [task for task in tasks if task in evaluations[0].in_domain]
     task = POOLED if POOLED in tasks else (inside or tasks)[0]
-    losses = dict.fromkeys(one.loss for one in evaluations)
-    counts = {loss: cell([one for one in evaluations if one.loss == loss], task, gamma) for loss in losses}
-    efficiency = {loss: estimate(of_loss, "block_efficiency") for loss, of_loss in counts.items()}
-    finetuned = [loss for loss in losses if loss != "pretrained"]
-    best = max(finetuned or losses, key=lambda loss: efficiency[loss].value)
-    before = efficiency.get("pretrained") if best != "pretrained" else None
+    names = dict.fromkeys(one.series for one in evaluations)
+    counts = {series: cell([one for one in evaluations if one.series == series], task, gamma) for series in names}
+    efficiency = {series: estimate(found, "block_efficiency") for series, found in counts.items()}
+    finetuned = [series for series in names if series != PRETRAINED]
+    best = max(finetuned or names, key=lambda series: efficiency[series].value)
+    before = efficiency.get(PRETRAINED) if best != PRETRAINED else None
     than = f" against {with_interval(before)} pretrained" if before else ""
     where = "the tasks in the domain" if task == POOLED else f"the task {task}"
     rate = estimate(counts[best], "token_rate_ratio")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: tables that sort, curves by loss and seed, and responses coloured by who wrote what."""
+"""Write one self-contained HTML page: sortable tables, validation curves, and responses coloured by who wrote them."""
 
 import json
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ def write_html(
 
     Args:
         path: of the page.
-        tables: as in results.md.
-        curves: loss -> seed -> validation rows (see results.read_curves).
+        tables: the tables of results.md.
+        curves: series -> seed -> validation rows (see results.read_curves).
         figures: name -> SVG text.
-        samples: drafter -> decoded texts (see evaluate.as_text).
+        samples: drafter -> decoded texts (see evaluation.as_text).
         notes: sentences under the title.
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -52,24 +52,24 @@ def write_html(
 
 
 def lines(curves: Curves) -> str:
-    """What the page's script draws, as JSON that may stand in a script element."""
+    """Return the data of the page's plots as JSON, escaped for a script element."""
     colour = colours(list(curves))
     data = {
         "yardsticks": [{"key": key, "title": title} for key, title in YARDSTICKS.items()],
         "losses": [
             {
-                "name": loss,
-                "colour": colour[loss],
+                "name": series,
+                "colour": colour[series],
                 "seeds": [{"seed": seed, "rows": rows} for seed, rows in seeds.items()],
             }
-            for loss, seeds in curves.items()
+            for series, seeds in curves.items()
         ],
     }
     return json.dumps(data).replace("<", "\\u003c")
 
 
 def by_prompt(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The first text of each task at the smallest gamma, with every drafter's decoding of it."""
+    """Return the first prompt of each task at the smallest gamma, with every drafter's decoding of it."""
     chosen: dict[str, dict[str, Any]] = {}
     for drafter, texts in samples.items():
         for text in sorted(texts, key=lambda text: rank(text["gamma"])):

@@ -1,6 +1,6 @@
-"""The tables of the paper's questions: which loss, how much the data matter, whether alignment carries over.
+"""Tables that answer the paper's questions: which loss is best, how much the data matter, does alignment carry over.
 
-Each is made from the evaluations at hand; a row that was not run is blank. No torch here.
+Each is made from the evaluations at hand. What was not run is left blank.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from drafter.metrics import Estimate, block_efficiency, estimate, paired_difference
+from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.results import POOLED, Evaluation, Gamma, cell, cells, in_order
 from experiments.reporting.tabular import Table, number, with_interval
 
@@ -19,7 +20,7 @@ PAPER_MODELS = [
 ]
 PAPER_CLAIM = "The paper, with Llama 2 7B Chat and a drafter of 115M: τ up to 2.3, MBSU up to 2.4."
 
-# The variants of conf/variant in the order of the table, with what each changes.
+# The variants of conf/variant in the order of the table, and what each changes.
 DATA = {
     "": "the whole set: the target's responses at four temperatures, 10% text",
     "responses_33": "a third of the responses",
@@ -34,11 +35,11 @@ DATA = {
 
 
 def models(configs: dict[str, dict[str, Any]], parameters: dict[str, int]) -> Table:
-    """Architectures and sizes.
+    """Return the table of architectures and sizes, with the paper's own models.
 
     Args:
-        configs: name ("target", "drafter") -> the model's config.json.
-        parameters: the same names -> their number of parameters.
+        configs: "target" or "drafter" -> the model's config.json.
+        parameters: the same names -> the number of parameters.
     """
     rows = []
     for name, config in configs.items():
@@ -60,10 +61,15 @@ OTHER_NAMES = {
 
 
 def losses(evaluations: Sequence[Evaluation], yardstick: str = "kld") -> Table:
-    """Each loss on the tasks in the domain together: τ, its seeds, and its gain over the pretrained drafter and KLD."""
-    names = list(dict.fromkeys(one.loss for one in evaluations))
+    """Return the table of losses: τ on all tasks in the domain, for each seed, and its gains.
+
+    Args:
+        evaluations: of the whole distillation set.
+        yardstick: the series that is compared with, beside the pretrained drafter.
+    """
+    names = list(dict.fromkeys(one.series for one in evaluations))
     gammas = in_order(gamma for one in evaluations for _, gamma, _ in one.counts)
-    compared = [name for name in ("pretrained", yardstick) if name in names]
+    compared = [name for name in (PRETRAINED, yardstick) if name in names]
     columns = ["drafter"]
     for gamma in gammas:
         columns += [f"τ, γ = {gamma}", "seeds", *(f"τ − {name}" for name in compared)]
@@ -83,21 +89,21 @@ def losses(evaluations: Sequence[Evaluation], yardstick: str = "kld") -> Table:
 
 
 def out_of_domain(evaluations: Sequence[Evaluation], gamma: Gamma) -> Table:
-    """What alignment does inside the domain and outside of it."""
-    names = [name for name in dict.fromkeys(one.loss for one in evaluations) if name != "pretrained"]
+    """Return the table of gains over the pretrained drafter, inside the domain and outside of it."""
+    names = [name for name in dict.fromkeys(one.series for one in evaluations) if name != PRETRAINED]
     outside = [task for task, of_gamma in cells(evaluations[0]) if of_gamma == gamma and is_outside(evaluations, task)]
     columns = ["drafter", "in domain: τ − pretrained", *(f"{task}: τ − pretrained" for task in outside)]
     rows = []
     for name in names:
         tasks = [in_domain(of(evaluations, name)), *outside]
-        gains = (difference(evaluations, name, "pretrained", task, gamma) for task in tasks)
+        gains = (difference(evaluations, name, PRETRAINED, task, gamma) for task in tasks)
         rows.append([name, *(with_interval(gain, signed=True) for gain in gains)])
     note = "The paper: on WMT18 De-En, which was not distilled, every finetuned drafter was behind the pretrained one."
     return Table("ood", f"Out of the domain, γ = {gamma}", columns, rows, note)
 
 
 def data(evaluations: Sequence[Evaluation], variants: Sequence[Evaluation]) -> Table:
-    """Each variant of the distillation set against the whole one, by the same loss."""
+    """Return the table of variants of the distillation set, each compared with the whole set and the same loss."""
     base = variant_base(variants)
     rows, every = [], [*of(evaluations, base), *variants]
     gamma = in_order(gamma for one in variants for _, gamma, _ in one.counts)[0] if variants else 3
@@ -105,7 +111,7 @@ def data(evaluations: Sequence[Evaluation], variants: Sequence[Evaluation]) -> T
         [task for task, of_gamma in cells(every[0]) if is_outside(every, task) and of_gamma == gamma] if every else []
     )
     for label, what in DATA.items():
-        name = f"{base}-{label}" if label else base
+        name = series_of(variants, base, label) if label else base
         found, row = of(every, name), [what]
         for task in [in_domain(found), *outside] if found else []:
             row += [efficiency(found, task, gamma), by_seed(found, task, gamma)]
@@ -118,15 +124,18 @@ def data(evaluations: Sequence[Evaluation], variants: Sequence[Evaluation]) -> T
 
 
 def transfer(evaluations: Sequence[Evaluation], variants: Sequence[Evaluation]) -> Table:
-    """Trained on one kind of instruction, tested on each task, against as many responses of all kinds."""
+    """Return the table of drafters finetuned on one kind of instruction, tested on each task.
+
+    They are compared with drafters finetuned on as many responses to all kinds of instructions.
+    """
     base = variant_base(variants)
-    every = [*of(evaluations, "pretrained"), *of(evaluations, base), *variants]
-    reference = f"{base}-responses_33"
-    only = [name for name in dict.fromkeys(one.loss for one in variants) if name.startswith(f"{base}-only_")]
+    every = [*of(evaluations, PRETRAINED), *of(evaluations, base), *variants]
+    reference = series_of(variants, base, "responses_33")
+    only = {one.series: f"{' and '.join(one.drafter.kinds)} alone" for one in variants if one.drafter.kinds}
     gamma = in_order(gamma for one in variants for _, gamma, _ in one.counts)[0] if variants else 3
     tasks = list(dict.fromkeys(task for task, of_gamma in cells(every[0]) if of_gamma == gamma)) if every else []
     tasks = [task for task in tasks if task != POOLED]
-    named = {"pretrained": "nothing (pretrained)", **{name: f"{name.split('-only_')[1]} alone" for name in only}}
+    named = {PRETRAINED: "nothing (pretrained)", **only}
     named |= {reference: "as many of all kinds", base: "all responses"}
     rows = []
     for name, what in named.items():
@@ -142,34 +151,44 @@ def transfer(evaluations: Sequence[Evaluation], variants: Sequence[Evaluation]) 
 
 
 def variant_base(variants: Sequence[Evaluation]) -> str:
-    """The loss that the variants were trained with."""
-    return variants[0].loss.split("-", 1)[0] if variants else "tvdpp"
+    """Return the loss that the variants were trained with."""
+    return next((one.drafter.loss for one in variants if one.drafter.loss), "tvdpp")
 
 
-def of(evaluations: Sequence[Evaluation], loss: str) -> list[Evaluation]:
-    """Those of one loss: its seeds."""
-    return [one for one in evaluations if one.loss == loss]
+def series_of(variants: Sequence[Evaluation], loss: str, variant: str) -> str:
+    """Return the series of a loss's variant for which nothing else was swept; "" if none or several were run."""
+    found = {
+        one.series
+        for one in variants
+        if (one.drafter.loss, one.drafter.variant, one.drafter.swept) == (loss, variant, None)
+    }
+    return found.pop() if len(found) == 1 else ""
+
+
+def of(evaluations: Sequence[Evaluation], series: str) -> list[Evaluation]:
+    """Return the evaluations of one series: its seeds."""
+    return [one for one in evaluations if one.series == series]
 
 
 def in_domain(evaluations: Sequence[Evaluation]) -> str:
-    """The tasks in the domain together, or the only one there is."""
+    """Return the name of all tasks in the domain together, or of the only one."""
     inside = {task for one in evaluations for task, *_ in one.counts if task in one.in_domain}
     return POOLED if len(inside) > 1 else next(iter(inside), POOLED)
 
 
 def is_outside(evaluations: Sequence[Evaluation], task: str) -> bool:
-    """Whether a task is none of the domain."""
+    """Return whether a task lies outside of the domain."""
     return task != POOLED and all(task not in one.in_domain for one in evaluations)
 
 
 def efficiency(evaluations: Sequence[Evaluation], task: str, gamma: Gamma) -> str:
-    """τ with its interval; blank where it was not run."""
+    """Return τ with its interval; "" if it was not run."""
     counts = cell(evaluations, task, gamma)
     return with_interval(estimate(counts, "block_efficiency")) if counts else ""
 
 
 def by_seed(evaluations: Sequence[Evaluation], task: str, gamma: Gamma) -> str:
-    """τ of each seed by itself."""
+    """Return τ of each seed; "" if there is only one."""
     rows = [list(cell([one], task, gamma).values()) for one in evaluations]
     return (
         " ".join(f"{float(block_efficiency(np.sum(counts, 0))):.2f}" for counts in rows if counts)
@@ -179,8 +198,8 @@ def by_seed(evaluations: Sequence[Evaluation], task: str, gamma: Gamma) -> str:
 
 
 def difference(evaluations: Sequence[Evaluation], name: str, other: str, task: str, gamma: Gamma) -> Estimate | None:
-    """How much more τ one drafter has than another; None where they are one, or have not the same prompts."""
-    ours, theirs = (cell(of(evaluations, loss), task, gamma) for loss in (name, other))
+    """Return how much higher τ of one series is than of another; None if they are the same, or differ in prompts."""
+    ours, theirs = (cell(of(evaluations, series), task, gamma) for series in (name, other))
     if name == other or not ours or ours.keys() != theirs.keys():
         return None
     return paired_difference(ours, theirs, "block_efficiency")
@@ -189,17 +208,25 @@ def difference(evaluations: Sequence[Evaluation], name: str, other: str, task: s
 def along(
     steps: Sequence[Evaluation], whole: Sequence[Evaluation], last_step: int
 ) -> dict[str, dict[str, list[tuple[int, Estimate]]]]:
-    """loss -> task -> τ at each kept step, from the pretrained drafter (step 0) to the end, of the seeds of `steps`."""
+    """Return τ along finetuning: at the pretrained drafter (step 0), at each kept step and at the end.
+
+    Args:
+        steps: evaluations of the kept steps' drafters.
+        whole: evaluations of the pretrained and the finished drafters, of which the seeds in `steps` are used.
+        last_step: the step at the end.
+
+    Returns:
+        series -> task -> (step, τ).
+    """
     found: dict[str, dict[str, list[tuple[int, Estimate]]]] = {}
-    for loss in dict.fromkeys(one.loss for one in steps):
-        kept = of(steps, loss)
-        seeds, gamma = {one.seed for one in kept}, next(gamma for _, gamma, _ in kept[0].counts)
-        points = [(0, of(whole, "pretrained"))]
-        points += [
-            (step, [one for one in kept if one.step == step]) for step in sorted({one.step or 0 for one in kept})
-        ]
-        points.append((last_step, [one for one in of(whole, loss) if one.seed in seeds]))
-        found[loss] = {
+    for series in dict.fromkeys(one.series for one in steps):
+        kept = of(steps, series)
+        seeds, gamma = {one.drafter.seed for one in kept}, next(gamma for _, gamma, _ in kept[0].counts)
+        points = [(0, of(whole, PRETRAINED))]
+        for step in sorted({one.drafter.step or 0 for one in kept}):
+            points.append((step, [one for one in kept if one.drafter.step == step]))
+        points.append((last_step, [one for one in of(whole, series) if one.drafter.seed in seeds]))
+        found[series] = {
             task: [
                 (step, estimate(counts, "block_efficiency"))
                 for step, evaluations in points

@@ -1,4 +1,4 @@
-"""Evaluations on disk -> rows of results: counts summed over prompts and seeds, bootstrap intervals. No torch here."""
+"""Read evaluations from disk and summarise them: counts summed over prompts and seeds, with bootstrap intervals."""
 
 import csv
 import json
@@ -11,28 +11,41 @@ import numpy as np
 
 from drafter.artifacts.manifest import MANIFEST, STARTED, ArtifactError, read_jsonl, read_manifest
 from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference
+from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields, read_record
 
 POOLED = "in domain, all"
 Gamma = int | str  # "adaptive"
 
 
 class Evaluation(NamedTuple):
-    """One drafter's counts: its loss and seed, c, the tasks that it was aligned on, (task, gamma, prompt) -> Counts."""
+    """One drafter's evaluation.
 
-    loss: str
-    seed: int
+    Attributes:
+        drafter: which drafter it is.
+        size_ratio: c, the drafter's parameters divided by the target's.
+        in_domain: the tasks whose kind of prompts the drafters are finetuned on.
+        counts: (task, gamma, prompt) -> counts.
+        positions: for each row of counts, its gamma, and the accepted and tested drafts at each position of a block.
+        directory: where it lies.
+    """
+
+    drafter: DrafterIdentity
     size_ratio: float
     in_domain: tuple[str, ...]
     counts: dict[tuple[str, Gamma, str], Counts]
-    positions: list[tuple[Gamma, list[int], list[int]]]  # accepted and tested drafts at each place of a block
+    positions: list[tuple[Gamma, list[int], list[int]]]
     directory: Path
-    step: int | None = None  # of a drafter that was kept along its finetuning
+
+    @property
+    def series(self) -> str:
+        """The name in tables and figures."""
+        return self.drafter.series
 
 
 class Row(NamedTuple):
-    """One line of the results: a loss on a task at a gamma, over all its seeds."""
+    """One line of the results: a series on a task at a gamma, over all its seeds."""
 
-    loss: str
+    series: str
     task: str
     gamma: Gamma
     seeds: int
@@ -45,8 +58,16 @@ class Row(NamedTuple):
     acceptance_rate: Estimate
 
 
-def read_evaluations(folder: Path, base: str = "pretrained") -> list[Evaluation]:
-    """Every finished evaluation, those of the drafter that the others are compared with first."""
+def read_evaluations(folder: Path, base: str = PRETRAINED) -> list[Evaluation]:
+    """Return every finished evaluation in a folder, sorted by series, seed and step.
+
+    Args:
+        folder: has a directory for each evaluation.
+        base: the series that the others are compared with; it comes first.
+
+    Raises:
+        ArtifactError: an earlier version of this project made one of them.
+    """
     found = []
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         manifest = read_manifest(path.parent, "evaluate")
@@ -59,52 +80,64 @@ def read_evaluations(folder: Path, base: str = "pretrained") -> list[Evaluation]
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
         ratio = summary["drafter_parameters"] / summary["target_parameters"]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
-        about = summary["loss"], summary["seed"], ratio, in_domain
-        found.append(Evaluation(*about, counts, positions, path.parent, summary.get("step")))
-    found = _told_apart(found)
-    return sorted(found, key=lambda one: (one.loss != base, one.loss, one.seed, one.step or 0))
+        drafter = read_fields(summary, path.parent)
+        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent))
+    return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *in_line(one)))
 
 
-def _told_apart(found: list[Evaluation]) -> list[Evaluation]:
-    """Evaluations of one loss, seed and step are of different drafters: they are no seeds of one loss to be summed."""
-    times = Counter((one.loss, one.seed, one.step) for one in found)
+def in_line(evaluation: Evaluation) -> tuple[int, int]:
+    """Return the seed and the step as a sort key; a drafter without a seed comes first."""
+    seed, step = evaluation.drafter.seed, evaluation.drafter.step
+    return -1 if seed is None else seed, step or 0
+
+
+def _with_distinct_series(found: list[Evaluation]) -> list[Evaluation]:
+    """Add the directory's name to a series where it would sum different drafters as if they were seeds of one.
+
+    These are drafters with the same series, seed and step, and drafters from elsewhere that are called like a series
+    that was trained here.
+    """
+    times = Counter((one.series, *in_line(one)) for one in found)
+    trained = {one.series for one in found if one.drafter.loss}
     return [
-        one._replace(loss=f"{one.loss} ({one.directory.name})") if times[one.loss, one.seed, one.step] > 1 else one
+        one._replace(drafter=one.drafter._replace(series=f"{one.series} ({one.directory.name})"))
+        if times[one.series, *in_line(one)] > 1 or (one.drafter.loss is None and one.series in trained)
+        else one
         for one in found
     ]
 
 
 def check_evaluations(found: list[Evaluation], folder: Path, base: str) -> None:
-    """Refuse to make tables of nothing.
+    """Refuse to make tables without evaluations.
 
     Raises:
-        ArtifactError: there is no evaluation, or none of `base`, unless that is the pretrained drafter.
+        ArtifactError: there is no evaluation, or none of the series `base`, unless that is the pretrained drafter.
     """
     if not found:
         raise ArtifactError(f"no finished evaluation under {folder}: run `python -m experiments.evaluate` first")
-    if base not in (names := {evaluation.loss for evaluation in found} | {"pretrained"}):
+    if base not in (names := {one.series for one in found} | {PRETRAINED}):
         raise ArtifactError(f"base is '{base}', but what was evaluated under {folder} is {sorted(names)}")
 
 
-def summarise(evaluations: list[Evaluation], base: str = "pretrained") -> list[Row]:
-    """A row for each loss, task and gamma that was run, and one for the tasks in the domain together."""
+def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Row]:
+    """Return a row for each series, task and gamma that was run, and one for all tasks in the domain together."""
     rows = []
-    for loss in dict.fromkeys(evaluation.loss for evaluation in evaluations):
-        of_loss = [evaluation for evaluation in evaluations if evaluation.loss == loss]
-        for task, gamma in cells(of_loss[0]):
-            counts = cell(of_loss, task, gamma)
-            reference = cell([evaluation for evaluation in evaluations if evaluation.loss == base], task, gamma)
+    for series in dict.fromkeys(one.series for one in evaluations):
+        of_series = [one for one in evaluations if one.series == series]
+        for task, gamma in cells(of_series[0]):
+            counts = cell(of_series, task, gamma)
+            reference = cell([one for one in evaluations if one.series == base], task, gamma)
             efficiency = estimate(counts, "block_efficiency")
             sums = Counts(*np.sum(list(counts.values()), axis=0))
             drafts = gamma if isinstance(gamma, int) else sums.drafted / sums.target_calls
-            speedup = [memory_bound_speedup(value, of_loss[0].size_ratio, drafts) for value in efficiency]
-            comparable = loss != base and reference.keys() == counts.keys()
+            speedup = [memory_bound_speedup(value, of_series[0].size_ratio, drafts) for value in efficiency]
+            comparable = series != base and reference.keys() == counts.keys()
             rows.append(
                 Row(
-                    loss,
+                    series,
                     task,
                     gamma,
-                    len(of_loss),
+                    len(of_series),
                     len(counts),
                     efficiency,
                     estimate(counts, "expected_block_efficiency"),
@@ -118,7 +151,7 @@ def summarise(evaluations: list[Evaluation], base: str = "pretrained") -> list[R
 
 
 def cells(evaluation: Evaluation) -> list[tuple[str, Gamma]]:
-    """The tasks and gammas of a drafter, and where it has several tasks in the domain, all of these as one."""
+    """Return the tasks and gammas of an evaluation; if several tasks are in the domain, also POOLED for all of them."""
     run = list(dict.fromkeys((task, gamma) for task, gamma, _ in evaluation.counts))
     pooled = {gamma for task, gamma in run if task in evaluation.in_domain}
     several = len({task for task, _ in run if task in evaluation.in_domain}) > 1
@@ -126,7 +159,7 @@ def cells(evaluation: Evaluation) -> list[tuple[str, Gamma]]:
 
 
 def cell(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str, np.ndarray]:
-    """Counts by prompt of one task (or POOLED) and gamma, summed over the evaluations (seeds)."""
+    """Return the counts by prompt of one task (or POOLED) and gamma, summed over the evaluations (seeds)."""
     picked = [
         (prompt, counts)
         for evaluation in evaluations
@@ -137,23 +170,29 @@ def cell(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str
 
 
 def in_order(gammas: Iterable[Gamma]) -> list[Gamma]:
-    """Each gamma once, by rank."""
+    """Return each gamma once, sorted by `rank`."""
     return sorted(set(gammas), key=rank)
 
 
 def rank(gamma: Gamma) -> tuple[bool, Gamma]:
-    """Numbers ascending, then "adaptive"."""
+    """Return a sort key that puts numbers in ascending order, and "adaptive" after them."""
     return isinstance(gamma, str), gamma
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, list[dict[str, float]]]]:
-    """loss -> seed -> the validation rows (step and val/*) of its finetuning, whether it has ended or not."""
+    """Return the validation curves of the finetunings in a folder, whether they have finished or not.
+
+    Returns:
+        series -> seed -> the rows of the log that have validation values: the step and each val/*.
+
+    Raises:
+        ArtifactError: an earlier version of this project made one of them.
+    """
     curves: dict[str, dict[int, list[dict[str, float]]]] = {}
     for path in sorted(folder.glob("*/logs/metrics.csv")):
         records = (path.parent.parent / name for name in (MANIFEST, STARTED))
-        settings = json.loads(next(record for record in records if record.exists()).read_text(encoding="utf-8"))[
-            "settings"
-        ]
+        record = json.loads(next(record for record in records if record.exists()).read_text(encoding="utf-8"))
+        drafter = read_record(record, path.parent.parent)
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("val/kld")]
         kept = [
@@ -161,8 +200,8 @@ def read_curves(folder: Path) -> dict[str, dict[int, list[dict[str, float]]]]:
             for row in rows
         ]
         if kept:
-            name = settings["name"].rsplit("-seed", 1)[0]
-            if settings["seed"] in curves.get(name, {}):
-                name = f"{name} ({path.parent.parent.name})"
-            curves.setdefault(name, {})[settings["seed"]] = kept
+            series, seed = drafter.series, drafter.seed or 0
+            if seed in curves.get(series, {}):
+                series = f"{series} ({path.parent.parent.name})"
+            curves.setdefault(series, {})[seed] = kept
     return curves

@@ -1,4 +1,4 @@
-"""A table, as Markdown and as LaTeX."""
+"""A table that can be written as Markdown and as LaTeX."""
 
 import re
 from typing import NamedTuple
@@ -13,7 +13,15 @@ LATEX = {
 
 
 class Table(NamedTuple):
-    """A title, the columns' names, rows of cells (blank: not run), and what a reader has to know."""
+    """A table.
+
+    Attributes:
+        name: of its files, and its label in LaTeX.
+        title: the caption.
+        columns: the names of the columns.
+        rows: the cells; a blank cell was not run.
+        note: what a reader has to know.
+    """
 
     name: str
     title: str
@@ -22,13 +30,13 @@ class Table(NamedTuple):
     note: str = ""
 
     def markdown(self) -> str:
-        """The table and its note, without its title."""
+        """Return the table and its note in Markdown, without the title."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"{table}\n\n{self.note}" if self.note else table
 
     def latex(self) -> str:
-        """A table environment for the package booktabs."""
+        """Return a LaTeX table environment that needs the package booktabs."""
 
         def line(cells: list[str]) -> str:
             return " & ".join(map(escaped, cells)) + r" \\"
@@ -55,21 +63,21 @@ class Table(NamedTuple):
 
 
 def labels(table: Table) -> int:
-    """How many of the first columns are words, and not numbers."""
-    for place in range(len(table.columns)):
-        if any(re.match(r"[*+−-]*\d", row[place]) for row in table.rows):
-            return place
+    """Return how many columns come before the first one that has numbers."""
+    for column in range(len(table.columns)):
+        if any(re.match(r"[*+−-]*\d", row[column]) for row in table.rows):
+            return column
     return len(table.columns)
 
 
 def escaped(text: str) -> str:
-    """A cell's text as LaTeX shows it; **bold** stays bold."""
+    """Return a cell's text in LaTeX; **bold** becomes bold type."""
     text = "".join(LATEX.get(letter, letter) for letter in text)
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
 
 
 def with_interval(value: Estimate | None, signed: bool = False) -> str:
-    """2.31 [2.20, 2.44]; blank for None."""
+    """Return an estimate with its interval, such as "2.31 [2.20, 2.44]"; "" for None."""
     if value is None:
         return ""
     sign = "+" if signed else ""
@@ -77,7 +85,7 @@ def with_interval(value: Estimate | None, signed: bool = False) -> str:
 
 
 def number(value: float) -> str:
-    """6.74B, 115M, 158k"""
+    """Return a number of parameters in short form: "6.74B", "115M", "158k"."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{unit}"

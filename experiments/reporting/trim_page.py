@@ -1,4 +1,4 @@
-"""The page that says how many tokens a drafter's head should keep: a row for each size, and the verdict."""
+"""Write the page on how many tokens a drafter's head should keep: one row per size, and which size is best."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,18 @@ from experiments.reporting.tabular import Table, with_interval
 
 
 class TrimRow(NamedTuple):
-    """A head with `tokens` rows, over the tasks in the domain: coverage, size, and the measured figures."""
+    """The results of a head that keeps some of the tokens, over the tasks in the domain.
+
+    Attributes:
+        tokens: how many tokens the head keeps.
+        coverage: the share of held-out response tokens that the head can draft.
+        size_ratio: c, the drafter's parameters divided by the target's, without the rows that the head lost.
+        acceptance_rate: α.
+        block_efficiency: τ.
+        speedup: MBSU.
+        gain: MBSU minus that of the whole head; None for the whole head.
+        token_rate_ratio: tokens per second relative to the target alone.
+    """
 
     tokens: int
     coverage: float
@@ -21,7 +32,7 @@ class TrimRow(NamedTuple):
 
 def trim_page(rows: list[TrimRow], best: TrimRow, drafter: str, gamma: int) -> str:
     """Return the page in Markdown: a row for each size, and which size has the highest memory-bound speed-up."""
-    columns = ["tokens kept", "of the target's words", "c", "α", "τ", "MBSU", "MBSU − whole", "token rate"]
+    columns = ["tokens kept", "coverage", "c", "α", "τ", "MBSU", "MBSU − whole", "token rate"]
     lines = [
         [
             str(row.tokens),
@@ -34,13 +45,13 @@ def trim_page(rows: list[TrimRow], best: TrimRow, drafter: str, gamma: int) -> s
         for row in rows
     ]
     whole = max(row.tokens for row in rows)
-    verdict = f"A head of {best.tokens} of {whole} tokens has the highest MBSU, and is what this directory has."
+    verdict = f"A head of {best.tokens} of {whole} tokens has the highest MBSU. The drafter in this directory has it."
     if best.tokens == whole:
-        verdict = "No trimmed head has a higher MBSU than the whole one, so this directory has the whole one."
+        verdict = "No trimmed head has a higher MBSU than the whole head, which the drafter in this directory has."
     title = f"Heads of {drafter}, tasks in the domain, γ = {gamma}"
     notes = (
-        "c counts no row that the head lost. Of the target's words: held-out response tokens that the head can draft. "
-        "In brackets: 95% bootstrap intervals over prompts, the differences paired."
+        "c is without the rows that the head lost. Coverage is the share of held-out response tokens that the head "
+        "can draft. In brackets: 95% bootstrap intervals over prompts; differences are paired by prompt."
     )
     table = Table("trim", title, columns, lines, notes)
     return f"# {table.title}\n\n{verdict}\n\n{table.markdown()}\n"

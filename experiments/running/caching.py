@@ -10,6 +10,7 @@ from drafter.data.target_cache import Format, write_cache
 from drafter.models.loading import embedding_checksum, load_target
 from drafter.models.sharding import check_parallel
 from drafter.ranks import join, wait_for_all
+from experiments.running.identity import named_values
 from experiments.running.inputs import claim, plain, responses_fingerprint, target_inputs, target_named, target_source
 from experiments.running.progress import Progress
 
@@ -21,6 +22,7 @@ def cache(cfg: DictConfig) -> None:
     check(cfg)
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
     settings = {name: value for name, value in plain(cfg.cache).items() if name != "batch_tokens"}
+    settings |= {"format": named_values(cfg.cache.format, "cache")}
     settings |= {"seed": cfg.seed, "target_dtype": cfg.target.dtype}
     stage = claim(cfg, "cache", settings, inputs)
     if stage.complete:

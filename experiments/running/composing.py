@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 # Keys whose values already choose a directory, in every stage.
-PLACES = ("root", "out", "scale", "name", "label", "experiment", "logger", "cluster")
+PLACES = ("root", "out", "scale", "name", "series", "label", "experiment", "logger", "cluster")
 
 
 def configured(name: str, overrides: list[str]) -> DictConfig:
@@ -139,14 +139,28 @@ def swept_values(*named: str, _root_: DictConfig) -> str:
     Args:
         named: keys whose values the directory's name already contains.
     """
-    keys = [key for key in _root_.swept if key not in (*PLACES, *named)]
-    leaves = [key.rsplit(".", 1)[-1] for key in keys]
+    found = swept_settings(_root_, *named)
+    leaves = [key.rsplit(".", 1)[-1] for key in found]
+    return "".join(
+        f"-{leaf if leaves.count(leaf) == 1 else key}_{as_name(value)}"
+        for (key, value), leaf in zip(found.items(), leaves, strict=True)
+    )
+
+
+def swept_settings(cfg: DictConfig, *named: str) -> dict[str, Any]:
+    """Return the keys that a multirun varies, with this cell's values; of a config group, the name that was chosen.
+
+    Args:
+        cfg: the cell's config.
+        named: keys to leave out, beside those that choose a directory.
+    """
+    keys = [key for key in cfg.swept if key not in (*PLACES, *named)]
     choices = HydraConfig.get().runtime.choices if keys else {}
-    parts = []
-    for key, leaf in zip(keys, leaves, strict=True):
-        value = choices[key] if key in choices else OmegaConf.select(_root_, key)
-        parts.append(f"-{leaf if leaves.count(leaf) == 1 else key}_{as_name(value)}")
-    return "".join(parts)
+    selected = {key: choices[key] if key in choices else OmegaConf.select(cfg, key) for key in keys}
+    return {
+        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, value in selected.items()
+    }
 
 
 def as_name(value: Any) -> str:

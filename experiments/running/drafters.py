@@ -1,4 +1,4 @@
-"""Which drafters a command was asked for, where the evaluation of each lies, and what the tables call it."""
+"""Find the drafters that a command was asked for, and choose the directory of each one's evaluation."""
 
 import glob
 import json
@@ -8,35 +8,41 @@ from typing import Any
 
 from drafter.artifacts.manifest import MANIFEST, STARTED, ArtifactError
 from drafter.models.fingerprints import model_fingerprint
-from experiments.running.inputs import STEPS
+from experiments.reporting.identity import IDENTITY, STEPS
 
 log = logging.getLogger(__name__)
 
 
 def find_drafters(patterns: list[str]) -> list[str]:
-    """Finished model directories of each pattern, in order; a pattern that is no path is a hub name.
+    """Return the finished model directories that match each pattern, in order.
+
+    A pattern that looks like no path, e.g. "org/name", is returned as it is: the name of a model on the hub.
 
     Raises:
         ArtifactError: a local pattern matches nothing.
     """
     found = []
     for pattern in patterns:
-        paths, several = matching(pattern)
+        paths, is_glob = matching(pattern)
         local = sorted(path for path in paths if (Path(path) / "config.json").exists())
-        whole = (path for path in local if (Path(path) / MANIFEST).exists() or Path(path).parent.name == STEPS)
-        finished = list(whole) if several else local
-        if not finished and (several or pattern.startswith((".", "/")) or pattern.count("/") != 1):
+        finished = [path for path in local if _is_finished(Path(path))] if is_glob else local
+        if not finished and (is_glob or pattern.startswith((".", "/")) or pattern.count("/") != 1):
             raise ArtifactError(
-                f"drafters: '{pattern}' matches no trained drafter; run the stages before, or correct it"
+                f"drafters: '{pattern}' matches no trained drafter; run the earlier stages first, or correct the path"
             )
         found += finished or [pattern]
     return found
 
 
-def matching(pattern: str) -> tuple[list[str], bool]:
-    """The paths that a pattern matches, and whether it may match several.
+def _is_finished(directory: Path) -> bool:
+    return (directory / MANIFEST).exists() or (directory / IDENTITY).exists() or directory.parent.name == STEPS
 
-    As much of it as exists the way it is written is no pattern: a directory may be called r[1].
+
+def matching(pattern: str) -> tuple[list[str], bool]:
+    """Return the paths that match a pattern, and whether it is a glob.
+
+    The longest leading part of the pattern that exists as it is written is taken literally, because a directory may
+    have a name such as r[1].
     """
     parts = Path(pattern).parts
     literal = next((n for n in range(len(parts), 0, -1) if Path(*parts[:n]).exists()), 0)
@@ -47,23 +53,33 @@ def matching(pattern: str) -> tuple[list[str], bool]:
 
 
 def output_directories(out: Path, paths: list[str]) -> dict[str, Path]:
-    """Drafter -> the directory of its evaluation, named like the drafter's own.
+    """Return the directory of each drafter's evaluation, which has the name of the drafter's own directory.
 
-    Drafters of one name are told apart by a directory above them, but one that has been evaluated under its own name
-    keeps it. Of several copies of one drafter the first is evaluated.
+    Drafters with the same name get the name of a parent directory in front. A drafter that was evaluated under its
+    plain name before keeps that name. Of several copies of one drafter, only the first is evaluated.
+
+    Args:
+        out: the directory in which all evaluations lie.
+        paths: directories of drafters, or their names on the hub.
     """
-    alike: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
-        alike.setdefault(Path(path).name, []).append(path)
-    names = {one[0]: name for name, one in alike.items() if len(one) == 1}
-    for name, several in alike.items():
-        if len(several) > 1:
-            names |= _told_apart(several, _evaluated(out / name), {*alike, *names.values()})
+        by_name.setdefault(Path(path).name, []).append(path)
+    names = {same[0]: name for name, same in by_name.items() if len(same) == 1}
+    for name, same in by_name.items():
+        if len(same) > 1:
+            names |= _distinct_names(same, _evaluated(out / name), {*by_name, *names.values()})
     return {path: out / names[path] for path in dict.fromkeys(paths) if path in names}
 
 
-def _told_apart(paths: list[str], evaluated: str | None, taken: set[str]) -> dict[str, str]:
-    """Drafters of one name -> names that differ, and that are not taken."""
+def _distinct_names(paths: list[str], evaluated: str | None, taken: set[str]) -> dict[str, str]:
+    """Give drafters whose directories have the same name different names, none of which is taken.
+
+    Args:
+        paths: the drafters.
+        evaluated: the fingerprint of the one that was evaluated under the plain name before.
+        taken: the names of other evaluations.
+    """
     first: dict[str, str] = {}
     for path in paths:
         fingerprint = model_fingerprint(path)
@@ -75,32 +91,21 @@ def _told_apart(paths: list[str], evaluated: str | None, taken: set[str]) -> dic
     if len(others) == 1:
         return {others[0]: name}
     above = {path: list((Path(path).absolute() if Path(path).exists() else Path(path)).parts[:-1]) for path in others}
-    depth = range(1, max(map(len, above.values())) + 1)
-    by_one = ([(above[path][-d:] or [""])[0] for path in others] for d in depth)
-    by_all = (["-".join(above[path][-d:]) for path in others] for d in depth)
-    for prefixes in (*by_one, *by_all):
+    depths = range(1, max(map(len, above.values())) + 1)
+    one_parent = ([(above[path][-depth:] or [""])[0] for path in others] for depth in depths)
+    all_parents = (["-".join(above[path][-depth:]) for path in others] for depth in depths)
+    for prefixes in (*one_parent, *all_parents):
         found = {path: f"{prefix}-{name}".replace("/", "") for path, prefix in zip(others, prefixes, strict=True)}
         if len(set(found.values())) == len(others) and not taken & set(found.values()):
             return found | kept
-    raise ArtifactError(f"drafters: {others} cannot be told apart by their directories: rename one")
+    raise ArtifactError(f"drafters: {others} cannot be told apart by their directories: rename one of them")
 
 
 def _evaluated(directory: Path) -> str | None:
-    """The fingerprint of the drafter whose evaluation lies there, finished or not."""
-    for record in (directory / MANIFEST, directory / STARTED):
-        if record.exists():
-            found: str | None = json.loads(record.read_text(encoding="utf-8"))["inputs"].get("drafter")
-            return found
+    """Return the fingerprint of the drafter whose evaluation, finished or not, lies in a directory."""
+    for path in (directory / MANIFEST, directory / STARTED):
+        if path.exists():
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            fingerprint: str | None = record["inputs"].get("drafter")
+            return fingerprint
     return None
-
-
-def identity_of(path: str) -> dict[str, Any]:
-    """What the tables call a drafter: the loss and seed of its finetuning, and the step it was kept at."""
-    manifest, step = Path(path) / MANIFEST, None
-    if Path(path).parent.name == STEPS:
-        manifest, step = Path(path).parent.parent / MANIFEST, int(Path(path).name.rsplit("-step", 1)[1])
-    if not manifest.exists():
-        return {"loss": Path(path).name, "seed": 0, "step": None}
-    settings = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
-    name = settings.get("name", "pretrained").rsplit("-seed", 1)[0]
-    return {"loss": name, "seed": settings["seed"], "step": step}

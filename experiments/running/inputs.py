@@ -14,8 +14,6 @@ from drafter.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from drafter.models.initialization import build_drafter, special_ids
 from drafter.models.loading import ModelSource, vocabulary_width
 
-STEPS = "steps"  # the folder of a finetuning that has its drafter at some of its steps
-
 
 def plain(section: Any) -> Any:
     """Return a config section as plain Python values, with interpolations resolved."""

@@ -7,8 +7,8 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from experiments.reporting.identity import STEPS
 from experiments.running.composing import cells, concerning, configured, first_key, input_key, override
-from experiments.running.inputs import STEPS
 
 STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "tables")
 

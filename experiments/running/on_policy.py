@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.running.caching import cache
 from experiments.running.composing import concerning, configured, first_key, override
+from experiments.running.identity import finetuned_identity
 from experiments.running.inputs import plain
 from experiments.running.responding import respond
 
@@ -29,6 +30,7 @@ def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
     written = [*others, f"distillation={HydraConfig.get().runtime.choices['distillation']}", *how]
     rounds, steps, drafter = cfg.distillation.rounds, cfg.finetune.max_steps, cfg.inputs.drafter
     OmegaConf.resolve(cfg)
+    whole = finetuned_identity(cfg).series
     try:
         for number in range(1, rounds + 1):
             folder, last = f"{cfg.root}/rounds/{cfg.name}/{number}", number == rounds
@@ -40,9 +42,10 @@ def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
             responses = override("inputs.responses", answers)
             cache(configured("cache", [*concerning("cache", written), override("out", judged), responses]))
             of_round = steps * number // rounds - steps * (number - 1) // rounds
-            name = cfg.name if last else f"{cfg.name}-round{number}"
+            series = whole if last else f"{whole}-round{number}"
+            name = cfg.name if last else f"{series}-seed{cfg.seed}"
             changed = {"inputs.drafter": drafter, "inputs.cache": judged, "finetune.max_steps": of_round}
-            changed |= {"out": trained, "name": name, "distillation.rounds": 0}
+            changed |= {"out": trained, "series": series, "name": name, "distillation.rounds": 0}
             finetune(configured("finetune", [*given, *(override(key, value) for key, value in changed.items())]))
             drafter = trained
     finally:

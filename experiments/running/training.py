@@ -16,12 +16,14 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter import interruptions
-from drafter.artifacts.manifest import Stage
+from drafter.artifacts.manifest import Stage, write_json
 from drafter.data.batches import Batch
 from drafter.ranks import leave_at_exit
 from drafter.training.datamodules import SequenceData
 from drafter.training.resuming import AtomicCheckpoints, Resuming
-from experiments.running.inputs import STEPS, plain
+from experiments.reporting.identity import IDENTITY, STEPS, DrafterIdentity
+from experiments.running.identity import values
+from experiments.running.inputs import plain
 from experiments.running.progress import Progress
 from experiments.running.recording import OneRun, ended_run, run_settings
 
@@ -50,7 +52,7 @@ TRAINER_MEANS = {
 def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
     """Return the settings that determine the result of a training stage: its section, the trainer and the seed."""
     settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS}
-    trainer = {name: value for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
+    trainer = {name: values(value) for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
     return {**settings, "trainer": trainer, "seed": cfg.seed}
 
 
@@ -132,10 +134,16 @@ class TrainingProgress(lightning.Callback):
 
 
 class KeptSteps(lightning.Callback):
-    """Saves the drafter every `every` steps as a Hugging Face directory, <directory>/steps/<name>-step<step>."""
+    """Saves the drafter every `every` steps as a Hugging Face directory, <directory>/steps/<name>-step<step>.
 
-    def __init__(self, directory: Path, name: str, tokenizer: PreTrainedTokenizerBase, every: int):
+    Each has its identity beside its weights (see experiments.reporting.identity).
+    """
+
+    def __init__(
+        self, directory: Path, name: str, tokenizer: PreTrainedTokenizerBase, every: int, identity: DrafterIdentity
+    ):
         self.folder, self.name, self.tokenizer, self.every = directory / STEPS, name, tokenizer, every
+        self.identity = identity
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the drafter if it is due. The drafter of the last step is the result and is not saved here."""
@@ -148,6 +156,7 @@ class KeptSteps(lightning.Callback):
             shutil.rmtree(half, ignore_errors=True)
             pl_module.drafter.save_pretrained(half, state_dict=weights)
             self.tokenizer.save_pretrained(half)
+            write_json(half / IDENTITY, self.identity._replace(step=step)._asdict())
             half.rename(path)
 
 
@@ -175,7 +184,8 @@ def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]
     if not cfg.logger.wandb or int(os.environ.get("RANK", 0)) > 0:
         return []
     try:
-        settings = run_settings(cfg, name, stage.identity["stage"])
+        series = stage.identity["settings"].get("series", name)
+        settings = run_settings(cfg, name, stage.identity["stage"], series)
         settings["config"] |= {"stage": stage.identity}
         logger = OneRun(stage.directory / "logs" / "wandb.json", settings)
         _ = logger.experiment  # starts the run, so that a failure appears here

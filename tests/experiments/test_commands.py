@@ -18,7 +18,6 @@ from drafter.artifacts import manifest as artifacts
 from drafter.artifacts.manifest import ArtifactError
 from experiments import pipeline, respond
 from experiments.running.commands import check_seed, ended, is_refusal, with_settings
-from experiments.running.jobs import all_jobs
 
 COMMANDS = sorted(path.stem for path in Path("experiments").glob("*.py") if path.stem != "__init__")
 PROJECT = Path(__file__).parents[2]
@@ -144,11 +143,10 @@ def test_the_pipelines_help_names_the_stages_and_their_overrides_are_gathered(mo
 
 def test_overrides_of_stages_reach_them_with_their_interpolations(monkeypatch):
     jobs = []
-    monkeypatch.setattr(
-        "sys.argv", ["pipeline", "scale=smoke", r"root='runs/it\'s here'", "out=${root}/x", "losses=[kld]"]
-    )
-    monkeypatch.setattr(pipeline, "all_jobs", lambda plan: jobs.extend(all_jobs(plan)) or [])
+    given = ["scale=smoke", r"root='runs/it\'s here'", "out=${root}/x", "losses=[kld]", "dry_run=true"]
+    monkeypatch.setattr("sys.argv", ["pipeline", *given])
     monkeypatch.setattr(pipeline, "check", lambda jobs: None)
+    monkeypatch.setattr(pipeline, "run", lambda job, ranks: jobs.append(job))
     pipeline.main()
     assert {job.cfg.out for job in jobs if job.stage == "prepare"} == {"runs/it's here/x"}
 

@@ -84,7 +84,7 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
     }
     facts = gather(str(drafter))
     assert facts.best is not None
-    assert f"Draft γ = {facts.gamma} tokens a block" in card
+    assert f"Draft γ = {facts.gamma} tokens per block" in card
     for row in facts.rows:
         assert (
             f"| {row.task.replace('_', ' ')} | {row.gamma} | {row.prompts} | {row.block_efficiency.value:.2f} [" in card

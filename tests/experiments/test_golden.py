@@ -5,8 +5,10 @@ run `python -m tests.experiments.test_golden`: do that only in a commit that mea
 NOTES.md.
 
 On one kind of machine (x86-64 with AVX2, one thread, the CPU build of one torch version) every digit is the same. Other
-kinds add float32 numbers in another order: a step's loss then differs by 1e-6 of itself, which 20 steps of training
-enlarge to 1e-4. Hence the tolerance of the curve. Counts are whole numbers and must be equal.
+kinds add float32 numbers in another order: the first step's loss then differs by 1e-7 of itself, which 20 steps of
+training with TVD++ enlarge to 6e-4, and one of the 79 validation positions may have another most likely token (measured
+on an AMD processor with AVX2 against an Intel processor with AVX-512). Hence the two tolerances. Counts are whole
+numbers and must be equal.
 """
 
 import csv
@@ -18,6 +20,7 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES = ("kld", "tvdpp")
+POSITIONS = 79  # of the validation
 THINGS = ("list", "string", "file", "number", "thread", "socket", "module", "class", "path", "table", "matrix", "date")
 VERBS = ("Return", "Open", "Sort", "Copy", "Close", "Parse", "Count", "Merge")
 
@@ -94,7 +97,10 @@ def test_twenty_steps_have_the_golden_curve(root, loss):
     golden, found = json.loads((GOLDEN / f"{loss}.json").read_text())["curve"], curve(root, f"{loss}-seed1")
     assert found.keys() == golden.keys()
     for measure, values in golden.items():
-        assert found[measure] == pytest.approx(values, rel=1e-4), measure
+        tolerance = {"abs": 1.01 / POSITIONS} if measure == "val/argmax_agreement" else {"rel": 2e-3}
+        assert found[measure] == pytest.approx(values, **tolerance), measure
+    first = min(golden["train/loss"], key=int)
+    assert found["train/loss"][first] == pytest.approx(golden["train/loss"][first], rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

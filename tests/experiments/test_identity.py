@@ -6,10 +6,16 @@ import shutil
 
 import pytest
 import torch
+from hydra import initialize_config_module
 from transformers import AutoModelForCausalLM
 
 from drafter.artifacts.manifest import ArtifactError
+from experiments.reporting.identity import DrafterIdentity, identity_of
+from experiments.reporting.results import read_curves, read_evaluations
+from experiments.running.composing import configured
+from experiments.running.identity import finetuned_identity, values
 from tests.experiments.test_pipeline import snapshot, stage
+from tests.experiments.test_tables import evaluation
 
 TRAINED = ["loss=kld", "seed=1"]
 
@@ -114,3 +120,130 @@ def test_rounds_of_on_policy_training_keep_the_settings_of_their_distillation(wo
         assert written["settings"]["temperatures"] == [0.5]
         assert written["settings"]["by"] == "drafter"
     assert not (tmp_path / "rounds" / "own" / "3").exists()
+
+
+def test_no_finished_run_is_identified_by_a_python_path(world):
+    _, root = world
+    manifests = [json.loads(path.read_text()) for path in root.rglob("manifest.json")]
+    assert {manifest["stage"] for manifest in manifests} >= {"prepare", "pretrain", "respond", "cache", "finetune"}
+    for manifest in manifests:
+        identity = json.dumps({part: manifest[part] for part in ("settings", "inputs", "counts")})
+        for path in ("_target_", "_partial_", "drafter.", "experiments."):
+            assert path not in identity, manifest["stage"]
+
+
+def test_manifests_carry_the_names_of_the_chosen_configs_and_their_values(world):
+    _, root = world
+    made = json.loads((root / "finetune" / "tvdpp-seed1" / "manifest.json").read_text())["settings"]
+    fields = {"series": "tvdpp", "loss": "tvdpp", "variant": None, "weighting": "uniform", "kinds": None}
+    fields |= {"swept": None, "seed": 1, "step": None}
+    assert {name: made[name] for name in DrafterIdentity._fields} == fields
+    assert made["loss_settings"] == {
+        "name": "tvdpp", "temperature": 1.0, "top_p": 1.0, "statistics": "batch", "estimator": "exact", "num_samples": 8
+    }  # fmt: skip
+    assert made["weighting_settings"] == {"name": "uniform"}
+    cached = json.loads((root / "cache" / "manifest.json").read_text())["settings"]
+    assert cached["format"] == {"name": "exact", "kind": "exact", "dtype": "bfloat16"}
+    evaluated = json.loads((root / "evaluate" / "tvdpp-seed1" / "manifest.json").read_text())["counts"]
+    assert {name: evaluated[name] for name in DrafterIdentity._fields} == fields
+    pretrained = json.loads((root / "evaluate" / "drafter" / "manifest.json").read_text())["counts"]
+    assert (pretrained["series"], pretrained["loss"], pretrained["seed"]) == ("pretrained", None, 0)
+
+
+def test_parts_of_a_loss_are_identified_by_their_names_wherever_their_module_lies():
+    def mix(module):
+        parts = [{"_target_": f"{module}.{name}", "_partial_": True, "temperature": 0.5} for name in ("kld", "nla")]
+        return {"weights": [0.5, 0.5], "parts": parts}
+
+    assert values(mix("drafter.losses")) == values(mix("moved.elsewhere"))
+    assert values(mix("drafter.losses"))["parts"][0] == {"name": "kld", "temperature": 0.5}
+
+
+def test_another_function_under_the_name_of_a_loss_is_refused(world, tmp_path):
+    overrides, _ = world
+    with pytest.raises(ValueError, match=r"loss._target_=drafter.losses.tvd: give it a config of its own"):
+        stage("finetune", [*overrides, *TRAINED, "loss._target_=drafter.losses.tvd", f"out={tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
+def older(manifest):
+    """A manifest as versions before wrote it, with Python paths among its settings."""
+    fields = {*DrafterIdentity._fields, "loss_settings", "weighting_settings"} - {"kinds"}
+    settings = {name: value for name, value in manifest["settings"].items() if name not in fields}
+    settings |= {"loss": {"_target_": "drafter.losses.kld", "_partial_": True}, "name": "kld-seed1", "seed": 1}
+    return {**manifest, "settings": settings}
+
+
+def test_a_finetuning_of_an_earlier_version_is_refused_in_one_sentence_by_all_that_read_it(world, tmp_path):
+    overrides, root = world
+    folder = tmp_path / "run" / "finetune" / "kld-seed1"
+    shutil.copytree(root / "finetune" / "kld-seed1", folder)
+    manifest = older(json.loads((folder / "manifest.json").read_text()))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    before, told = (
+        snapshot(tmp_path),
+        "kld-seed1 was made by an earlier version .*: remove it to make it again, or give",
+    )
+    with pytest.raises(ArtifactError, match=told):
+        stage("finetune", [*overrides, *TRAINED, f"out={folder}"])
+    with pytest.raises(ArtifactError, match=told):
+        stage("evaluate", [*overrides, f"drafters=[{folder}]", f"out={tmp_path}/evaluate"])
+    with pytest.raises(ArtifactError, match=told):
+        read_curves(folder.parent)
+    with pytest.raises(ArtifactError, match=told):
+        stage("export", [f"export.drafter={folder}", f"out={tmp_path}/out", f"hydra.run.dir={tmp_path}/hydra"])
+    assert snapshot(tmp_path) == before
+
+
+def test_an_evaluation_and_a_kept_drafter_of_an_earlier_version_are_refused_too(world, tmp_path):
+    _, root = world
+    shutil.copytree(root / "evaluate" / "kld-seed1", tmp_path / "evaluate" / "kld-seed1")
+    path = tmp_path / "evaluate" / "kld-seed1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("series", "variant", "weighting", "kinds", "swept"):
+        del manifest["counts"][name]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"kld-seed1 was made by an earlier version .*lacks series, variant"):
+        read_evaluations(tmp_path / "evaluate")
+    (tmp_path / "kld-seed1" / "steps" / "kld-seed1-step5").mkdir(parents=True)
+    (tmp_path / "kld-seed1" / "manifest.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"step5 was made by an earlier version .*has no identity.json"):
+        identity_of(str(tmp_path / "kld-seed1" / "steps" / "kld-seed1-step5"))
+
+
+def test_a_drafter_from_elsewhere_is_called_like_its_directory_whatever_that_looks_like(tmp_path):
+    for name in ("tvdpp-seed1", "kld-seed2-step50", "tvdpp-only_summary-seed3"):
+        (tmp_path / name).mkdir()
+        assert identity_of(str(tmp_path / name)) == DrafterIdentity(name)
+    assert identity_of("org/kld-seed1") == DrafterIdentity("kld-seed1")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "manifest.json").write_text('{"stage": "export", "settings": {}}')
+    assert identity_of(str(tmp_path / "exported")) == DrafterIdentity("exported")
+
+
+def test_a_renamed_directory_is_the_same_drafter(world, tmp_path):
+    _, root = world
+    shutil.copytree(root / "finetune" / "kld-seed1", tmp_path / "tvd-seed7-step3")
+    assert identity_of(str(tmp_path / "tvd-seed7-step3")) == identity_of(str(root / "finetune" / "kld-seed1"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "series"),
+    [
+        (["loss=kld", "seed=2"], "kld-seed2", "kld"),
+        (["series=live", "seed=2"], "live-seed2", "live"),
+        (["name=mine-seed2", "seed=1"], "mine-seed2", "mine-seed2"),  # a name is not taken apart
+        (["loss=tvd", "variant=only_summary", "seed=3"], "tvd-only_summary-seed3", "tvd-only_summary"),
+    ],
+)
+def test_the_seeds_of_a_series_share_it_and_a_run_with_a_name_of_its_own_is_a_series(overrides, name, series):
+    with initialize_config_module("conf", version_base="1.3"):
+        cfg = configured("finetune", overrides)
+        assert (cfg.name, finetuned_identity(cfg).series) == (name, series)
+
+
+def test_a_drafter_from_elsewhere_is_no_seed_of_the_series_that_it_is_called_like(tmp_path):
+    evaluation(tmp_path, "kld-seed1", "kld", 1)
+    evaluation(tmp_path, "kld", "kld", None, fields={"loss": None})
+    found = [(one.series, one.drafter.seed) for one in read_evaluations(tmp_path / "evaluate")]
+    assert found == [("kld", 1), ("kld (kld)", None)]

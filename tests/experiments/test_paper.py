@@ -10,18 +10,24 @@ from tests.experiments.test_tables import evaluation
 TASKS = {"open_ended": 6, "summary": 2, "code": 4}
 
 
-def made(root, folder, variants):
-    """Evaluations of (name, accepted drafts in ten blocks) with two seeds, the second a little better."""
-    for name, accepted in variants:
+def made(root, folder, drafters):
+    """Evaluations of (loss, variant, accepted drafts in ten blocks) with two seeds, the second a little better.
+
+    The names of variants say nothing of that, so that the tables have to use the fields.
+    """
+    for index, (loss, variant, accepted) in enumerate(drafters):
         for seed in (1, 2):
-            evaluation(root / folder, f"{name}-seed{seed}", name, seed, TASKS, (3,), accepted + 2 * seed - 2)
+            name = f"{folder}{index}" if variant else loss
+            kinds = ["summary"] if variant == "only_summary" else None
+            fields = {"loss": loss, "variant": variant, "kinds": kinds}
+            evaluation(root / folder, f"{name}.{seed}", name, seed, TASKS, (3,), accepted + 2 * seed - 2, fields)
     return read_evaluations(root / folder / "evaluate")
 
 
 @pytest.fixture
 def whole(tmp_path):
     evaluation(tmp_path / "whole", "drafter", "pretrained", 0, TASKS, (3,), 6)
-    return made(tmp_path, "whole", [("kld", 10), ("tvdpp", 12)])
+    return made(tmp_path, "whole", [("kld", None, 10), ("tvdpp", None, 12)])
 
 
 def column(table, name):
@@ -47,7 +53,7 @@ def test_what_lies_outside_of_the_domain_is_a_column_of_its_own(whole, tmp_path)
 
 
 def test_variants_of_the_data_stand_against_the_whole_set_and_those_not_run_are_blank(whole, tmp_path):
-    table = paper.data(whole, made(tmp_path, "variants", [("tvdpp-greedy", 11), ("tvdpp-text_50", 9)]))
+    table = paper.data(whole, made(tmp_path, "variants", [("tvdpp", "greedy", 11), ("tvdpp", "text_50", 9)]))
     gains = {row[0]: row[3] for row in table.rows}
     assert len(gains) == len(paper.DATA)
     assert gains[paper.DATA["greedy"]] == "-0.10 [-0.10, -0.10]"
@@ -58,7 +64,7 @@ def test_variants_of_the_data_stand_against_the_whole_set_and_those_not_run_are_
 
 
 def test_transfer_is_measured_against_as_many_responses_of_all_kinds(whole, tmp_path):
-    variants = made(tmp_path, "variants", [("tvdpp-only_summary", 9), ("tvdpp-responses_33", 11)])
+    variants = made(tmp_path, "variants", [("tvdpp", "only_summary", 9), ("tvdpp", "responses_33", 11)])
     table = paper.transfer(whole, variants)
     assert table.columns == ["trained on", "τ on open ended", "τ on summary", "τ on code"]
     rows = {row[0]: row for row in table.rows}
@@ -68,7 +74,10 @@ def test_transfer_is_measured_against_as_many_responses_of_all_kinds(whole, tmp_
 
 
 def test_the_line_along_finetuning_goes_from_the_pretrained_drafter_to_the_end(whole, tmp_path):
-    steps = [one._replace(step=50 * one.seed, seed=1) for one in made(tmp_path, "steps", [("kld", 7)])]
+    steps = [
+        one._replace(drafter=one.drafter._replace(step=50 * one.drafter.seed, seed=1))
+        for one in made(tmp_path, "steps", [("kld", None, 7)])
+    ]
     found = paper.along(steps, whole, 150)
     assert list(found) == ["kld"]
     assert list(found["kld"]) == list(TASKS)

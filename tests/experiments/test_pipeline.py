@@ -202,7 +202,7 @@ def test_the_gamma_report_says_of_each_task_what_is_best(world, tmp_path):
         ("evaluate", "evaluate.num_speculative_tokens=[3,0]", ValueError, "num_speculative_tokens .* is 0"),
         ("evaluate", "task.prompts.max_new_tokens=62", ValueError, "exceeds the context of 64 tokens"),
         ("finetune", "finetune.text_share=1.5", ValueError, "text_share is 1.5"),
-        ("finetune", "+loss.gamma=3", ValueError, "incorrect arguments"),
+        ("finetune", "+loss.gamma=3", ValueError, r"loss: tvdpp\(\) got an unexpected keyword argument 'gamma'"),
         ("finetune", "weighting=dpace weighting.smoothing=2", ValueError, "weighting.smoothing is 2"),
         ("evaluate", "+evaluate.sampling.topp=0.9", ValueError, "evaluate.sampling"),
         ("evaluate", "task.prompts.top_p=0", ValueError, "task.prompts: top_p is 0"),

@@ -7,6 +7,7 @@ import pytest
 
 from drafter.metrics import Counts
 from experiments.reporting.conclusions import conclusions
+from experiments.reporting.identity import DrafterIdentity
 from experiments.reporting.results import Evaluation
 from experiments.running.progress import Progress, announce, duration
 
@@ -82,7 +83,7 @@ def evaluation(loss, calls, seconds, folder):
         values |= {"seconds": seconds, "baseline_seconds": 1.0}
         values |= {name: 60 for name in Counts._fields if name == "baseline_tokens"}
         counts["task", 3, str(number)] = Counts(**values)
-    return Evaluation(loss, 1, 0.05, ("task",), counts, [], folder)
+    return Evaluation(DrafterIdentity(loss, loss, seed=1), 0.05, ("task",), counts, [], folder)
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(2.0, "It does not pay"), (0.5, "It pays"), (1.0, "It is undecided")])

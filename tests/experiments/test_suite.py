@@ -50,7 +50,8 @@ def test_every_variant_is_trained_and_evaluated_once(suite):
         rows = read_jsonl(root / "evaluate_variants" / name / "counts.jsonl")
         assert {row["gamma"] for row in rows} == {3}
         counts = read_manifest(root / "evaluate_variants" / name, "evaluate")["counts"]
-        assert counts["loss"] == name.removesuffix("-seed1")
+        assert (f"{counts['series']}-seed{counts['seed']}", counts["loss"]) == (name, "tvdpp")
+        assert counts["variant"] in variants
     base = AutoModelForCausalLM.from_pretrained(root / "finetune" / "tvdpp-seed1").state_dict()
     for name in names:
         found = AutoModelForCausalLM.from_pretrained(root / "variants" / name).state_dict()
@@ -87,7 +88,7 @@ def test_the_kept_steps_are_evaluated(suite):
     (kept,) = (root / "finetune" / "kld-seed1" / "steps").iterdir()
     assert kept.name == "kld-seed1-step5"
     found = read_manifest(root / "evaluate_steps" / kept.name, "evaluate")["counts"]
-    assert (found["loss"], found["seed"], found["step"]) == ("kld", 1, 5)
+    assert (found["series"], found["loss"], found["seed"], found["step"]) == ("kld", "kld", 1, 5)
 
 
 def test_a_second_run_repeats_nothing(suite):

@@ -115,7 +115,7 @@ def test_a_sweep_over_any_key_has_a_directory_a_cell(sweep, params, names):
     found = sweep(*params)
     seeds = (0, 1) if params == ["seed=0,1"] else (0, 0)
     assert list(found) == [f"tvdpp-{name}seed{seed}" for name, seed in zip(names, seeds, strict=True)]
-    one, two = ({**manifest["settings"], "name": ""} for manifest in found.values())
+    one, two = ({**manifest["settings"], "series": "", "swept": None} for manifest in found.values())
     assert one != two  # what is swept is part of a cell's identity
 
 

@@ -16,6 +16,7 @@ from drafter.artifacts.manifest import ArtifactError, Stage, write_jsonl
 from drafter.metrics import Estimate
 from experiments import curves, tables
 from experiments.reporting.figures import colours, draw_curves, draw_efficiency
+from experiments.reporting.identity import DrafterIdentity
 from experiments.reporting.page import by_prompt, write_html
 from experiments.reporting.results import POOLED, check_evaluations, in_order, read_curves, read_evaluations, summarise
 from experiments.reporting.tabular import Table, with_interval
@@ -27,7 +28,7 @@ ACCEPTED = {"pretrained": 6, "kld": 12, "tvd": 10}  # of 10 blocks: block effici
 NASTY = "Is 1 < 2 & <script>alert('x')</script>?"
 
 
-def evaluation(root, name, loss, seed, tasks=TASKS, gammas=GAMMAS, accepted=None):
+def evaluation(root, name, loss, seed, tasks=TASKS, gammas=GAMMAS, accepted=None, fields=()):
     """A finished evaluation directory, as experiments.evaluate writes it."""
     accepted = ACCEPTED[loss] if accepted is None else accepted
     about = {task: {"in_domain": task != "code"} for task in tasks}
@@ -52,16 +53,16 @@ def evaluation(root, name, loss, seed, tasks=TASKS, gammas=GAMMAS, accepted=None
             samples.append({**key, "message": f"{NASTY} {task}", "blocks": blocks})
     write_jsonl(stage.directory / "counts.jsonl", counts)
     write_jsonl(stage.directory / "samples.jsonl", samples)
-    summary = {"loss": loss, "seed": seed, "drafter_parameters": 4, "target_parameters": 100}
+    drafter = DrafterIdentity(loss, loss=None if loss == "pretrained" else loss, seed=seed)._replace(**dict(fields))
+    summary = {**drafter._asdict(), "drafter_parameters": 4, "target_parameters": 100}
     stage.finish(counts={**summary, "greedy_outputs": 8, "greedy_outputs_unlike_the_target": seed == 2})
     return stage.directory
 
 
 def finetuning(root, loss, seed, rows=4):
     """A finished finetuning's manifest and its CSV log, in which training and validation rows alternate."""
-    stage = Stage(
-        root / "finetune" / f"{loss}-seed{seed}", "finetune", {"name": f"{loss}-seed{seed}", "seed": seed}, {}
-    )
+    settings = DrafterIdentity(loss, loss, seed=seed)._asdict()
+    stage = Stage(root / "finetune" / f"{loss}-seed{seed}", "finetune", settings, {})
     (stage.directory / "logs").mkdir()
     fields = ["epoch", "step", "train/loss", "val/acceptance_rate", "val/argmax_agreement", "val/kld", "val/tvd"]
     with (stage.directory / "logs" / "metrics.csv").open("w", newline="") as file:
@@ -145,7 +146,7 @@ class Page(HTMLParser):
 
 def test_evaluations_are_read_with_the_pretrained_drafter_first_then_by_loss_and_seed(root):
     found = read_evaluations(root / "evaluate")
-    assert [(row.loss, row.seed) for row in found] == [("pretrained", 0), ("kld", 1), ("kld", 2), ("tvd", 1)]
+    assert [(row.series, row.drafter.seed) for row in found] == [("pretrained", 0), ("kld", 1), ("kld", 2), ("tvd", 1)]
     assert found[0].size_ratio == 0.04
     assert len(found[0].counts) == len(GAMMAS) * sum(TASKS.values())
     assert found[0].counts["code", 3, "code:1"].tokens == 17
@@ -153,7 +154,7 @@ def test_evaluations_are_read_with_the_pretrained_drafter_first_then_by_loss_and
 
 def test_an_unfinished_evaluation_is_left_out(root):
     (root / "evaluate" / "tvd-seed1" / "manifest.json").unlink()
-    assert {row.loss for row in read_evaluations(root / "evaluate")} == {"pretrained", "kld"}
+    assert {row.series for row in read_evaluations(root / "evaluate")} == {"pretrained", "kld"}
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["no-folder", "empty-folder"])
@@ -168,14 +169,14 @@ def test_no_evaluation_names_the_command_that_makes_one(tmp_path, made):
 def test_the_summary_has_a_row_for_each_loss_task_and_gamma_over_all_its_seeds(root):
     rows = summarise(read_evaluations(root / "evaluate"))
     assert len(rows) == 3 * len(TASKS) * len(GAMMAS)
-    assert list(dict.fromkeys(row.loss for row in rows)) == ["pretrained", "kld", "tvd"]
-    assert {(row.loss, row.seeds) for row in rows} == {("pretrained", 1), ("kld", 2), ("tvd", 1)}
+    assert list(dict.fromkeys(row.series for row in rows)) == ["pretrained", "kld", "tvd"]
+    assert {(row.series, row.seeds) for row in rows} == {("pretrained", 1), ("kld", 2), ("tvd", 1)}
     assert {(row.task, row.prompts) for row in rows} == set(TASKS.items())
 
 
 def test_the_summarys_values_are_the_ones_computed_by_hand(root):
     rows = summarise(read_evaluations(root / "evaluate"))
-    (row,) = (row for row in rows if (row.loss, row.task, row.gamma) == ("kld", "open_ended", 5))
+    (row,) = (row for row in rows if (row.series, row.task, row.gamma) == ("kld", "open_ended", 5))
     efficiency = 1 + (12 + 1) / 10  # six prompts with 0, 1, 2, 0, 1, 2 tokens more: one on average
     assert row.block_efficiency.value == pytest.approx(efficiency)
     assert row.acceptance_rate.value == pytest.approx(13 / 30)
@@ -187,7 +188,7 @@ def test_the_summarys_values_are_the_ones_computed_by_hand(root):
 
 def test_the_gain_is_paired_so_that_the_prompts_own_spread_cancels(root):
     rows = summarise(read_evaluations(root / "evaluate"))
-    gains = {row.loss: row.gain for row in rows if (row.task, row.gamma) == ("code", 3)}
+    gains = {row.series: row.gain for row in rows if (row.task, row.gamma) == ("code", 3)}
     assert gains["pretrained"] is None
     for loss in ("kld", "tvd"):
         # Every prompt gains the same number of tokens a block: no width but float64 rounding.
@@ -197,7 +198,7 @@ def test_the_gain_is_paired_so_that_the_prompts_own_spread_cancels(root):
 def test_other_prompts_than_the_pretrained_drafters_leave_the_gain_blank(tmp_path):
     evaluation(tmp_path, "drafter", "pretrained", 0)
     evaluation(tmp_path, "kld-seed1", "kld", 1, tasks={"open_ended": 5, "code": 4})
-    gains = {row.task: row.gain for row in summarise(read_evaluations(tmp_path / "evaluate")) if row.loss == "kld"}
+    gains = {row.task: row.gain for row in summarise(read_evaluations(tmp_path / "evaluate")) if row.series == "kld"}
     assert gains["open_ended"] is None
     assert gains["code"] is not None
 
@@ -265,7 +266,7 @@ def test_the_command_writes_results_figures_and_report(root, capsys):
     titles = ["Architectures", "Which loss?", "Out of the domain, γ = 3", "γ = 3", "γ = 5"]
     assert re.findall(r"### (.*)", results)[:5] == titles
     assert "| drafter | draft 1 | draft 2 | draft 3 | draft 4 | draft 5 |" in results
-    assert "10 prompts, 2 seeds a loss, c = 0.0400" in results
+    assert "10 prompts, 2 seeds per loss, c = 0.0400" in results
     assert "in 31 of 32 decodings" in results  # four evaluations of 8, one of which differs once
     assert str(report / "report.html") in capsys.readouterr().out
 
@@ -407,7 +408,7 @@ def test_more_seeds_add_up_to_a_ratio_of_sums(tmp_path):
     evaluation(tmp_path, "kld-seed1", "kld", 1, accepted=4)
     evaluation(tmp_path, "kld-seed2", "kld", 2, accepted=8)
     rows = summarise(read_evaluations(tmp_path / "evaluate"))
-    (row,) = (row for row in rows if (row.loss, row.task, row.gamma) == ("kld", "open_ended", 3))
+    (row,) = (row for row in rows if (row.series, row.task, row.gamma) == ("kld", "open_ended", 3))
     assert row.block_efficiency.value == pytest.approx(np.mean([1 + 5 / 10, 1 + 9 / 10]))
     assert row.prompts == TASKS["open_ended"]
 
@@ -417,7 +418,7 @@ def test_tasks_in_the_domain_are_pooled_as_sums_and_the_others_left_out(tmp_path
     evaluation(tmp_path, "drafter", "pretrained", 0, tasks)
     evaluation(tmp_path, "kld-seed1", "kld", 1, tasks)
     rows = summarise(read_evaluations(tmp_path / "evaluate"))
-    pooled = {(row.loss, row.gamma): row for row in rows if row.task == POOLED}
+    pooled = {(row.series, row.gamma): row for row in rows if row.task == POOLED}
     assert set(pooled) == {(loss, gamma) for loss in ("pretrained", "kld") for gamma in GAMMAS}
     assert pooled["kld", 3].prompts == 8
     kept = [i % 3 for size in (6, 2) for i in range(size)]
@@ -431,8 +432,8 @@ def test_one_task_in_the_domain_is_not_pooled(root):
 
 def test_the_base_of_the_comparison_is_chosen_by_name(root):
     rows = summarise(read_evaluations(root / "evaluate", "kld"), "kld")
-    assert rows[0].loss == "kld"
-    gains = {row.loss: row.gain and row.gain.value for row in rows if (row.task, row.gamma) == ("code", 3)}
+    assert rows[0].series == "kld"
+    gains = {row.series: row.gain and row.gain.value for row in rows if (row.task, row.gamma) == ("code", 3)}
     assert gains == {"kld": None, "pretrained": pytest.approx(-0.6), "tvd": pytest.approx(-0.2)}
     assert "τ − kld" in by_task(rows, "n", "t", "kld").columns
     found = read_evaluations(root / "evaluate", "kl")
@@ -467,7 +468,7 @@ def test_what_an_earlier_run_left_is_not_published_and_what_is_not_ours_stays(ro
 
 def test_two_drafters_of_one_loss_and_seed_are_no_two_seeds(root):
     evaluation(root, "b-kld-seed1", "kld", 1)
-    assert [one.loss for one in read_evaluations(root / "evaluate")] == [
+    assert [one.series for one in read_evaluations(root / "evaluate")] == [
         "pretrained",
         "kld",
         "kld (b-kld-seed1)",

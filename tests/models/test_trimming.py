@@ -127,7 +127,7 @@ def test_the_trimmed_drafter_is_evaluated_under_its_own_name(trimmed, tmp_path):
     kept = [one for one in command if not one.startswith(("out=", "trim."))]
     stage("evaluate", [*kept, f"out={tmp_path}", f"drafters=['{out}']"])
     counts = read_manifest(tmp_path / out.name, "evaluate")["counts"]
-    assert (counts["loss"], counts["seed"]) == ("kld-trimmed", 1)
+    assert (counts["series"], counts["loss"], counts["seed"]) == ("kld-trimmed", "kld", 1)
     assert counts["greedy_outputs_unlike_the_target"] == 0 < counts["greedy_outputs"]
 
 

@@ -1,0 +1,62 @@
+"""What of a config belongs to a run's identity: the names of the chosen configs and their values, no Python paths."""
+
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from experiments.reporting.identity import DrafterIdentity
+from experiments.running.composing import swept_settings
+from experiments.running.inputs import plain
+
+
+def choice(group: str) -> str | None:
+    """Return the name of the config that was chosen of a group, e.g. "tvdpp" of `loss`."""
+    chosen: str | None = HydraConfig.get().runtime.choices.get(group)
+    return chosen
+
+
+def values(section: Any) -> Any:
+    """Return plain config values in which a `_target_` has become the name of what it points to, without its module.
+
+    >>> values({"_target_": "drafter.losses.kld", "_partial_": True, "temperature": 0.5})
+    {'name': 'kld', 'temperature': 0.5}
+    """
+    if isinstance(section, list):
+        return [values(one) for one in section]
+    if not isinstance(section, dict):
+        return section
+    found = {key: values(one) for key, one in section.items() if key not in ("_target_", "_partial_")}
+    return {"name": section["_target_"].rsplit(".", 1)[-1], **found} if "_target_" in section else found
+
+
+def named_values(section: DictConfig, group: str) -> dict[str, Any]:
+    """Return the name of the config that was chosen of a group, and the values of its section.
+
+    The name stands for the function that the config points to, so another function needs a config of its own.
+
+    Raises:
+        ValueError: an override changes the function.
+    """
+    for override in HydraConfig.get().overrides.task:
+        key = override.partition("=")[0].lstrip("+~")
+        if key.endswith("_target_") and group in key.split("."):
+            raise ValueError(f"{override}: give it a config of its own, conf/{group}/<name>.yaml, and {group}=<name>")
+    found = {name: value for name, value in plain(section).items() if name not in ("_target_", "_partial_")}
+    return {"name": choice(group), **values(found)}
+
+
+def finetuned_identity(cfg: DictConfig) -> DrafterIdentity:
+    """Return the identity of the drafter that a finetuning's config makes.
+
+    A run that was given a name of its own, and no series, is a series of its own.
+    """
+    return DrafterIdentity(
+        series=cfg.series if cfg.name == f"{cfg.series}-seed{cfg.seed}" else cfg.name,
+        loss=choice("loss"),
+        variant=choice("variant") or cfg.label or None,
+        weighting=choice("weighting"),
+        kinds=plain(cfg.finetune).get("kinds"),
+        swept=swept_settings(cfg, "loss", "variant", "seed") or None,
+        seed=cfg.seed,
+    )
