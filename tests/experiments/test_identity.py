@@ -161,7 +161,7 @@ def test_parts_of_a_loss_are_identified_by_their_names_wherever_their_module_lie
 
 def test_another_function_under_the_name_of_a_loss_is_refused(world, tmp_path):
     overrides, _ = world
-    with pytest.raises(ValueError, match=r"loss._target_=drafter.losses.tvd: give it a config of its own"):
+    with pytest.raises(ValueError, match=r"loss._target_=drafter.losses.tvd: write another config"):
         stage("finetune", [*overrides, *TRAINED, "loss._target_=drafter.losses.tvd", f"out={tmp_path}/out"])
     assert not (tmp_path / "out").exists()
 
