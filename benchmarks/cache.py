@@ -1,12 +1,13 @@
-"""What each cache format costs and keeps, against the live target on the prepared responses.
+"""Measure the size and accuracy of each cache format against the live target, on the prepared responses.
 
     python -m benchmarks.cache [ROOT] [--target DIR]        after `make demo`; ROOT is runs/tiny, DIR its target
-    python -m benchmarks.cache --throughput                 finetuning steps from each cache beside the live target
+    python -m benchmarks.cache --throughput                 finetuning steps with each cache and with the live target
 
-Fidelity: bytes a token as the files have them; then, against the live distributions at the same tokens, the error of
-the logits, the mean and the error of acceptance rate, TVD and KLD of the pretrained drafter, and the cosine of the
-gradient of TVD and KLD with respect to the drafter's hidden states. "top-k renormalised" is what truncating caches do.
-Sampled formats are drawn DRAWS times: "bias" is the error of the mean over draws, with its standard error.
+The default prints, for each format, the bytes per token in its files and the errors against the live distributions at
+the same tokens: the relative error of the logits, the mean and the error of acceptance rate, TVD and KLD of the
+pretrained drafter, and the cosine between the gradients of TVD and KLD with respect to the drafter's hidden states.
+"top-k renormalised" is the distribution of a cache that keeps only the top k. Formats with samples are written DRAWS
+times: "bias" is the error of the mean over these draws, with its standard error.
 """
 
 import argparse
@@ -42,7 +43,7 @@ MEASURES = {"alpha": acceptance_rate, "TVD": tvd, "KLD": kld}
 
 
 def written(target, responses, folder, format, seed):
-    """A cache of the responses, and its bytes a token."""
+    """Write a cache of the responses; return it and its bytes per token."""
     count, schema = write_cache(target, responses, Folder(folder), format, batch_tokens=4096, shard_size=64, seed=seed)
     files, _ = rows.finish(Folder(folder), count, schema)
     size = sum(size for name, size in Folder(folder).sizes().items() if name.endswith(".arrow"))
@@ -50,14 +51,14 @@ def written(target, responses, folder, format, seed):
 
 
 def some_responses(responses, folder):
-    """A set of ROWS of them, spread over all."""
+    """Write and return a set of at most ROWS responses, spread evenly over all."""
     chosen = responses.read(range(0, len(responses), -(-len(responses) // ROWS)))
     rows.write_shard(Folder(folder), 0, chosen, responses.schema, {})
     return finished_rows(Folder(folder), rows.finish(Folder(folder), 1, responses.schema)[0], "respond")
 
 
 def measured(head, hidden_NH, target):
-    """Means of alpha, TVD and KLD, and the gradients of the last two."""
+    """Return the means of alpha, TVD and KLD, and the gradients of TVD and KLD."""
     hidden_NH = hidden_NH.detach().requires_grad_()
     logits = head(hidden_NH)
     means = {name: measure(logits, target).mean() for name, measure in MEASURES.items()}
@@ -66,13 +67,13 @@ def measured(head, hidden_NH, target):
 
 
 def renormalised(logits_NV, top_k):
-    """The distribution that a cache of the top-k alone stands for, as logits."""
+    """Return as logits the distribution of a cache that keeps only the top k."""
     top = logits_NV.topk(top_k, dim=-1)
     return torch.full_like(logits_NV, -torch.inf).scatter(-1, top.indices, top.values)
 
 
 def fidelity(target, drafter, responses):
-    """Print a line a format."""
+    """Print one line per format."""
     with tempfile.TemporaryDirectory() as folder:
         some = some_responses(responses, f"{folder}/responses")
         batch = collate([response_sequence(row) for row in some])
@@ -98,7 +99,7 @@ def fidelity(target, drafter, responses):
                 )
             report(name, bytes_per_token, torch.stack(found), torch.tensor(cosines).mean(0))
             if draws == 1:
-                assert isinstance(distribution, torch.Tensor)  # the formats of one draw are exact
+                assert isinstance(distribution, torch.Tensor)  # only exact formats are written once
                 error = (distribution.float() - logits_NV).norm() / logits_NV.norm()
                 print(f"{'':27}relative error of the logits {error:.5f}")
         for top_k in (16, 64):
@@ -113,7 +114,7 @@ def fidelity(target, drafter, responses):
 
 
 def report(name, bytes_per_token, errors, cosines):
-    """One line: bytes a token, bias ± its standard error for each measure, cosines."""
+    """Print bytes per token, the bias of each measure with its standard error, and the cosines."""
     spread = errors.std(0) / len(errors) ** 0.5 if len(errors) > 1 else torch.zeros(errors.shape[1])
     biases = "  ".join(
         f"{measure} {bias:+.5f}" + (f" ± {error:.5f}" if len(errors) > 1 else "")
@@ -123,7 +124,7 @@ def report(name, bytes_per_token, errors, cosines):
 
 
 def throughput(target, root):
-    """Samples a second of finetuning from each cache and with the live target: alternating, one thread, CPU time."""
+    """Print the samples per second of finetuning with each cache and the live target, alternating, in CPU time."""
     responses, text = Rows(f"{root}/responses", "respond"), PackedText(f"{root}/data/train.npy", 256)
     with tempfile.TemporaryDirectory() as folder:
         sets = {"live target": responses}
@@ -162,7 +163,7 @@ def throughput(target, root):
 
 
 def main():
-    """Read the arguments and print."""
+    """Read the arguments and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="runs/tiny")
     parser.add_argument("--target", default="assets/tiny-target")

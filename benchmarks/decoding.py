@@ -1,11 +1,12 @@
-"""Tokens a second: our loop, transformers' assisted generation and autoregressive decoding, in one run.
+"""Compare the tokens per second of this project's loop, transformers' assisted generation and autoregressive decoding.
 
     python -m benchmarks.decoding [--target DIR] [--drafter DIR] [--gamma 3] [--temperature 0] [--batch 8]
 
-After `make demo`; by default its target and its KLD drafter. Each prompt is decoded by every method in turn, so that a
-busy machine is the same for all. Assisted generation drafts the same number of tokens (a constant schedule, no
-confidence threshold) and samples from the same distribution (top_k 0). Process time is of one thread; wall time is the
-same run's. The batch row has that many texts side by side; where one ends, the next prompt takes its place.
+Run it after `make demo`; the default pair is the demo's target and its KLD drafter. Every method decodes each prompt in
+turn, so that other work on the machine affects all methods alike. Assisted generation drafts the same number of tokens
+(a constant schedule, no confidence threshold) and samples from the same distribution (top_k 0). Process time is that of
+one thread; wall time is that of the same run. In the last row, `--batch` sequences are decoded side by side; where one
+ends, the next prompt takes its place.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from drafter.warping import Sampling
 
 
 def methods(target, drafter, arguments, stops):
-    """Name -> a function of prompts that gives each one's new tokens."""
+    """Return by name the functions from prompts to the new tokens of each, and the function that decodes a batch."""
     sampling, limit, gamma = Sampling(arguments.temperature), arguments.max_new_tokens, arguments.gamma
     generator = torch.Generator().manual_seed(0)
 
@@ -46,7 +47,7 @@ def methods(target, drafter, arguments, stops):
         return {"autoregressive, ours": autoregressive, "speculative, ours": ours}, ours_batched
     how = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0} if arguments.temperature else {}
     config = GenerationConfig(max_new_tokens=limit, eos_token_id=stops, pad_token_id=0, **how)
-    target.generation_config = GenerationConfig()  # of which `generate` takes what its own config leaves open
+    target.generation_config = GenerationConfig()  # `generate` takes from it whatever `config` leaves open
     # The assistant's own settings are read from its generation config.
     drafter.generation_config.num_assistant_tokens = gamma
     drafter.generation_config.num_assistant_tokens_schedule = "constant"
@@ -69,7 +70,7 @@ def methods(target, drafter, arguments, stops):
 
 
 def main():
-    """Print a line a method."""
+    """Print one line per method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="assets/tiny-target")
     parser.add_argument("--drafter", default="runs/tiny/finetune/kld-seed1")
@@ -78,7 +79,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--compile", action="store_true", help="our loop with compiled models beside")
+    parser.add_argument("--compile", action="store_true", help="also time this project's loop with compiled models")
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -120,7 +121,7 @@ def main():
 
 
 def timed(total, method, prompts):
-    """Run it, and add its tokens, process time and wall time."""
+    """Run a method, add its tokens, process time and wall time to `total`, and return its result."""
     process, wall = time.process_time(), time.perf_counter()
     found = method(prompts)
     total[0] += sum(map(len, found))

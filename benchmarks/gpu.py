@@ -1,14 +1,17 @@
-"""The drafter's own loop on one GPU, with random weights at the paper's shape: fractions of limits of the same run.
+"""Measure training, generation and decoding on one GPU, with random weights at the paper's shape.
 
-    python -m benchmarks.gpu                (an H100 or another with 40 GB; about 5 minutes)
+    python -m benchmarks.gpu                (an H100 or another GPU with 40 GB; about 5 minutes)
     python -m benchmarks.gpu --small        (tiny shapes: a check of the script itself, on any machine)
 
-Limits: a large bfloat16 product (operations a second), and a large copy (bytes a second). Finetuning: the 115M drafter,
-sequences of 2,048 of which half are response, TVD++, an exact and a sparse cache: tokens a second and MFU, which counts
-the drafter's own three passes alone. Respond: Llama 2 7B's shape, answers side by side, against the reading of weights
-and cache. Decoding: the same target with the drafter, where each draft is accepted with a prescribed chance: after each
-of the target's calls its logits are set to agree or not. MBSU takes c as measured, the time of a drafter's call over
-the target's.
+Each result is a fraction of a limit that the same run measures: a large bfloat16 matrix product (operations per second)
+and a large copy (bytes per second).
+
+- Finetuning: the 115M drafter, sequences of 2,048 tokens of which half are response, TVD++, an exact and a sparse
+  cache. It prints tokens per second and MFU, which counts only the drafter's own three passes.
+- Respond: a target of Llama 2 7B's shape generates responses side by side, against the time of reading the weights and
+  the key-value cache.
+- Decoding: the same target with the drafter. Each draft is accepted with a prescribed probability, because the target's
+  logits are replaced after each call. The MBSU uses the measured c: the time of a drafter's call over the target's.
 """
 
 import argparse
@@ -35,14 +38,14 @@ from experiments.planning.roofline import Shape, operations
 
 
 def now(device):
-    """Seconds, once the device is done."""
+    """Return the time in seconds, after waiting until the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds(work, device, repeats=5):
-    """The shortest of several runs, after one to warm up."""
+    """Return the shortest time of several runs, after one run to warm up."""
     work()
     found = []
     for _ in range(repeats):
@@ -53,7 +56,7 @@ def seconds(work, device, repeats=5):
 
 
 def limits(device, dtype, size):
-    """Operations and bytes a second that a product and a copy reach."""
+    """Return the operations per second of a matrix product and the bytes per second of a copy."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     flops = 2 * size**3 / seconds(lambda: left @ right, device)
     source = torch.empty(size * size * 16, device=device, dtype=torch.uint8)
@@ -63,21 +66,21 @@ def limits(device, dtype, size):
 
 
 class Silent:
-    """What of Lightning's trainer a step asks for, in one process."""
+    """The part of Lightning's trainer that a training step uses, for one process."""
 
     world_size, global_step = 1, 0
 
     class strategy:
-        """Of one process."""
+        """The strategy of one process."""
 
         @staticmethod
         def reduce(value, reduce_op):
-            """Nothing to add."""
+            """Return the value, since there is nothing to add to it."""
             return value
 
 
 def finetuning(device, shapes, sparse):
-    """Tokens and seconds of a training step, and the drafter's shape; the peak of memory in bytes."""
+    """Return a training step's tokens, scored positions and seconds, the drafter's shape, and the peak memory."""
     length, sequences, hidden = shapes["length"], shapes["sequences"], shapes["target"].hidden_size
     with torch.device(device):
         drafter = build_drafter(shapes["drafter"], shapes["target"].vocab_size, {}).train()
@@ -114,20 +117,20 @@ def finetuning(device, shapes, sparse):
 
 
 class Prescribed:
-    """Sets the target's logits after each call: a draft is the argmax with the given chance, else another token is."""
+    """Sets the target's logits after each call: with probability `rate` a draft is the argmax."""
 
     def __init__(self, target, rate, device):
-        decoder_of(target)  # how it is best called is found out while its logits are its own
+        decoder_of(target)  # `decoder_of` tests how the model can be called, before its logits are replaced
         self.rate, self.calls = rate, torch.zeros((), device=device)
         target.base_model.register_forward_pre_hook(self.before, with_kwargs=True)
         target.get_output_embeddings().register_forward_hook(self.after)
 
     def before(self, module, arguments, named):
-        """Remember the ids."""
+        """Keep the token ids of the call."""
         self.ids_BT = named["input_ids"] if "input_ids" in named else arguments[0]
 
     def after(self, module, arguments, logits):
-        """Agree or not, by a hash of the call's number and the place: a compiled call has no random numbers to draw."""
+        """Agree with each draft or not, by a hash of call number and position, as a compiled call cannot draw."""
         kept = logits.shape[-2]
         drafted = self.ids_BT[0, -kept:].roll(-1)
         self.calls.add_(1)
@@ -137,7 +140,7 @@ class Prescribed:
 
 
 def main():
-    """Print the figures."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--acceptance", type=float, default=0.7)
@@ -188,7 +191,7 @@ def main():
 
 
 def responding(target, shapes, bandwidth, device):
-    """Answers side by side, against the reading of the weights and of the cache so far."""
+    """Time responses side by side, against the time of reading the weights and the key-value cache so far."""
     count, tokens, prompt = shapes["answers"], shapes["tokens"], list(range(16))
     engine = transformers_engine(target, Limits(0.95, tokens, []), 10**9, first_round=tokens)
     asked = [Request(str(number), "", "train", 1.0, prompt) for number in range(count)]
@@ -200,7 +203,7 @@ def responding(target, shapes, bandwidth, device):
 
 
 def decoding(target, drafter, shapes, arguments, bandwidth, device):
-    """One text alone, and with drafts that are accepted with the prescribed chance."""
+    """Time one sequence without drafts, and with drafts that are accepted with the prescribed probability."""
     Prescribed(target, arguments.acceptance, device)
     prompt, tokens, gamma = list(range(16)), 4 * shapes["tokens"], arguments.gamma
     ways = {"eager": (target, drafter)}

@@ -1,11 +1,12 @@
-"""Loss and backward from hidden states, in chunks against whole: time and peak memory, as ratios of one run.
+"""Compare the time and peak memory of loss and backward pass in chunks with those of the complete batch.
 
-    python -m benchmarks.losses                                     every loss, on the CPU's or the GPU's shapes
+    python -m benchmarks.losses                                     every loss, at shapes for the CPU or the GPU
     python -m benchmarks.losses --losses kld --hidden 1024 4096     the widths of the paper's drafter and target
 
-Time is of alternating repetitions in one process (process time of one thread on a CPU, so that a busy machine matters
-less). Memory is the peak above the inputs: on a CPU the high-water mark of a process of its own for each path. Where
-liger-kernel is installed and there is a GPU, its fused linear JSD is timed beside ours.
+Both start from hidden states. Their repetitions alternate in one process; on a CPU the time is process time of one
+thread, so that other work on the machine matters less. Memory is the peak above the inputs; on a CPU it is the
+high-water mark of a separate process for each path. On a GPU with liger-kernel installed, its fused linear JSD is timed
+too.
 """
 
 import argparse
@@ -27,7 +28,7 @@ PATHS = ("whole", "chunks")
 
 
 def inputs(arguments):
-    """The drafter's and the target's hidden states and heads, with logits of a few units."""
+    """Return hidden states and output embeddings of drafter and target that give logits of a few units."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
     parts = []
@@ -46,7 +47,7 @@ def inputs(arguments):
 
 
 def step(name, path, seen):
-    """One loss and its backward; the gradients are thrown away."""
+    """Compute one loss and its backward pass, discard the gradients, and return the value."""
     objective = objective_of(LOSSES[name])
     if path == "whole":
         logits_q = seen.target(slice(None))
@@ -69,7 +70,7 @@ def clock():
 
 
 def peak(name, path, arguments):
-    """Bytes above the inputs at the highest point of one step."""
+    """Return the peak memory of one step above the inputs, in bytes."""
     seen = inputs(arguments)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -82,13 +83,13 @@ def peak(name, path, arguments):
 
 
 def resident(field):
-    """Bytes of this process's memory: VmRSS now, VmHWM at its highest (getrusage's would count the parent's)."""
+    """Return this process's memory in bytes: VmRSS now, VmHWM at its peak (getrusage would count the parent's)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def peak_alone(name, path):
-    """`peak` in a process of its own."""
+    """Return `peak` as measured in a separate process."""
     command = [sys.executable, "-m", "benchmarks.losses", *sys.argv[1:], "--peak", name, path]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -130,7 +131,7 @@ def main():
 
 
 def against_liger(seen, arguments):
-    """Our JSD in chunks beside liger-kernel's fused linear JSD, where that is installed."""
+    """Time this project's JSD in chunks against liger-kernel's fused linear JSD, if that is installed."""
     try:
         from liger_kernel.transformers import LigerFusedLinearJSD
     except ImportError:

@@ -1,11 +1,11 @@
-"""Block efficiency without decoding against decoding: how far apart, and at what price.
+"""Compare the expected block efficiency with that of decoding: how much they differ, and what each costs.
 
     python -m benchmarks.offline [ROOT] [--drafter DIR]        after `make demo`; ROOT is runs/tiny
 
-The target answers the validation prompts DRAWS times; from these texts the drafter's block efficiency is computed, as
-at each validation: one forward of the drafter, batched, and the target's distributions from a cache. Then the same
-prompts are decoded with the drafter as often. Seconds are process time of one thread; those of the texts and of the
-cache, which a training run has anyway, are not counted.
+The target answers the validation prompts DRAWS times. From these responses the drafter's block efficiency is computed
+as at each validation, with one batched forward of the drafter and the target's distributions from a cache. Then the
+same prompts are decoded with the drafter as many times. Seconds are process time of one thread; they leave out the
+responses and the cache, which a training run has anyway.
 """
 
 import argparse
@@ -33,14 +33,14 @@ TARGET, PROMPTS, DRAWS, LENGTH = "assets/tiny-target", 100, {0.0: 1, 0.7: 6, 1.0
 
 
 def exact(logits_NV):
-    """What an exact cache gives: logits, never drawn tokens."""
+    """Return the logits, which an exact cache always gives."""
     assert isinstance(logits_NV, torch.Tensor)
     return logits_NV
 
 
 @torch.inference_mode()
 def without_decoding(target, drafter, cache, sampling, gamma):
-    """Tokens and expected blocks of each text."""
+    """Return the tokens and the expected blocks of each response, shape (number of responses,)."""
     tokens, blocks = np.zeros(len(cache)), np.zeros(len(cache))
     for batch in by_budget(cache.lengths.tolist(), 4096):
         texts = collate([response_sequence(row, restore(row, cache.schema)) for row in cache.read(batch)])
@@ -55,7 +55,7 @@ def without_decoding(target, drafter, cache, sampling, gamma):
 
 
 def cached(target, requests, answers, folder):
-    """The texts, with the target's distributions."""
+    """Return a cache of the responses with the target's distributions."""
     written = [
         {**request._asdict(), "id": str(number), "response_ids": tokens, "truncated": False}
         for number, (request, tokens) in enumerate(zip(requests, answers, strict=True))
@@ -68,13 +68,13 @@ def cached(target, requests, answers, folder):
 
 
 def ratio(tokens, blocks):
-    """Block efficiency and its standard error over texts."""
+    """Return block efficiency and its standard error over responses."""
     value = tokens.sum() / blocks.sum()
     return value, np.std(tokens - value * blocks) * len(tokens) ** 0.5 / blocks.sum()
 
 
 def main():
-    """Print a line a temperature and gamma."""
+    """Print one line per temperature and gamma."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="runs/tiny")
     parser.add_argument("--drafter", default="runs/tiny/finetune/kld-seed1")

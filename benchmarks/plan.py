@@ -1,9 +1,9 @@
-"""Is the plan true here? Each stage of the embedded default, planned for hardware=cpu and then run: time and memory.
+"""Compare the plan of the embedded default with measurements: time and memory of each stage.
 
     python -m benchmarks.plan [--root runs/tiny]      (after `make demo`; about 6 minutes, on a quiet machine)
 
-Each stage runs by itself into a directory of its own, from the inputs of the finished root. Its time is its manifest's,
-without the start of Python; its memory the largest resident size of its process.
+Each stage is planned for hardware=cpu, and then runs alone into a new directory, from the inputs of the finished root.
+Its time is that of its manifest, without the start of Python; its memory is the largest resident size of its process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ STAGES = ("pretrain", "respond", "cache", "finetune", "evaluate")
 
 
 def measured(stage, root, out):
-    """Seconds and bytes of a stage's own run."""
+    """Run a stage alone; return its seconds and its peak memory in bytes."""
     more = {
         "finetune": ["loss=tvdpp", "finetune.keep_every=0"],
         "evaluate": [f"drafters=[{root}/finetune/tvdpp-seed1]"],
@@ -35,12 +35,12 @@ def measured(stage, root, out):
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{stage} failed: {' '.join(command)}")
-    finished = next(Path(out).rglob("manifest.json")).parent  # an evaluation lies one deeper
+    finished = next(Path(out).rglob("manifest.json")).parent  # an evaluation lies one level deeper
     return read_manifest(finished, stage)["seconds"], usage.ru_maxrss * 1024
 
 
 def main():
-    """Print a line a stage."""
+    """Print one line per stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="runs/tiny")
     root = parser.parse_args().root

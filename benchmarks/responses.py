@@ -1,8 +1,9 @@
-"""Generation in rounds against one round to the end: seconds for the same requests, alternating, in one run.
+"""Compare generation in rounds with generation in one round: seconds for the same requests, alternating, in one run.
 
     python -m benchmarks.responses
 
-Uses the embedded target and the instructions of `make prepare`; process time, so that a busy machine matters less.
+It uses the embedded target and the instructions of `make prepare`. It measures process time, so that other work on the
+machine matters less.
 """
 
 import time
@@ -19,7 +20,7 @@ TARGET, DATA, COUNT, LENGTH, REPEATS = "assets/tiny-target", "runs/tiny/data", 2
 
 
 def main() -> None:
-    """Print a line for each batch size and temperature."""
+    """Print one line per batch size and temperature."""
     torch.set_num_threads(1)
     tokenizer, target = load_tokenizer(TARGET), load_target(TARGET)
     rows = read_jsonl(f"{DATA}/instructions.jsonl")[:COUNT]
@@ -38,7 +39,7 @@ def main() -> None:
                     engine(requests)
                     seconds[first_round] += time.process_time() - began
             print(
-                f"{batch_tokens:5d} tokens a batch, temperature {temperature}: "
+                f"{batch_tokens:5d} tokens per batch, temperature {temperature}: "
                 f"one round {seconds[LENGTH] / REPEATS:.1f} s, "
                 f"rounds {seconds[16] / REPEATS:.1f} s, ratio {seconds[LENGTH] / seconds[16]:.2f}"
             )

@@ -1,12 +1,13 @@
-"""What trimming the head would do, computed at the shapes of the paper and of Llama 3.1 8B, whose vocabulary is larger.
+"""Compute what a trimmed output embedding would gain at the shapes of the paper and of Llama 3.1 8B.
 
     python -m benchmarks.trimming [--tokenizer DIR --count TEXT… --cover TEXT…]
 
-No weights are needed: the parameters are those of the configs. tau = (1 − alpha^(γ+1)) / (1 − alpha), with alpha from
-the paper's tau of 2.3 at γ = 3. Two columns bound what a smaller head gives: the gain in MBSU if no accepted draft is
-lost, and the share of alpha that may be lost before nothing is gained. With the Llama 2 tokenizer and texts, what the
-head of the paper's drafter loses is estimated: the most used tokens are counted in some texts, their coverage is taken
-in others, and alpha' = alpha · coverage, as if what the head lost had been accepted as often as the rest.
+No weights are needed, since the parameters follow from the configs. tau = (1 − alpha^(γ+1)) / (1 − alpha), with alpha
+from the paper's tau of 2.3 at γ = 3. Two columns bound the benefit of a smaller output embedding: the gain in MBSU if
+no accepted draft is lost, and the share of alpha that may be lost before nothing is gained. With the Llama 2 tokenizer
+and texts, the loss of the paper's drafter is estimated: the most used tokens are counted in some texts, and their
+coverage is measured in others. Then alpha' = alpha · coverage, as if the lost tokens had been accepted as often as the
+others.
 """
 
 import argparse
@@ -33,16 +34,16 @@ LLAMA3 = LlamaConfig(
 
 
 def tau(alpha, gamma=GAMMA):
-    """Tokens per target call where each draft is accepted with the same chance."""
+    """Return the tokens per target call if each draft is accepted with probability `alpha`."""
     return (1 - alpha ** (gamma + 1)) / (1 - alpha)
 
 
-CHANCES = np.linspace(0, 0.999, 100_000)
-ALPHA = CHANCES[np.argmin(abs(tau(CHANCES) - PAPER_TAU))]
+ALPHAS = np.linspace(0, 0.999, 100_000)
+ALPHA = ALPHAS[np.argmin(abs(tau(ALPHAS) - PAPER_TAU))]
 
 
 def table(name, drafter, config, coverage):
-    """Print what each size would give; `coverage` says what it covers, where that is known."""
+    """Print the gain for each size; `coverage` gives the share of tokens that a size covers, or None."""
     with torch.device("meta"):
         sizes = yaml.safe_load(Path(f"conf/drafter/{drafter}.yaml").read_text())
         small, target = build_drafter(sizes, config.vocab_size, {}), num_parameters(LlamaForCausalLM(config))
@@ -55,14 +56,14 @@ def table(name, drafter, config, coverage):
     for size in [size for size in SIZES if size < config.vocab_size]:
         ratio = (whole - (config.vocab_size - size) * small.config.hidden_size) / target
         speedup = partial(memory_bound_speedup, size_ratio=ratio, num_speculative_tokens=GAMMA)
-        may_lose = 1 - CHANCES[np.argmin(abs(speedup(tau(CHANCES)) - before))] / ALPHA
+        may_lose = 1 - ALPHAS[np.argmin(abs(speedup(tau(ALPHAS)) - before))] / ALPHA
         covered = coverage(size)
         then = f"{covered:.2%} | {speedup(tau(ALPHA * covered)) / before - 1:+.1%}" if covered else " | "
         print(f"| {size} | {ratio:.3%} | {speedup(tau(ALPHA)) / before - 1:+.1%} | {may_lose:.1%} | {then} |")
 
 
 def coverage_of(arguments):
-    """How much of the texts --cover the most used tokens of the texts --count are, by number of tokens."""
+    """Return a function from a number of most used tokens in the texts --count to their share in the texts --cover."""
     if not arguments.tokenizer:
         return lambda size: None
     tokenizer = load_tokenizer(arguments.tokenizer)

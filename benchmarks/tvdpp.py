@@ -1,10 +1,10 @@
-"""What TVD++ is: the direction of its gradient beside TVD's, and the variance of its sampled form.
+"""Compare the gradient of TVD++ with that of TVD, and measure the variance of its sampled form.
 
     python -m benchmarks.tvdpp [ROOT]         after `make demo`; ROOT is runs/tiny
 
-The gradient is with respect to the pretrained drafter's parameters, on the first responses of the distillation set.
-Relative variance is the sum of the variances of all entries over the squared norm of the mean gradient, from
-independent draws; "no baseline" is the plain reward, the paper's Lemma by sampling.
+The gradient is with respect to the pretrained drafter's parameters, on responses spread over the distillation set. The
+relative variance is the sum of the variances of all entries over the squared norm of the mean gradient, from
+independent draws. "no baseline" is the plain reward: the gradient of the paper's Lemma by sampling.
 """
 
 import sys
@@ -25,7 +25,7 @@ ROWS, DRAWS = 64, 48
 
 
 def reinforce(logits_p_NV, logits_q_NV, num_samples):
-    """The Lemma's gradient by samples of p, the reward as it is."""
+    """Return a loss whose gradient is that of the paper's Lemma, from samples of p with the plain reward."""
     log_p_NV, q_NV = logits_p_NV.log_softmax(-1), logits_q_NV.softmax(-1)
     tokens_NS = torch.multinomial(log_p_NV.detach().exp(), num_samples, replacement=True)
     reward_NS = (q_NV > log_p_NV.detach().exp()).float().gather(-1, tokens_NS)
@@ -68,7 +68,7 @@ def main(root):
         }.items():
             draws = torch.stack([gradient(loss) for _ in range(DRAWS)])
             mean = draws.mean(0)
-            # The mean of few draws has noise of its own in its norm; it is taken off.
+            # The norm of a mean of few draws contains noise, which is subtracted.
             noise = draws.var(0).sum()
             signal = (mean.square().sum() - noise / DRAWS).clamp_min(1e-12)
             cosine = torch.cosine_similarity(mean, reference, dim=0)

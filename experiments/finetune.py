@@ -30,7 +30,7 @@ from experiments.running import dry_run, on_policy
 from experiments.running.commands import command
 from experiments.running.identity import finetuned_identity, named_values
 from experiments.running.inputs import claim, pair_inputs, responses_fingerprint, target_source
-from experiments.running.training import KeptSteps, economical, save, train, training_settings
+from experiments.running.training import KeptSteps, configure_memory, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def finetune(cfg: DictConfig) -> None:
         weighting = partial(weighting, reference=reference)
     module = Distillation(
         target,
-        economical(drafter, cfg.finetune),
+        configure_memory(drafter, cfg.finetune),
         loss,
         cfg.finetune.text_share,
         cfg.finetune.learning_rate,
@@ -144,7 +144,7 @@ def try_loss(loss: Loss, target: Target, positions: Positions) -> None:
 
 
 def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
-    """Return the fingerprints of the inputs. Refuse inputs that do not belong together or do not suit the loss."""
+    """Return the fingerprints of the inputs. Raise if they do not belong together or do not suit the loss."""
     inputs = pair_inputs(cfg, cfg.inputs.drafter)
     if cfg.inputs.cache:
         inputs["cache"] = fingerprint(cfg.inputs.cache, "cache")

@@ -34,13 +34,13 @@ def main(cfg: DictConfig) -> None:
         return log.info("%s is up to date", cfg.out)
     tokenizer = load_tokenizer(target_source(cfg))
     data = gather(cfg, encodes_text(tokenizer))
-    asked = choose_instructions(cfg, data.instructions, data.weights, tokenizer)
+    instructions = choose_instructions(cfg, data.instructions, data.weights, tokenizer)
     prompts = choose_prompts(cfg, data.tasks, tokenizer)
-    tallies = {f"instructions {name}": tally for name, tally in asked.tallies.items()}
+    tallies = {f"instructions {name}": tally for name, tally in instructions.tallies.items()}
     tallies |= {f"task {name}": selection.tallies[name] for name, selection in prompts.items()}
     for name, tally in tallies.items():
         log.info("%s: %s", name, tally)
-    chosen = [{**row, "split": split} for split in ("train", "validation") for row in asked.rows[split]]
+    chosen = [{**row, "split": split} for split in ("train", "validation") for row in instructions.rows[split]]
     tasks = [{**row, "task": task} for task, selection in prompts.items() for row in selection.rows[task]]
     write_jsonl(stage.directory / "instructions.jsonl", chosen)
     write_jsonl(stage.directory / "tasks.jsonl", tasks)
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a target whose tokenizer produces ids outside of its embedding."""
+    """Raise if the target's tokenizer produces ids outside of its embedding."""
     source = target_source(cfg)
     check_embedding(load_tokenizer(source), vocabulary_width(source), source.path)
 

@@ -15,7 +15,7 @@ from drafter.training.modules import Pretraining, check_precision
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, data_fingerprint, new_drafter, plain, target_source
-from experiments.running.training import economical, save, train, training_settings
+from experiments.running.training import configure_memory, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
     tokenizer = load_tokenizer(target_source(cfg))
-    drafter = economical(new_drafter(cfg, tokenizer), cfg.pretrain)
+    drafter = configure_memory(new_drafter(cfg, tokenizer), cfg.pretrain)
     folder, length, rows = Path(cfg.inputs.data), cfg.pretrain.sequence_length, vocabulary_rows(drafter)
     text, heldout = (PackedText(folder / name, length, rows) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)
@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse float16, and a drafter that cannot be distilled or decoded with, or has too few positions.
+    """Raise on float16, and on a drafter that cannot be distilled or decoded with, or has too few positions.
 
     The drafter is built without weights, so that the check takes no memory.
 

@@ -1,4 +1,4 @@
-"""Stage 2: generate responses to the instructions (by whom: conf/distillation). Config: conf/respond.yaml."""
+"""Stage 2: generate responses to the instructions, by the model in conf/distillation. Config: conf/respond.yaml."""
 
 from omegaconf import DictConfig
 

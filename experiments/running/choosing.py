@@ -61,7 +61,7 @@ def choose_instructions(
     is_full = wanted is not None and len(selection.rows["train"]) == wanted
     for name, tally in selection.tallies.items():
         if not tally.used and not tally.left_out["not needed"] and (tally.read or not is_full):
-            raise ValueError(_nothing(f"the source of instructions '{name}'", tally, limit))
+            raise ValueError(_no_usable_row(f"the source of instructions '{name}'", tally, limit))
     train, validation = selection.rows["train"], selection.rows["validation"]
     if len(train) + len(validation) < 2 or not train:
         raise ValueError(
@@ -105,17 +105,17 @@ def choose_prompts(
     }
     for task, selection in selections.items():
         if not selection.rows[task]:
-            raise ValueError(_nothing(f"task '{task}'", selection.tallies[task], limit))
+            raise ValueError(_no_usable_row(f"task '{task}'", selection.tallies[task], limit))
         check_ids(selection.rows[task], f"task '{task}'")
     return selections
 
 
-def _nothing(owner: str, tally: Tally, limit: int) -> str:
-    """Return the error message for a source that gave no row."""
-    told = f"{owner} has no row that its settings choose: {tally}"
+def _no_usable_row(owner: str, tally: Tally, limit: int) -> str:
+    """Return the error message for a source without a usable row."""
+    message = f"{owner} has no row that its settings choose: {tally}"
     if tally.shortest is None:
-        return told
+        return message
     return (
-        f"{told}. Its shortest prompt that is too long has {tally.shortest} tokens, "
+        f"{message}. Its shortest prompt that is too long has {tally.shortest} tokens, "
         f"and prepare.max_prompt_tokens is {limit}: raise it, give shorter rows, or leave it out"
     )

@@ -1,4 +1,4 @@
-"""How a command starts and ends: Hydra composes its config, and a refusal by the user's mistake is one line."""
+"""Start and end a command: Hydra composes its config, and an error that the user can correct is one line."""
 
 import contextlib
 import dis
@@ -23,7 +23,7 @@ from drafter.interruptions import Interrupted, caught
 from experiments.running.composing import gather_stage_overrides, with_home
 from experiments.running.progress import announce, quiet
 
-OURS = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[2]
 Stage = Callable[[DictConfig], Any]
 
 
@@ -36,22 +36,22 @@ def command(name: str) -> Callable[[Stage], Callable[..., Any]]:
 
     def decorate(stage: Stage) -> Callable[..., Any]:
         @functools.wraps(stage)
-        def entered(cfg: DictConfig) -> Any:
+        def run_stage(cfg: DictConfig) -> Any:
             check_seed(cfg)
             return stage(with_home(cfg))
 
         @functools.wraps(stage)
-        def announced(cfg: DictConfig) -> Any:
+        def announce_and_run(cfg: DictConfig) -> Any:
             announce(name, with_home(cfg).get("out"))
-            return entered(cfg)
+            return run_stage(cfg)
 
-        run = under_hydra(name, announced)
+        run = under_hydra(name, announce_and_run)
 
         @functools.wraps(stage)
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
-                return entered(cfg)
-            with ended(f"experiments.{name}"), arguments(with_settings(sys.argv[1:])):
+                return run_stage(cfg)
+            with exit_in_one_line(f"experiments.{name}"), use_arguments(replace_dry_run_flag(sys.argv[1:])):
                 return run()
 
         return main
@@ -64,7 +64,7 @@ def pipeline_command(name: str) -> Callable[[Stage], Callable[..., Any]]:
 
     Hydra refuses keys that conf/<name>.yaml does not have. The overrides of stages are therefore gathered into its key
     `stage_overrides` before Hydra reads the command line, so that `--help`, `--cfg` and `--info` work as for any other
-    command. The command can also be called with a list of overrides in the place of the command line.
+    command. The command can also be called with a list of overrides in place of the command line.
     """
 
     def decorate(stage: Stage) -> Callable[..., Any]:
@@ -75,7 +75,10 @@ def pipeline_command(name: str) -> Callable[[Stage], Callable[..., Any]]:
             if overrides is not None:
                 with initialize_config_module("conf", version_base="1.3"):
                     return stage(compose(name, gather_stage_overrides(name, overrides)))
-            with ended(f"experiments.{name}"), arguments(gathered(name, with_settings(sys.argv[1:]))):
+            with (
+                exit_in_one_line(f"experiments.{name}"),
+                use_arguments(gather_arguments(name, replace_dry_run_flag(sys.argv[1:]))),
+            ):
                 return run()
 
         return main
@@ -86,7 +89,7 @@ def pipeline_command(name: str) -> Callable[[Stage], Callable[..., Any]]:
 def under_hydra(name: str, stage: Stage) -> Callable[[], None]:
     """Return a function that composes the config by Hydra from the command line and runs a stage with it.
 
-    Hydra prints a line of its own about an error of its task. The error of a single run is therefore kept from Hydra
+    Hydra prints an additional line about an error of its task. The error of a single run is therefore hidden from Hydra
     and raised afterwards; in a sweep, Hydra has to know which jobs fail.
     """
     problems: list[Exception] = []
@@ -112,8 +115,8 @@ def under_hydra(name: str, stage: Stage) -> Callable[[], None]:
     return main
 
 
-def gathered(name: str, given: list[str]) -> list[str]:
-    """Return the arguments with the overrides of stages gathered; Hydra's flags and tab completion stay as given."""
+def gather_arguments(name: str, given: list[str]) -> list[str]:
+    """Return the arguments with the overrides of stages gathered; Hydra's flags and tab completion stay unchanged."""
     parsed = get_args_parser().parse_args(given)
     if parsed.shell_completion:
         return given
@@ -122,14 +125,14 @@ def gathered(name: str, given: list[str]) -> list[str]:
     return [argument for argument in given if argument not in parsed.overrides] + overrides
 
 
-def with_settings(given: list[str]) -> list[str]:
-    """Return the arguments with `--dry-run`, which Hydra does not know, as the setting dry_run=true."""
+def replace_dry_run_flag(given: list[str]) -> list[str]:
+    """Return the arguments with dry_run=true in place of `--dry-run`, a flag that Hydra does not know."""
     return ["dry_run=true" if argument == "--dry-run" else argument for argument in given]
 
 
 @contextlib.contextmanager
-def arguments(given: list[str]) -> Iterator[None]:
-    """Let Hydra read these arguments in the place of the command line's."""
+def use_arguments(given: list[str]) -> Iterator[None]:
+    """Let Hydra read these arguments in place of those of the command line."""
     before = sys.argv
     sys.argv = [before[0], *given]
     try:
@@ -139,10 +142,10 @@ def arguments(given: list[str]) -> Iterator[None]:
 
 
 def check_seed(cfg: DictConfig) -> None:
-    """Refuse a seed that is not a whole number, such as '1' in quotation marks, or that a generator would refuse.
+    """Raise if a seed is not a whole number, such as '1' in quotation marks, or is outside the range of a generator.
 
     Raises:
-        ValueError: with the seed and the allowed range.
+        ValueError: names the seed and the allowed range.
     """
     seed = cfg.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**32:
@@ -150,12 +153,12 @@ def check_seed(cfg: DictConfig) -> None:
 
 
 @contextlib.contextmanager
-def ended(module: str) -> Iterator[None]:
+def exit_in_one_line(module: str) -> Iterator[None]:
     """Exit with one line after an interruption or an error that the user can correct. Bugs keep their traceback."""
     for stream in (sys.stdout, sys.stderr):  # independent of the locale; the bytes of a path may not be UTF-8
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    asked = os.environ.get("HYDRA_FULL_ERROR")
+    requested = os.environ.get("HYDRA_FULL_ERROR")
     try:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the traceback and exits itself
         with caught():
@@ -163,18 +166,18 @@ def ended(module: str) -> Iterator[None]:
     except Interrupted as interruption:
         if int(os.environ.get("RANK", 0)) == 0:
             name = signal.Signals(interruption.number).name
-            print(f"\n{name}: {interruption.kept}. Go on with: {again(module)}", file=sys.stderr)
+            print(f"\n{name}: {interruption.kept}. Go on with: {command_line(module)}", file=sys.stderr)
         sys.exit(128 + interruption.number)
     except Exception as problem:
-        if asked or not is_refusal(problem):
+        if requested or not is_refusal(problem):
             raise
         sys.exit(f"error: {problem}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
-        os.environ.update({"HYDRA_FULL_ERROR": asked} if asked else {})
+        os.environ.update({"HYDRA_FULL_ERROR": requested} if requested else {})
 
 
-def again(module: str) -> str:
+def command_line(module: str) -> str:
     """Return the command line of this process, ready to paste into a shell."""
     start = ["python", "-m"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -183,19 +186,19 @@ def again(module: str) -> str:
 
 
 def is_refusal(problem: BaseException) -> bool:
-    """Return whether an error is meant for the user: raised by a `raise` of this project, or by Hydra about a config.
+    """Return whether an error is a message to the user: a `raise` of this project, or an error of Hydra about a config.
 
-    Errors that arise within an expression (a division by zero, a missing key) are bugs.
+    Errors that occur within an expression, such as a division by zero or a missing key, are bugs.
     """
     if isinstance(problem, InstantiationException) and problem.__cause__:
         return is_refusal(problem.__cause__)
     if isinstance(problem, (HydraException, OmegaConfBaseException)):
         return True
-    place = problem.__traceback__
-    while place and place.tb_next:
-        place = place.tb_next
-    if place is None or place.tb_lasti < 0:
+    trace = problem.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    if trace is None or trace.tb_lasti < 0:
         return False
-    code = place.tb_frame.f_code
-    raised = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
-    return raised and any(Path(code.co_filename).is_relative_to(OURS / name) for name in ("drafter", "experiments"))
+    code = trace.tb_frame.f_code
+    raised = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return raised and any(Path(code.co_filename).is_relative_to(PROJECT / name) for name in ("drafter", "experiments"))

@@ -1,4 +1,4 @@
-"""Find the drafters that a command was asked for, and choose the directory of each one's evaluation."""
+"""Find the drafters that a command was given, and choose the directory of each evaluation."""
 
 import glob
 import json
@@ -16,14 +16,14 @@ log = logging.getLogger(__name__)
 def find_drafters(patterns: list[str]) -> list[str]:
     """Return the finished model directories that match each pattern, in order.
 
-    A pattern that looks like no path, e.g. "org/name", is returned as it is: the name of a model on the hub.
+    A pattern that does not look like a path, such as "org/name", is returned unchanged, as the name of a hub model.
 
     Raises:
         ArtifactError: a local pattern matches nothing.
     """
     found = []
     for pattern in patterns:
-        paths, is_glob = matching(pattern)
+        paths, is_glob = match_paths(pattern)
         local = sorted(path for path in paths if (Path(path) / "config.json").exists())
         finished = [path for path in local if _is_finished(Path(path))] if is_glob else local
         if not finished and (is_glob or pattern.startswith((".", "/")) or pattern.count("/") != 1):
@@ -38,7 +38,7 @@ def _is_finished(directory: Path) -> bool:
     return (directory / MANIFEST).exists() or (directory / IDENTITY).exists() or directory.parent.name == STEPS
 
 
-def matching(pattern: str) -> tuple[list[str], bool]:
+def match_paths(pattern: str) -> tuple[list[str], bool]:
     """Return the paths that match a pattern, and whether it is a glob.
 
     The longest leading part of the pattern that exists as it is written is taken literally, because a directory may

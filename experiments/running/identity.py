@@ -1,4 +1,4 @@
-"""What of a config belongs to a run's identity: the names of the chosen configs and their values, no Python paths."""
+"""Select the parts of a config that identify a run: names of chosen configs and their values, without Python paths."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def choice(group: str) -> str | None:
 
 
 def values(section: Any) -> Any:
-    """Return plain config values in which a `_target_` has become the name of what it points to, without its module.
+    """Return plain config values in which each `_target_` is replaced by the name of its object, without the module.
 
     >>> values({"_target_": "drafter.losses.kld", "_partial_": True, "temperature": 0.5})
     {'name': 'kld', 'temperature': 0.5}
@@ -33,7 +33,7 @@ def values(section: Any) -> Any:
 def named_values(section: DictConfig, group: str) -> dict[str, Any]:
     """Return the name of the config that was chosen of a group, and the values of its section.
 
-    The name stands for the function that the config points to, so another function needs a config of its own.
+    The name identifies the function that the config points to, so another function needs another config.
 
     Raises:
         ValueError: an override changes the function.
@@ -41,7 +41,7 @@ def named_values(section: DictConfig, group: str) -> dict[str, Any]:
     for override in HydraConfig.get().overrides.task:
         key = override.partition("=")[0].lstrip("+~")
         if key.endswith("_target_") and group in key.split("."):
-            raise ValueError(f"{override}: give it a config of its own, conf/{group}/<name>.yaml, and {group}=<name>")
+            raise ValueError(f"{override}: write another config, conf/{group}/<name>.yaml, and give {group}=<name>")
     found = {name: value for name, value in plain(section).items() if name not in ("_target_", "_partial_")}
     return {"name": choice(group), **values(found)}
 
@@ -49,7 +49,7 @@ def named_values(section: DictConfig, group: str) -> dict[str, Any]:
 def finetuned_identity(cfg: DictConfig) -> DrafterIdentity:
     """Return the identity of the drafter that a finetuning's config makes.
 
-    A run that was given a name of its own, and no series, is a series of its own.
+    A run that was given a name, and no series, is its own series.
     """
     return DrafterIdentity(
         series=cfg.series if cfg.name == f"{cfg.series}-seed{cfg.seed}" else cfg.name,

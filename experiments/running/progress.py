@@ -1,4 +1,4 @@
-"""What one sees while a stage runs: its name and directory, one bar or a line every 30 seconds, and no noise."""
+"""Show the progress of a stage: its name and directory, and one bar or a line every 30 seconds."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ class Progress:
         name: the stage.
         unit: what is counted.
         ranks: how many ranks share the work; each is taken to process as many tokens per second as rank 0.
-        done: how much was done before.
+        done: how many units were done before.
         clock: the time in seconds, for tests.
     """
 
@@ -65,29 +65,29 @@ class Progress:
                 details.append(f"took {duration(seconds)}")
             elif total is not None and done > self.start:
                 details.append(f"{duration(seconds * (total - done) / (done - self.start))} left")
-            of = "" if total is None else f" of {total:,}"
-            log.info("%s: %s", self.name, ", ".join([f"{self.unit} {done:,}{of}", *details]))
+            out_of = "" if total is None else f" of {total:,}"
+            log.info("%s: %s", self.name, ", ".join([f"{self.unit} {done:,}{out_of}", *details]))
 
     def __enter__(self) -> "Progress":
-        """Begin to count the time."""
+        """Start the clock."""
         self.begun = self.shown = self.clock()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
 def announce(stage: str, out: str | None, number: int = 1, total: int = 1) -> None:
-    """Log on rank 0 which stage begins, its number of all, and where it writes."""
+    """Log on rank 0 which stage begins, its number in the pipeline, and where it writes."""
     if int(os.environ.get("RANK", 0)) == 0 and out:
-        place = f"stage {number} of {total}: " if total > 1 else ""
-        log.info("%s%s → %s", place, stage, out)
+        position = f"stage {number} of {total}: " if total > 1 else ""
+        log.info("%s%s → %s", position, stage, out)
 
 
 def quiet() -> None:
-    """Silence what libraries print beside: Lightning's tips and hardware summary, and the bars of loading weights."""
+    """Silence messages of libraries: Lightning's tips and hardware summary, and the bars of loading weights."""
     for noisy in ("httpx", "lightning.pytorch", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
@@ -102,7 +102,7 @@ def quiet() -> None:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: "90 s", "12 min", "3.5 h"."""
+    """Return a time in a readable unit, such as "90 s", "12 min" or "3.5 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -52,7 +52,7 @@ class OneRun(WandbLogger):
 
 
 @contextlib.contextmanager
-def ended_run() -> Iterator[None]:
+def finish_run() -> Iterator[None]:
     """End the run that is started inside this context; an error or an interruption marks it as failed."""
     status = 1
     try:

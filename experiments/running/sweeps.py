@@ -1,4 +1,4 @@
-"""A Hydra callback for sweeps: the names of the cells, their ranks on a cluster, and which cells failed."""
+"""A Hydra callback that names the cells of a sweep, makes cluster tasks ranks, and reports failed cells."""
 
 import atexit
 import os
@@ -30,7 +30,7 @@ class Failures(Callback):
         if int(os.environ.get("RANK", 0)) == 0:
             shutil.rmtree(_folder(config), ignore_errors=True)
             # Hydra raises the first failed job's error before it would call on_multirun_end.
-            atexit.register(_tell, _folder(config))
+            atexit.register(_print_failures, _folder(config))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Make each task of a cluster job (conf/cluster) a rank."""
@@ -58,7 +58,7 @@ def _folder(config: DictConfig) -> Path:
     return Path(config.hydra.sweep.dir) / "failed"
 
 
-def _tell(folder: Path) -> None:
+def _print_failures(folder: Path) -> None:
     failed = sorted(folder.glob("*"), key=lambda path: int(path.name))
     if failed:
         print(f"{len(failed)} cells of the sweep failed; all others are finished:", file=sys.stderr)

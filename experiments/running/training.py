@@ -1,4 +1,4 @@
-"""Run Lightning once: loggers, resuming, and validation before the first and after the last step."""
+"""Train a module with Lightning: loggers, resuming, and validation before the first and after the last step."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ from experiments.reporting.identity import IDENTITY, STEPS, DrafterIdentity
 from experiments.running.identity import values
 from experiments.running.inputs import plain
 from experiments.running.progress import Progress
-from experiments.running.recording import OneRun, ended_run, run_settings
+from experiments.running.recording import OneRun, finish_run, run_settings
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -56,7 +56,7 @@ def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
     return {**settings, "trainer": trainer, "seed": cfg.seed}
 
 
-def economical(model: PreTrainedModel, settings: DictConfig) -> PreTrainedModel:
+def configure_memory(model: PreTrainedModel, settings: DictConfig) -> PreTrainedModel:
     """Return the model with gradient checkpointing and torch.compile, where the settings enable them."""
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -81,7 +81,7 @@ def train(
     curve = CSVLogger(stage.directory, name="logs", version="")
     for stale in last.parent.glob(".*.tmp"):
         stale.unlink(missing_ok=True)  # every rank tries to remove them
-    with ended_run(), warnings.catch_warnings():
+    with finish_run(), warnings.catch_warnings():
         # The curve of an interrupted run is restored from its checkpoint.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         trainer: lightning.Trainer = hydra.utils.instantiate(
@@ -114,13 +114,13 @@ class TrainingProgress(lightning.Callback):
         self.name = name
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin at the step from which training goes on."""
+        """Start the progress at the step from which training continues."""
         self.progress = Progress(self.name, "step", trainer.world_size, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, index: int
     ) -> None:
-        """Report the step; one of several accumulated batches leaves it as it is."""
+        """Report the step, which stays the same until all accumulated batches are done."""
 
         def loss() -> float | None:
             value = trainer.callback_metrics.get("train/loss")
@@ -129,7 +129,7 @@ class TrainingProgress(lightning.Callback):
         self.progress(trainer.global_step, trainer.max_steps, batch.attention_mask_BT.sum(), loss)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         self.progress.__exit__()
 
 

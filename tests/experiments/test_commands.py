@@ -1,4 +1,4 @@
-"""How a command ends: a refusal is one line, a bug keeps its traceback."""
+"""Tests of how commands start and end: an error for the user is one line, and a bug keeps its traceback."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from drafter import metrics
 from drafter.artifacts import manifest as artifacts
 from drafter.artifacts.manifest import ArtifactError
 from experiments import pipeline, respond
-from experiments.running.commands import check_seed, ended, is_refusal, with_settings
+from experiments.running.commands import check_seed, exit_in_one_line, is_refusal, replace_dry_run_flag
 
 COMMANDS = sorted(path.stem for path in Path("experiments").glob("*.py") if path.stem != "__init__")
 PROJECT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def raised_by(function, *arguments):
     return problem.value
 
 
-def test_what_this_project_raises_is_a_refusal(tmp_path):
+def test_errors_that_this_project_raises_are_refusals(tmp_path):
     assert is_refusal(raised_by(artifacts.read_manifest, tmp_path, "prepare"))
     assert is_refusal(raised_by(artifacts.require, "x", "tokenizer", "a", "b"))
 
@@ -39,11 +39,11 @@ def test_what_this_project_raises_is_a_refusal(tmp_path):
     [
         (artifacts.digest, (object(),)),  # a TypeError raised in a library, called from here
         (artifacts.read_jsonl, ("/dev/stdin\0",)),  # a ValueError, of Python itself
-        (metrics.estimate, ({"p": np.zeros(3)}, "block_efficiency")),  # an error within an expression of ours
+        (metrics.estimate, ({"p": np.zeros(3)}, "block_efficiency")),  # an error within an expression of this project
         (int, ("x",)),
     ],
 )
-def test_what_others_raise_is_a_bug(function, arguments):
+def test_errors_of_python_and_libraries_are_bugs(function, arguments):
     assert not is_refusal(raised_by(function, *arguments))
 
 
@@ -54,7 +54,7 @@ def test_what_others_raise_is_a_bug(function, arguments):
         ("nonsense=1", "error: Could not override 'nonsense'"),
     ],
 )
-def test_a_stage_ends_in_one_line_on_a_refusal_too(monkeypatch, capsys, override, sentence):
+def test_a_refusal_ends_a_stage_with_one_line(monkeypatch, capsys, override, sentence):
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr("sys.argv", ["respond", override])
     with pytest.raises(SystemExit) as refusal:
@@ -64,7 +64,7 @@ def test_a_stage_ends_in_one_line_on_a_refusal_too(monkeypatch, capsys, override
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
-def test_the_pipeline_ends_in_one_line_on_a_refusal_and_a_bug_keeps_its_traceback(monkeypatch):
+def test_a_refusal_ends_the_pipeline_with_one_line_and_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr("sys.argv", ["pipeline", "scale=smoke", "nonsense=1"])
     with pytest.raises(SystemExit) as refusal:
@@ -81,28 +81,28 @@ def test_the_pipeline_ends_in_one_line_on_a_refusal_and_a_bug_keeps_its_tracebac
             pipeline.main()
         assert kept.value is bug
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ArtifactError), ended("experiments.x"):
+    with pytest.raises(ArtifactError), exit_in_one_line("experiments.x"):
         artifacts.require("x", "tokenizer", "a", "b")
 
 
 @pytest.mark.parametrize("seed", ["1", True, -1, 1.5, None, 2**32])
-def test_a_seed_that_is_no_whole_number_is_refused(seed):
+def test_a_seed_that_is_not_a_whole_number_is_refused(seed):
     with pytest.raises(ValueError, match=r"seed is .*must be a whole number"):
         check_seed(OmegaConf.create({"seed": seed}))
 
 
-def test_seeds_that_are_numbers_and_commands_without_one_pass():
+def test_whole_numbers_and_commands_without_a_seed_are_accepted():
     check_seed(OmegaConf.create({"seed": 0}))
     check_seed(OmegaConf.create({}))
 
 
 @pytest.mark.parametrize("scale", ["", ".", "..", "tiny/..", "a b"])
-def test_make_removes_nothing_without_the_name_of_a_scale(tmp_path, scale):
+def test_make_clean_removes_nothing_unless_it_is_given_the_name_of_a_scale(tmp_path, scale):
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     command = ["make", "-f", PROJECT / "Makefile", "clean", f"SCALE={scale}"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True)
-    assert ended.returncode != 0
-    assert b"nothing was removed" in ended.stdout
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert result.returncode != 0
+    assert b"nothing was removed" in result.stdout
     assert (tmp_path / "runs" / "tiny").exists()
 
 
@@ -113,7 +113,7 @@ def test_make_help_lists_every_target(tmp_path):
 
 
 def shown(monkeypatch, capsys, name, *given):
-    """What a command prints, as Hydra's own flags make it."""
+    """Return the output of a command that is called with Hydra's flags."""
     monkeypatch.setattr("sys.argv", [name, *given])
     with contextlib.suppress(SystemExit):
         import_module(f"experiments.{name}").main()
@@ -122,7 +122,7 @@ def shown(monkeypatch, capsys, name, *given):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_hydras_help_config_information_and_completion(monkeypatch, capsys, name):
+def test_every_command_has_hydras_help_config_info_and_completion(monkeypatch, capsys, name):
     key = {"pipeline": "losses", "plan": "plan", "export": "export", "tables": "publish"}.get(name, "out")
     assert "== Configuration groups ==" in shown(monkeypatch, capsys, name, "--help")
     assert re.search(rf"^{key}:", shown(monkeypatch, capsys, name, "--cfg", "job"), re.MULTILINE)
@@ -133,7 +133,7 @@ def test_every_command_has_hydras_help_config_information_and_completion(monkeyp
 
 
 @pytest.mark.parametrize("name", ["pipeline", "plan"])
-def test_the_pipelines_help_names_the_stages_and_their_overrides_are_gathered(monkeypatch, capsys, name):
+def test_the_help_of_the_pipeline_explains_overrides_of_stages_and_its_config_gathers_them(monkeypatch, capsys, name):
     given = ("losses=[kld]", "scale=smoke", "+respond.vllm.seed=1", "out=${root}/x")
     assert "passed on to every stage" in shown(monkeypatch, capsys, name, *given, "--help")
     text = shown(monkeypatch, capsys, name, *given, "--cfg", "job")
@@ -141,7 +141,7 @@ def test_the_pipelines_help_names_the_stages_and_their_overrides_are_gathered(mo
     assert "stage_overrides:\n- scale=smoke\n- +respond.vllm.seed=1\n" in text
 
 
-def test_overrides_of_stages_reach_them_with_their_interpolations(monkeypatch):
+def test_the_stages_get_their_overrides_with_interpolations(monkeypatch):
     jobs = []
     given = ["scale=smoke", r"root='runs/it\'s here'", "out=${root}/x", "losses=[kld]", "dry_run=true"]
     monkeypatch.setattr("sys.argv", ["pipeline", *given])
@@ -151,8 +151,8 @@ def test_overrides_of_stages_reach_them_with_their_interpolations(monkeypatch):
     assert {job.cfg.out for job in jobs if job.stage == "prepare"} == {"runs/it's here/x"}
 
 
-def test_importing_the_commands_leaves_the_command_line_and_the_flag_is_a_setting(monkeypatch):
+def test_importing_experiments_keeps_the_command_line_and_dry_run_becomes_a_setting(monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", "--dry-run"])
     reload(experiments)
     assert sys.argv == ["program", "--dry-run"]
-    assert with_settings(["--dry-run", "seed=1"]) == ["dry_run=true", "seed=1"]
+    assert replace_dry_run_flag(["--dry-run", "seed=1"]) == ["dry_run=true", "seed=1"]

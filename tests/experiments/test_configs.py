@@ -1,3 +1,5 @@
+"""Tests of the configs: every config composes and resolves, and unknown keys and options are refused."""
+
 import re
 from pathlib import Path
 
@@ -21,15 +23,15 @@ LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def hydra_session():
-    """Hydra started on `conf`, as the pipeline starts it, and its global state as it was before."""
+    """Start Hydra on `conf`, as the pipeline does, and restore its global state afterwards."""
     before = HydraConfig.instance().cfg
     with initialize_config_module("conf", version_base="1.3"):
         yield
     HydraConfig.instance().cfg = before
 
 
-def composed(name, *overrides):
-    """A config without Hydra's own part, which stays where ${hydra:...} looks for it."""
+def compose_config(name, *overrides):
+    """Return a config without Hydra's section, which stays where ${hydra:...} looks for it."""
     cfg = compose(name, list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
@@ -37,13 +39,13 @@ def composed(name, *overrides):
     return cfg
 
 
-def resolved(cfg):
-    """Every value, interpolations followed; raises where one leads nowhere or a required value is missing."""
+def resolve(cfg):
+    """Return all values, with interpolations resolved. Raise if a value cannot be resolved or is missing."""
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
 def stage_of(group, option):
-    """The stage that an option's header names in its command, else finetune, which has every group."""
+    """Return the stage in the command of an option's header, or finetune, which has every group."""
     header = re.match(r"(?:#.*\n)*", (CONF / group / f"{option}.yaml").read_text()).group()
     named = [name for name in re.findall(r"experiments\.(\w+)", header) if name in (*STAGES, "plan")]
     return named[0] if named else "finetune"
@@ -52,7 +54,7 @@ def stage_of(group, option):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_composes_and_resolves_at_every_scale(stage, scale):
-    values = resolved(composed(stage, f"scale={scale}"))
+    values = resolve(compose_config(stage, f"scale={scale}"))
     assert values["scale"]["name"] == scale
     assert values["root"] == f"runs/{scale}"
     assert values["out"].startswith(f"runs/{scale}/")
@@ -61,32 +63,32 @@ def test_every_stage_composes_and_resolves_at_every_scale(stage, scale):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
 def test_every_option_of_every_group_composes(group, option):
-    cfg = composed(stage_of(group, option), f"{group}={option}")
+    cfg = compose_config(stage_of(group, option), f"{group}={option}")
     assert HydraConfig.get().runtime.choices[group] == option
     missing = OmegaConf.missing_keys(cfg)
     assert not missing or option == "files"
     if not missing:
-        resolved(cfg)
+        resolve(cfg)
 
 
-def test_your_own_files_are_the_only_required_values_and_their_documented_command_gives_them():
-    assert OmegaConf.missing_keys(composed("prepare", "data=files")) == {
+def test_only_paths_of_files_are_required_and_the_documented_command_gives_them():
+    assert OmegaConf.missing_keys(compose_config("prepare", "data=files")) == {
         "data.pretraining.path",
         "data.instructions.questions.path",
     }
     command = ["data=files", "data.pretraining.path=text.jsonl", "data.instructions.questions.path=questions.jsonl"]
-    data = resolved(composed("prepare", *command))["data"]
+    data = resolve(compose_config("prepare", *command))["data"]
     assert data["pretraining"]["path"] == "text.jsonl"
     assert {name: source["path"] for name, source in data["instructions"].items()} == {"questions": "questions.jsonl"}
 
 
 @pytest.mark.parametrize("name", ["pipeline", "tiny_target"])
 def test_the_other_primary_configs_compose_and_resolve(name):
-    assert resolved(composed(name))
+    assert resolve(compose_config(name))
 
 
 def test_a_smoke_run_is_a_small_tiny_run():
-    smoke, tiny = (resolved(composed("prepare", f"scale={scale}")) for scale in ("smoke", "tiny"))
+    smoke, tiny = (resolve(compose_config("prepare", f"scale={scale}")) for scale in ("smoke", "tiny"))
     assert smoke["scale"].keys() == tiny["scale"].keys()
     assert smoke["target"] == tiny["target"]
     assert smoke["scale"]["num_responses"] < tiny["scale"]["num_responses"]
@@ -94,13 +96,13 @@ def test_a_smoke_run_is_a_small_tiny_run():
 
 
 def test_every_scale_sets_the_same_values():
-    keys = {scale: set(resolved(composed("prepare", f"scale={scale}"))["scale"]) for scale in SCALES}
+    keys = {scale: set(resolve(compose_config("prepare", f"scale={scale}"))["scale"]) for scale in SCALES}
     assert len({frozenset(names) for names in keys.values()}) == 1, keys
 
 
 def test_the_papers_setting_composes_from_its_parts():
-    cfg = composed("prepare", "target=llama2_7b_chat", "drafter=llama2_115m", "data=paper")
-    values = resolved(cfg)
+    cfg = compose_config("prepare", "target=llama2_7b_chat", "drafter=llama2_115m", "data=paper")
+    values = resolve(cfg)
     assert values["target"]["path"] == "meta-llama/Llama-2-7b-chat-hf"
     assert values["drafter"]["hidden_size"] == 1024
     assert values["data"]["name"] == "paper"
@@ -108,7 +110,7 @@ def test_the_papers_setting_composes_from_its_parts():
 
 
 def test_the_papers_scale_chooses_the_papers_models_data_and_tasks():
-    composed("pretrain", "scale=llama2")
+    compose_config("pretrain", "scale=llama2")
     chosen = HydraConfig.get().runtime.choices
     assert {group: chosen[group] for group in ("target", "drafter", "data", "task")} == {
         "target": "llama2_7b_chat",
@@ -118,14 +120,14 @@ def test_the_papers_scale_chooses_the_papers_models_data_and_tasks():
     }
 
 
-def test_a_group_on_the_command_line_wins_over_the_scales_choice():
-    composed("pretrain", "scale=llama2", "target=tiny")
+def test_a_group_on_the_command_line_overrides_the_choice_of_the_scale():
+    compose_config("pretrain", "scale=llama2", "target=tiny")
     assert HydraConfig.get().runtime.choices["target"] == "tiny"
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_is_a_value_for_each_position(loss):
-    function = hydra.utils.instantiate(composed("finetune", f"loss={loss}").loss)
+def test_every_loss_gives_one_value_per_position(loss):
+    function = hydra.utils.instantiate(compose_config("finetune", f"loss={loss}").loss)
     generator = torch.Generator().manual_seed(0)
     logits_p_NV, logits_q_NV = (torch.randn(6, 11, generator=generator) for _ in range(2))
     logits_p_NV.requires_grad_()
@@ -139,16 +141,16 @@ def test_every_loss_is_a_value_for_each_position(loss):
 
 def test_a_finetuning_is_named_after_its_loss_and_seed():
     for loss in LOSSES:
-        values = resolved(composed("finetune", f"loss={loss}", "seed=3"))
+        values = resolve(compose_config("finetune", f"loss={loss}", "seed=3"))
         assert values["name"] == f"{loss}-seed3"
         assert values["out"] == f"runs/tiny/finetune/{loss}-seed3"
 
 
 def test_moving_the_root_moves_every_input_and_output():
     for stage in STAGES:
-        values = resolved(composed(stage, "root=elsewhere"))
-        places = [values["out"], *values.get("inputs", {}).values(), *values.get("drafters", [])]
-        assert all(place.startswith("elsewhere/") for place in places if place is not None), places
+        values = resolve(compose_config(stage, "root=elsewhere"))
+        paths = [values["out"], *values.get("inputs", {}).values(), *values.get("drafters", [])]
+        assert all(path.startswith("elsewhere/") for path in paths if path is not None), paths
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_an_unknown_key_fails_and_is_named(stage, override):
 
 
 @pytest.mark.parametrize(("group", "options"), [("loss", LOSSES), ("scale", SCALES)])
-def test_an_unknown_option_fails_with_the_list_of_what_there_is(group, options):
+def test_an_unknown_option_fails_with_the_list_of_options(group, options):
     with pytest.raises(hydra.errors.MissingConfigException) as refusal:
         compose("finetune", [f"{group}=no_such_option"])
     assert "no_such_option" in str(refusal.value)

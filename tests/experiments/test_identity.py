@@ -1,4 +1,4 @@
-"""What makes a finished directory another one: all that changes its result, and nothing else."""
+"""Tests of a run's identity: it contains every setting that changes the result, and nothing else."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ TRAINED = ["loss=kld", "seed=1"]
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "message"),
     [
         ("respond", ["target.dtype=bfloat16"], "settings.target_dtype: there 'float32', asked for 'bfloat16'"),
         ("respond", ["+respond.vllm.quantization=fp8"], "settings.vllm"),
@@ -38,10 +38,10 @@ TRAINED = ["loss=kld", "seed=1"]
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_changes_a_result_is_refused_in_a_finished_directory(world, name, change, told):
+def test_a_setting_that_changes_a_result_is_refused_in_a_finished_directory(world, name, change, message):
     overrides, root = world
     before = snapshot(root)
-    with pytest.raises(ArtifactError, match=f"was made differently .*{told}"):
+    with pytest.raises(ArtifactError, match=f"was made differently .*{message}"):
         stage(name, [*overrides, *change])
     assert snapshot(root) == before
 
@@ -58,7 +58,7 @@ def test_what_changes_a_result_is_refused_in_a_finished_directory(world, name, c
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_what_leaves_a_result_as_it_is_leaves_a_finished_directory_up_to_date(world, name, change, caplog):
+def test_a_setting_that_does_not_change_a_result_keeps_a_finished_directory_up_to_date(world, name, change, caplog):
     overrides, root = world
     before = snapshot(root)
     with caplog.at_level(logging.INFO):
@@ -67,7 +67,7 @@ def test_what_leaves_a_result_as_it_is_leaves_a_finished_directory_up_to_date(wo
     assert snapshot(root) == before
 
 
-def test_an_interrupted_run_goes_on_with_smaller_batches_where_memory_ran_out(world, tmp_path):
+def test_an_interrupted_run_can_continue_with_smaller_batches(world, tmp_path):
     overrides, _ = world
     command = [*overrides, f"out={tmp_path}/out"]
     stage("respond", command)
@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_with_smaller_batches_where_memory_ran_out(wo
     assert {name for name in whole if again[name] != whole[name]} <= {"00001.arrow"}
 
 
-def test_new_weights_in_the_same_directory_are_noticed_whatever_their_format(world, tmp_path):
+def test_new_weights_in_the_same_directory_are_noticed_in_any_format(world, tmp_path):
     overrides, root = world
     shutil.copytree(root.parent / "target", tmp_path / "target")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
@@ -99,7 +99,7 @@ def test_new_weights_in_the_same_directory_are_noticed_whatever_their_format(wor
         stage("respond", command)
 
 
-def test_a_judging_set_of_another_target_is_refused(world, tmp_path):
+def test_a_validation_set_of_another_target_is_refused(world, tmp_path):
     overrides, root = world
     shutil.copytree(root / "cache", tmp_path / "cache")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
@@ -122,7 +122,7 @@ def test_rounds_of_on_policy_training_keep_the_settings_of_their_distillation(wo
     assert not (tmp_path / "rounds" / "own" / "3").exists()
 
 
-def test_no_finished_run_is_identified_by_a_python_path(world):
+def test_no_identity_contains_a_python_path(world):
     _, root = world
     manifests = [json.loads(path.read_text()) for path in root.rglob("manifest.json")]
     assert {manifest["stage"] for manifest in manifests} >= {"prepare", "pretrain", "respond", "cache", "finetune"}
@@ -150,7 +150,7 @@ def test_manifests_carry_the_names_of_the_chosen_configs_and_their_values(world)
     assert (pretrained["series"], pretrained["loss"], pretrained["seed"]) == ("pretrained", None, 0)
 
 
-def test_parts_of_a_loss_are_identified_by_their_names_wherever_their_module_lies():
+def test_the_parts_of_a_loss_are_identified_by_name_and_not_by_module():
     def mix(module):
         parts = [{"_target_": f"{module}.{name}", "_partial_": True, "temperature": 0.5} for name in ("kld", "nla")]
         return {"weights": [0.5, 0.5], "parts": parts}
@@ -159,38 +159,38 @@ def test_parts_of_a_loss_are_identified_by_their_names_wherever_their_module_lie
     assert values(mix("drafter.losses"))["parts"][0] == {"name": "kld", "temperature": 0.5}
 
 
-def test_another_function_under_the_name_of_a_loss_is_refused(world, tmp_path):
+def test_an_override_of_the_function_of_a_loss_is_refused(world, tmp_path):
     overrides, _ = world
-    with pytest.raises(ValueError, match=r"loss._target_=drafter.losses.tvd: give it a config of its own"):
+    with pytest.raises(ValueError, match=r"loss._target_=drafter.losses.tvd: write another config"):
         stage("finetune", [*overrides, *TRAINED, "loss._target_=drafter.losses.tvd", f"out={tmp_path}/out"])
     assert not (tmp_path / "out").exists()
 
 
 def older(manifest):
-    """A manifest as versions before wrote it, with Python paths among its settings."""
+    """Return the manifest in the form of an earlier version, with Python paths among its settings."""
     fields = {*DrafterIdentity._fields, "loss_settings", "weighting_settings"} - {"kinds"}
     settings = {name: value for name, value in manifest["settings"].items() if name not in fields}
     settings |= {"loss": {"_target_": "drafter.losses.kld", "_partial_": True}, "name": "kld-seed1", "seed": 1}
     return {**manifest, "settings": settings}
 
 
-def test_a_finetuning_of_an_earlier_version_is_refused_in_one_sentence_by_all_that_read_it(world, tmp_path):
+def test_every_reader_refuses_a_finetuning_of_an_earlier_version_in_one_sentence(world, tmp_path):
     overrides, root = world
     folder = tmp_path / "run" / "finetune" / "kld-seed1"
     shutil.copytree(root / "finetune" / "kld-seed1", folder)
     manifest = older(json.loads((folder / "manifest.json").read_text()))
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    before, told = (
+    before, message = (
         snapshot(tmp_path),
         "kld-seed1 was made by an earlier version .*: remove it to make it again, or give",
     )
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         stage("finetune", [*overrides, *TRAINED, f"out={folder}"])
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         stage("evaluate", [*overrides, f"drafters=[{folder}]", f"out={tmp_path}/evaluate"])
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         read_curves(folder.parent)
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         stage("export", [f"export.drafter={folder}", f"out={tmp_path}/out", f"hydra.run.dir={tmp_path}/hydra"])
     assert snapshot(tmp_path) == before
 
@@ -211,7 +211,7 @@ def test_an_evaluation_and_a_kept_drafter_of_an_earlier_version_are_refused_too(
         identity_of(str(tmp_path / "kld-seed1" / "steps" / "kld-seed1-step5"))
 
 
-def test_a_drafter_from_elsewhere_is_called_like_its_directory_whatever_that_looks_like(tmp_path):
+def test_a_drafter_from_elsewhere_has_the_name_of_its_directory(tmp_path):
     for name in ("tvdpp-seed1", "kld-seed2-step50", "tvdpp-only_summary-seed3"):
         (tmp_path / name).mkdir()
         assert identity_of(str(tmp_path / name)) == DrafterIdentity(name)
@@ -232,17 +232,17 @@ def test_a_renamed_directory_is_the_same_drafter(world, tmp_path):
     [
         (["loss=kld", "seed=2"], "kld-seed2", "kld"),
         (["series=live", "seed=2"], "live-seed2", "live"),
-        (["name=mine-seed2", "seed=1"], "mine-seed2", "mine-seed2"),  # a name is not taken apart
+        (["name=mine-seed2", "seed=1"], "mine-seed2", "mine-seed2"),  # a name is not parsed
         (["loss=tvd", "variant=only_summary", "seed=3"], "tvd-only_summary-seed3", "tvd-only_summary"),
     ],
 )
-def test_the_seeds_of_a_series_share_it_and_a_run_with_a_name_of_its_own_is_a_series(overrides, name, series):
+def test_the_seeds_of_a_series_share_it_and_a_named_run_is_its_own_series(overrides, name, series):
     with initialize_config_module("conf", version_base="1.3"):
         cfg = configured("finetune", overrides)
         assert (cfg.name, finetuned_identity(cfg).series) == (name, series)
 
 
-def test_a_drafter_from_elsewhere_is_no_seed_of_the_series_that_it_is_called_like(tmp_path):
+def test_a_drafter_from_elsewhere_is_not_a_seed_of_the_series_with_its_name(tmp_path):
     evaluation(tmp_path, "kld-seed1", "kld", 1)
     evaluation(tmp_path, "kld", "kld", None, fields={"loss": None})
     found = [(one.series, one.drafter.seed) for one in read_evaluations(tmp_path / "evaluate")]

@@ -1,4 +1,4 @@
-"""Paths that a file system takes and a grammar might not, locales other than UTF-8, and drafters of one name."""
+"""Tests of unusual paths, locales other than UTF-8, and drafters whose directories have the same name."""
 
 import ast
 import json
@@ -47,7 +47,7 @@ def test_a_stage_writes_and_reads_in_a_directory_of_any_name(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("path", "found"), [("s3://b/c", True), ("hf://x", True), ("a://b", True), ("/a://b", False)])
-def test_only_what_begins_with_a_scheme_is_a_url(path, found):
+def test_only_a_path_that_begins_with_a_scheme_is_a_url(path, found):
     assert is_url(path) is found
     assert Folder(path).is_local is not found
 
@@ -70,7 +70,7 @@ def test_drafters_are_found_under_roots_of_any_name(tmp_path, name):
         find_drafters([f"{root}/none/*"])
 
 
-def test_a_path_that_begins_with_a_tilde_is_written_out_once_wherever_it_stands(tmp_path, monkeypatch):
+def test_a_path_that_begins_with_a_tilde_is_expanded_in_every_section(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     overrides = ["root='~/r'", "inputs.data='~/data'", "drafters=['~/a','${root}/b',org/c]", "target.path='~/t'"]
     with initialize_config_module("conf", version_base="1.3"):
@@ -89,7 +89,7 @@ def test_a_path_that_begins_with_a_tilde_is_written_out_once_wherever_it_stands(
     assert (cfg.root, cfg.data.template) == (f"{tmp_path}/runs/x", "~{text}")
 
 
-def test_artifacts_of_a_root_below_home_do_not_lie_in_two_places(world, tmp_path):
+def test_a_root_below_home_is_one_directory_for_all_artifacts(world, tmp_path):
     overrides, root = world
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
@@ -105,18 +105,18 @@ def test_artifacts_of_a_root_below_home_do_not_lie_in_two_places(world, tmp_path
     assert not list(here.iterdir())
 
 
-def test_the_embedded_target_is_found_and_is_the_same_from_any_directory(tmp_path, monkeypatch):
+def test_the_embedded_target_is_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(PROJECT)
     prints = model_fingerprint("assets/tiny-target"), tokenizer_fingerprint("assets/tiny-target")
     monkeypatch.chdir(tmp_path)
     assert (model_fingerprint("assets/tiny-target"), tokenizer_fingerprint("assets/tiny-target")) == prints
     assert load_config("assets/tiny-target").vocab_size == 4096
-    assert local_directory("drafter") is None  # a package, and no model
-    (tmp_path / "assets" / "tiny-target").mkdir(parents=True)  # one's own comes first
+    assert local_directory("drafter") is None  # a package, not a model
+    (tmp_path / "assets" / "tiny-target").mkdir(parents=True)  # a directory in the working directory comes first
     assert model_fingerprint("assets/tiny-target") not in prints
 
 
-def test_every_file_is_read_and_written_in_utf8_whatever_the_locale():
+def test_every_file_is_read_and_written_in_utf8_in_every_locale():
     for path in (file for package in ("drafter", "experiments") for file in (PROJECT / package).rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call):
@@ -127,7 +127,7 @@ def test_every_file_is_read_and_written_in_utf8_whatever_the_locale():
             safe = ast.unparse(call.func) in {"os.open", "self._open", "safe_open", "write_text"}
             if name in {"open", "read_text", "write_text"} and not safe and not binary:
                 assert "encoding" in given, f"{path}:{call.lineno}"
-            assert "text" not in given or name != "run", f"{path}:{call.lineno}: give encoding in the place of text"
+            assert "text" not in given or name != "run", f"{path}:{call.lineno}: give encoding instead of text"
 
 
 def drafter(folder, weights):
@@ -137,7 +137,7 @@ def drafter(folder, weights):
     return str(folder)
 
 
-def test_drafters_of_one_name_are_told_apart_by_as_little_as_is_needed(tmp_path, monkeypatch):
+def test_drafters_with_the_same_name_get_the_shortest_distinct_names(tmp_path, monkeypatch):
     monkeypatch.setattr("drafter.models.fingerprints.hub_commit", lambda source: "a" * 40)
     out = tmp_path / "out"
     one, two = drafter(tmp_path / "a" / "mine", "1"), drafter(tmp_path / "b" / "mine", "2")
@@ -153,7 +153,7 @@ def test_drafters_of_one_name_are_told_apart_by_as_little_as_is_needed(tmp_path,
     assert len({*output_directories(out, [taken, one, two]).values()}) == 3
 
 
-def test_a_drafter_that_was_evaluated_under_its_own_name_keeps_it_when_another_comes(tmp_path):
+def test_an_evaluated_drafter_keeps_its_name_when_another_has_the_same_name(tmp_path):
     one, two = drafter(tmp_path / "a" / "mine", "1"), drafter(tmp_path / "b" / "mine", "2")
     Stage(tmp_path / "out" / "mine", "evaluate", {}, {"drafter": model_fingerprint(one)}).finish({}, {})
     found = output_directories(tmp_path / "out", [two, one])
@@ -165,7 +165,7 @@ def test_copies_of_a_drafter_are_evaluated_once(tmp_path):
     assert output_directories(tmp_path, [one, copy, f"{one}/"]) == {one: tmp_path / "mine"}
 
 
-def test_a_second_drafter_of_a_name_is_refused_with_the_command_that_made_the_first(tmp_path):
+def test_another_drafter_in_a_finished_evaluation_is_refused_with_the_command_that_made_it(tmp_path):
     stage = Stage(tmp_path, "evaluate", {}, {"drafter": "aaaa"}, {"command": "python -m x 'drafters=[a/mine]'"})
     stage.finish({}, {})
     with pytest.raises(ArtifactError, match=r"inputs.drafter: there 'aaaa', asked for 'bbbb'.*drafters=\[a/mine\]"):

@@ -1,4 +1,4 @@
-"""The whole method on a pair that is not the embedded default's, through the stages' own entry points.
+"""Tests of all stages, through their entry points, on a pair that is not that of the embedded default.
 
 The target is a GPT-2 with learned positions and a word-level tokenizer without chat template; the data are local files.
 """
@@ -43,7 +43,7 @@ def test_every_stage_leaves_a_finished_directory(world):
     }  # fmt: skip
 
 
-def test_counts_add_up_and_greedy_text_is_the_targets_own(world):
+def test_counts_add_up_and_greedy_text_equals_the_targets(world):
     _, root = world
     for name in ("drafter", "kld-seed1", "tvdpp-seed1"):
         rows = read_jsonl(root / "evaluate" / name / "counts.jsonl")
@@ -63,7 +63,7 @@ def test_the_report_is_written(world):
     assert (root / "report" / "figures" / "curves.png").stat().st_size > 10_000
 
 
-def test_finetuning_logs_the_common_yardsticks_from_step_zero(world):
+def test_finetuning_logs_the_metrics_shared_by_all_losses_from_step_zero(world):
     _, root = world
     header, *lines = (root / "finetune" / "kld-seed1" / "logs" / "metrics.csv").read_text().splitlines()
     for name in ("train/loss", "val/kld", "val/tvd", "val/acceptance_rate"):
@@ -87,7 +87,7 @@ def test_a_second_run_changes_no_artifact(world):
     assert after == before
 
 
-def test_manifests_say_where_responses_end(world):
+def test_manifests_have_the_stop_ids(world):
     _, root = world
     for path in ("responses", "evaluate/drafter", "evaluate/kld-seed1"):
         assert json.loads((root / path / "manifest.json").read_text())["counts"]["stop_ids"] == [0]
@@ -114,7 +114,7 @@ def test_a_cached_and_a_live_target_train_the_same_drafter(world):
         AutoModelForCausalLM.from_pretrained(root / "finetune" / name).state_dict() for name in ("cached", "live")
     )
     for key in cached:
-        # The same states, once from a padded batch of another width: rounding only.
+        # The states are the same but for rounding: one run computes them in a padded batch of another width.
         torch.testing.assert_close(cached[key], live[key], rtol=1e-3, atol=1e-4)
 
 
@@ -140,7 +140,7 @@ def test_every_kind_of_objective_trains(world, tmp_path, how):
     assert all(not torch.equal(after[key], before[key]) for key in after if after[key].ndim > 1)
 
 
-def test_an_evaluation_with_adaptive_drafts_goes_on_where_it_was_cut(world, tmp_path):
+def test_an_interrupted_evaluation_with_adaptive_drafts_continues(world, tmp_path):
     overrides, root = world
     command = [*overrides, f"out={tmp_path}/out", f"drafters=[{root}/drafter,{root}/finetune/kld-seed1]"]
     command += ["evaluate.num_speculative_tokens=[2,adaptive]"]
@@ -167,7 +167,7 @@ def test_an_evaluation_with_adaptive_drafts_goes_on_where_it_was_cut(world, tmp_
     assert read_jsonl(tmp_path / "out" / "drafter" / "samples.jsonl")[0]["message"] == "kept"
 
 
-def test_the_gamma_report_says_of_each_task_what_is_best(world, tmp_path):
+def test_the_gamma_report_names_the_best_gamma_of_each_task(world, tmp_path):
     overrides, root = world
     how = [f"gamma.drafter={root}/finetune/kld-seed1", "gamma.largest=3", "gamma.prompts_per_task=3"]
     stage("gamma", [*overrides, *how, f"out={tmp_path}/gamma"])
@@ -180,7 +180,7 @@ def test_the_gamma_report_says_of_each_task_what_is_best(world, tmp_path):
     assert (folder / "gamma.png").stat().st_size > 10_000
     rows = [row for row in read_jsonl(folder / "gamma.jsonl") if row["task"] == "prompts"]
     counts = [row for row in read_jsonl(folder / "counts.jsonl") if row["task"] == "prompts"]
-    for row in rows:  # greedily, the estimate from the target's texts is what decoding gives
+    for row in rows:  # in greedy decoding the expected block efficiency equals the measured one
         decoded = [one for one in counts if one["gamma"] == row["gamma"]]
         tokens, calls = (sum(one[name] for one in decoded) for name in ("tokens", "target_calls"))
         assert row["block_efficiency"] == pytest.approx(tokens / calls)
@@ -209,7 +209,7 @@ def test_the_gamma_report_says_of_each_task_what_is_best(world, tmp_path):
         ("evaluate", "+evaluate.sampling.temperature=-1", ValueError, "temperature is -1"),
     ],
 )
-def test_bad_input_is_one_clear_error_and_changes_nothing(world, tmp_path, name, change, error, message):
+def test_bad_input_raises_one_clear_error_and_changes_nothing(world, tmp_path, name, change, error, message):
     overrides, root = world
     save_target(tmp_path / "other", [*WORDS, "new"])
     save_target(tmp_path / "reseeded", seed=1)
@@ -267,7 +267,7 @@ def test_the_pipeline_refuses_a_wrong_value_of_its_last_stage_before_the_first_c
 
 
 def save_hybrid(folder):
-    """A target whose config names convolution layers; no weights are needed to refuse it."""
+    """Save a target whose config has convolution layers; it is refused without weights."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     kinds = {"num_key_value_heads": 2, "max_position_embeddings": 512, "layer_types": ["conv", "full_attention"]}
     AutoConfig.for_model("lfm2", vocab_size=4096, **sizes, **kinds).save_pretrained(folder)
@@ -300,7 +300,7 @@ def test_a_target_that_cannot_be_decoded_is_refused_before_anything_computes(tmp
         (["trainer.precision=16-mixed"], "trainer.precision is 16-mixed: .* Give bf16-mixed"),
     ],
 )
-def test_pretrain_refuses_before_the_first_stage_what_it_could_not_train(tmp_path, change, message):
+def test_the_check_of_pretrain_refuses_drafters_that_cannot_be_trained(tmp_path, change, message):
     from hydra import initialize_config_module
 
     with initialize_config_module("conf", version_base="1.3"):
@@ -317,7 +317,7 @@ def test_a_refusal_is_one_line_on_the_command_line(tmp_path):
     assert result.stderr.startswith("error: respond.top_p is 2, must be above 0, at most 1")
 
 
-def test_two_processes_that_share_an_evaluation_count_what_one_counts(world, tmp_path):
+def test_two_processes_that_share_an_evaluation_give_the_counts_of_one_process(world, tmp_path):
     overrides, root = world
     shutil.copytree(root, tmp_path / "root")
     shutil.rmtree(tmp_path / "root" / "evaluate" / "kld-seed1")

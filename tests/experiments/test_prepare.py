@@ -1,4 +1,4 @@
-"""The stage `prepare` on data as people have them, with the embedded target's tokenizer."""
+"""Tests of the stage `prepare` on data in common forms, with the embedded target's tokenizer."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def overrides(folder, sources, **tasks):
 
 
 def given(value):
-    """A value as Hydra's command line takes it."""
+    """Return a value in the grammar of Hydra's command line."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{given(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list):
@@ -71,7 +71,7 @@ def test_two_sources_take_turns_and_keep_their_answers(folder):
     assert counts["rows"]["text heldout"]["left_out"]["empty"] == 2
 
 
-def test_null_fields_are_empty_and_what_is_left_out_is_counted(folder):
+def test_null_fields_are_empty_and_rows_that_are_left_out_are_counted(folder):
     rows = [{"prompt": f"Name {i}.", "input": None if i % 2 else f"in words ({i})"} for i in range(40)]
     rows += [{"prompt": None, "input": None}, {"prompt": "Name 41."}, {"prompt": "long " * 400, "input": ""}]
     write_jsonl(folder / "ask.jsonl", rows)
@@ -89,7 +89,7 @@ def test_null_fields_are_empty_and_what_is_left_out_is_counted(folder):
     assert of_source["rows_that_lack"] == {"input": 2}  # of the prompt's template, and of the reference's
 
 
-def test_where_no_instruction_is_held_out_by_its_hash_one_is(folder, caplog):
+def test_one_instruction_is_held_out_if_the_hash_holds_out_none(folder, caplog):
     write_jsonl(folder / "few" / "train.jsonl", [{"prompt": f"How far is town {i}?"} for i in range(12)])
     stage("prepare", overrides(folder, {"few": source(folder / "few" / "train.jsonl")}))
     rows, _, counts = prepared(folder)
@@ -127,7 +127,7 @@ def test_control_tokens_in_a_message_do_not_end_its_turn(folder):
         ("text", [], r"the corpus is empty"),
     ],
 )
-def test_what_would_fail_later_is_refused_by_its_name_before_text_is_packed(folder, name, rows, message, dry_run):
+def test_unusable_data_are_refused_by_name_before_text_is_packed(folder, name, rows, message, dry_run):
     shutil.copy(folder / "a" / "train.jsonl", folder / "ask.jsonl")
     write_jsonl(folder / f"{name}.jsonl", rows)
     command = overrides(folder, {"ask": source(folder / "ask.jsonl")}, task=source(folder / "task.jsonl"))
@@ -136,7 +136,7 @@ def test_what_would_fail_later_is_refused_by_its_name_before_text_is_packed(fold
     assert not list(folder.glob("run/data/train.npy"))
 
 
-def test_the_identity_is_what_the_rows_are_and_not_where_they_lie_or_how_they_are_decoded(folder):
+def test_the_identity_contains_the_rows_and_neither_their_paths_nor_their_decoding(folder):
     def command(where, **task):
         sources = {"a": source(where / "a" / "train.jsonl")}
         return [*overrides(where, sources, prompts=source(where / "task.jsonl", **task)), f"root={folder}/run"]

@@ -1,4 +1,4 @@
-"""What one sees while a stage runs, and at the end of a pipeline."""
+"""Tests of the progress of a stage and of the last lines of a pipeline."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ from experiments.running.progress import Progress, announce, duration
 
 
 class Clock:
-    """A time that the test sets."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -30,14 +30,14 @@ def clock(monkeypatch, caplog):
 
 
 def run(clock, **how):
-    """A hundred items, one per second, of 50 tokens each; the first ten were done before."""
+    """Report a hundred items, one per second, of 50 tokens each; the first ten were done before."""
     with Progress("respond", "row", done=10, clock=clock, **how) as progress:
         for done in range(11, 101):
             clock.now += 1
             progress(done, 100, 50, lambda: 1.23456)
 
 
-def test_a_log_has_a_line_every_thirty_seconds_with_the_loss_the_rate_and_the_time_left(clock, caplog):
+def test_a_log_has_a_line_every_thirty_seconds_with_loss_rate_and_time_left(clock, caplog):
     run(clock, ranks=2)
     assert caplog.messages == [
         "respond: row 40 of 100, loss 1.235, 100 tokens/s, 60 s left",
@@ -46,7 +46,7 @@ def test_a_log_has_a_line_every_thirty_seconds_with_the_loss_the_rate_and_the_ti
     ]
 
 
-def test_other_ranks_are_silent_and_a_total_may_be_unknown(clock, caplog, monkeypatch):
+def test_other_ranks_are_silent_and_the_total_may_be_unknown(clock, caplog, monkeypatch):
     with Progress("prepare", "token", clock=clock) as progress:
         clock.now += 31
         progress(5000, None)
@@ -57,22 +57,22 @@ def test_other_ranks_are_silent_and_a_total_may_be_unknown(clock, caplog, monkey
     assert len(caplog.messages) == 1
 
 
-def test_a_terminal_has_one_bar_without_lightnings_epoch(clock, caplog, monkeypatch, capsys):
+def test_a_terminal_shows_one_bar(clock, caplog, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(clock)
-    told = capsys.readouterr().err
-    assert "100/100" in told.replace("100.", "100")
-    assert "loss 1.235, 50 tokens/s" in told
+    shown = capsys.readouterr().err
+    assert "100/100" in shown.replace("100.", "100")
+    assert "loss 1.235, 50 tokens/s" in shown
     assert caplog.messages == []
 
 
-def test_a_stage_says_its_number_and_where_it_writes(clock, caplog):
+def test_a_stage_logs_its_number_and_directory(clock, caplog):
     announce("respond", "runs/tiny/responses", 3, 7)
     announce("respond", "runs/tiny/responses")
     assert caplog.messages == ["stage 3 of 7: respond → runs/tiny/responses", "respond → runs/tiny/responses"]
 
 
-def test_durations_are_as_people_say_them():
+def test_durations_have_a_readable_unit():
     assert [duration(seconds) for seconds in (90, 720, 12_600)] == ["90 s", "12 min", "3.5 h"]
 
 
@@ -87,7 +87,7 @@ def evaluation(loss, calls, seconds, folder):
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(2.0, "It does not pay"), (0.5, "It pays"), (1.0, "It is undecided")])
-def test_the_end_names_the_best_drafter_whether_it_pays_and_what_is_next(tmp_path, seconds, verdict):
+def test_the_last_lines_name_the_best_drafter_whether_it_pays_and_the_next_step(tmp_path, seconds, verdict):
     found = [
         evaluation(name, calls, seconds, tmp_path) for name, calls in (("pretrained", 50), ("kld", 40), ("ce", 45))
     ]

@@ -1,4 +1,4 @@
-"""A multirun over anything: a directory a cell, named by what differs, and none is repeated."""
+"""Tests of sweeps over any key: each cell has a directory named by its swept values, and finished cells are skipped."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def hydra_session():
 
 
 @pytest.mark.parametrize("value", [*VALUES, 3, 0.25, True, None, [1, "a b"], {"x": [True, "it's"]}])
-def test_an_override_made_in_code_gives_back_its_value(hydra_session, value):
+def test_an_override_made_in_code_has_its_value_after_parsing(hydra_session, value):
     assert OmegaConf.to_object(compose("curves", [override("only", [value])]))["only"] == [value]
 
 
@@ -68,12 +68,12 @@ def test_swept_keys_are_those_with_several_values_and_the_last_override_counts()
         ("prepare", ["data=docstrings_smoke", "scale=tiny"], "data-data_docstrings_smoke"),
     ],
 )
-def test_a_cell_is_named_by_what_is_swept(hydra_session, stage, overrides, out):
+def test_a_cell_is_named_by_its_swept_values(hydra_session, stage, overrides, out):
     keys = ",".join(sorted(one.partition("=")[0].lstrip("+") for one in overrides))
     assert configured(stage, [*overrides, f"swept=[{keys}]"]).out == f"runs/tiny/{out}"
 
 
-def test_values_are_told_apart_in_names_whatever_their_characters():
+def test_different_values_have_different_names():
     values = ["a/b", "a b", "a_b", "a" * 60, "a" * 61, ["x"], "x", "ü", 0.1, 1e-4]
     names = [as_name(value) for value in values]
     assert len(set(names)) == len(values)
@@ -82,7 +82,7 @@ def test_values_are_told_apart_in_names_whatever_their_characters():
 
 @pytest.fixture
 def sweep(world, tmp_path, monkeypatch):
-    """Run a multirun as the command line does; returns its finished cells: name -> manifest."""
+    """Return a function that runs a sweep like the command line and returns the manifests of its cells by name."""
     overrides, _ = world
 
     def run(*params, logger="csv"):
@@ -111,15 +111,15 @@ def sweep(world, tmp_path, monkeypatch):
     ],
     ids=lambda value: value[-1] if "=" in value[0] else "",
 )
-def test_a_sweep_over_any_key_has_a_directory_a_cell(sweep, params, names):
+def test_a_sweep_over_any_key_has_one_directory_per_cell(sweep, params, names):
     found = sweep(*params)
     seeds = (0, 1) if params == ["seed=0,1"] else (0, 0)
     assert list(found) == [f"tvdpp-{name}seed{seed}" for name, seed in zip(names, seeds, strict=True)]
     one, two = ({**manifest["settings"], "series": "", "swept": None} for manifest in found.values())
-    assert one != two  # what is swept is part of a cell's identity
+    assert one != two  # the swept values are part of a cell's identity
 
 
-def test_two_keys_at_once_make_a_directory_and_a_run_a_cell_and_none_is_repeated(sweep, tmp_path, monkeypatch):
+def test_a_sweep_over_two_keys_has_a_directory_and_a_wandb_run_per_cell_and_repeats_none(sweep, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     runs, settings = [], recording.run_settings
 
@@ -132,7 +132,7 @@ def test_two_keys_at_once_make_a_directory_and_a_run_a_cell_and_none_is_repeated
     found = sweep(*params, logger="wandb")
     names = {f"tvdpp-temperature_{temperature}-seed{seed}" for temperature in (0.5, 1.0) for seed in (1, 2)}
     assert set(found) == {run["name"] for run in runs} == names
-    assert {run["group"] for run in runs} == {"tvdpp-temperature_0.5", "tvdpp-temperature_1.0"}  # a line each
+    assert {run["group"] for run in runs} == {"tvdpp-temperature_0.5", "tvdpp-temperature_1.0"}  # one line each
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 4
     before = snapshot(tmp_path / "out")
     assert sweep(*params, logger="wandb") == found
