@@ -30,7 +30,7 @@ from experiments.running.data_sources import (
     first_rows,
     has_docstrings,
     instruction_sources,
-    of_task,
+    task_candidates,
     pretraining_source,
     task_sources,
 )
@@ -96,7 +96,7 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
                 rows = [row["prompt"] for split in asked.rows.values() for row in split if row["kind"] == name]
                 yield f"{told(one.path, rows, as_prompts=True)} ({asked.tallies[name]})"
         tasks = task_sources(cfg)
-        prompts = {name: first_rows(of_task(one, name), _rows(one)) for name, one in tasks.items()}
+        prompts = {name: first_rows(task_candidates(one, name), _rows(one)) for name, one in tasks.items()}
         for name, chosen in (choose_prompts(cfg, prompts, tokenizer) if prompts else {}).items():
             rows = [row["prompt"] for row in chosen.rows[name]]
             yield f"{told(f'task {name}, {tasks[name].path}', rows, as_prompts=True)} ({chosen.tallies[name]})"

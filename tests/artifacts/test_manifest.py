@@ -72,10 +72,10 @@ def test_settings_are_compared_as_json_so_that_a_tuple_is_a_list(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "inputs", "named"),
     [
-        ("respond", {**SETTINGS, "batch_size": 8}, INPUTS, ["settings.batch_size", "there 4", "asked for 8"]),
-        ("respond", SETTINGS, {**INPUTS, "data": "cccc"}, ["inputs.data", "there 'aaaa'", "asked for 'cccc'"]),
-        ("respond", SETTINGS, {"data": "aaaa"}, ["inputs.target", "there 'bbbb'", "asked for None"]),
-        ("cache", SETTINGS, INPUTS, ["stage", "there 'respond'", "asked for 'cache'"]),
+        ("respond", {**SETTINGS, "batch_size": 8}, INPUTS, ["settings.batch_size", "found 4", "requested 8"]),
+        ("respond", SETTINGS, {**INPUTS, "data": "cccc"}, ["inputs.data", "found 'aaaa'", "requested 'cccc'"]),
+        ("respond", SETTINGS, {"data": "aaaa"}, ["inputs.target", "found 'bbbb'", "requested None"]),
+        ("cache", SETTINGS, INPUTS, ["stage", "found 'respond'", "requested 'cache'"]),
     ],
     ids=["settings", "inputs", "fewer-inputs", "stage"],
 )
@@ -140,7 +140,7 @@ def test_an_interrupted_stage_cannot_be_read(tmp_path):
 
 def test_a_manifest_of_another_stage_is_refused_with_both_names(tmp_path):
     finished(tmp_path)
-    with pytest.raises(ArtifactError, match=r"stage 'respond', wanted 'cache'"):
+    with pytest.raises(ArtifactError, match=r"stage 'respond', expected 'cache'"):
         read_manifest(tmp_path, "cache")
 
 

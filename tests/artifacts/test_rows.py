@@ -111,7 +111,7 @@ def test_every_flipped_bit_of_a_row_is_noticed_when_it_is_read_and_other_rows_ar
         ),
         (
             lambda path: (path / "index.parquet").write_bytes(b"x" + (path / "index.parquet").read_bytes()[1:]),
-            r"index\.parquet is damaged: it is not the one",
+            r"index\.parquet is damaged: its checksum is not that of the manifest",
         ),
         (lambda path: (path / "index.parquet").unlink(), r"index\.parquet is damaged"),
         (lambda path: (path / "manifest.json").unlink(), r"holds no finished 'cache'"),

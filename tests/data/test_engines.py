@@ -16,7 +16,7 @@ from drafter.data.engines import (
     Request,
     mixed_engine,
     request_seed,
-    settings_left_out,
+    ignored_settings,
     transformers_engine,
     vllm_engine,
 )
@@ -24,7 +24,7 @@ from drafter.data.responses import plan, shards
 from drafter.decoding.speculative import Sampling, autoregressive_decode
 from drafter.models.loading import ModelSource
 from drafter.ranks import Ranks
-from experiments.running.responding import engine, tell_left_out
+from experiments.running.responding import engine, log_ignored_settings
 from tests.conftest import VOCABULARY, save_target, small_model
 from tests.data.test_responses import requests
 
@@ -151,16 +151,16 @@ def test_no_field_of_the_checkpoints_generation_config_changes_samples(target, o
 def test_what_the_generation_config_asks_for_is_told(tmp_path, caplog):
     save_target(tmp_path)
     with caplog.at_level(logging.INFO):
-        tell_left_out(str(tmp_path))
+        log_ignored_settings(str(tmp_path))
     assert not caplog.messages
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.1, "top_k": 20}))
-    assert settings_left_out(str(tmp_path)) == {"repetition_penalty": 1.1, "top_k": 20}
+    assert ignored_settings(str(tmp_path)) == {"repetition_penalty": 1.1, "top_k": 20}
     with caplog.at_level(logging.INFO):
-        tell_left_out(str(tmp_path))
+        log_ignored_settings(str(tmp_path))
     assert f"of {tmp_path} sets top_k=20, repetition_penalty=1.1: these are not applied" in caplog.text
     file.unlink()
-    assert settings_left_out(str(tmp_path)) == {}
+    assert ignored_settings(str(tmp_path)) == {}
 
 
 def test_reference_answers_without_an_end_of_text_are_refused():

@@ -23,11 +23,11 @@ def refusal(path, content):
     return str(caught.value)
 
 
-def test_jsonl_rows_keep_their_nested_fields_and_blank_lines_are_none(tmp_path):
+def test_jsonl_rows_keep_nested_fields_and_blank_lines_are_skipped(tmp_path):
     rows = [{"translation": {"de": "Hallo", "en": "Hello"}, "id": i} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) + "\n" for row in rows))
     assert rows_of(tmp_path / "rows.jsonl") == rows
-    assert [row.place for row in read_file(tmp_path / "rows.jsonl")][-1].endswith("rows.jsonl, row 5")
+    assert [row.location for row in read_file(tmp_path / "rows.jsonl")][-1].endswith("rows.jsonl, row 5")
 
 
 def test_fields_may_change_their_type_from_row_to_row(tmp_path):
@@ -111,10 +111,10 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", '{"a": 1}\n{"a": \n', r"rows\.jsonl, row 2 is not JSON .*: mend or remove it"),
-        ("rows.jsonl", '{"a": 1}\n["a"]\n', r"rows\.jsonl, row 2 is list \"\['a'\]\": wanted an object"),
-        ("rows.json", '{\n"data": [{"a": 1}]}', r"rows\.json is one object, with \['data'\]: wanted an array"),
-        ("rows.json", "[1]", r"row 1 is int '1': wanted an object"),
+        ("rows.jsonl", '{"a": 1}\n{"a": \n', r"rows\.jsonl, row 2 is not JSON .*: correct or remove it"),
+        ("rows.jsonl", '{"a": 1}\n["a"]\n', r"rows\.jsonl, row 2 is list \"\['a'\]\": expected an object"),
+        ("rows.json", '{\n"data": [{"a": 1}]}', r"rows\.json is one object, with \['data'\]: expected an array"),
+        ("rows.json", "[1]", r"row 1 is int '1': expected an object"),
         ("rows.csv", "a,b\n1,2\n1,2,3\n", r"rows\.csv, row 3 has 3 cells for the 2 columns \['a', 'b'\]"),
         ("rows.csv", 'a,b\n1,2\n"1,2\n', r"rows\.csv, row 3 is not CSV"),
         ("rows.csv", "a,a\n1,2\n", r"the header has \['a'\] more than once"),

@@ -1,7 +1,7 @@
 import pytest
 from tokenizers import processors
 
-from drafter.data.prompts import check_embedding, encode_prompt, encode_prompts, tokenizer_hash
+from drafter.data.prompts import check_embedding, encode_prompt, encode_prompts
 from experiments.tiny_target import train_tokenizer
 
 LINES = ["What does `numpy.sum` do?", "It adds the elements of an array.", "user assistant\n"]
@@ -72,32 +72,6 @@ def test_a_too_long_prompt_is_named_with_its_tokens_the_context_and_its_beginnin
 def test_no_messages_are_refused(tokenizer):
     with pytest.raises(ValueError, match="no prompts"):
         encode_prompts(tokenizer, [], max_new_tokens=8, context=512)
-
-
-def test_the_tokenizer_hash_is_the_same_for_the_same_tokenizer(tokenizer):
-    assert tokenizer_hash(tokenizer) == tokenizer_hash(tokenizer_of(LINES))
-    assert len(tokenizer_hash(tokenizer)) == 16
-
-
-def test_the_tokenizer_hash_survives_saving(tokenizer, tmp_path):
-    from drafter.models.loading import load_tokenizer
-
-    tokenizer.save_pretrained(tmp_path)
-    assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(tokenizer)
-
-
-def test_the_tokenizer_hash_changes_with_the_template(tokenizer, base_tokenizer):
-    before = tokenizer_hash(tokenizer)
-    tokenizer.chat_template = tokenizer.chat_template.replace("\n", " ")
-    assert len({before, tokenizer_hash(tokenizer), tokenizer_hash(base_tokenizer)}) == 3
-
-
-def test_the_tokenizer_hash_changes_with_the_vocabulary(tokenizer):
-    before = tokenizer_hash(tokenizer)
-    other = tokenizer_of(["zebra zebra zebra quick quick fox fox"] * 3)
-    assert tokenizer_hash(other) != before
-    tokenizer.add_tokens(["<|new|>"])
-    assert tokenizer_hash(tokenizer) != before
 
 
 def test_an_id_that_is_never_written_needs_no_row_in_the_embedding(tokenizer):
