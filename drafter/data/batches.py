@@ -58,7 +58,12 @@ def collate(samples: list[Sequence]) -> Batch:
     is_text = torch.tensor([sample.is_text for sample in samples])
     millionths = [round(1e6 * sample.temperature) if sample.temperature >= 0 else -1 for sample in samples]
     return Batch(
-        input_ids, attention, mask, is_text, torch.tensor(millionths), _join_cached([sample.cached_N for sample in samples])
+        input_ids,
+        attention,
+        mask,
+        is_text,
+        torch.tensor(millionths),
+        _join_cached([sample.cached_N for sample in samples]),
     )
 
 

@@ -182,7 +182,7 @@ def _without_annotations(arguments: ast.arguments) -> ast.arguments:
 
 
 def _code(node: Function) -> str:
-    """Return the function without its docstring, normalised by `ast`; "" if it is too short or too long to be useful."""
+    """Return the function without its docstring, normalised by `ast`; "" if it is too short or too long."""
     body = node.body[1:]
     if not 3 <= len(body) <= 12:
         return ""

@@ -150,7 +150,9 @@ def _text(value: Any, field: Field) -> str:
     if value is None or value != value:  # pandas writes NaN for a null in a column of numbers
         return ""
     if not isinstance(value, (str, int, float, Decimal, date, time)):
-        raise ValueError(f"the field {{{field.name}}} is {_describe(value)} where text is expected: name a field inside it")
+        raise ValueError(
+            f"the field {{{field.name}}} is {_describe(value)} where text is expected: name a field inside it"
+        )
     text = format(value, field.spec) if field.spec else str(value)
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(

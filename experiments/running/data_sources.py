@@ -60,19 +60,23 @@ def pretraining_source(cfg: DictConfig) -> Source:
 
 
 def task_sources(cfg: DictConfig) -> dict[str, Source]:
-    """Return the sources of the tasks that have one; a task on docstrings has none.
+    """Return the sources of the tasks that have one. A task on docstrings has none; its path is null.
 
     Raises:
         ValueError: a task has no path although the data are not docstrings, or a setting is wrong.
     """
     found = {}
     for name, settings in plain(cfg.task).items():
-        of_source = {key: value for key, value in settings.items() if key not in DECODING}
-        if "path" in settings:
-            found[name] = source_of(of_source, f"task.{name}")
+        if "path" not in settings:
+            raise ValueError(
+                f"task.{name} has no path: give it as task.{name}.path=..., or null to ask about docstrings"
+            )
+        if settings["path"] is not None:
+            fields = {key: value for key, value in settings.items() if key not in DECODING}
+            found[name] = source_of(fields, f"task.{name}")
         elif not has_docstrings(cfg):
             raise ValueError(
-                f"task.{name} has no path, and data={cfg.data.name} has no docstrings to ask about: task=files"
+                f"task.{name}.path is null, and data={cfg.data.name} has no docstrings to ask about: task=files"
             )
     return found
 
@@ -104,7 +108,9 @@ def identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
 def gather(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
     """Return the data that the config names, without the texts that `encodes` refuses."""
     data = docstrings(cfg, encodes) if has_docstrings(cfg) else datasets(cfg, encodes)
-    return data._replace(tasks={**data.tasks, **{name: task_candidates(one, name) for name, one in task_sources(cfg).items()}})
+    return data._replace(
+        tasks={**data.tasks, **{name: task_candidates(one, name) for name, one in task_sources(cfg).items()}}
+    )
 
 
 def docstrings(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:

@@ -12,9 +12,9 @@ from drafter.data.engines import (
     Engine,
     Limits,
     Request,
+    ignored_settings,
     mixed_engine,
     references_engine,
-    ignored_settings,
     transformers_engine,
     vllm_engine,
 )

@@ -14,9 +14,9 @@ from transformers.generation import CompileConfig
 from drafter.data.engines import (
     Limits,
     Request,
+    ignored_settings,
     mixed_engine,
     request_seed,
-    ignored_settings,
     transformers_engine,
     vllm_engine,
 )

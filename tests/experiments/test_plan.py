@@ -140,11 +140,11 @@ def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothin
     assert "24 rows, ends at [0], no chat template" in told
     assert "text.jsonl: rows of [" in told
     assert "task prompts" in told
-    assert f"cache: {root}/cache is there" in told
+    assert f"cache: {root}/cache exists" in told
     assert re.search(r"batches of \d+ samples over 1 ranks", told)
     elsewhere = tmp_path / "none"
     pipeline.main([*overrides, "losses=[kld]", "dry_run=true", f"root={elsewhere}"])
-    assert "cache is not there yet: the stages before make it" in capsys.readouterr().out
+    assert "cache does not exist yet: an earlier stage makes it" in capsys.readouterr().out
     assert not list(elsewhere.rglob("*.json*"))
 
 
