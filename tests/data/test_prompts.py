@@ -59,7 +59,7 @@ def test_a_prompt_that_just_fits_is_accepted_and_one_token_more_is_refused(token
         encode_prompts(tokenizer, [LINES[1]], max_new_tokens=9, context=length + 8)
 
 
-def test_a_too_long_prompt_is_named_with_its_tokens_the_context_and_its_beginning(tokenizer):
+def test_the_error_for_a_long_prompt_has_its_length_the_context_and_its_beginning(tokenizer):
     messages = ["short", "It adds the elements of an array. " * 40, "short too"]
     length = len(encode_prompt(tokenizer, messages[1]))
     with pytest.raises(ValueError, match="exceeds") as refusal:
@@ -74,7 +74,7 @@ def test_no_messages_are_refused(tokenizer):
         encode_prompts(tokenizer, [], max_new_tokens=8, context=512)
 
 
-def test_an_id_that_is_never_written_needs_no_row_in_the_embedding(tokenizer):
+def test_an_id_that_is_never_produced_needs_no_row_in_the_embedding(tokenizer):
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     check_embedding(tokenizer, rows, "it")
@@ -82,7 +82,7 @@ def test_an_id_that_is_never_written_needs_no_row_in_the_embedding(tokenizer):
 
 
 @pytest.mark.parametrize("written", ["by a text", "by the template", "at the end", "by the tokenizer"])
-def test_an_id_that_is_written_needs_a_row_in_the_embedding(tokenizer, written):
+def test_an_id_that_is_produced_needs_a_row_in_the_embedding(tokenizer, written):
     rows = len(tokenizer)
     if written == "by a text":
         tokenizer.add_tokens(["<think>"])
