@@ -29,7 +29,7 @@ from drafter.training.weighting import Weighting
 from experiments.running import dry_run, on_policy
 from experiments.running.commands import command
 from experiments.running.identity import finetuned_identity, named_values
-from experiments.running.inputs import claim, pair_inputs, responses_fingerprint, target_source
+from experiments.running.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.running.training import KeptSteps, configure_memory, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def finetune(cfg: DictConfig) -> None:
         require_output_embedding(directory, target.get_output_embeddings())
     tokenizer = load_tokenizer(source)
     data, judged_on = samples(cfg, drafter)
-    if "reference" in cfg.weighting:
+    if cfg.weighting.reference:
         check_pair(source, cfg.weighting.reference)
         reference = load_target(partner(cfg.weighting.reference, source))
         weighting = partial(weighting, reference=reference)
@@ -103,7 +103,7 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
     A weighting's reference drafter is an input: its fingerprint counts, wherever it lies.
     """
     weighting = named_values(cfg.weighting, "weighting")
-    weighting.pop("reference", None)
+    del weighting["reference"]
     return {
         **training_settings(cfg, "finetune"),
         **finetuned_identity(cfg)._asdict(),
@@ -119,11 +119,12 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     if not cfg.inputs.cache:
         check_parallel(cfg.target.parallel, "fsdp", "finetune")
     loss: Loss = hydra.utils.instantiate(cfg.loss)
-    weighting: Weighting = hydra.utils.instantiate(cfg.weighting)
+    fields = {name: value for name, value in plain(cfg.weighting).items() if name != "reference"}  # loaded later
+    weighting: Weighting = hydra.utils.instantiate(fields)
     zeros, positions = torch.zeros(2, 2), Positions(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))
     try_loss(loss, zeros, positions)
     check_chunks(loss)
-    if "reference" not in cfg.weighting:
+    if not cfg.weighting.reference:
         weighting(Predicted(zeros, Head(zeros), lambda rows: zeros[rows], positions), batch=None)
     text_samples(0, cfg.finetune.text_share)
     if read_kept(cfg.inputs.drafter):
@@ -161,7 +162,7 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
         judge = read_manifest(cfg.inputs.validation, kind)
         require(cfg.inputs.validation, "target", judge["inputs"]["target"], inputs["target"])
         inputs["validation"] = fingerprint(cfg.inputs.validation, kind)
-    if "reference" in cfg.weighting:
+    if cfg.weighting.reference:
         inputs["reference"] = model_fingerprint(cfg.weighting.reference)
     return inputs
 

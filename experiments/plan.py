@@ -14,7 +14,7 @@ from drafter.models.initialization import build_drafter
 from drafter.models.loading import meta_model
 from experiments.planning.estimates import Stage, World, estimates
 from experiments.planning.roofline import Shape
-from experiments.reporting.tabular import Table
+from experiments.reporting.tabular import Table, number
 from experiments.running.commands import pipeline_command
 from experiments.running.inputs import plain, target_source
 from experiments.running.jobs import Job, all_jobs
@@ -62,7 +62,7 @@ def report(stages: list[Stage], world: World, settings: DictConfig) -> str:
     speedups = ", ".join(f"{memory_bound_speedup(world.block_efficiency, ratio, g):.2f} at γ = {g}" for g in gammas)
     head = (
         f"# Plan: {world.gpus} × {world.hardware.name}\n\n"
-        f"Target {amount(world.target.parameters)} parameters, drafter {amount(world.drafter.parameters)}: "
+        f"Target {number(world.target.parameters)} parameters, drafter {number(world.drafter.parameters)}: "
         f"c = {ratio:.2%}. With the block efficiency to expect, {world.block_efficiency}, the memory-bound speed-up is "
         f"{speedups}.\n"
     )
@@ -77,7 +77,7 @@ def report(stages: list[Stage], world: World, settings: DictConfig) -> str:
             [
                 name,
                 str(len(chosen)),
-                amount(sum(stage.tokens for stage in chosen)),
+                number(sum(stage.tokens for stage in chosen)),
                 f"{sum(stage.operations for stage in chosen):.1e}",
                 size(max(stage.total_memory for stage in chosen)),
                 size(sum(stage.disk for stage in chosen)),
@@ -116,20 +116,12 @@ def refuse(stages: list[Stage], world: World, settings: DictConfig) -> None:
         )
 
 
-def amount(number: float) -> str:
-    """Return a number with three significant digits and a unit: "6.7B"."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.0f}"
-
-
-def size(number: float) -> str:
+def size(value: float) -> str:
     """Return a number of bytes with its unit: "13.5 GB"; nothing for 0."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number / 1e3:.3g} kB" if number else ""
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value / 1e3:.3g} kB" if value else ""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One writer per directory on disk: a lock that ends with the process that holds it.
+"""Lock a directory on disk for one writer. The lock ends with the process that holds it.
 
-Some file systems (Lustre without its `flock` option, NFS without a lock daemon) have no locks. There a marker file that
-names process and host takes the lock's place. A marker whose process has ended is taken over on the same host; from
-another host nobody can tell, so that `owner` says which file to remove.
+Some file systems (Lustre without its `flock` option, NFS without a lock daemon) have no locks. There, a marker file
+with the process and the host replaces the lock. On the same host, the marker of a process that has ended is taken over.
+Another host cannot tell whether the process has ended, so `owner` says which file to remove.
 """
 
 import errno
@@ -38,18 +38,18 @@ def take_lock(directory: Path) -> BaseFileLock:
 
 
 def owner(directory: Path) -> str:
-    """Say which process holds the directory's lock, and what to do about a marker that outlived its process."""
+    """Return, as text, which process holds the directory's lock, and how to remove a marker whose process has ended."""
     marker = directory / MARKER
     try:
         if not marker.exists():
             return (directory / LOCK).read_text(encoding="utf-8") or "another process"
         process, host = marker.read_text(encoding="utf-8").splitlines()[:2]
         return f"process {process} on {host} (if it has ended, remove {marker})"
-    except (OSError, ValueError):  # just released, or not written yet
+    except (OSError, ValueError):  # the lock was released a moment ago, or its file is not written yet
         return "another process"
 
 
 def remove_locks(directory: Path) -> None:
-    """Remove the lock's files, once nobody has to be kept out any longer."""
+    """Remove the files of the lock, once the directory is complete."""
     for name in (LOCK, MARKER):
         (directory / name).unlink(missing_ok=True)

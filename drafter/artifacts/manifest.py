@@ -1,9 +1,9 @@
-"""One directory per artifact, and a manifest.json that is written last: its presence means 'complete'.
+"""Keep one directory per artifact, with a manifest.json that is written last: if it exists, the artifact is complete.
 
-A stage's identity is what determines its content: the stage's name, its settings, and the fingerprints of the
-directories that it reads. `Stage` compares the identity asked for with the one on disk, so that a complete
-directory is skipped, an interrupted one is resumed, and one made differently is refused and left untouched. One process
-(of all ranks, the first) holds a lock on a directory on disk while it writes there; the lock ends with the process.
+The identity of a stage is everything that determines its content: the stage's name, its settings, and the fingerprints
+of the directories that it reads. `Stage` compares the requested identity with the one on disk. It skips a complete
+directory, resumes an interrupted one, and refuses one with another identity, which it leaves untouched. One process
+(the first rank) locks the directory on disk while it writes there; the lock ends with the process.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,25 @@ STARTED = "started.json"
 
 
 class ArtifactError(ValueError):
-    """A directory that is missing, unfinished, or made from something else than what was asked for."""
+    """A directory is missing, unfinished, or made from other settings or inputs than the requested ones."""
 
 
 class Stage:
-    """The claim of one stage on its output directory.
+    """Claim an output directory for one stage.
 
-    Constructing it checks the directory and records the identity in started.json; `complete` says that there is
-    nothing left to do; `finish` checksums the files and writes the manifest.
+    The constructor checks the directory and records the identity in started.json. `complete` is true if there is
+    nothing left to do. `finish` computes the checksums of the files and writes the manifest.
 
     Args:
-        directory: where the stage writes: a path, or a URL of an object store.
+        directory: where the stage writes: a path, or the URL of an object store.
         name: the stage's name, e.g. "respond".
         settings: JSON-like values that determine the content.
         inputs: name -> fingerprint of each upstream artifact (see `fingerprint`).
-        made_by: what else the manifest says of how it came about, e.g. the command; no part of the identity.
+        made_by: further fields of the manifest, such as the command. They are not part of the identity.
 
     Raises:
-        ArtifactError: the directory holds another identity, or files of unknown origin, or another process is writing
-            there; nothing in it is changed.
+        ArtifactError: the directory has another identity or files of unknown origin, or another process is writing
+            there. Nothing in it is changed.
     """
 
     def __init__(
@@ -59,32 +59,41 @@ class Stage:
         self.identity = json.loads(json.dumps({"stage": name, "settings": settings, "inputs": inputs}))
         self.made_by = made_by or {}
         self.began = time.time()
-        provenance.process()  # as it is now, not as it is after days
+        provenance.process()  # records the commit at the start, before the checkout changes during a long run
         self._release: Callable[[], Any] = lambda: None
-        self._look()
+        self._inspect()
         first = int(os.environ.get("RANK", 0)) == 0
         if not self.complete and self.folder.is_local:
             self.directory.mkdir(parents=True, exist_ok=True)
             if first:
                 self._release = weakref.finalize(self, _lock(self.directory), force=True)
-                self._look()  # another process may have finished, or begun something else, before the lock was ours
+                self._inspect()  # another process may have written to the directory before the lock was taken
         if not self.complete and first:
             command = {name: value for name, value in self.made_by.items() if name == "command"}
             self.folder.write(STARTED, _json({**self.identity, **command}))
 
     @property
     def directory(self) -> Path:
-        """Where the stage writes, for those that write to a disk alone."""
+        """Return the output directory of a stage that can write only to a disk.
+
+        Raises:
+            ArtifactError: the directory is in an object store.
+        """
         if not self.folder.is_local:
-            raise ArtifactError(f"{self.folder} is not on a disk: this stage writes to one (give another directory)")
+            raise ArtifactError(f"{self.folder} is not on a disk, and this stage writes only to a disk: give a path")
         return Path(self.folder.url)
 
     def finish(self, files: dict[str, str] | None = None, counts: dict[str, Any] | None = None) -> None:
-        """Write the manifest: identity, SHA-256 of each file (default: of all but logs), counts, environment."""
+        """Write the manifest, and release the directory.
+
+        Args:
+            files: name -> SHA-256 of each file; by default, of all content files.
+            counts: numbers that describe the result.
+        """
         if files is None:
             files = {name: sha256(self.directory / name) for name in sorted(_content_files(self.directory))}
         for name in self.folder.sizes():
-            if name.endswith(".tmp"):  # of a process that was killed
+            if name.endswith(".tmp"):  # left by a process that was killed
                 self.folder.remove(name)
         record = {
             **self.identity,
@@ -101,25 +110,26 @@ class Stage:
         self._release()
         self.complete = True
 
-    def _look(self) -> None:
-        """See what the directory holds, and refuse it if that is something else."""
-        there = self.folder.sizes()
-        self.complete = MANIFEST in there
+    def _inspect(self) -> None:
+        """Set `complete`. Refuse a directory with another identity or with files of unknown origin."""
+        sizes = self.folder.sizes()
+        self.complete = MANIFEST in sizes
         record = MANIFEST if self.complete else STARTED
-        # A claim that never got to write anything binds nobody.
-        if self.complete or (record in there and _has_content(self.folder, there)):
-            _refuse_other_identity(self.folder, json.loads(self.folder.read(record)), self.identity)
-        elif _has_content(self.folder, there):
+        # A claim of another identity that has not written any content is replaced.
+        if self.complete or (record in sizes and _has_content(self.folder, sizes)):
+            _require_identity(self.folder, json.loads(self.folder.read(record)), self.identity)
+        elif _has_content(self.folder, sizes):
             raise ArtifactError(
-                f"{self.folder} holds files, and nothing that says what they are: give another directory"
+                f"{self.folder} has files but neither {MANIFEST} nor {STARTED}, so that their origin is unknown: "
+                f"give another directory"
             )
 
 
 def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
-    """The manifest of a complete artifact of that stage.
+    """Read the manifest of a complete artifact of a stage.
 
     Raises:
-        ArtifactError: no manifest (the stage did not finish or the path is wrong), or one of another stage.
+        ArtifactError: there is no manifest (the stage did not finish or the path is wrong), or it is of another stage.
     """
     folder = Folder(directory)
     if not folder.exists(MANIFEST):
@@ -129,21 +139,27 @@ def read_manifest(directory: str | Path, stage: str) -> dict[str, Any]:
         )
     manifest = dict(json.loads(folder.read(MANIFEST)))
     if manifest["stage"] != stage:
-        raise ArtifactError(f"{directory} was written by the stage '{manifest['stage']}', wanted '{stage}'")
+        raise ArtifactError(f"{directory} was written by the stage '{manifest['stage']}', expected '{stage}'")
     return manifest
 
 
 def fingerprint(directory: str | Path, stage: str) -> str:
-    """16 hexadecimal digits that change with the identity or any file of a complete artifact."""
+    """Return 16 hexadecimal digits that change with the identity or any file of a complete artifact."""
     manifest = read_manifest(directory, stage)
     return digest({key: manifest[key] for key in ("stage", "settings", "inputs", "files")})
 
 
 def require(directory: str | Path, name: str, found: str | None, wanted: str) -> None:
-    """Refuse an upstream artifact that was made from another input than this run's.
+    """Refuse an upstream artifact that was made from another input than this run uses.
+
+    Args:
+        directory: the upstream artifact.
+        name: the name of the input, e.g. "target".
+        found: the fingerprint of the input that the artifact was made from.
+        wanted: the fingerprint of the input that this run uses.
 
     Raises:
-        ArtifactError: names both sides.
+        ArtifactError: the fingerprints differ; names both.
     """
     if found != wanted:
         raise ArtifactError(
@@ -156,8 +172,8 @@ def earlier_version(directory: str | Path | Folder, sign: str) -> ArtifactError:
     """Return the error to raise for an artifact whose manifest has the form of an earlier version of this project.
 
     Args:
-        directory: where the artifact lies.
-        sign: what shows that it is of an earlier version.
+        directory: the artifact.
+        sign: how the manifest shows that it is of an earlier version.
     """
     return ArtifactError(
         f"{directory} was made by an earlier version of this project ({sign}): "
@@ -166,39 +182,39 @@ def earlier_version(directory: str | Path | Folder, sign: str) -> ArtifactError:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    """Write JSON atomically: a reader sees the old file or the new one, never a part of it."""
     write_file(path, _json(value))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write atomically, in UTF-8 whatever the locale."""
+    """Write text atomically, in UTF-8 whatever the locale."""
     write_file(path, text.encode())
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write one JSON object per line, atomically."""
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read what `write_jsonl` wrote."""
+    """Read a file with one JSON object per line."""
     with Path(path).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits that change with any part of a JSON-like value."""
+    """Return 16 hexadecimal digits that change with any part of a JSON-like value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_record(name: str) -> bool:
-    """Whether a file is what a stage writes of itself, and no part of its content."""
+    """Return whether a file is a manifest, a started.json or a lock, and not content of the stage."""
     return name in (MANIFEST, STARTED) or name.startswith(LOCK)
 
 
@@ -208,17 +224,18 @@ def _content_files(directory: Path) -> list[str]:
     return [name for name in names if not is_record(name) and not name.startswith(("logs/", "checkpoints/"))]
 
 
-def _has_content(folder: Folder, there: dict[str, int]) -> bool:
-    """Whether a directory holds more than the records of a claim."""
-    below = folder.is_local and Path(folder.url).is_dir() and any(path.is_dir() for path in Path(folder.url).iterdir())
-    return below or any(not is_record(name) and not name.endswith(".tmp") for name in there)
+def _has_content(folder: Folder, names: Iterable[str]) -> bool:
+    """Return whether a directory has subdirectories or files other than records, given the names of its files."""
+    local = Path(folder.url) if folder.is_local else None
+    has_folders = local is not None and local.is_dir() and any(path.is_dir() for path in local.iterdir())
+    return has_folders or any(not is_record(name) and not name.endswith(".tmp") for name in names)
 
 
 def _lock(directory: Path) -> Callable[..., Any]:
-    """Take the directory's lock. Returns what releases it.
+    """Take the directory's lock, and return the function that releases it.
 
     Raises:
-        ArtifactError: another process has it.
+        ArtifactError: another process holds it.
     """
     try:
         return take_lock(directory).release
@@ -229,18 +246,19 @@ def _lock(directory: Path) -> Callable[..., Any]:
         ) from None
 
 
-def _refuse_other_identity(directory: Folder, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _require_identity(directory: Folder, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse a directory whose recorded identity differs from the requested one, and name the differences."""
     if found["stage"] == wanted["stage"] and "_target_" in json.dumps(found["settings"]):
         raise earlier_version(directory, "its settings name Python paths")
     for part in ("stage", "settings", "inputs"):
         if found[part] == wanted[part]:
             continue
         if part == "stage":
-            difference = f"stage: there '{found[part]}', asked for '{wanted[part]}'"
+            difference = f"stage: found '{found[part]}', requested '{wanted[part]}'"
         else:
             keys = [key for key in found[part] | wanted[part] if found[part].get(key) != wanted[part].get(key)]
             difference = "; ".join(
-                f"{part}.{key}: there {found[part].get(key)!r}, asked for {wanted[part].get(key)!r}" for key in keys
+                f"{part}.{key}: found {found[part].get(key)!r}, requested {wanted[part].get(key)!r}" for key in keys
             )
         made = f", by `{found['command']}`" if "command" in found else ""
         raise ArtifactError(

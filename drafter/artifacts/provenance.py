@@ -1,4 +1,4 @@
-"""What a result is traced by: command line, commit, versions, and the machine that computed it. No torch here."""
+"""Record how a result was made: command line, commit, versions and machine. This module does not import torch."""
 
 import functools
 import os
@@ -14,7 +14,7 @@ LOGGED_VERSIONS = ("torch", "transformers", "lightning", "datasets", "tokenizers
 
 
 def environment() -> dict[str, Any]:
-    """What a manifest says of how its directory came about: the process as it started, and the machine it used."""
+    """Return the environment for a manifest: the process as it started, the machine, and the time."""
     return {
         **process(),
         "machine": machine(),
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def process() -> dict[str, Any]:
-    """The command line, commit and versions when this was first called: a checkout may change during a long run."""
+    """Return the command line, commit and versions at the first call, since a checkout may change during a long run."""
     return {
         "argv": sys.orig_argv,
         "commit": commit(),
@@ -34,7 +34,7 @@ def process() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout that this file lies in; "unknown" without git or outside a repository."""
+    """Return the commit of the checkout that contains this file; "unknown" without git or outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
@@ -44,7 +44,7 @@ def commit() -> str:
 
 
 def version(package: str) -> str:
-    """The version of an installed package."""
+    """Return the version of an installed package, or "unknown"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def version(package: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, and the GPU's name if this process has computed on one."""
+    """Return the processor, the cores, and the name of the GPU if this process has computed on one."""
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_initialized()
     gpu = torch.cuda.get_device_name() if torch is not None and on_gpu else None
@@ -60,18 +60,18 @@ def machine() -> dict[str, Any]:
 
 
 def processor(information: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name; on systems that do not tell it, its architecture."""
+    """Return the processor's name, or its architecture on systems that do not report the name."""
     try:
         for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:  # macOS has no such file; an ARM kernel's has no such line
+    except OSError:  # macOS has no such file
         pass
     return platform.processor() or platform.machine() or "unknown"
 
 
 def describe_machine(recorded: dict[str, Any]) -> str:
-    """The machine of a manifest's environment, in words."""
+    """Return the machine of a manifest's environment as text."""
     known = recorded.get("machine", {})
     processors = f"{known.get('cores', recorded['cpus'])} CPU cores"
     if known.get("processor"):

@@ -1,9 +1,9 @@
-"""Rows on disk that are read one by one, in any order: the target's responses, and its cached distributions.
+"""Store rows on disk that can be read one by one in any order: responses, and the cached distributions of the target.
 
-A shard is an Arrow stream with one record batch a row (`datasets.load_dataset("arrow", data_files=…)` reads it).
-index.parquet says where each row lies and what its CRC-32 is, so that a row costs one range read, from a disk or an
-object store, and a changed byte is noticed where it is read. Beside each shard a small JSON file holds its part of the
-index; it is written last, and says that the shard is complete.
+A shard is an Arrow stream with one record batch per row (`datasets.load_dataset("arrow", data_files=…)` reads it).
+index.parquet has the position and the CRC-32 of each row. Reading a row therefore takes one range read, from a disk or
+an object store, and detects a changed byte. A small JSON file beside each shard has the shard's part of the index. It
+is written after the shard and marks it as complete.
 """
 
 import io
@@ -22,14 +22,19 @@ from drafter.artifacts.manifest import ArtifactError, read_manifest
 from drafter.artifacts.storage import Folder
 
 INDEX = "index.parquet"
-END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the end of an Arrow stream
 Row = dict[str, Any]
 
 
 def write_shard(folder: Folder, number: int, rows: list[Row], schema: pa.Schema, notes: dict[str, Any]) -> None:
-    """Write the rows, whose values are Python's or flat numpy arrays, and then the shard's part of the index.
+    """Write a shard, and then its part of the index.
 
-    `notes` are kept for `finish`, e.g. how many rows failed and why.
+    Args:
+        folder: where the shard is written.
+        number: the number of the shard.
+        rows: the rows, whose values are Python objects or flat numpy arrays.
+        schema: the columns of the rows.
+        notes: JSON-like values that `finish` returns, such as the number of rows that failed.
     """
     head = schema.serialize().to_pybytes()
     parts = [_record(row, schema) for row in rows]
@@ -55,16 +60,16 @@ def write_shard(folder: Folder, number: int, rows: list[Row], schema: pa.Schema,
 
 
 def missing_shards(folder: Folder, count: int) -> list[int]:
-    """The numbers of the shards that are not complete yet."""
-    there = folder.sizes()
-    return [number for number in range(count) if _note(number) not in there or _shard(number) not in there]
+    """Return the numbers of the shards that are not complete yet."""
+    names = folder.sizes()
+    return [number for number in range(count) if _note(number) not in names or _shard(number) not in names]
 
 
 def finish(folder: Folder, count: int, schema: pa.Schema) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Write index.parquet. Returns the checksum of each file, and each shard's notes.
+    """Write index.parquet. Return the checksum of each file, and the notes of each shard.
 
     Raises:
-        ArtifactError: there is no row at all.
+        ArtifactError: no shard has a row.
     """
     notes = [json.loads(folder.read(_note(number))) for number in range(count)]
     rows = [row for note in notes for row in note["rows"]]
@@ -79,10 +84,10 @@ def finish(folder: Folder, count: int, schema: pa.Schema) -> tuple[dict[str, str
 
 
 class Rows(Sequence[Row]):
-    """Random access to the rows of a finished stage ("respond" or "cache").
+    """Give random access to the rows of a finished stage ("respond" or "cache").
 
     Raises:
-        ArtifactError: the stage did not finish, or a file is missing, cut short or damaged: it is named.
+        ArtifactError: the stage did not finish, or a file is missing, cut short or damaged; names the file.
     """
 
     def __init__(self, url: str | Path, stage: str):
@@ -90,7 +95,7 @@ class Rows(Sequence[Row]):
         manifest = read_manifest(url, stage)
         data = self.folder.read(INDEX) if self.folder.exists(INDEX) else b""
         if sha256(data).hexdigest() != manifest["files"][INDEX]:
-            raise self._damaged(INDEX, "it is not the one that its manifest was written for")
+            raise self._damaged(INDEX, "its checksum is not that of the manifest")
         table = pq.read_table(io.BytesIO(data))
         self.schema = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"rows"]))
         self._index = {name: table[name].to_numpy() for name in table.column_names}
@@ -104,26 +109,26 @@ class Rows(Sequence[Row]):
 
     @property
     def splits(self) -> np.ndarray:
-        """Of each row: "train" or "validation"."""
+        """Return the split of each row: "train" or "validation"."""
         return self._index["split"]
 
     @property
     def kinds(self) -> np.ndarray:
-        """Of each row: the kind of its instruction."""
+        """Return the kind of the instruction of each row."""
         return self._index["kind"]
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of each row: the tokens of its prompt and response."""
+        """Return the number of tokens of each row: prompt and response."""
         return self._index["prompt_tokens"] + self._index["response_tokens"]
 
     @property
     def response_tokens(self) -> int:
-        """Tokens of all responses."""
+        """Return the number of tokens of all responses."""
         return int(self._index["response_tokens"].sum())
 
     def read(self, indices: Sequence[int]) -> list[Row]:
-        """Those rows; a list of numbers is a flat numpy array."""
+        """Read the rows at the given indices. A list column becomes a flat numpy array."""
         if len(indices) == 0:
             return []
         index = self._index
@@ -137,24 +142,24 @@ class Rows(Sequence[Row]):
             if isinstance(data, Exception):
                 raise self._damaged(name, f"{where}, cannot be read ({data})") from data
             if len(data) != end - start or zlib.crc32(data) != index["crc32"][i]:
-                raise self._damaged(name, f"{where}, is not what was written")
+                raise self._damaged(name, f"{where}, has changed since it was written")
             rows.append(_row(pa.ipc.read_record_batch(pa.py_buffer(data), self.schema)))
         return rows
 
     def _check_sizes(self) -> None:
-        there, shards = self.folder.sizes(), self._index["shard"]
+        sizes, shards = self.folder.sizes(), self._index["shard"]
         last = np.flatnonzero(np.append(shards[1:] != shards[:-1], True))
         for i in last:
             name = _shard(shards[i])
-            wanted = int(self._index["start"][i] + self._index["bytes"][i]) + len(END)
-            if name not in there:
+            expected = int(self._index["start"][i] + self._index["bytes"][i]) + len(END)
+            if name not in sizes:
                 raise self._damaged(name, "it is missing")
-            if there[name] != wanted:
-                raise self._damaged(name, f"it has {there[name]} bytes, not {wanted}")
+            if sizes[name] != expected:
+                raise self._damaged(name, f"it has {sizes[name]} bytes, not {expected}")
 
     def _damaged(self, name: str, what: str) -> ArtifactError:
         return ArtifactError(
-            f"{self.folder}/{name} is damaged: {what}. Copy it again from where it came; or, to make it again, rename "
+            f"{self.folder}/{name} is damaged: {what}. Copy it again from its source. Or make it again: rename "
             f"{self.folder}/manifest.json to started.json, remove {name} and run `python -m experiments.{self.stage}`, "
             f"which keeps the other files"
         )

@@ -1,7 +1,7 @@
-"""A directory on disk or in an object store (s3://, gs://, hf:// …), through fsspec.
+"""Read and write the files of a directory on disk or in an object store (s3://, gs://, hf:// …), through fsspec.
 
-A file is written whole or not at all: on disk under a temporary name, flushed to the device and renamed; an object
-store's own writes are like that. Reads are by range, many at once.
+Writes are atomic. On disk, a file is written under a temporary name, flushed to the device and renamed; the writes of
+object stores are atomic by themselves. Ranges of several files are read at once.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether it begins with a scheme, as s3://bucket does; any other colon is a letter of a path."""
+    """Return whether a path begins with a scheme, as s3://bucket does. Other colons are characters of a local path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
 
 
 def local_directory(path: str | Path) -> Path | None:
-    """The directory that a model's path names: as it stands, or a model beside this project's packages; else None."""
+    """Return the local directory of a model: the path itself, or a model beside this project's packages; or None."""
     local, beside = Path(path).expanduser(), Path(__file__).parents[2] / path
     if local.is_dir():
         return local
@@ -31,10 +31,10 @@ def local_directory(path: str | Path) -> Path | None:
 
 
 class Folder:
-    """Files of one directory, by name.
+    """Access the files of one directory by name.
 
     Raises:
-        OSError: what could not be read or written, with the remedy where there is one.
+        OSError: a file cannot be read or written.
     """
 
     def __init__(self, url: str | Path):
@@ -45,32 +45,32 @@ class Folder:
         return self.url
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is a file of this name."""
         fs, path = self._open()
         return bool(fs.exists(f"{path}/{name}"))
 
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes of every file in it, not of those below; none where there is no such directory."""
+        """Return the sizes of the files by name, without subdirectories; {} if there is no such directory."""
         fs, path = self._open()
-        fs.invalidate_cache()  # of listings that another process may have outdated
+        fs.invalidate_cache()  # another process may have changed the directory since fsspec listed it
         with contextlib.suppress(FileNotFoundError):
             found = fs.ls(path, detail=True)
             return {file["name"].rsplit("/", 1)[-1]: file["size"] for file in found if file["type"] == "file"}
         return {}
 
     def read(self, name: str) -> bytes:
-        """A whole file."""
+        """Read a file."""
         fs, path = self._open()
         return bytes(fs.cat_file(f"{path}/{name}"))
 
     def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes | Exception]:
-        """The bytes of each (name, start, end), from an object store all at once; a failure takes its range's place."""
+        """Return the bytes of each (name, start, end), or the exception with which reading the range failed."""
         fs, path = self._open()
         names, starts, ends = zip(*ranges, strict=True)
         return list(fs.cat_ranges([f"{path}/{name}" for name in names], list(starts), list(ends), on_error="return"))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file; what was there under this name is replaced, unless the writing fails."""
+        """Write a file atomically. If writing fails, an existing file of this name is kept."""
         fs, path = self._open()
         if self.is_local:
             write_file(Path(path) / name, data)
@@ -78,15 +78,16 @@ class Folder:
             fs.pipe_file(f"{path}/{name}", data)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         fs, path = self._open()
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(f"{path}/{name}")
 
     def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        """The filesystem, which fsspec keeps (one a process, so that loader processes have their own).
+        """Return the file system and the path in it.
 
-        A local path is given to it in full, so that no letter of it means anything to fsspec.
+        fsspec caches the file system per process, so each loader process has its own. A local path is made absolute, so
+        that fsspec does not interpret any of its characters.
         """
         if self.is_local:
             return LocalFileSystem(), os.path.abspath(self.url)
@@ -101,10 +102,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, that takes its place once it is whole: a reader sees the old one or the new one.
+    """Open a file that replaces `path` when it is complete. A reader sees the old file or the new one.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: the file cannot be written; the old one is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
@@ -119,18 +120,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise OSError(
             problem.errno,
-            f"cannot write {path} ({problem.strerror}). What was finished before is kept: "
-            f"make room, or give another directory, and run the same command again",
+            f"cannot write {path} ({problem.strerror}). Files that were finished before are kept: "
+            f"free some space or give another directory, and run the same command again",
         ) from problem
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside a path that no other process takes, whichever machine writes to the same file system."""
+    """Return a name beside a path that no other process uses, on any machine that shares the file system."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{secrets.token_hex(4)}.tmp")
 
 
 def _flush_directory(path: Path) -> None:
-    """Make a rename last through a power cut."""
+    """Flush a directory, so that a rename in it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""What a training step sees: sequences with a mask of the places to predict.
+"""Assemble the batches of a training step: sequences with a mask of the positions to predict.
 
-Shapes: B sequences, T tokens of the longest one, N predicted places of the whole batch, H the target's hidden size.
+Shapes: B sequences, T tokens of the longest one, N predicted positions of the batch, H the target's hidden size.
 """
 
 import math
@@ -16,11 +16,14 @@ from drafter.losses.distributions import Drawn, Sparse
 class Batch(NamedTuple):
     """B sequences, padded on the right to T tokens.
 
-    `target_mask_BT` is True where the *next* token is to be predicted: L - 1 places in a packed sequence, one per
-    response token in a response. `is_text_B` marks packed text, which keeps the next-token loss in distillation.
-    `temperature_B` is what a response was drawn at, in millionths; an integer, since training in bfloat16 would round a
-    float. Text has none: -1.
-    `cached_N` holds what is cached of the target at the True places of the responses, in row-major order.
+    Attributes:
+        target_mask_BT: True where the *next* token is to be predicted: L - 1 positions in a packed sequence of L
+            tokens, one per response token in a response.
+        is_text_B: marks packed text, which keeps the next-token loss in distillation.
+        temperature_B: the temperature at which a response was drawn, in millionths; -1 for text. It is an integer
+            because training in bfloat16 would round a float.
+        cached_N: the target's cached hidden states or sparse distributions at the True positions of the responses, in
+            row-major order.
     """
 
     input_ids_BT: torch.Tensor
@@ -32,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """One sample: token ids, whose first `num_context` tokens are given and not predicted."""
+    """One sample. Its first `num_context` tokens are context and are not predicted."""
 
     ids_T: np.ndarray
     num_context: int
@@ -42,7 +45,7 @@ class Sequence(NamedTuple):
 
 
 def collate(samples: list[Sequence]) -> Batch:
-    """Pad to the longest sample. Padding's ids are 0; the mask keeps them out of attention and loss."""
+    """Pad samples to the longest one. Padding has the id 0, and the masks exclude it from attention and loss."""
     length = max(len(sample.ids_T) for sample in samples)
     input_ids = torch.zeros(len(samples), length, dtype=torch.long)
     attention = torch.zeros(len(samples), length, dtype=torch.long)
@@ -55,19 +58,25 @@ def collate(samples: list[Sequence]) -> Batch:
     is_text = torch.tensor([sample.is_text for sample in samples])
     millionths = [round(1e6 * sample.temperature) if sample.temperature >= 0 else -1 for sample in samples]
     return Batch(
-        input_ids, attention, mask, is_text, torch.tensor(millionths), _joined([sample.cached_N for sample in samples])
+        input_ids,
+        attention,
+        mask,
+        is_text,
+        torch.tensor(millionths),
+        _join_cached([sample.cached_N for sample in samples]),
     )
 
 
 def check_tokens(ids: np.ndarray, vocabulary: int | None, where: object) -> None:
-    """Refuse ids for which the models' embeddings have no row; on a GPU the lookup would fail without a message.
+    """Refuse ids for which the models' embeddings have no row. On a GPU the lookup would fail without a message.
 
     Args:
-        vocabulary: rows of the smaller embedding; None: any id will do.
-        where: what the ids were read from.
+        ids: token ids.
+        vocabulary: rows of the smaller embedding, or None to accept any id.
+        where: the file or directory that the ids were read from, for the error.
 
     Raises:
-        ValueError: names it, and the largest id.
+        ValueError: an id is too large; names `where` and the largest id.
     """
     if vocabulary is not None and len(ids) and (largest := int(ids.max())) >= vocabulary:
         raise ValueError(
@@ -77,7 +86,7 @@ def check_tokens(ids: np.ndarray, vocabulary: int | None, where: object) -> None
 
 
 def by_budget(lengths: Sequences[int], budget: int) -> list[list[int]]:
-    """Indices sorted by length, in batches that take at most `budget` tokens, padding included, or hold one index."""
+    """Return indices sorted by length, in batches of at most `budget` tokens with padding, or of a single index."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
         if not batches or (len(batches[-1]) + 1) * lengths[index] > budget:
@@ -87,23 +96,23 @@ def by_budget(lengths: Sequences[int], budget: int) -> list[list[int]]:
 
 
 def response_mask(batch: Batch) -> torch.Tensor:
-    """The places whose next token is a response's, shape (B, T)."""
+    """Return the mask of the positions whose next token belongs to a response, shape (B, T)."""
     return batch.target_mask_BT & ~batch.is_text_B[:, None]
 
 
 def next_tokens(batch: Batch) -> torch.Tensor:
-    """The token after each position, shape (B, T); the last column is arbitrary, and never predicted."""
+    """Return the token after each position, shape (B, T). The last column is arbitrary and never predicted."""
     return batch.input_ids_BT.roll(-1, dims=1)
 
 
 def response_sequence(row: dict[str, Any], cached_N: torch.Tensor | Drawn | None = None) -> Sequence:
-    """A row of responses (see responses.COLUMNS) as a sample: the prompt is context, the response is predicted."""
+    """Return a sample from a row of responses (see responses.COLUMNS), with the prompt as its context."""
     ids = np.concatenate([row["prompt_ids"], row["response_ids"]])
     return Sequence(ids, len(row["prompt_ids"]), False, cached_N, row["temperature"])
 
 
-def _joined(parts: list[torch.Tensor | Drawn | None]) -> torch.Tensor | Sparse | None:
-    """What is cached of all samples, one after the other; packed text has nothing."""
+def _join_cached(parts: list[torch.Tensor | Drawn | None]) -> torch.Tensor | Sparse | None:
+    """Concatenate what is cached for the samples. Packed text has nothing."""
     drawn = [part for part in parts if isinstance(part, Drawn)]
     if drawn:
         return Drawn.cat(drawn).weighted()

@@ -1,7 +1,7 @@
-"""Text -> packed tokens; and the embedded default's text: the docstrings of the installed Python packages.
+"""Pack text into tokens, and read the text of the default setting: docstrings of the installed Python packages.
 
-Docstrings are real English that is on every machine which can run this project, so the whole method can be tried
-with nothing downloaded. They are read with `ast` (no package is imported or executed), in parallel.
+Docstrings are real English that every machine which can run this project has, so the complete method can be tried
+without a download. They are read with `ast`, in parallel; no package is imported or executed.
 """
 
 import ast
@@ -32,7 +32,7 @@ MIN_CHARACTERS, MAX_CHARACTERS = 40, 2500
 
 
 class Doc(NamedTuple):
-    """One documented object: qualified name, call signature ("" for modules), docstring, and source code."""
+    """A documented object: qualified name, call signature ("" for modules), docstring, and source code."""
 
     name: str
     signature: str
@@ -41,7 +41,7 @@ class Doc(NamedTuple):
 
 
 def source_files(packages: list[str]) -> list[tuple[str, Path]]:
-    """(module name, path) of every Python file of the packages; "stdlib" names the standard library.
+    """Return (module name, path) of every Python file of the packages; "stdlib" means the standard library.
 
     Raises:
         ValueError: a package is not installed.
@@ -53,7 +53,7 @@ def source_files(packages: list[str]) -> list[tuple[str, Path]]:
         else:
             spec = importlib.util.find_spec(package)
             if spec is None or not spec.submodule_search_locations:
-                raise ValueError(f"data.packages: '{package}' is not an installed package; install it or drop it")
+                raise ValueError(f"data.packages: '{package}' is not an installed package: install it or remove it")
             root, prefix = Path(spec.submodule_search_locations[0]), package + "."
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
@@ -64,18 +64,18 @@ def source_files(packages: list[str]) -> list[tuple[str, Path]]:
 
 
 def extract(packages: list[str], workers: int, report: Report = silent) -> list[Doc]:
-    """Every docstring of the packages, once each (identical texts are kept under the first name), in a fixed order.
+    """Return the docstrings of the packages in a fixed order. Identical texts are kept once, under the first name.
 
     Raises:
-        ValueError: a package is not installed, or there is no docstring at all.
+        ValueError: a package is not installed, or the packages have no docstring.
     """
     files = source_files(packages)
-    # Ctrl-C reaches the whole process group; the pool ends its processes in order.
+    # Ctrl-C reaches all processes of the group: the workers ignore it, and the pool ends them in order.
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         found = pool.map(_docs_of_file, files, chunksize=32)
         docs = []
-        for number, of_file in enumerate(found, start=1):
-            docs += of_file
+        for number, docs_of_file in enumerate(found, start=1):
+            docs += docs_of_file
             report(number, len(files), 0)
     unique = {" ".join(doc.text.split()): doc for doc in reversed(docs)}
     if not unique:
@@ -84,12 +84,12 @@ def extract(packages: list[str], workers: int, report: Report = silent) -> list[
 
 
 def is_heldout(name: str, percent: float) -> bool:
-    """Whether a qualified name belongs to the held-out split: a fixed hash, so it never depends on the rest."""
+    """Return whether a name belongs to the held-out split. A fixed hash decides, whatever other names there are."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 10_000 < percent * 100
 
 
 def pretraining_texts(docs: list[Doc], code_share: float) -> Iterator[str]:
-    """Each docstring under its signature; and source code for `code_share` of the functions that have any."""
+    """Yield each docstring under its signature, and the source code of `code_share` of the functions that have any."""
     for doc in docs:
         yield f"`{doc.name}{doc.signature}`\n\n{doc.text}"
         if doc.code and is_heldout("code:" + doc.name, 100 * code_share):
@@ -104,15 +104,25 @@ def pack(
     limit: int | None = None,
     report: Report = silent,
 ) -> int:
-    """Tokenize texts and join them, each followed by the token `end`, up to `limit` tokens, in a .npy file.
+    """Tokenize texts and write them to a .npy file of uint16 or uint32, each followed by the token `end`.
 
-    uint16 or uint32. Texts and tokens pass through, a thousand texts at a time, however many there are. Returns how
-    many tokens were written. Without an end token (None) nothing separates the texts.
+    Texts are processed a thousand at a time, so that their number is not limited by memory.
+
+    Args:
+        path: the file to write.
+        texts: the texts in order.
+        tokenizer: encodes the texts.
+        end: the id that separates texts, or None for no separator.
+        limit: the largest number of tokens to write.
+        report: called after each thousand texts.
+
+    Returns:
+        The number of tokens written.
 
     Raises:
-        ControlTokenError: a text writes out a control token that the tokenizer cannot encode as text.
+        ControlTokenError: a text spells out a control token that the tokenizer cannot encode as text.
     """
-    largest = max(*tokenizer.get_vocab().values(), end or 0)  # the number of tokens is no bound: ids may have gaps
+    largest = max(*tokenizer.get_vocab().values(), end or 0)  # ids may have gaps and exceed the number of tokens
     dtype = np.uint16 if largest < 2**16 else np.uint32
     count, remaining = 0, iter(texts)
     with whole_file(path) as file:
@@ -128,7 +138,7 @@ def pack(
 
 
 def _write_header(file: BinaryIO, dtype: type, count: int) -> None:
-    """A .npy header, which is as long for any count: numpy leaves room for it to grow."""
+    """Write a .npy header. Its size is the same for any count, because numpy pads it so that the count can grow."""
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count,)})
 
@@ -165,14 +175,14 @@ def _docs_of_node(name: str, node: Documented) -> Iterator[Doc]:
 
 
 def _without_annotations(arguments: ast.arguments) -> ast.arguments:
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    for argument in filter(None, every):
+    all_arguments = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    for argument in filter(None, all_arguments):
         argument.annotation = None
     return arguments
 
 
 def _code(node: Function) -> str:
-    """The function without its docstring, normalised by `ast`; "" where it is too short or too long to be useful."""
+    """Return the function without its docstring, normalised by `ast`; "" if it is too short or too long."""
     body = node.body[1:]
     if not 3 <= len(body) <= 12:
         return ""

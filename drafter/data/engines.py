@@ -1,7 +1,7 @@
-"""What makes the target answer: transformers' own generation, or vLLM.
+"""Generate responses with the target, by transformers' generation or by vLLM.
 
-An engine is a function of a shard's requests that gives each one's tokens, up to the first stop token, which is one of
-them, or up to the limit.
+An engine is a function from a list of requests to a list of responses. The tokens of a response end with its first stop
+token, or at the limit.
 """
 
 import os
@@ -17,12 +17,12 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from drafter.data.batches import by_budget
 from drafter.models.loading import Model, ModelSource, load_generation_config
 
-# Fields of a generation config that change nothing of what is drawn; the end of text is that of `end_of_turn_ids`.
-NOT_SETTINGS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "transformers_version"}
+# Fields of a generation config that do not affect sampling. `end_of_turn_ids` decides where a response ends.
+NEUTRAL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "transformers_version"}
 
 
 class Request(NamedTuple):
-    """One answer asked of the target; `split` is "train" or "validation", `repetition` counts from its first answer."""
+    """A response to be generated. `split` is "train" or "validation"; `repetition` counts an instruction's requests."""
 
     id: str
     kind: str
@@ -36,67 +36,68 @@ Engine = Callable[[list[Request]], list[list[int]]]
 
 
 class Limits(NamedTuple):
-    """How answers are drawn, and where they end."""
+    """How responses are sampled, and where they end."""
 
     top_p: float
     max_new_tokens: int
     stop_ids: list[int]
 
 
-def settings_left_out(model: Model) -> dict[str, Any]:
-    """What a model's generation_config.json says of how it generates, which no engine here follows.
+def ignored_settings(model: Model) -> dict[str, Any]:
+    """Return the settings of a model's generation_config.json that no engine applies.
 
-    A response is drawn from softmax(logits / temperature), cut by top-p, as evaluation and the losses assume.
+    A response is drawn from softmax(logits / temperature) with top-p, as evaluation and the losses assume.
     """
     config = load_generation_config(model)
-    named = config.to_dict() if config else {}
-    told = (name for name in named if name not in NOT_SETTINGS and not name.startswith("_"))
-    return {name: named[name] for name in told if named[name]}
+    fields = config.to_dict() if config else {}
+    settings = (name for name in fields if name not in NEUTRAL_FIELDS and not name.startswith("_"))
+    return {name: fields[name] for name in settings if fields[name]}
 
 
 def transformers_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int, first_round: int = 16) -> Engine:
-    """Batched generation in rounds of 16, 32, 64 … tokens, `batch_tokens` a batch at the most, padding included.
+    """Return an engine that generates in rounds of 16, 32, 64 … tokens, in batches of at most `batch_tokens` tokens.
 
-    A batch runs until its longest answer ends, and most answers are short: after each round the unfinished ones are
-    gathered into new, full batches, which costs reading their text again. Its random numbers are torch's.
+    A batch runs until its longest response ends, and most responses are short. After each round, the unfinished ones
+    are gathered into new, full batches, at the cost of another forward pass over their tokens. Random numbers come from
+    torch's global generator. Padding counts towards `batch_tokens`.
     """
 
-    def answer(requests: list[Request]) -> list[list[int]]:
-        answers: list[list[int]] = [[] for _ in requests]
+    def generate(requests: list[Request]) -> list[list[int]]:
+        responses: list[list[int]] = [[] for _ in requests]
         pending, round_ = list(range(len(requests))), first_round
         while pending:
-            room = min(round_, limits.max_new_tokens - len(answers[pending[0]]))  # all pending ones are equally long
+            # All pending responses are equally long.
+            limit = min(round_, limits.max_new_tokens - len(responses[pending[0]]))
             for temperature in sorted({requests[i].temperature for i in pending}):
                 alike = [i for i in pending if requests[i].temperature == temperature]
-                lengths = [len(requests[i].prompt_ids) + len(answers[i]) + room for i in alike]
+                lengths = [len(requests[i].prompt_ids) + len(responses[i]) + limit for i in alike]
                 for batch in by_budget(lengths, batch_tokens):
-                    contexts = [requests[alike[b]].prompt_ids + answers[alike[b]] for b in batch]
-                    for b, tokens in zip(batch, _generate(target, contexts, temperature, room, limits), strict=True):
-                        answers[alike[b]] += tokens
-            pending = [
-                i for i in pending if answers[i][-1] not in limits.stop_ids and len(answers[i]) < limits.max_new_tokens
-            ]
+                    contexts = [requests[alike[b]].prompt_ids + responses[alike[b]] for b in batch]
+                    for b, tokens in zip(batch, _generate(target, contexts, temperature, limit, limits), strict=True):
+                        responses[alike[b]] += tokens
+            unfinished = (i for i in pending if responses[i][-1] not in limits.stop_ids)
+            pending = [i for i in unfinished if len(responses[i]) < limits.max_new_tokens]
             round_ *= 2
-        return answers
+        return responses
 
-    return answer
+    return generate
 
 
-class _Finite(LogitsProcessor):
-    """Refuses logits that are not finite, of which sampling would make anything."""
+class _RequireFinite(LogitsProcessor):
+    """Refuse logits that are not finite, from which any token could be sampled."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not scores.isfinite().all():
             raise ValueError(
                 f"the target's logits are not finite after {input_ids.shape[1]} tokens: try target.dtype=float32, and "
-                f"see that its weights are whole"
+                f"check that its weights are complete"
             )
         return scores
 
 
 @contextmanager
 def _neutral_config(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model's generation config aside: `generate` takes from it every field that its own config leaves open."""
+    """Set the model's generation config aside, because `generate` fills every field that is None from it."""
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -108,7 +109,7 @@ def _neutral_config(model: PreTrainedModel) -> Iterator[None]:
 def _generate(
     target: PreTrainedModel, contexts: list[list[int]], temperature: float, max_new_tokens: int, limits: Limits
 ) -> list[list[int]]:
-    """What follows each context, up to its first stop token (which is part of it)."""
+    """Return the tokens generated after each context, up to and including the first stop token."""
     width, stops = max(map(len, contexts)), limits.stop_ids
     padding = stops[0] if stops else 0
     ids = torch.tensor([[padding] * (width - len(context)) + context for context in contexts])
@@ -120,53 +121,58 @@ def _generate(
         eos_token_id=stops or None,
         pad_token_id=padding,
     )
-    device, plain_generate = target.device, GenerationMixin.generate  # a checkpoint may bring a `generate` of its own
+    device, plain_generate = target.device, GenerationMixin.generate  # the code of a checkpoint may override `generate`
     with _neutral_config(target):
         output = plain_generate(
             target,
             ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Finite()]),
+            logits_processor=LogitsProcessorList([_RequireFinite()]),
         )
-    grown = output[:, width:].tolist()
-    return [tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), None)] for tokens in grown]
+    generated = output[:, width:].tolist()
+    return [tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), None)] for tokens in generated]
 
 
 def references_engine(tokens: dict[str, list[int]]) -> Engine:
-    """Answers that the data has: id of an instruction -> tokens."""
+    """Return an engine that looks up the reference answer of the data by the id of the instruction."""
     return lambda requests: [tokens[request.id] for request in requests]
 
 
 def mixed_engine(engines: list[Engine]) -> Engine:
-    """Engines that answer in equal shares; which one answers an instruction depends on its id alone."""
+    """Return an engine that divides the requests evenly over several engines, by the id of the instruction alone."""
 
-    def answer(requests: list[Request]) -> list[list[int]]:
-        answers: list[list[int]] = [[] for _ in requests]
+    def generate(requests: list[Request]) -> list[list[int]]:
+        responses: list[list[int]] = [[] for _ in requests]
         for number, engine in enumerate(engines):
-            mine = [i for i, request in enumerate(requests) if crc32(request.id.encode()) % len(engines) == number]
-            for i, tokens in zip(mine, engine([requests[i] for i in mine]) if mine else [], strict=True):
-                answers[i] = tokens
-        return answers
+            share = [i for i, request in enumerate(requests) if crc32(request.id.encode()) % len(engines) == number]
+            for i, tokens in zip(share, engine([requests[i] for i in share]) if share else [], strict=True):
+                responses[i] = tokens
+        return responses
 
-    return answer
+    return generate
 
 
 def vllm_engine(target: ModelSource, limits: Limits, seed: int, **options: Any) -> Engine:
-    """vLLM's offline engine; under torchrun each rank has one of its own, on its own GPU.
+    """Return an engine that generates with vLLM, offline. Under torchrun each rank has an engine on its own GPU.
 
-    A request's random numbers depend on the seed and the request alone. `options` are vllm.LLM's, such as
-    tensor_parallel_size (without torchrun), gpu_memory_utilization, max_model_len.
+    The random numbers of a request depend only on the seed and the request.
 
-    What the checkpoint's generation_config.json says is left out by generation_config="vllm"
-    (https://docs.vllm.ai/en/stable/configuration/engine_args/#-generation-config), which still adds that file's ends of
-    text and the tokenizer's to a request's: ignore_eos leaves the ends of `limits` alone.
+    generation_config="vllm" ignores the checkpoint's generation_config.json
+    (https://docs.vllm.ai/en/stable/configuration/engine_args/#-generation-config), except that vLLM still adds the ends
+    of text from that file and from the tokenizer. With ignore_eos, only the stop tokens of `limits` end a response.
+
+    Args:
+        target: where the target is and how it is loaded.
+        limits: how responses are sampled, and where they end.
+        seed: the seed of the run.
+        options: arguments of vllm.LLM such as tensor_parallel_size (without torchrun) or gpu_memory_utilization.
 
     Raises:
         ImportError: vLLM is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        _show_own_gpu()
+        _select_gpu()
     try:
         from vllm import LLM, SamplingParams
     except ImportError as problem:
@@ -185,24 +191,24 @@ def vllm_engine(target: ModelSource, limits: Limits, seed: int, **options: Any) 
         **options,
     )
 
-    def answer(requests: list[Request]) -> list[list[int]]:
-        how = [SamplingParams(**_vllm_sampling(request, limits, seed)) for request in requests]
+    def generate(requests: list[Request]) -> list[list[int]]:
+        sampling = [SamplingParams(**_vllm_sampling(request, limits, seed)) for request in requests]
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-        outputs = llm.generate(prompts, how, use_tqdm=False)
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    return answer
+    return generate
 
 
-def _show_own_gpu() -> None:
-    """Hide the other ranks' GPUs from this process."""
+def _select_gpu() -> None:
+    """Hide the GPUs of the other ranks from this process."""
     local = int(os.environ["LOCAL_RANK"])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
 
 
 def _vllm_sampling(request: Request, limits: Limits, seed: int) -> dict[str, Any]:
-    """The arguments of vllm.SamplingParams for a request."""
+    """Return the arguments of vllm.SamplingParams for a request."""
     return {
         "temperature": request.temperature,
         "top_p": limits.top_p if request.temperature > 0 else 1.0,
@@ -216,6 +222,6 @@ def _vllm_sampling(request: Request, limits: Limits, seed: int) -> dict[str, Any
 
 
 def request_seed(seed: int, request: Request) -> int:
-    """63 bits of its own for each request of a run, whatever its shard, its rank and its neighbours."""
+    """Return a seed of 63 bits for a request, which does not depend on its shard, its rank or the other requests."""
     key = repr((seed, request.id, request.temperature, request.repetition))
     return int.from_bytes(sha256(key.encode()).digest()[:8]) >> 1

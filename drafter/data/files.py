@@ -1,8 +1,9 @@
-"""Rows of local data files, one at a time and each with its place, so that an error can say where it is.
+"""Read the rows of local data files one at a time, each with its location, so that errors can name it.
 
-JSON objects (a line each, or one array), CSV, parquet, and plain text, whose lines are rows of one field, `text`. All
-but parquet may be compressed (.gz, .zst), and are UTF-8, or UTF-8 or UTF-16 with a byte order mark. A row that cannot
-be read is refused by its file and number: to skip it silently would leave out whatever a broken export has lost.
+The formats are JSON objects (one per line, or one array), CSV, parquet, and plain text, whose lines are rows with the
+single field `text`. All but parquet may be compressed (.gz, .zst), and are encoded in UTF-8, or in UTF-8, UTF-16 or
+UTF-32 with a byte order mark. An unreadable row raises an error with its file and number, because skipping it silently
+would hide what a broken export has lost.
 """
 
 import csv
@@ -20,38 +21,38 @@ KINDS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 COMPRESSIONS = (".gz", ".zst")
 MARKS = {
     BOM_UTF8: "utf-8-sig",
-    BOM_UTF32_LE: "utf-32",  # before UTF-16's, which it begins with
+    BOM_UTF32_LE: "utf-32",  # listed before UTF-16's mark, which is a prefix of it
     BOM_UTF32_BE: "utf-32",
     BOM_UTF16_LE: "utf-16",
     BOM_UTF16_BE: "utf-16",
 }
 
 
-class PlacedRow(NamedTuple):
-    """The fields of a row, and where it stands: "questions.jsonl, row 3", counted from 1, as lines are."""
+class LocatedRow(NamedTuple):
+    """The fields of a row and its location, such as "questions.jsonl, row 3"; rows count from 1, as lines do."""
 
-    place: str
+    location: str
     fields: dict[str, Any]
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means local files rather than a dataset of the hub: by its name, or because it is there."""
+    """Return whether a path means local files rather than a hub dataset: by its name, or because it exists."""
     return bool(kind(path)) or any(mark in path for mark in "*?") or Path(path).expanduser().exists()
 
 
 def kind(path: str | Path) -> str:
-    """The suffix that says how a file is read, e.g. ".jsonl" for text-00.jsonl.gz; "" for a file that is not read."""
+    """Return the suffix that decides how a file is read: ".jsonl" for text-00.jsonl.gz; "" for an unknown format."""
     name = Path(path)
     inner = Path(name.stem).suffix if name.suffix in COMPRESSIONS else name.suffix
     return inner if inner in KINDS and not (inner == ".parquet" and name.suffix in COMPRESSIONS) else ""
 
 
 def find_files(path: str) -> list[Path]:
-    """The files, in the order of their names, that a path means: of itself, a folder, or a pattern with * or ?.
+    """Return the files of a path, sorted by name. The path is a file, a folder, or a pattern with * or ?.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: a file of another kind, or a folder with files of several kinds.
+        FileNotFoundError: there is no such file.
+        ValueError: a file has an unknown format, or a folder has files of several formats.
     """
     given = Path(path).expanduser()
     if given.is_dir():
@@ -74,13 +75,13 @@ def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
 
 
-def read_file(file: Path) -> Iterator[PlacedRow]:
-    """The rows of one file.
+def read_file(file: Path) -> Iterator[LocatedRow]:
+    """Yield the rows of one file.
 
     Raises:
-        ValueError: a row that cannot be read, by its file and number; a file that is cut short or not UTF-8.
+        ValueError: a row cannot be read (names the file and the number), or the file is cut short or not UTF-8.
     """
-    readers: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
+    readers: dict[str, Callable[[Path], Iterator[LocatedRow]]] = {
         ".jsonl": _json_lines,
         ".json": _json,
         ".parquet": _parquet,
@@ -101,14 +102,14 @@ def _open(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(file))
     if file.suffix == ".zst":
-        import pyarrow  # loading it takes long: only those who read one pay
+        import pyarrow  # slow to import, and needed only here
 
         return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd")))
     return file.open("rb")
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Each line with its end, and its number from 1."""
+    """Yield the number of each line, from 1, and the line with its line break."""
     with _open(file) as stream:
         start = cast(io.BufferedReader, stream).peek(4)[:4]
         encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
@@ -136,21 +137,21 @@ def _wide_lines(file: Path, stream: BinaryIO, encoding: str) -> Iterator[tuple[i
             raise ValueError(f"{file}, after row {number}: not {encoding}, as its first bytes say") from problem
 
 
-def _json_lines(file: Path) -> Iterator[PlacedRow]:
+def _json_lines(file: Path) -> Iterator[LocatedRow]:
     for number, line in _lines(file):
         if line.strip():
-            place = f"{file}, row {number}"
+            location = f"{file}, row {number}"
             try:
                 fields = json.loads(line)
             except (ValueError, RecursionError) as problem:
                 raise ValueError(
-                    f"{place} is not JSON ({problem}): mend or remove it. It begins: {line[:60]!r}"
+                    f"{location} is not JSON ({problem}): correct or remove it. It begins: {line[:60]!r}"
                 ) from None
-            yield _placed(place, fields)
+            yield _locate(location, fields)
 
 
-def _json(file: Path) -> Iterator[PlacedRow]:
-    """The objects of an array, or of a line each."""
+def _json(file: Path) -> Iterator[LocatedRow]:
+    """Yield the objects of an array, or of a file with one object per line."""
     first = next((line.strip() for _, line in _lines(file) if line.strip()), "")
     if not first.startswith("[") and first != "{":
         yield from _json_lines(file)
@@ -160,36 +161,38 @@ def _json(file: Path) -> Iterator[PlacedRow]:
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{file} is not JSON ({problem})") from None
     if not isinstance(rows, list):
-        raise ValueError(f"{file} is one object, with {sorted(rows)}: wanted an array of objects, or one on each line")
+        raise ValueError(
+            f"{file} is one object, with {sorted(rows)}: expected an array of objects, or one object per line"
+        )
     for number, fields in enumerate(rows, start=1):
-        yield _placed(f"{file}, row {number}", fields)
+        yield _locate(f"{file}, row {number}", fields)
 
 
-def _csv(file: Path) -> Iterator[PlacedRow]:
-    """Every cell is text, as it stands in the file. The header is row 1."""
-    csv.field_size_limit(2**31 - 1)  # of characters: an article is longer than the default allows
+def _csv(file: Path) -> Iterator[LocatedRow]:
+    """Yield the rows of a CSV file, whose cells are text. The header is row 1."""
+    csv.field_size_limit(2**31 - 1)  # in characters; articles are longer than the default limit
     reader = csv.reader((line for _, line in _lines(file)), strict=True)
     number, header = 0, None
     try:
         for number, cells in enumerate(reader, start=1):
             if header is None:
                 header = cells
-                if doubled := sorted({name for name in header if header.count(name) > 1}):
-                    raise ValueError(f"{file}: the header has {doubled} more than once")
+                if repeated := sorted({name for name in header if header.count(name) > 1}):
+                    raise ValueError(f"{file}: the header has {repeated} more than once")
             elif len(cells) > len(header):
                 raise ValueError(f"{file}, row {number} has {len(cells)} cells for the {len(header)} columns {header}")
             elif cells:
-                yield PlacedRow(f"{file}, row {number}", dict(zip(header, cells, strict=False)))
+                yield LocatedRow(f"{file}, row {number}", dict(zip(header, cells, strict=False)))
     except csv.Error as problem:
-        raise ValueError(f"{file}, row {number + 1} is not CSV ({problem}): mend or remove it") from None
+        raise ValueError(f"{file}, row {number + 1} is not CSV ({problem}): correct or remove it") from None
 
 
-def _text(file: Path) -> Iterator[PlacedRow]:
+def _text(file: Path) -> Iterator[LocatedRow]:
     for number, line in _lines(file):
-        yield PlacedRow(f"{file}, row {number}", {"text": line.rstrip("\r\n")})
+        yield LocatedRow(f"{file}, row {number}", {"text": line.rstrip("\r\n")})
 
 
-def _parquet(file: Path) -> Iterator[PlacedRow]:
+def _parquet(file: Path) -> Iterator[LocatedRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -199,12 +202,14 @@ def _parquet(file: Path) -> Iterator[PlacedRow]:
             for batch in table.iter_batches(batch_size=1000):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield PlacedRow(f"{file}, row {number}", fields)
+                    yield LocatedRow(f"{file}, row {number}", fields)
     except pyarrow.ArrowException as problem:
         raise ValueError(f"{file}, after row {number}: not readable as parquet ({problem})") from problem
 
 
-def _placed(place: str, fields: Any) -> PlacedRow:
+def _locate(location: str, fields: Any) -> LocatedRow:
     if not isinstance(fields, dict):
-        raise ValueError(f"{place} is {type(fields).__name__} {str(fields)[:60]!r}: wanted an object with named fields")
-    return PlacedRow(place, fields)
+        raise ValueError(
+            f"{location} is {type(fields).__name__} {str(fields)[:60]!r}: expected an object with named fields"
+        )
+    return LocatedRow(location, fields)

@@ -1,9 +1,9 @@
-"""Docstrings -> chat instructions with a human reference: the embedded default's seeds and evaluation tasks.
+"""Derive chat instructions with human reference answers from docstrings, for the default setting.
 
-Four kinds, after the paper's evaluation (section 3): open-ended questions (as Dolly), a one-sentence summary (as XSum),
-a summary of several points (as CNN/DailyMail), and one that the drafter is never aligned on, continuing Python code
-(in the place of WMT18 De-En). The reference is taken from the docstring itself; the target is tuned on it, the
-drafter never sees it.
+There are four kinds, after the paper's evaluation (section 3): open-ended questions (like Dolly), summaries in one
+sentence (like XSum), summaries of several points (like CNN/DailyMail), and continuations of Python code, on which the
+drafter is never finetuned (in place of WMT18 De-En). The reference answer is taken from the docstring. The target of
+the default setting is trained on it; the drafter never sees it.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _SECTION = re.compile(
 
 
 class Instruction(NamedTuple):
-    """A user's message of some kind and the human answer; `name` is the documented object it is about."""
+    """A user's message, its kind and the human answer; `name` is the documented object that it is about."""
 
     name: str
     kind: str
@@ -38,19 +38,19 @@ class Instruction(NamedTuple):
 
 
 def derive(doc: Doc) -> Iterator[Instruction]:
-    """Every instruction that a documented object gives; none where its docstring has not the needed parts."""
+    """Yield the instructions that can be made from a documented object; none if its docstring lacks the parts."""
     paragraphs = [" ".join(part.split()) for part in _SECTION.split(doc.text)[0].split("\n\n")]
     paragraphs = [part for part in paragraphs if len(part) > 20 and part[0].isalnum()]
     if not paragraphs or "." not in doc.name:
         return
-    call = _short(doc.name) + doc.signature
-    lead = _cut(" ".join(paragraphs[:3]))
-    yield Instruction(doc.name, "open_ended", _pick(_EXPLAIN, doc.name).format(call), lead)
+    call = _shorten_name(doc.name) + doc.signature
+    lead = _truncate(" ".join(paragraphs[:3]))
+    yield Instruction(doc.name, "open_ended", _choose_form(_EXPLAIN, doc.name).format(call), lead)
     parameters = _parameters(doc.text)
     if parameters:
-        parameter, meaning = parameters[_number(doc.name) % len(parameters)]
-        question = _pick(_PARAMETER, doc.name).format(_short(doc.name), parameter)
-        yield Instruction(doc.name, "open_ended", question, _cut(meaning))
+        parameter, meaning = parameters[_hash(doc.name) % len(parameters)]
+        question = _choose_form(_PARAMETER, doc.name).format(_shorten_name(doc.name), parameter)
+        yield Instruction(doc.name, "open_ended", question, _truncate(meaning))
     first, body = _sentences(paragraphs[0])[0], doc.text[:BODY_CHARACTERS]
     rest = body.split("\n\n", 1)[-1] if "\n\n" in body else ""
     if len(rest) > 100 and 25 < len(first) < 200:
@@ -77,8 +77,8 @@ def _parameters(text: str) -> list[tuple[str, str]]:
     return [(name, meaning) for name, meaning in cleaned if len(meaning) > 15]
 
 
-def _short(name: str) -> str:
-    """`pkg.mod.sub.Class.method` -> `pkg.Class.method`: the way people name things."""
+def _shorten_name(name: str) -> str:
+    """Return `pkg.Class.method` for `pkg.mod.sub.Class.method`, as people name things."""
     parts = name.split(".")
     return name if len(parts) <= 3 else ".".join([parts[0], *parts[-2:]])
 
@@ -87,8 +87,8 @@ def _sentences(paragraph: str) -> list[str]:
     return re.split(r"(?<=[.!?]) +(?=[A-Z`])", paragraph)
 
 
-def _cut(text: str) -> str:
-    """Whole sentences up to ANSWER_CHARACTERS."""
+def _truncate(text: str) -> str:
+    """Return the first sentences, up to ANSWER_CHARACTERS. The first one is kept even if it is up to twice as long."""
     kept = ""
     for sentence in _sentences(text):
         if kept and len(kept) + len(sentence) > ANSWER_CHARACTERS:
@@ -97,9 +97,9 @@ def _cut(text: str) -> str:
     return kept[: 2 * ANSWER_CHARACTERS]
 
 
-def _pick(forms: tuple[str, ...], name: str) -> str:
-    return forms[_number(name) // 7 % len(forms)]
+def _choose_form(forms: tuple[str, ...], name: str) -> str:
+    return forms[_hash(name) // 7 % len(forms)]
 
 
-def _number(name: str) -> int:
+def _hash(name: str) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)

@@ -1,10 +1,8 @@
-"""User messages -> token ids in the target's own chat template.
+"""Encode user messages as token ids in the target's chat template.
 
-The response mask of everything downstream comes from the length of these ids, never from tokenizing text again:
-a response's tokens are the ones that the target produced after them.
+Everything downstream derives the response mask from the number of these ids and never tokenizes the text again: the
+tokens of a response are the ones that the target generated after them.
 """
-
-import hashlib
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,10 +15,10 @@ CHATML = (
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """The ids that the target continues: its chat template with the message as the user's turn.
+    """Return the ids that the target continues: its chat template with the message as the user's turn.
 
-    A tokenizer without a chat template belongs to a base model; its prompt is the message itself. Control tokens that
-    the message writes out are text.
+    A tokenizer without a chat template belongs to a base model, whose prompt is the message itself. Control tokens that
+    the message spells out are encoded as text.
 
     Raises:
         ControlTokenError: the tokenizer cannot encode them as text.
@@ -38,19 +36,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The ids of each text by itself, with nothing added; control tokens that a text writes out are text.
+    """Return the ids of each text, with no token added. Control tokens that a text spells out are encoded as text.
 
     Raises:
         ControlTokenError: the tokenizer cannot encode them as text.
     """
     pattern = control_pattern(tokenizer)
     if not any(map(pattern.search, texts)):
-        return _encoded(tokenizer, texts)
-    plain = iter(_encoded(tokenizer, [text for text in texts if not pattern.search(text)]))
+        return _encode_plain(tokenizer, texts)
+    plain = iter(_encode_plain(tokenizer, [text for text in texts if not pattern.search(text)]))
     return [encode_as_text(tokenizer, text) if pattern.search(text) else next(plain) for text in texts]
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -60,10 +58,10 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, messages: list[str], max_new_tokens: int, context: int
 ) -> list[list[int]]:
-    """`encode_prompt` of each message, checked before any compute is spent.
+    """Encode each message with `encode_prompt`, and check all of them before any compute is spent.
 
     Raises:
-        ValueError: there are no messages; or prompt + max_new_tokens exceeds the model's context.
+        ValueError: there are no messages, or a prompt and max_new_tokens exceed the model's context.
     """
     if not messages:
         raise ValueError("there are no prompts: the instruction or task file is empty")
@@ -72,23 +70,23 @@ def encode_prompts(
     if len(prompts[longest]) + max_new_tokens > context:
         raise ValueError(
             f"prompt {longest} has {len(prompts[longest])} tokens; with max_new_tokens={max_new_tokens} it exceeds the "
-            f"context of {context} tokens. Shorten or drop it, or lower max_new_tokens. It begins: "
+            f"context of {context} tokens. Shorten or remove it, or lower max_new_tokens. It begins: "
             f"{messages[longest][:80]!r}"
         )
     return prompts
 
 
 def check_embedding(tokenizer: PreTrainedTokenizerBase, rows: int, model: str) -> None:
-    """Refuse a tokenizer that writes ids for which the model's embedding has no row.
+    """Refuse a tokenizer that produces ids for which the model's embedding has no row.
 
-    A control token that neither the tokenizer nor its chat template writes, such as one for padding, is never fed to
-    the model, and may lie beyond.
+    A control token that neither the tokenizer nor its chat template produces, such as one for padding, never reaches
+    the model and needs no row.
 
     Raises:
-        ValueError: names the first such id, and what to change.
+        ValueError: an id has no row; names the first one and what to change.
     """
-    of_text = set(tokenizer.get_vocab().values()) - control_ids(tokenizer)
-    written = of_text | set(encode_prompt(tokenizer, NEUTRAL)) | {tokenizer.eos_token_id}
+    plain_ids = set(tokenizer.get_vocab().values()) - control_ids(tokenizer)
+    written = plain_ids | set(encode_prompt(tokenizer, NEUTRAL)) | {tokenizer.eos_token_id}
     beyond = [token for token in written if token is not None and token >= rows]
     if beyond:
         first = min(beyond)
@@ -97,9 +95,3 @@ def check_embedding(tokenizer: PreTrainedTokenizerBase, rows: int, model: str) -
             f"model's embedding has {rows} rows: resize it to {max(beyond) + 1}, or use the tokenizer that the model "
             f"was trained with"
         )
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hexadecimal digits that change with any id -> piece, or with the chat template."""
-    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(repr((pieces, tokenizer.chat_template)).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""The distillation set's text: the target answers the instructions (paper, section 2.2).
+"""Write the responses of the distillation set: the target answers the instructions (paper, section 2.2).
 
-Requests are sorted by temperature and length and cut into shards, a file each. A shard is written whole or not at all,
-and its random numbers depend on the seed and its number alone: an interrupted run goes on with the missing shards, and
-any number of ranks writes the same files.
+Requests are sorted by temperature and length and divided into shards, one file each. A shard is written completely or
+not at all, and its random numbers depend only on its number and the seed. An interrupted run therefore continues with
+the missing shards, and any number of ranks writes the same files.
 """
 
 from collections import Counter
@@ -32,16 +32,16 @@ COLUMNS = pa.schema(
 
 
 def schema(top_p: float) -> pa.Schema:
-    """The columns, and how the responses were drawn: what their block efficiency has to know."""
+    """Return the columns of the responses, with the top-p of their sampling, which finetuning reads for validation."""
     return COLUMNS.with_metadata({b"top_p": str(top_p).encode()})
 
 
 def plan(
     instructions: list[dict[str, Any]], prompts: list[list[int]], temperatures: list[float], num_responses: int
 ) -> list[Request]:
-    """Which instruction is answered at which temperature.
+    """Return `num_responses` requests, with the temperature of each.
 
-    Instructions are taken in turn and temperatures cycle; once every instruction has had its turn, the next round
+    Instructions are taken in order, and the temperatures cycle. After all instructions have been used, the next round
     gives each of them another temperature.
     """
     requests = []
@@ -53,7 +53,7 @@ def plan(
 
 
 def shards(requests: list[Request], shard_size: int) -> list[list[Request]]:
-    """Requests of like temperature and length side by side, cut into shards."""
+    """Sort requests by temperature and length, and divide them into shards."""
     ordered = sorted(requests, key=lambda request: (request.temperature, len(request.prompt_ids), request.id))
     return [ordered[start : start + shard_size] for start in range(0, len(ordered), shard_size)]
 
@@ -72,10 +72,10 @@ def write_responses(
     writes: bool = True,
     report: Report = silent,
 ) -> None:
-    """Answer the shards that are not complete yet, each on the rank that is free for it, and write them.
+    """Generate and write the shards that are not complete yet, each on the next free rank.
 
-    A response with an id that is none of `known_ids`, which both tokenizer and target have, is left out and counted as
-    failed, and so is an empty one.
+    An empty response is left out and counted as failed. So is a response with an id outside `known_ids`, the ids that
+    both the tokenizer and the target have.
     """
     missing = rows.missing_shards(folder, len(parts))
     ends = list(accumulate((len(parts[number]) for number in missing), initial=0))

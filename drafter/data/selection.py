@@ -1,4 +1,4 @@
-"""Which rows of several sources are used: from each in turn, up to a number for each split; all others are counted."""
+"""Choose rows from several sources in turn, up to a quota for each split, and count the rows that are left out."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 class Candidate(NamedTuple):
-    """A row for one of the splits, or the reason why a source's row gives none; `absent` are the fields it lacks."""
+    """A row for one of the splits, or the reason why it is left out; `absent` are the fields that it lacks."""
 
     row: Row
     split: str
@@ -22,10 +22,14 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Tally:
-    """What became of the rows of a source. Rows behind the last that was needed are not read, and not counted.
+    """Count what became of the rows of a source. Rows after the last one that was needed are neither read nor counted.
 
     Attributes:
-        shortest: tokens of the shortest prompt that was too long.
+        read: the number of rows read.
+        used: split -> the number of rows used.
+        left_out: reason -> the number of rows left out.
+        absent: field -> the number of rows that lack it.
+        shortest: the length in tokens of the shortest prompt that was too long.
     """
 
     read: int = 0
@@ -35,12 +39,12 @@ class Tally:
     shortest: int | None = None
 
     def counts(self) -> dict[str, Any]:
-        """For a manifest: read = used + left out."""
+        """Return the counts for a manifest; "read" is the sum of "used" and "left_out"."""
         counts: dict[str, Any] = {"read": self.read, "used": dict(self.used), "left_out": dict(self.left_out)}
         return counts | ({"rows_that_lack": dict(self.absent)} if self.absent else {})
 
     def __str__(self) -> str:
-        """For a log."""
+        """Return the counts as text for a log."""
         used = f"{self.used.total()} used"
         if len(self.used) > 1:
             used += " (" + ", ".join(f"{number} for {split}" for split, number in self.used.items()) + ")"
@@ -50,14 +54,14 @@ class Tally:
 
 
 class Selection:
-    """Rows by split from several streams of candidates.
+    """Choose rows for each split from several streams of candidates.
 
     Args:
         streams: source -> its candidates.
-        quotas: split -> how many rows are wanted; None: all.
-        limit: the most tokens that a row may have.
-        length: a row's tokens; None where the row cannot be encoded.
-        weights: source -> how often it is drawn from, relative to the others; without, all are drawn from in turn.
+        quotas: split -> the number of rows to choose, or None for all.
+        limit: the largest number of tokens that a row may have.
+        length: returns the number of tokens of a row, or None if the row cannot be encoded.
+        weights: source -> how often it is drawn from, relative to the others. By default all have the same weight.
     """
 
     def __init__(
@@ -78,23 +82,23 @@ class Selection:
             self.tallies[name].left_out = +self.tallies[name].left_out
 
     def _choose(self, split: str, quota: int | None) -> list[Row]:
-        """The rows of a split: each comes from the source that has given the least for its weight."""
+        """Choose the rows of a split, each from the source that has contributed the least relative to its weight."""
         chosen: list[Row] = []
-        given = dict.fromkeys(self.streams, 0)
-        while given and (quota is None or len(chosen) < quota):
-            name = min(given, key=lambda name: (given[name] + 1) / self.weights[name])
+        drawn = dict.fromkeys(self.streams, 0)
+        while drawn and (quota is None or len(chosen) < quota):
+            name = min(drawn, key=lambda name: (drawn[name] + 1) / self.weights[name])
             row = self._next(name, split)
             if row is None:
-                del given[name]
+                del drawn[name]
             else:
-                given[name] += 1
+                drawn[name] += 1
                 self.tallies[name].used[split] += 1
                 chosen.append(row)
         self.quotas = {**self.quotas, split: 0}
         return chosen
 
     def _next(self, name: str, wanted: str) -> Row | None:
-        """A source's next row of a split; those of the other splits wait until they are wanted."""
+        """Return a source's next row of a split, or None. Rows of other splits wait until they are wanted."""
         waiting, tally = self._waiting[name], self.tallies[name]
         if waiting[wanted]:
             return waiting[wanted].popleft()
@@ -104,7 +108,7 @@ class Selection:
             quota = self.quotas[split] if not left_out else None
             if not left_out and quota is not None and len(waiting[split]) >= quota:
                 left_out = "not needed"
-            if reason := left_out or self._unfit(row, tally):
+            if reason := left_out or self._reason_against(row, tally):
                 tally.left_out[reason] += 1
             elif split == wanted:
                 return row
@@ -112,7 +116,8 @@ class Selection:
                 waiting[split].append(row)
         return None
 
-    def _unfit(self, row: Row, tally: Tally) -> str | None:
+    def _reason_against(self, row: Row, tally: Tally) -> str | None:
+        """Return why a row cannot be used, or None."""
         tokens = self.length(row)
         if tokens is None:
             return "with control tokens that cannot be encoded as text"
@@ -123,10 +128,10 @@ class Selection:
 
 
 def read_instructions(path: str | Path) -> list[Row]:
-    """The rows of an instructions.jsonl.
+    """Read the rows of an instructions.jsonl.
 
     Raises:
-        ValueError: an id is missing, or there twice, so that an answer could be given to another's question.
+        ValueError: an id is missing or occurs twice, so that a response could be assigned to another instruction.
     """
     rows = read_jsonl(path)
     check_ids(rows, str(path))
@@ -134,18 +139,22 @@ def read_instructions(path: str | Path) -> list[Row]:
 
 
 def check_ids(rows: Iterable[Row], owner: str) -> None:
-    """Refuse rows without an id, and an id of two rows.
+    """Refuse rows without an id, and ids that belong to several rows.
+
+    Args:
+        rows: the rows to check.
+        owner: the file or source of the rows, for the error.
 
     Raises:
-        ValueError: names the row or the id.
+        ValueError: an id is missing or occurs twice; names the owner and an id.
     """
     found = Counter(row.get("id") for row in rows)
     if missing := sum(number for name, number in found.items() if not name):
         raise ValueError(
             f"{owner}: {missing} rows have no id. Make the file again with `python -m experiments.prepare`"
         )
-    if doubled := [name for name, number in found.items() if number > 1]:
+    if repeated := [name for name, number in found.items() if number > 1]:
         raise ValueError(
-            f"{owner}: {len(doubled)} ids belong to more than one row, e.g. '{doubled[0]}'. Make the "
+            f"{owner}: {len(repeated)} ids belong to more than one row, e.g. '{repeated[0]}'. Make the "
             f"file again with `python -m experiments.prepare`"
         )

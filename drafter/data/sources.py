@@ -1,4 +1,4 @@
-"""Sources of text and prompts, local files or datasets of the hub, and what their templates make of each row."""
+"""Read sources of text and prompts, local files or hub datasets, and fill their templates from each row."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -6,23 +6,25 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from drafter.artifacts.manifest import digest, sha256
-from drafter.data.files import PlacedRow, find_files, is_local, read_file
+from drafter.data.files import LocatedRow, find_files, is_local, read_file
 from drafter.data.templates import USERS, AbsentField, absent, matches, parse, render
 
-LOOKAHEAD = 1000  # rows that are read to learn which fields there are
+LOOKAHEAD = 1000  # the number of rows read to learn which fields there are
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows are, and what is made of them.
+    """Where rows are, and the templates that turn a row into text.
 
     Attributes:
-        path: a local file, folder or pattern, or a dataset of the hub.
-        split: of a hub dataset, as `name` (its config) and `revision` are; local files are read whole.
-        template: the text or prompt that a row makes.
+        path: a local file, folder or pattern, or the name of a hub dataset.
+        template: makes the text or the prompt of a row.
+        split: the split of a hub dataset. Local files are read completely.
+        name: the config of a hub dataset.
+        revision: the revision of a hub dataset.
         where: field -> the value that a row must have to be used.
-        reference: a template of the answer that the data have.
-        weight: how often it is drawn from, relative to the other sources.
+        reference: a template that makes the reference answer of a row.
+        weight: how often the source is drawn from, relative to the other sources.
     """
 
     path: str
@@ -36,28 +38,28 @@ class Source:
 
     @property
     def is_local(self) -> bool:
-        """Whether it means local files."""
+        """Return whether the source consists of local files."""
         return is_local(self.path)
 
     def identity(self, name: str) -> dict[str, Any]:
         """Return what determines the rows of the source of this name, except the content and path of local files."""
         hub = {} if self.is_local else {"path": self.path, "split": self.split, "name": self.name}
         hub |= {} if self.is_local else {"revision": self.revision}
-        made = {
+        templates = {
             "template": self.template,
             "where": self.where,
             "reference": self.reference,
             "weight": float(self.weight),
         }
-        return {"label": name, **hub, **made}
+        return {"label": name, **hub, **templates}
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the content of the local files."""
+        """Return 16 hexadecimal digits that change with the content of the local files."""
         return digest([sha256(file) for file in find_files(self.path)])
 
 
 class Entry(NamedTuple):
-    """What a source's templates make of a row; `left_out` says why there is nothing."""
+    """The text and the reference answer of a row, or the reason why the row is left out."""
 
     number: int
     text: str
@@ -67,10 +69,14 @@ class Entry(NamedTuple):
 
 
 def source_of(settings: Mapping[str, Any], owner: str) -> Source:
-    """Return a source with these settings; `owner` is the config key that errors name.
+    """Return a source with these settings.
+
+    Args:
+        settings: the fields of a `Source`.
+        owner: the config key of the settings, for errors.
 
     Raises:
-        ValueError: a setting is unknown, missing or out of its range, or a template cannot be parsed.
+        ValueError: a setting is unknown, missing or out of range, or a template cannot be parsed.
     """
     known = [one.name for one in fields(Source)]
     if unknown := sorted(set(settings) - set(known)):
@@ -91,39 +97,41 @@ def read_rows(
     """Stream the rows of local files (see `find_files`), or of a split of a hub dataset.
 
     Raises:
-        FileNotFoundError: a path that looks like files has none.
-        ValueError: a file is of another kind; later, a row that cannot be read.
+        FileNotFoundError: the path looks like local files, and there is none.
+        ValueError: a file has an unknown format or, during iteration, a row cannot be read.
     """
-    return (row.fields for row in placed_rows(path, split, name, revision))
+    return (row.fields for row in located_rows(path, split, name, revision))
 
 
-def placed_rows(path: str, split: str, name: str | None, revision: str | None) -> Iterator[PlacedRow]:
-    """`read_rows`, each with its place."""
+def located_rows(path: str, split: str, name: str | None, revision: str | None) -> Iterator[LocatedRow]:
+    """Stream rows like `read_rows`, each with its location."""
     if is_local(path):
         return chain.from_iterable(map(read_file, find_files(path)))
-    import datasets  # takes four seconds: paid only by those who read one
+    import datasets  # takes four seconds to import, and is needed only here
 
     rows = datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
-    return (PlacedRow(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    return (LocatedRow(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def entries(source: Source, speakers: Collection[str] | None = USERS) -> Iterator[Entry]:
-    """What the templates make of each row, in order.
+    """Yield the text and the reference answer of each row, in order.
 
-    A field that some rows lack is empty there. One that none of the first thousand rows has is taken for a mistake.
+    A field that only some rows lack is empty in those rows. A field that none of the first thousand rows has is taken
+    for a mistake.
 
     Args:
-        speakers: whose turn of a conversation a prompt may be.
+        source: where the rows are, and their templates.
+        speakers: the speakers whose turns may be used as prompts, or None for any; see `templates.render`.
 
     Raises:
-        AbsentField: no row has a field of a template.
-        ValueError: a row that cannot be read, or whose field is no text, by its place.
+        AbsentField: none of the first rows has a field of a template.
+        ValueError: a row cannot be read, or its field is not text; names its location.
     """
-    rows = placed_rows(source.path, source.split, source.name, source.revision)
+    rows = located_rows(source.path, source.split, source.name, source.revision)
     first = list(islice(rows, LOOKAHEAD))
     templates = [source.template, *filter(None, [source.reference])]
-    known = {name for template in templates for name in _known(template, first)}
-    for number, (place, row) in enumerate(chain(first, rows)):
+    known = {name for template in templates for name in _require_fields(template, first)}
+    for number, (location, row) in enumerate(chain(first, rows)):
         try:
             if not matches(row, source.where):
                 yield Entry(number, "", "", "filtered by where", [])
@@ -132,15 +140,15 @@ def entries(source: Source, speakers: Collection[str] | None = USERS) -> Iterato
             reference = render(source.reference, row, known, None) if source.reference and text else ""
             lacking = [name for template in templates for name in absent(template, row)]
         except ValueError as problem:
-            raise type(problem)(f"{place}: {problem}") from None
+            raise type(problem)(f"{location}: {problem}") from None
         yield Entry(number, text, reference, None if text else "empty", lacking)
 
 
-def _known(template: str, rows: list[PlacedRow]) -> set[str]:
-    """The fields of a template, each of which some of these rows have.
+def _require_fields(template: str, rows: list[LocatedRow]) -> set[str]:
+    """Return the fields of a template, after checking that each of them occurs in some row.
 
     Raises:
-        AbsentField: none of them has a field.
+        AbsentField: no row has one of the fields.
     """
     names = {one.name for one in parse(template)[0]}
     lacking = set(names)
@@ -152,5 +160,7 @@ def _known(template: str, rows: list[PlacedRow]) -> set[str]:
         try:
             render(template, rows[0].fields, names - lacking, None)
         except AbsentField as problem:
-            raise AbsentField(f"{rows[0].place}: {problem}, and so for all of the first {len(rows)} rows") from None
+            raise AbsentField(
+                f"{rows[0].location}: {problem}, and neither do the others of the first {len(rows)} rows"
+            ) from None
     return names

@@ -1,8 +1,8 @@
-r"""The text that a template such as "Summarise:\n\n{article}" makes of a row.
+r"""Fill templates such as "Summarise:\n\n{article}" from rows.
 
-A field is written {name}, or {name[key][0]} inside of another; a literal brace is doubled: {{ and }}. A null (or NaN)
-field is empty, and a text all of whose fields are empty is empty itself. Anything but text, a number or a date where
-text is expected is refused: its Python form is nothing that anybody wrote.
+A field is written {name}, or {name[key][0]} for a value inside it. A literal brace is doubled: {{ and }}. A field that
+is null or NaN is empty, and a text is empty if all its fields are. A value must be text, a number or a date; anything
+else is refused, because its Python representation is not text that somebody wrote.
 """
 
 import re
@@ -18,7 +18,7 @@ PATH = re.compile(r"([^\[\]{}\"'\s](?:[^\[\]{}\"']*[^\[\]{}\"'\s])?)((?:\[[^\[\]
 
 
 class Field(NamedTuple):
-    """A field of a template: the text before it, its name as written, the steps to it, and how it is formatted."""
+    """A field of a template: the text before it, its name as written, the keys and indices to it, and its format."""
 
     before: str
     name: str
@@ -35,10 +35,10 @@ class AbsentField(KeyError, ValueError):
 
 @lru_cache
 def parse(template: str) -> tuple[tuple[Field, ...], str]:
-    """The fields of a template, and the text behind the last.
+    """Return the fields of a template, and the text after the last one.
 
     Raises:
-        ValueError: braces that are no field's; a template without any field.
+        ValueError: braces do not enclose a field, or the template has no field.
     """
     remedy = "a field is written {name} or {name[key]}, and a literal brace is doubled: {{ and }}"
     fields, before = [], ""
@@ -48,28 +48,30 @@ def parse(template: str) -> tuple[tuple[Field, ...], str]:
             if name is not None:
                 found = PATH.fullmatch(name)
                 if not found or conversion or "{" in (spec or ""):
-                    raise ValueError(f"'{name}' is no field")
+                    raise ValueError(f"'{name}' is not a field")
                 fields.append(Field(before, name, (found[1], *re.findall(r"\[(.+?)\]", found[2])), spec or ""))
                 before = ""
     except ValueError as problem:
         raise ValueError(f"template {template!r}: {problem}; {remedy}") from None
     if not fields:
-        raise ValueError(f"template {template!r} has no field, so that it makes the same text of every row; {remedy}")
+        raise ValueError(f"template {template!r} has no field and would make the same text of every row; {remedy}")
     return tuple(fields), before
 
 
 def render(
     template: str, row: dict[str, Any], known: Collection[str] = (), speakers: Collection[str] | None = USERS
 ) -> str:
-    """Fill a template from a row, and strip it; "" where all its fields are empty.
+    """Fill a template from a row and strip the result. Return "" if all fields are empty.
 
     Args:
-        known: fields that other rows have: where this one lacks them, they are empty.
-        speakers: whose turn a field inside of a conversation may be, by its `role` or `from`; None: anybody's.
+        template: the template.
+        row: the values of the fields.
+        known: fields that other rows have. If this row lacks one of them, the field is empty.
+        speakers: the values of `role` or `from` that the turn of a conversation may have, or None for any.
 
     Raises:
-        AbsentField: the row lacks a field of the template.
-        ValueError: a field is no text, or somebody else's turn.
+        AbsentField: the row lacks a field of the template that is not in `known`.
+        ValueError: a field is not text, or is a turn of another speaker.
     """
     fields, end = parse(template)
     text, is_empty = "", True
@@ -88,7 +90,7 @@ def render(
 
 
 def absent(template: str, row: dict[str, Any]) -> list[str]:
-    """The fields of a template that a row lacks."""
+    """Return the fields of a template that a row lacks."""
     lacking = []
     for field in parse(template)[0]:
         try:
@@ -96,26 +98,26 @@ def absent(template: str, row: dict[str, Any]) -> list[str]:
         except AbsentField:
             lacking.append(field.name)
         except ValueError:
-            continue  # it is there, and `render` refuses it
+            continue  # the field exists, and `render` will refuse its value
     return lacking
 
 
 def matches(row: dict[str, Any], where: dict[str, Any]) -> bool:
-    """Whether every field of `where` has the given value in the row.
+    """Return whether every field of `where` has the given value in the row.
 
-    A null there stands for an empty cell too, and a number for its digits, since every cell of a CSV is text.
+    Cells of a CSV file are text. Therefore null in `where` also matches an empty cell, and a number matches its digits.
     """
-    return all(_is(row.get(field), wanted) for field, wanted in where.items())
+    return all(_equals(row.get(field), wanted) for field, wanted in where.items())
 
 
-def _is(value: Any, wanted: Any) -> bool:
+def _equals(value: Any, wanted: Any) -> bool:
     if isinstance(value, str) and not isinstance(wanted, str):
         return value == ("" if wanted is None else str(wanted))
     return bool(value == wanted)
 
 
 def _value(row: dict[str, Any], field: Field, speakers: Collection[str] | None) -> Any:
-    """What lies at the end of a field's steps; None where there is a null on the way."""
+    """Return the value of a field; None if there is a null on the way to it."""
     value: Any = row
     for number, step in enumerate(field.steps):
         if value is None:
@@ -131,7 +133,7 @@ def _value(row: dict[str, Any], field: Field, speakers: Collection[str] | None) 
                 raise ValueError(f"the field {{{field.name}}} needs item [{step}] of a list of {len(value)} items")
             value = value[int(step)]
         else:
-            raise ValueError(f"the field {{{field.name}}} needs [{step}] of {_shown(value)}, which has none")
+            raise ValueError(f"the field {{{field.name}}} needs [{step}] of {_describe(value)}, which has none")
     return value
 
 
@@ -140,22 +142,24 @@ def _check_speaker(turn: dict[str, Any], field: Field, speakers: Collection[str]
         if speakers is not None and isinstance(turn.get(key), str) and turn[key] not in speakers:
             raise ValueError(
                 f"the field {{{field.name}}} is a turn whose '{key}' is '{turn[key]}', not the user's "
-                f"({', '.join(sorted(speakers))}): leave the row out, or name the user's turn"
+                f"({', '.join(sorted(speakers))}): exclude the row by `where`, or name the user's turn"
             )
 
 
 def _text(value: Any, field: Field) -> str:
-    if value is None or value != value:  # NaN: how pandas writes a null into a column of numbers
+    if value is None or value != value:  # pandas writes NaN for a null in a column of numbers
         return ""
     if not isinstance(value, (str, int, float, Decimal, date, time)):
-        raise ValueError(f"the field {{{field.name}}} is {_shown(value)} where text is expected: name what is in it")
+        raise ValueError(
+            f"the field {{{field.name}}} is {_describe(value)} where text is expected: name a field inside it"
+        )
     text = format(value, field.spec) if field.spec else str(value)
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(
-            f"the field {{{field.name}}} has half of a surrogate pair, which is no character: mend the row"
+            f"the field {{{field.name}}} has half of a surrogate pair, which is not a character: correct the row"
         )
     return text
 
 
-def _shown(value: Any) -> str:
+def _describe(value: Any) -> str:
     return f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__} ({str(value)[:60]})"

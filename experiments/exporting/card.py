@@ -206,11 +206,9 @@ def written(config: dict[str, Any]) -> dict[str, str]:
     if not (manifest := manifest_of(folder)):
         return {}
     counts = manifest["counts"]
-    size = (
-        f"{counts['rows']} responses of {counts['tokens']} tokens"
-        if "rows" in counts
-        else f"{counts['written']} responses"
-    )
+    size = f"{counts['written']} responses"
+    if manifest["stage"] == "cache":
+        size = f"{counts['rows']} responses of {counts['tokens']} tokens"
     how = config["distillation"]
     return {"responses": f"{size}, written by: {how['by']}, at temperatures {how['temperatures']}"}
 
@@ -227,8 +225,7 @@ def pretrained(folder: str) -> dict[str, str]:
 
 def sources(data: dict[str, Any]) -> list[str]:
     """Return the names of the data sets, with the revision if one is given."""
-    if "packages" in data:
+    if data["kind"] == "docstrings":
         return ["docstrings and code of " + ", ".join(data["packages"])]
-    asked = data["instructions"]
-    found = [data["pretraining"], *(asked.values() if isinstance(asked, dict) else asked)]
+    found = [data["pretraining"], *data["instructions"].values()]
     return [str(one["path"]) + (f" ({one['revision']})" if one.get("revision") else "") for one in found]

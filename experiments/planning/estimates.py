@@ -281,7 +281,8 @@ def cached_bytes(cfg: DictConfig, shape: Shape) -> float:
     how = cfg.cache.format
     if how.kind == "sparse":
         ids = 2 if shape.vocabulary <= 2**16 else 4
-        return (how.top_k + how.num_samples) * (ids + BYTES[how.dtype]) + 6 + 16
+        # Two more numbers: the log-probability of the response's token and of the tokens outside the top_k.
+        return (how.top_k + how.num_samples) * (ids + BYTES[how.dtype]) + 2 * BYTES[how.dtype] + 16
     return shape.hidden * BYTES[how.dtype] + 16
 
 

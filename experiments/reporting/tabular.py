@@ -85,8 +85,8 @@ def with_interval(value: Estimate | None, signed: bool = False) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number of parameters in short form: "6.74B", "115M", "158k"."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    """Return a number of parameters, tokens or the like in short form: "6.74B", "115M", "158k"."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"

@@ -64,7 +64,7 @@ def cache(cfg: DictConfig) -> None:
 
 
 def format_of(cfg: DictConfig) -> Format:
-    """Build the cache's format; `kind` is its declared name, which no constructor takes."""
+    """Build the cache's format. Its `kind` is a label of the config and not an argument of the constructor."""
     fields = {name: value for name, value in plain(cfg.cache.format).items() if name != "kind"}
     found: Format = hydra.utils.instantiate(fields)
     return found

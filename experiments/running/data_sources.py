@@ -60,19 +60,23 @@ def pretraining_source(cfg: DictConfig) -> Source:
 
 
 def task_sources(cfg: DictConfig) -> dict[str, Source]:
-    """Return the sources of the tasks that have one; a task on docstrings has none.
+    """Return the sources of the tasks that have one. A task on docstrings has none; its path is null.
 
     Raises:
         ValueError: a task has no path although the data are not docstrings, or a setting is wrong.
     """
     found = {}
     for name, settings in plain(cfg.task).items():
-        of_source = {key: value for key, value in settings.items() if key not in DECODING}
-        if "path" in settings:
-            found[name] = source_of(of_source, f"task.{name}")
+        if "path" not in settings:
+            raise ValueError(
+                f"task.{name} has no path: give it as task.{name}.path=..., or null to ask about docstrings"
+            )
+        if settings["path"] is not None:
+            fields = {key: value for key, value in settings.items() if key not in DECODING}
+            found[name] = source_of(fields, f"task.{name}")
         elif not has_docstrings(cfg):
             raise ValueError(
-                f"task.{name} has no path, and data={cfg.data.name} has no docstrings to ask about: task=files"
+                f"task.{name}.path is null, and data={cfg.data.name} has no docstrings to ask about: task=files"
             )
     return found
 
@@ -104,7 +108,9 @@ def identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
 def gather(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
     """Return the data that the config names, without the texts that `encodes` refuses."""
     data = docstrings(cfg, encodes) if has_docstrings(cfg) else datasets(cfg, encodes)
-    return data._replace(tasks={**data.tasks, **{name: of_task(one, name) for name, one in task_sources(cfg).items()}})
+    return data._replace(
+        tasks={**data.tasks, **{name: task_candidates(one, name) for name, one in task_sources(cfg).items()}}
+    )
 
 
 def docstrings(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
@@ -122,17 +128,17 @@ def docstrings(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
         parts[heldout if is_heldout(name, cfg.data.heldout_percent) else "train"].append(docs[index])
     tallies = {"train": Tally(), "heldout": Tally()}
     texts = {
-        part: counted(pretraining_texts(parts[split], cfg.data.code_share), part, tallies[part], encodes)
+        part: count_texts(pretraining_texts(parts[split], cfg.data.code_share), part, tallies[part], encodes)
         for part, split in (("train", "train"), ("heldout", "validation"))
     }
     train, validation = (questions(parts[split], IN_DOMAIN, split) for split in ("train", "validation"))
     tasks = {task: questions(parts["task"], (task,), task) for task in cfg.task}
-    return Data(texts, tallies, {"docstrings": ten_to_one(train, validation)}, {"docstrings": 1.0}, tasks)
+    return Data(texts, tallies, {"docstrings": interleave(train, validation)}, {"docstrings": 1.0}, tasks)
 
 
 def questions(docs: list[Doc], kinds: tuple[str, ...], split: str) -> Iterator[Candidate]:
     """Yield one instruction per documented object, cycling through the kinds, so that no object is used twice."""
-    asked = set()
+    used = set()
     for number, doc in enumerate(docs):
         found = {row.kind: row for row in derive(doc) if row.kind in kinds}
         if found:
@@ -143,13 +149,12 @@ def questions(docs: list[Doc], kinds: tuple[str, ...], split: str) -> Iterator[C
                 "prompt": row.prompt,
                 "reference": row.reference,
             }
-            yield Candidate(
-                fields, split, "of an object that is asked about already" if fields["id"] in asked else None
-            )
-            asked.add(fields["id"])
+            left_out = "about an object that has an instruction already" if fields["id"] in used else None
+            yield Candidate(fields, split, left_out)
+            used.add(fields["id"])
 
 
-def ten_to_one(train: Iterator[Candidate], validation: Iterator[Candidate]) -> Iterator[Candidate]:
+def interleave(train: Iterator[Candidate], validation: Iterator[Candidate]) -> Iterator[Candidate]:
     """Yield ten training candidates per validation candidate, so that neither stream is read further than needed."""
     while batch := [*islice(train, 10), *islice(validation, 1)]:
         yield from batch
@@ -165,7 +170,7 @@ def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
             tallies[part].absent.update(entry.absent)
             other = not entry.left_out and is_heldout(entry.text, percent) != (part == "heldout")
             left_out = entry.left_out or ("of the other part" if other else None)
-            yield from counted([entry.text], part, tallies[part], encodes, left_out)
+            yield from count_texts([entry.text], part, tallies[part], encodes, left_out)
 
     def of_source(name: str) -> Iterator[Candidate]:
         for entry in entries(asked[name]):
@@ -178,14 +183,14 @@ def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
     return Data({part: text(part) for part in tallies}, tallies, streams, weights, {})
 
 
-def of_task(source: Source, name: str) -> Iterator[Candidate]:
+def task_candidates(source: Source, name: str) -> Iterator[Candidate]:
     """Yield the candidate prompts of a task."""
     for entry in entries(source):
         row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text}
         yield Candidate(row, name, entry.left_out, tuple(entry.absent))
 
 
-def counted(
+def count_texts(
     texts: Iterator[str] | list[str],
     part: str,
     tally: Tally,

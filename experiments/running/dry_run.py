@@ -30,23 +30,23 @@ from experiments.running.data_sources import (
     first_rows,
     has_docstrings,
     instruction_sources,
-    of_task,
     pretraining_source,
+    task_candidates,
     task_sources,
 )
 from experiments.running.inputs import new_drafter, target_source
 
-ROWS = 2000  # how many rows of each source are read
+ROWS = 2000  # the number of rows read from each source
 SMALL = 10_000_000  # local files with fewer bytes are read completely
-SHOWN = 3
+SHOWN = 3  # the number of rows of each source whose lengths are printed
 
 
 def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = lambda cfg: None) -> None:
-    """Check the settings as the stage itself does, and print what the stage would work with.
+    """Check the settings as the stage does, and print the models, data and inputs that it would use.
 
     Raises:
         OSError: a model or a data set cannot be reached.
-        ValueError: parts do not fit each other.
+        ValueError: models, data or settings do not fit together.
         KeyError: a template needs a field that its rows lack.
     """
     check(cfg)
@@ -68,7 +68,7 @@ def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
     context = context_limit(source)
     yield f"target {path}: {type(target).__name__}, {num_parameters(target):,} parameters, context {context:,}"
     ends = end_of_turn_ids(source, tokenizer)
-    template = "its chat template" if tokenizer.chat_template else "no chat template: prompts stand as they are"
+    template = "with a chat template" if tokenizer.chat_template else "without a chat template: prompts are used as is"
     yield f"tokenizer: {len(tokenizer):,} tokens, {rows:,} rows, ends at {ends}, {template}"
     yield f"drafter: {type(drafter).__name__}, {num_parameters(drafter):,} parameters, c = {ratio:.2%}"
 
@@ -76,7 +76,7 @@ def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
 def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Describe the first rows of the sources, or, for later stages, of the prepared data."""
 
-    def told(name: str, texts: list[str], as_prompts: bool) -> str:
+    def describe(name: str, texts: list[str], as_prompts: bool) -> str:
         encode = (lambda text: encode_prompt(tokenizer, text)) if as_prompts else tokenizer.tokenize
         lengths = [len(encode(text)) for text in texts[:SHOWN]]
         return f"{name}: rows of {lengths} tokens; the first begins {texts[0][:60]!r}"
@@ -86,26 +86,26 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
             yield f"data: {len(source_files(list(cfg.data.packages))):,} files of {len(cfg.data.packages)} packages"
         else:
             source = pretraining_source(cfg)
-            yield told(source.path, first_texts(source), as_prompts=False)
+            yield describe(source.path, first_texts(source), as_prompts=False)
             sources = instruction_sources(cfg)
             streams = datasets(cfg, lambda text: True).instructions
             weights = {name: one.weight for name, one in sources.items()}
             limited = {name: first_rows(streams[name], _rows(one)) for name, one in sources.items()}
-            asked = choose_instructions(cfg, limited, weights, tokenizer)
+            selection = choose_instructions(cfg, limited, weights, tokenizer)
             for name, one in sources.items():
-                rows = [row["prompt"] for split in asked.rows.values() for row in split if row["kind"] == name]
-                yield f"{told(one.path, rows, as_prompts=True)} ({asked.tallies[name]})"
+                rows = [row["prompt"] for split in selection.rows.values() for row in split if row["kind"] == name]
+                yield f"{describe(one.path, rows, as_prompts=True)} ({selection.tallies[name]})"
         tasks = task_sources(cfg)
-        prompts = {name: first_rows(of_task(one, name), _rows(one)) for name, one in tasks.items()}
+        prompts = {name: first_rows(task_candidates(one, name), _rows(one)) for name, one in tasks.items()}
         for name, chosen in (choose_prompts(cfg, prompts, tokenizer) if prompts else {}).items():
             rows = [row["prompt"] for row in chosen.rows[name]]
-            yield f"{told(f'task {name}, {tasks[name].path}', rows, as_prompts=True)} ({chosen.tallies[name]})"
+            yield f"{describe(f'task {name}, {tasks[name].path}', rows, as_prompts=True)} ({chosen.tallies[name]})"
     elif "data" in cfg.inputs and (prepared := Path(cfg.inputs.data) / "instructions.jsonl").exists():
-        yield told(str(prepared), [row["prompt"] for row in read_instructions(prepared)], as_prompts=True)
+        yield describe(str(prepared), [row["prompt"] for row in read_instructions(prepared)], as_prompts=True)
 
 
 def _rows(source: Source) -> int:
-    """Return how many rows of a source are read: all rows of a small one."""
+    """Return how many rows of a source are read: all rows if it is small."""
     if source.is_local and sum(file.stat().st_size for file in find_files(source.path)) < SMALL:
         return sys.maxsize
     return ROWS
@@ -125,17 +125,17 @@ def first_texts(source: Source) -> list[str]:
 
 
 def inputs(cfg: DictConfig) -> Iterator[str]:
-    """Say which input directories are finished and which an earlier stage still has to make."""
-    for name, path in cfg.inputs.items() if "inputs" in cfg else ():
+    """Say which input directories exist and which ones an earlier stage still has to make."""
+    for name, path in cfg.inputs.items():
         if path and "://" not in path:
-            known = (Path(path) / MANIFEST).exists() or (Path(path) / "config.json").exists()
-            yield f"{name}: {path} is {'there' if known else 'not there yet: the stages before make it'}"
+            exists = (Path(path) / MANIFEST).exists() or (Path(path) / "config.json").exists()
+            yield f"{name}: {path} {'exists' if exists else 'does not exist yet: an earlier stage makes it'}"
 
 
 def batches(cfg: DictConfig, stage: str) -> Iterator[str]:
-    """Say how a batch is divided over the ranks."""
+    """Say how a batch of training is divided over the ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if "batch_size" in cfg[stage]:
+    if stage in ("pretrain", "finetune"):
         size = cfg[stage].batch_size
         if size < ranks:
             raise ValueError(f"{stage}.batch_size is {size}, less than one sample for each of {ranks} ranks")

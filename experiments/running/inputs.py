@@ -36,11 +36,16 @@ def claim(
     """Claim a directory (default: cfg.out) for a stage, and record its config and the command that makes it again.
 
     Args:
-        instead: overrides of that command that replace the given ones of the same keys.
+        cfg: the config of the stage.
+        name: the stage's name.
+        settings: the settings that determine the content.
+        inputs: name -> fingerprint of each upstream artifact.
+        directory: the directory to claim.
+        instead: overrides for the recorded command, in place of the given ones of the same keys.
     """
-    how, taken = HydraConfig.get(), {override.partition("=")[0] for override in instead}
-    overrides = [override for override in how.overrides.task if override.partition("=")[0] not in taken]
-    if how.runtime.choices.get("experiment"):
+    hydra_config, replaced = HydraConfig.get(), {override.partition("=")[0] for override in instead}
+    overrides = [one for one in hydra_config.overrides.task if one.partition("=")[0] not in replaced]
+    if hydra_config.runtime.choices.get("experiment"):
         overrides.append("hydra.mode=RUN")  # only this cell of the sweep
     command = shlex.join(["python", "-m", f"experiments.{name}", *overrides, *instead])
     return Stage(directory or cfg.out, name, settings, inputs, {"command": command, "config": plain(cfg)})
@@ -77,7 +82,7 @@ def target_inputs(cfg: DictConfig) -> dict[str, str]:
 
 
 def target_named(cfg: DictConfig) -> dict[str, Any]:
-    """Return what a manifest says about the target for readers; its fingerprint is among the inputs."""
+    """Return the target's path, revision and dtype for the manifest, whose inputs have only its fingerprint."""
     return {"path": cfg.target.path, "revision": cfg.target.revision, "dtype": cfg.target.dtype}
 
 

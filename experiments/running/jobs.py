@@ -97,7 +97,7 @@ def check_known(arguments: list[str], plan: DictConfig) -> None:
     """
     stages = [compose(name) for name in STAGES]
     known = sorted(set(map(str, plan)).union(*stages) - {"stage_overrides"})
-    inputs = sorted({name for cfg in stages if "inputs" in cfg for name in cfg.inputs})
+    inputs = sorted({name for cfg in stages for name in cfg.inputs})
     for argument in arguments:
         if first_key(argument) not in known:
             raise ValueError(f"'{argument}' is a setting of no stage: '{first_key(argument)}' is none of {known}")

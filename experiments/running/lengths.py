@@ -7,13 +7,13 @@ from drafter.models.loading import context_limit
 from experiments.running.inputs import plain, target_source
 
 
-def check_lengths(cfg: DictConfig, prompt_tokens: int, answers: dict[str, int]) -> None:
-    """Refuse response lengths for which the longest prompt leaves no room in a context.
+def check_lengths(cfg: DictConfig, prompt_tokens: int, limits: dict[str, int]) -> None:
+    """Refuse response lengths that together with the longest prompt exceed the context of a model.
 
     Args:
         cfg: the config of a stage, which has the target and the drafter to be trained.
         prompt_tokens: the length of the longest prompt (prepare.max_prompt_tokens).
-        answers: the name of each setting that limits responses, with its number of tokens.
+        limits: the name of each setting that limits responses, with its number of tokens.
 
     Raises:
         ValueError: a response may not fit; names the setting, the model and what to change.
@@ -22,7 +22,7 @@ def check_lengths(cfg: DictConfig, prompt_tokens: int, answers: dict[str, int]) 
         f"the target {cfg.target.path}": context_limit(target_source(cfg)),
         "the drafter (drafter.max_position_embeddings)": context_of_fields(plain(cfg.drafter)),
     }
-    for setting, tokens in answers.items():
+    for setting, tokens in limits.items():
         for model, context in contexts.items():
             if prompt_tokens + tokens > context:
                 raise ValueError(

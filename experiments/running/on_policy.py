@@ -1,11 +1,12 @@
 """On-policy distillation: in each round, the drafter of the previous round generates the responses to train on.
 
 DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649) train the drafter on text that it generated itself, because
-that is what it proposes when it serves. Each round here is an ordinary distillation set, cache and finetuning. It can
-therefore be resumed, runs on any number of ranks, and has manifests.
+this is the text that it proposes in serving. Each round here is an ordinary distillation set, cache and finetuning.
+Therefore it can be resumed, runs on any number of ranks, and has manifests.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -24,29 +25,37 @@ def run(cfg: DictConfig, finetune: Callable[[DictConfig], None]) -> None:
         cfg: the config of the finetuning.
         finetune: runs one finetuning on an existing distillation set.
     """
-    before, given = HydraConfig.instance().cfg, HydraConfig.get().overrides.task
-    others = [part for part in given if first_key(part) != "distillation"]
-    how = [override(f"distillation.{key}", value) for key, value in plain(cfg.distillation).items() if key != "rounds"]
-    written = [*others, f"distillation={HydraConfig.get().runtime.choices['distillation']}", *how]
+    hydra_config, overrides = HydraConfig.instance().cfg, HydraConfig.get().overrides.task
+    others = [part for part in overrides if first_key(part) != "distillation"]
+    fields = {key: value for key, value in plain(cfg.distillation).items() if key != "rounds"}
+    chosen = f"distillation={HydraConfig.get().runtime.choices['distillation']}"
+    settings = [*others, chosen, *(override(f"distillation.{key}", value) for key, value in fields.items())]
     rounds, steps, drafter = cfg.distillation.rounds, cfg.finetune.max_steps, cfg.inputs.drafter
     OmegaConf.resolve(cfg)
-    whole = finetuned_identity(cfg).series
+    last_series = finetuned_identity(cfg).series
     try:
         for number in range(1, rounds + 1):
-            folder, last = f"{cfg.root}/rounds/{cfg.name}/{number}", number == rounds
-            answers, judged = f"{folder}/responses", f"{folder}/cache"
-            trained = cfg.out if last else f"{folder}/drafter"
-            read = {"out": answers, "inputs.data": cfg.inputs.data, "inputs.drafter": drafter}
-            reading = [override(key, value) for key, value in read.items()]
-            respond(configured("respond", [*concerning("respond", written), *reading]))
-            responses = override("inputs.responses", answers)
-            cache(configured("cache", [*concerning("cache", written), override("out", judged), responses]))
-            of_round = steps * number // rounds - steps * (number - 1) // rounds
-            series = whole if last else f"{whole}-round{number}"
-            name = cfg.name if last else f"{series}-seed{cfg.seed}"
-            changed = {"inputs.drafter": drafter, "inputs.cache": judged, "finetune.max_steps": of_round}
-            changed |= {"out": trained, "series": series, "name": name, "distillation.rounds": 0}
-            finetune(configured("finetune", [*given, *(override(key, value) for key, value in changed.items())]))
-            drafter = trained
+            folder, is_last = f"{cfg.root}/rounds/{cfg.name}/{number}", number == rounds
+            responses, distributions = f"{folder}/responses", f"{folder}/cache"
+            paths = {"out": responses, "inputs.data": cfg.inputs.data, "inputs.drafter": drafter}
+            respond(configured("respond", [*concerning("respond", settings), *_overrides(paths)]))
+            paths = {"out": distributions, "inputs.responses": responses}
+            cache(configured("cache", [*concerning("cache", settings), *_overrides(paths)]))
+            series = last_series if is_last else f"{last_series}-round{number}"
+            changed = {
+                "inputs.drafter": drafter,
+                "inputs.cache": distributions,
+                "finetune.max_steps": steps * number // rounds - steps * (number - 1) // rounds,
+                "out": cfg.out if is_last else f"{folder}/drafter",
+                "series": series,
+                "name": cfg.name if is_last else f"{series}-seed{cfg.seed}",
+                "distillation.rounds": 0,
+            }
+            finetune(configured("finetune", [*overrides, *_overrides(changed)]))
+            drafter = changed["out"]
     finally:
-        HydraConfig.instance().cfg = before
+        HydraConfig.instance().cfg = hydra_config
+
+
+def _overrides(values: dict[str, Any]) -> list[str]:
+    return [override(key, value) for key, value in values.items()]

@@ -12,9 +12,9 @@ from drafter.data.engines import (
     Engine,
     Limits,
     Request,
+    ignored_settings,
     mixed_engine,
     references_engine,
-    settings_left_out,
     transformers_engine,
     vllm_engine,
 )
@@ -39,7 +39,7 @@ from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
 # Arguments of vllm.LLM that set memory and devices, and do not change the distribution of the responses.
-VLLM_MEANS = {
+VLLM_RESOURCES = {
     "gpu_memory_utilization",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -64,7 +64,7 @@ def respond(cfg: DictConfig) -> None:
         return log.info("%s is up to date", cfg.out)
     ranks, settings = join(cfg.target.parallel == "tensor"), cfg.respond
     tokenizer = load_tokenizer(target_source(cfg))
-    requests, skipped = asked(cfg, tokenizer)
+    requests, skipped = plan_requests(cfg, tokenizer)
     parts = shards(requests, settings.shard_size)
     limits = Limits(settings.top_p, settings.max_new_tokens, end_of_turn_ids(target_source(cfg), tokenizer))
     with Progress("respond", "row", ranks.world_size) as progress:
@@ -103,15 +103,15 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that determine the responses and their files. Batch sizes are not among them."""
     settings: dict[str, Any] = plain(cfg.respond)
     del settings["batch_tokens"]
-    settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_MEANS}
+    settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_RESOURCES}
     return {**settings, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
 
 
-def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:
+def plan_requests(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:
     """Return the requests, and the number of skipped ones by reason, such as a prompt that leaves too little room.
 
     Raises:
-        ValueError: no request of a split remains.
+        ValueError: a split has no instruction, or no prompt of a split fits into the context.
     """
     settings, instructions = cfg.respond, read_instructions(f"{cfg.inputs.data}/instructions.jsonl")
     context = context_limit(target_source(cfg))
@@ -140,20 +140,20 @@ def asked(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Req
 def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> Engine:
     """Build the generator that `respond.by` selects; `respond.engine` selects how the target generates."""
 
-    def targets() -> Engine:
+    def target() -> Engine:
         if ranks.first:
-            tell_left_out(target_source(cfg))
+            log_ignored_settings(target_source(cfg))
         if cfg.respond.engine == "vllm":
             return vllm_engine(target_source(cfg), limits, cfg.seed, **plain(cfg.respond.vllm))
         return transformers_engine(load_target(target_source(cfg)).to(ranks.device), limits, cfg.respond.batch_tokens)
 
-    def drafters() -> Engine:
-        drafter = frozen_drafter(cfg, cfg.inputs.drafter).to(ranks.device)
+    def drafter() -> Engine:
+        model = frozen_drafter(cfg, cfg.inputs.drafter).to(ranks.device)
         if ranks.first:
-            tell_left_out(cfg.inputs.drafter)
-        return transformers_engine(drafter, limits, cfg.respond.batch_tokens)
+            log_ignored_settings(cfg.inputs.drafter)
+        return transformers_engine(model, limits, cfg.respond.batch_tokens)
 
-    def references() -> Engine:
+    def reference() -> Engine:
         if not limits.stop_ids:
             raise ValueError(
                 f"respond.by=reference: {cfg.target.path} names no end of text, so that no reference answer would end"
@@ -164,20 +164,20 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
         return references_engine(dict(zip(answers, ended, strict=True)))
 
     by = {
-        "target": targets,
-        "drafter": drafters,
-        "reference": references,
-        "mixture": lambda: mixed_engine([targets(), drafters()]),
+        "target": target,
+        "drafter": drafter,
+        "reference": reference,
+        "mixture": lambda: mixed_engine([target(), drafter()]),
     }
     return by[cfg.respond.by]()
 
 
-def tell_left_out(model: Model) -> None:
+def log_ignored_settings(model: Model) -> None:
     """Log the settings of a model's generation config that are not applied to its responses."""
-    if found := settings_left_out(model):
+    if found := ignored_settings(model):
         log.info(
-            "generation_config.json of %s sets %s: these are not applied, responses are the model's own distribution "
-            "at the temperature and top-p of the config",
+            "generation_config.json of %s sets %s: these are not applied, because responses are sampled from the "
+            "model's distribution at the temperature and top-p of the config",
             ModelSource.of(model).path,
             ", ".join(f"{name}={value}" for name, value in found.items()),
         )
@@ -187,14 +187,14 @@ def check(cfg: DictConfig) -> None:
     """Check the settings before a model is loaded.
 
     Raises:
-        ValueError: a setting is out of its range; names it and the range.
+        ValueError: a setting is out of range; names the setting and the range.
     """
     check_parallel(cfg.target.parallel, "tensor", "respond")
     settings = cfg.respond
     for name, allowed, wanted in (
         ("temperatures", settings.temperatures and min(settings.temperatures) >= 0, "0 (greedy) or above, one or more"),
         ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
-        ("num_responses", settings.num_responses >= 10, "at least 10 (a tenth of them beside for validation)"),
+        ("num_responses", settings.num_responses >= 10, "at least 10 (validation gets a tenth in addition)"),
         ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
         ("by", settings.by in ("target", "drafter", "mixture", "reference"), "target, drafter, mixture or reference"),
         ("engine", settings.engine in ("transformers", "vllm"), "transformers or vllm"),

@@ -20,7 +20,7 @@ INPUTS = {"data": "aaaa", "target": "bbbb"}
 
 
 def snapshot(directory):
-    """Content and modification time of every file: equal before and after means that nothing was written."""
+    """Return content and modification time of every file. They change if anything is written."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
@@ -39,7 +39,7 @@ def test_a_new_directory_is_made_and_is_not_complete(tmp_path):
     assert started == {"stage": "respond", "settings": SETTINGS, "inputs": INPUTS}
 
 
-def test_a_complete_directory_is_skipped_and_left_alone(tmp_path):
+def test_a_complete_directory_is_skipped_and_left_unchanged(tmp_path):
     before = snapshot(finished(tmp_path))
     assert Stage(tmp_path, "respond", SETTINGS, INPUTS).complete
     assert snapshot(tmp_path) == before
@@ -57,7 +57,7 @@ def test_an_interrupted_directory_is_resumed_with_what_it_has(tmp_path):
     assert not (tmp_path / STARTED).exists()
 
 
-def test_a_claim_that_never_got_to_write_anything_binds_nobody(tmp_path):
+def test_a_claim_without_content_does_not_hold_the_directory(tmp_path):
     Stage(tmp_path, "respond", SETTINGS, INPUTS)
     Stage(tmp_path, "respond", {**SETTINGS, "batch_size": 8}, INPUTS).finish()
     assert Stage(tmp_path, "respond", {**SETTINGS, "batch_size": 8}, INPUTS).complete
@@ -72,10 +72,10 @@ def test_settings_are_compared_as_json_so_that_a_tuple_is_a_list(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "inputs", "named"),
     [
-        ("respond", {**SETTINGS, "batch_size": 8}, INPUTS, ["settings.batch_size", "there 4", "asked for 8"]),
-        ("respond", SETTINGS, {**INPUTS, "data": "cccc"}, ["inputs.data", "there 'aaaa'", "asked for 'cccc'"]),
-        ("respond", SETTINGS, {"data": "aaaa"}, ["inputs.target", "there 'bbbb'", "asked for None"]),
-        ("cache", SETTINGS, INPUTS, ["stage", "there 'respond'", "asked for 'cache'"]),
+        ("respond", {**SETTINGS, "batch_size": 8}, INPUTS, ["settings.batch_size", "found 4", "requested 8"]),
+        ("respond", SETTINGS, {**INPUTS, "data": "cccc"}, ["inputs.data", "found 'aaaa'", "requested 'cccc'"]),
+        ("respond", SETTINGS, {"data": "aaaa"}, ["inputs.target", "found 'bbbb'", "requested None"]),
+        ("cache", SETTINGS, INPUTS, ["stage", "found 'respond'", "requested 'cache'"]),
     ],
     ids=["settings", "inputs", "fewer-inputs", "stage"],
 )
@@ -140,7 +140,7 @@ def test_an_interrupted_stage_cannot_be_read(tmp_path):
 
 def test_a_manifest_of_another_stage_is_refused_with_both_names(tmp_path):
     finished(tmp_path)
-    with pytest.raises(ArtifactError, match=r"stage 'respond', wanted 'cache'"):
+    with pytest.raises(ArtifactError, match=r"stage 'respond', expected 'cache'"):
         read_manifest(tmp_path, "cache")
 
 
@@ -176,7 +176,7 @@ def test_json_files_roundtrip_are_overwritten_and_leave_no_temporary_files(tmp_p
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["rows.jsonl", "value.json"]
 
 
-def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
+def test_a_write_that_fails_keeps_the_old_file(tmp_path):
     write_json(tmp_path / "value.json", {"old": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "value.json", {"new": object()})

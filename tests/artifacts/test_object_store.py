@@ -1,4 +1,4 @@
-"""A cache in an S3-compatible store, written there by its stage, serves two ranks that stream it."""
+"""A stage writes a cache to an S3-compatible store, and two ranks train from it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.training.test_ddp import TORCHRUN
 
 @pytest.fixture(scope="module")
 def bucket():
-    """The URL of an empty bucket, in a server that this process starts."""
+    """Start a server, and return the URL of an empty bucket in it."""
     server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -42,13 +42,13 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def remote(world, bucket):
-    """The world's cache, made again in the bucket."""
+    """Make the cache of `world` again in the bucket."""
     overrides, _ = world
     stage("cache", [*overrides, f"out={bucket}/cache"])
     return f"{bucket}/cache"
 
 
-def test_the_stage_writes_there_what_it_writes_on_a_disk(world, remote):
+def test_a_stage_writes_the_same_files_to_a_store_as_to_a_disk(world, remote):
     _, root = world
     here = {path.name: path.read_bytes() for path in (root / "cache").iterdir()}
     there = {name: Folder(remote).read(name) for name in Folder(remote).sizes()}
@@ -61,7 +61,7 @@ def test_the_stage_writes_there_what_it_writes_on_a_disk(world, remote):
     assert ours.keys() == theirs.keys()
 
 
-def test_a_finished_cache_there_is_skipped_and_another_is_refused(world, remote):
+def test_a_finished_cache_in_a_store_is_skipped_and_another_identity_is_refused(world, remote):
     overrides, _ = world
     before = Folder(remote).read("manifest.json")
     stage("cache", [*overrides, f"out={remote}"])
@@ -70,7 +70,8 @@ def test_a_finished_cache_there_is_skipped_and_another_is_refused(world, remote)
     assert Folder(remote).read("manifest.json") == before
 
 
-def test_two_ranks_stream_it_and_train_what_one_process_trains_from_the_disk(world, remote, tmp_path):
+@pytest.mark.end_to_end
+def test_two_ranks_that_stream_train_the_same_drafter_as_one_process_from_disk(world, remote, tmp_path):
     overrides, _ = world
     command = ["-m", "experiments.finetune", *overrides, "loss=tvdpp", "finetune.max_steps=6", "finetune.num_workers=1"]
     where = [f"inputs.cache={remote}", "inputs.responses=nowhere", f"out={tmp_path}/two"]
@@ -79,11 +80,11 @@ def test_two_ranks_stream_it_and_train_what_one_process_trains_from_the_disk(wor
     stage("finetune", [*command[2:], f"out={tmp_path}/one"])
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     for key in one:
-        # The same sums in another order, six steps of AdamW long.
+        # Two ranks add the same gradients in another order, in six steps of AdamW.
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)
 
 
-def test_damage_there_is_noticed(remote):
+def test_damage_in_a_store_is_detected(remote):
     folder = Folder(remote)
     data = bytearray(folder.read("00001.arrow"))
     data[-20] ^= 1
@@ -96,7 +97,7 @@ def test_damage_there_is_noticed(remote):
         Rows(remote, "cache")
 
 
-def test_a_store_that_cannot_be_reached_is_named():
+def test_the_error_names_an_unknown_kind_of_store():
     script = "from drafter.artifacts.manifest import read_manifest; read_manifest('gs3://nowhere/cache', 'cache')"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 1

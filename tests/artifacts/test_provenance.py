@@ -1,4 +1,4 @@
-"""What manifests say of process and machine, on machines that lack something."""
+"""Manifests record process and machine, also on machines that lack git or processor names."""
 
 import platform
 import subprocess
@@ -22,7 +22,7 @@ def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):
     assert provenance.environment()["commit"] == "unknown"
 
 
-def test_a_git_that_fails_or_hangs_is_no_reason_to_fail(monkeypatch):
+def test_if_git_fails_or_hangs_the_commit_is_unknown(monkeypatch):
     for problem in (PermissionError("git"), subprocess.TimeoutExpired("git", 60)):
 
         def refuse(*_, problem=problem, **__):
@@ -32,19 +32,19 @@ def test_a_git_that_fails_or_hangs_is_no_reason_to_fail(monkeypatch):
         assert provenance.commit() == "unknown"
 
 
-def test_the_commit_is_that_of_the_start_though_the_checkout_changes(monkeypatch):
+def test_the_commit_is_the_one_at_the_start_of_the_process(monkeypatch):
     monkeypatch.setattr(provenance, "commit", lambda: "before")
     provenance.process()
     monkeypatch.setattr(provenance, "commit", lambda: "after")
     assert provenance.environment()["commit"] == "before"
 
 
-def test_a_package_without_metadata_is_no_reason_to_fail(monkeypatch):
+def test_the_version_of_a_package_without_metadata_is_unknown(monkeypatch):
     monkeypatch.setattr(provenance, "LOGGED_VERSIONS", ("no-such-package",))
     assert provenance.environment()["versions"]["no-such-package"] == "unknown"
 
 
-def test_the_processor_is_named_where_the_kernel_names_it_and_by_its_architecture_elsewhere(tmp_path, monkeypatch):
+def test_the_processor_has_the_name_from_the_kernel_or_else_its_architecture(tmp_path, monkeypatch):
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     assert provenance.processor(tmp_path / "missing") == "arm64"
@@ -59,7 +59,7 @@ def gpu(used):
     return types.SimpleNamespace(cuda=cuda)
 
 
-def test_a_gpu_is_named_if_one_was_used(monkeypatch):
+def test_the_machine_includes_a_gpu_that_was_used(monkeypatch):
     monkeypatch.setattr(provenance, "processor", lambda: "Xeon")
     for torch, words in (
         (gpu(True), "NVIDIA H100 80GB HBM3, {cores} CPU cores (Xeon)"),
@@ -71,7 +71,7 @@ def test_a_gpu_is_named_if_one_was_used(monkeypatch):
         assert provenance.describe_machine(recorded) == words.format(cores=recorded["cpus"])
 
 
-def test_a_manifest_from_before_machines_were_recorded_is_described_too():
+def test_a_manifest_without_a_machine_is_described_by_its_cpus():
     assert provenance.describe_machine({"cpus": 4}) == "4 CPU cores"
 
 

@@ -1,4 +1,4 @@
-"""Rows are read one by one in any order, here and from an object store, and damage is noticed where it is."""
+"""Rows are read one by one in any order, from a disk or an object store, and damage is detected."""
 
 import datasets
 import numpy as np
@@ -51,7 +51,7 @@ def same(found, number):
 
 
 @pytest.mark.parametrize("where", ["{tmp_path}/rows", "memory://{tmp_path}"])
-def test_rows_come_back_in_any_order_from_anywhere(tmp_path, where):
+def test_rows_are_read_in_any_order_from_disk_and_store(tmp_path, where):
     found = written(where.format(tmp_path=tmp_path))
     assert len(found) == 11
     assert all(same(found[i], i) for i in range(11))
@@ -86,15 +86,15 @@ def test_a_shard_is_missing_until_its_index_is_written(tmp_path):
     assert rows.missing_shards(folder, 3) == [0, 1]
 
 
-def test_every_flipped_bit_of_a_row_is_noticed_when_it_is_read_and_other_rows_are_not_hurt(tmp_path):
+def test_a_flipped_bit_is_detected_in_its_row_alone(tmp_path):
     found = written(tmp_path)
     path = tmp_path / "00001.arrow"
     data, index = path.read_bytes(), found._index
     (five,) = (index["id"] == "5").nonzero()[0]
     start, size = int(index["start"][five]), int(index["bytes"][five])
-    for place in range(start, start + size, 37):
+    for position in range(start, start + size, 37):
         damaged = bytearray(data)
-        damaged[place] ^= 1 << place % 8
+        damaged[position] ^= 1 << position % 8
         path.write_bytes(bytes(damaged))
         with pytest.raises(ArtifactError, match=rf"00001.arrow is damaged: row '5', bytes {start} to {start + size}"):
             found[5]
@@ -111,20 +111,20 @@ def test_every_flipped_bit_of_a_row_is_noticed_when_it_is_read_and_other_rows_ar
         ),
         (
             lambda path: (path / "index.parquet").write_bytes(b"x" + (path / "index.parquet").read_bytes()[1:]),
-            r"index\.parquet is damaged: it is not the one",
+            r"index\.parquet is damaged: its checksum is not that of the manifest",
         ),
         (lambda path: (path / "index.parquet").unlink(), r"index\.parquet is damaged"),
         (lambda path: (path / "manifest.json").unlink(), r"holds no finished 'cache'"),
     ],
 )
-def test_files_that_are_missing_or_cut_are_named_before_a_row_is_read(tmp_path, damage, message):
+def test_missing_and_cut_files_are_detected_before_a_row_is_read(tmp_path, damage, message):
     written(tmp_path)
     damage(tmp_path)
     with pytest.raises(ArtifactError, match=message):
         rows.Rows(tmp_path, "cache")
 
 
-def test_a_shard_that_goes_away_while_it_is_read_is_named(tmp_path):
+def test_the_error_names_a_shard_that_disappears_during_reading(tmp_path):
     found = written(tmp_path)
     (tmp_path / "00001.arrow").unlink()
     assert same(found[0], 0)

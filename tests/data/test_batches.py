@@ -1,4 +1,4 @@
-"""The mask marks exactly the places whose next token is to be predicted."""
+"""The mask marks exactly the positions whose next token is to be predicted."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ def test_a_packed_sequence_of_l_tokens_has_l_minus_1_targets():
     assert batch.target_mask_BT.tolist() == [[True] * 5 + [False]]
 
 
-def test_a_response_has_one_place_a_token_and_none_in_the_prompt():
+def test_a_response_has_one_position_per_token_and_none_in_the_prompt():
     batch = collate([answered([1, 2, 3], [7, 8], 0.5), Sequence(np.arange(8), 1, True)])
     next_tokens = batch.input_ids_BT.roll(-1, 1)
     assert next_tokens[0][batch.target_mask_BT[0]].tolist() == [7, 8]
@@ -27,16 +27,16 @@ def test_padding_is_on_the_right_and_outside_attention_and_loss():
     assert batch.target_mask_BT[0].tolist() == [True, True, False, False, False, False]
 
 
-def test_cached_states_follow_the_places_row_by_row():
+def test_cached_states_follow_the_positions_row_by_row():
     states = [torch.full((count, 4), float(number)) for number, count in enumerate((2, 1))]
     samples = [answered([1, 9], [2, 3])._replace(cached_N=states[0]), answered([1], [6])._replace(cached_N=states[1])]
     batch = collate([samples[0], Sequence(np.arange(5), 1, True), samples[1]])
     assert batch.cached_N.shape == (3, 4)
-    places = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()[:, 0]
-    assert [(0, 2)[int(value)] for value in batch.cached_N[:, 0]] == places.tolist()
+    rows = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()[:, 0]
+    assert [(0, 2)[int(value)] for value in batch.cached_N[:, 0]] == rows.tolist()
 
 
-def test_a_budget_counts_padding_and_puts_like_lengths_together():
+def test_a_budget_counts_padding_and_groups_similar_lengths():
     lengths = [5, 30, 4, 6, 5, 100]
     batches = by_budget(lengths, 20)
     assert sorted(index for batch in batches for index in batch) == list(range(6))

@@ -5,7 +5,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from drafter.data.control_tokens import ControlTokenError, control_ids, control_pattern
+from drafter.data.control_tokens import (
+    ControlTokenError,
+    control_ids,
+    control_pattern,
+    encode_as_text,
+    encode_in_template,
+)
 from drafter.data.corpus import pack
 from drafter.data.prompts import encode_prompt, encode_text
 from drafter.models.loading import load_tokenizer
@@ -35,7 +41,7 @@ def controls(tokenizer, ids):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("message", QUOTING)
-def test_a_message_brings_no_control_tokens_and_keeps_its_text(tokenizer, template, message):
+def test_a_message_adds_no_control_tokens_and_keeps_its_text(tokenizer, template, message):
     tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
     ids = encode_prompt(tokenizer, message)
     assert controls(tokenizer, ids) == controls(tokenizer, encode_prompt(tokenizer, "Why?"))
@@ -57,15 +63,13 @@ def test_a_message_without_control_tokens_has_the_tokens_of_the_plain_call(token
         assert encode_text(tokenizer, [message]) == [tokenizer(message, add_special_tokens=False)["input_ids"]]
 
 
-def test_the_two_ways_agree_where_both_can_be_taken(tokenizer):
-    from drafter.data.control_tokens import encode_as_text, encode_in_template
-
+def test_both_encodings_agree_for_a_message_without_control_tokens(tokenizer):
     for message in ("What is `a | b`?", "\n\nWhy?\n", "A longer one. With two sentences, and 12 numbers."):
         assert encode_in_template(tokenizer, message) == encode_prompt(tokenizer, message)
         assert [encode_as_text(tokenizer, message)] == encode_text(tokenizer, [message])
 
 
-def test_references_and_pretraining_text_bring_no_control_tokens(tokenizer, tmp_path):
+def test_references_and_pretraining_text_add_no_control_tokens(tokenizer, tmp_path):
     texts = ["plain", *QUOTING, "plain again"]
     encoded = encode_text(tokenizer, texts)
     assert [tokenizer.decode(ids) for ids in encoded] == texts
@@ -74,14 +78,14 @@ def test_references_and_pretraining_text_bring_no_control_tokens(tokenizer, tmp_
     assert controls(tokenizer, np.load(tmp_path / "text.npy").tolist()) == {end: len(texts)}
 
 
-def test_a_base_models_prompt_keeps_the_token_that_the_tokenizer_puts_before_it(tokenizer):
+def test_the_prompt_of_a_base_model_keeps_the_token_that_the_tokenizer_adds(tokenizer):
     tokenizer.chat_template = None
-    own = controls(tokenizer, tokenizer("Why?")["input_ids"])
-    assert controls(tokenizer, encode_prompt(tokenizer, QUOTING[0])) == own
+    added = controls(tokenizer, tokenizer("Why?")["input_ids"])
+    assert controls(tokenizer, encode_prompt(tokenizer, QUOTING[0])) == added
 
 
 def word_pieces(prepend):
-    """A tokenizer like Llama's, which marks the beginning of words, and of the text, by a leading ▁."""
+    """Return a tokenizer like Llama's, which marks the beginning of words and of the text by a leading ▁."""
     letters = ["<unk>", "<s>", "</s>", "▁", *"abcdefghijklmnopqrstuvwxyzABCINST</>[]?.\nWh"]
     vocabulary = {letter: number for number, letter in enumerate(dict.fromkeys([*letters, "▁a", "▁b"]))}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
@@ -94,7 +98,7 @@ def word_pieces(prepend):
 
 
 @pytest.mark.parametrize("prepend", ["always", "first", "never"])
-def test_a_tokenizer_that_treats_the_beginning_of_a_text_differently_is_followed(prepend):
+def test_a_tokenizer_that_encodes_the_beginning_of_a_text_differently_is_supported(prepend):
     tokenizer = word_pieces(prepend)
     ids = encode_prompt(tokenizer, "a </s> b<s>a")
     pieces = tokenizer.convert_ids_to_tokens(ids)
@@ -105,7 +109,7 @@ def test_a_tokenizer_that_treats_the_beginning_of_a_text_differently_is_followed
     assert "".join(pieces[begin : -end + 1]).replace("▁", " ") == " a </s> b<s>a"
 
 
-def test_white_space_that_belongs_to_a_control_token_is_the_templates(tokenizer):
+def test_white_space_that_a_control_token_strips_is_kept_in_the_message(tokenizer):
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|user|>", rstrip=True, special=True)]})
     tokenizer.chat_template = "{% for m in messages %}<|user|>\n{{ m['content'] }}<|im_end|>{% endfor %}"
     ids = encode_prompt(tokenizer, "<|user|> it says")
@@ -113,13 +117,15 @@ def test_white_space_that_belongs_to_a_control_token_is_the_templates(tokenizer)
     assert control_pattern(tokenizer).search("<|user|>")
 
 
-def test_what_cannot_be_kept_apart_is_refused(tmp_path, tokenizer):
+def test_control_tokens_that_cannot_be_encoded_as_text_are_refused(tmp_path, tokenizer):
     save_target(tmp_path)
-    words = load_tokenizer(str(tmp_path))  # "<end>" is a word like any other there
+    words = load_tokenizer(str(tmp_path))  # its vocabulary has "<end>" as an ordinary word
     for attempt in (lambda: encode_prompt(words, "the <end> cat"), lambda: encode_text(words, ["a", "the <end> cat"])):
         with pytest.raises(ControlTokenError, match=r"no other way to write the control tokens in 'the <end> cat'"):
             attempt()
-    assert encode_text(words, ["the zebra"]) == [words("the zebra")["input_ids"]]  # an unknown word is none
+    assert encode_text(words, ["the zebra"]) == [
+        words("the zebra")["input_ids"]
+    ]  # the id of unknown words is not a control token
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}"
     with pytest.raises(ControlTokenError, match="the chat template changes the message"):
         encode_prompt(tokenizer, "what is <|im_end|>?")

@@ -125,7 +125,7 @@ def test_a_long_signature_is_shown_as_dots(docs):
     assert docs["shapes.Square.many"].signature == "(...)"
 
 
-def test_code_is_the_body_without_docstring_and_only_where_there_is_enough_of_it(docs):
+def test_code_is_the_body_without_docstring_if_it_is_long_enough(docs):
     code = docs["shapes.area"].code
     function = ast.parse(code).body[0]
     assert function.name == "area"
@@ -139,7 +139,7 @@ def test_an_identical_text_is_kept_once_under_the_first_name(docs):
     assert "zoo.copy.copied" not in docs
 
 
-def test_test_folders_are_no_source_files_and_init_names_its_package(package):
+def test_test_folders_are_left_out_and_init_has_the_name_of_its_package(package):
     names = [name for name, _ in source_files([package])]
     assert names == [PACKAGE, f"{PACKAGE}.broken", f"{PACKAGE}.shapes", f"{PACKAGE}.zoo", f"{PACKAGE}.zoo.copy"]
 
@@ -163,18 +163,18 @@ def test_a_package_without_docstrings_is_an_empty_corpus(tmp_path, monkeypatch):
 
 
 def test_the_held_out_split_is_a_fixed_property_of_the_name():
-    # SHA-256 done by hand: another hash would move documents between the splits of artifacts that exist already.
+    # Computed with SHA-256 independently: another hash would move documents between the splits of existing artifacts.
     assert [i for i in range(20) if is_heldout(f"numpy.function_{i}", 25)] == [2, 7, 8, 15]
     assert not is_heldout("numpy.function_2", 0)
     assert is_heldout("numpy.function_0", 100)
 
 
 @pytest.mark.parametrize("percent", [0.5, 5, 33])
-def test_the_held_out_share_is_about_the_asked_percentage(percent):
+def test_the_held_out_share_is_close_to_the_percentage(percent):
     size = 20_000
     share = np.mean([is_heldout(f"package.module.name_{i}", percent) for i in range(size)])
     p = percent / 100
-    # Four standard deviations of a binomial share: a uniform hash fails this once in 16,000 choices of names.
+    # Four standard deviations of a binomial share: a uniform hash exceeds them for one in 16,000 sets of names.
     assert abs(share - p) < 4 * np.sqrt(p * (1 - p) / size)
 
 
@@ -243,7 +243,7 @@ def test_packing_nothing_gives_no_tokens(tmp_path, tokenizer):
     assert packed(tmp_path, [], tokenizer, tokenizer.eos_token_id).shape == (0,)
 
 
-def test_a_small_vocabulary_takes_two_bytes_a_token(tmp_path, tokenizer):
+def test_a_small_vocabulary_takes_two_bytes_per_token(tmp_path, tokenizer):
     assert packed(tmp_path, ["width"], tokenizer, 0).dtype == np.uint16
 
 

@@ -1,7 +1,8 @@
-"""Both engines give each request's tokens up to its stop token; vLLM's is tried on a stand-in with its interface."""
+"""Both engines return the tokens of each request up to its stop token. vLLM is replaced by a stub of its interface."""
 
 import json
 import logging
+import os
 import sys
 import types
 
@@ -14,9 +15,9 @@ from transformers.generation import CompileConfig
 from drafter.data.engines import (
     Limits,
     Request,
+    ignored_settings,
     mixed_engine,
     request_seed,
-    settings_left_out,
     transformers_engine,
     vllm_engine,
 )
@@ -24,11 +25,11 @@ from drafter.data.responses import plan, shards
 from drafter.decoding.speculative import Sampling, autoregressive_decode
 from drafter.models.loading import ModelSource
 from drafter.ranks import Ranks
-from experiments.running.responding import engine, tell_left_out
+from experiments.running.responding import engine, log_ignored_settings
 from tests.conftest import VOCABULARY, save_target, small_model
 from tests.data.test_responses import requests
 
-# A value for each field of a generation config that would change what is generated, or how it is returned.
+# Values for the fields of a generation config that would change what is generated, or how it is returned.
 TRUE = "early_stopping do_sample use_mtp renormalize_logits remove_invalid_values token_healing output_attentions "
 TRUE += (
     "output_hidden_states output_scores output_logits return_dict_in_generate is_assistant disable_compile low_memory"
@@ -59,7 +60,7 @@ VALUES = {
     "watermarking_config": {"bias": 5.0},
     "num_return_sequences": 2,  # at most num_beams
 }
-# It warns when it is constructed; the others are no settings of what is generated.
+# The first one warns when it is constructed; the others do not affect what is generated.
 SKIPPED = {"continuous_batching_config", "transformers_version", "_from_model_config"}
 
 
@@ -67,13 +68,13 @@ def of_temperature(greedy):
     return [request for request in requests() if (request.temperature == 0) == greedy]
 
 
-def test_greedy_answers_in_a_padded_batch_are_each_prompts_own(target):
+def test_greedy_responses_in_a_padded_batch_equal_those_of_single_prompts(target):
     engine = transformers_engine(target, Limits(0.95, 12, [7]), batch_tokens=40, first_round=5)
     for request, tokens in zip(of_temperature(True), engine(of_temperature(True)), strict=True):
         assert tokens == autoregressive_decode(target, request.prompt_ids, 12, Sampling(), [7]).tokens
 
 
-def test_sampled_answers_never_leave_the_top_p_set(target):
+def test_samples_stay_in_the_top_p_set(target):
     engine = transformers_engine(target, Limits(1e-6, 8, [7]), batch_tokens=100)
     for request, tokens in zip(of_temperature(False), engine(of_temperature(False)), strict=True):
         assert tokens == autoregressive_decode(target, request.prompt_ids, 8, Sampling(), [7]).tokens
@@ -86,27 +87,28 @@ def test_temperatures_are_not_mixed_in_a_batch(target):
     assert greedy == alone
 
 
-def test_an_answer_ends_with_its_first_stop_token(target):
-    stops = list(range(0, VOCABULARY, 3))  # so many that most answers meet one
+def test_a_response_ends_with_its_first_stop_token(target):
+    stops = list(range(0, VOCABULARY, 3))  # so many that most responses reach one
     for tokens in transformers_engine(target, Limits(0.95, 12, stops), 100)(requests()):
         assert all(token not in stops for token in tokens[:-1])
         assert tokens[-1] in stops or len(tokens) == 12
 
 
-def test_a_mixture_has_each_answer_from_one_engine_whatever_is_asked_beside():
+def test_a_mixture_chooses_the_engine_of_a_request_by_its_id_alone():
     asked = [Request(str(i), "k", "train", 1.0, [1]) for i in range(400)]
     engine = mixed_engine(
         [lambda rows: [[1, int(row.id)] for row in rows], lambda rows: [[2, int(row.id)] for row in rows]]
     )
     answers = engine(asked)
     assert [tokens[1] for tokens in answers] == list(range(400))
+    # Four standard deviations of a fair choice between the engines are 40.
     assert 160 < [tokens[0] for tokens in answers].count(1) < 240
     assert engine(asked[5:9]) == answers[5:9]
     assert engine(asked[:1]) == answers[:1]
 
 
 @pytest.mark.parametrize("stops", [[], [7, 9]])
-def test_any_number_of_stop_tokens_is_fine(target, stops):
+def test_there_may_be_any_number_of_stop_tokens(target, stops):
     answers = transformers_engine(target, Limits(1.0, 5, stops), 100)(requests()[:2])
     assert all(1 <= len(tokens) <= 5 for tokens in answers)
 
@@ -121,46 +123,46 @@ def test_logits_that_are_not_finite_are_refused(greedy):
 
 
 @pytest.fixture(scope="module")
-def opinionated():
-    """The weights of `target`, with every field of its generation config set."""
+def configured():
+    """Return a model with the weights of `target` and with all fields of its generation config set."""
     model = small_model(seed=1, hidden=32, layers=2, sharpness=60.0)
     fields = {name: VALUES.get(name, 3) for name in vars(GenerationConfig()) if name not in SKIPPED}
     assert set(VALUES) <= set(fields)
     model.generation_config = GenerationConfig(**fields)
-    model.generate = None  # as a checkpoint with a `generate` of its own would have it
+    model.generate = None  # like a checkpoint whose code overrides `generate`
     return model
 
 
-def test_no_field_of_the_checkpoints_generation_config_changes_greedy_responses(opinionated):
-    kept, asked = opinionated.generation_config, of_temperature(True)
-    answers = transformers_engine(opinionated, Limits(0.95, 12, [7]), batch_tokens=40, first_round=5)(asked)
+def test_no_field_of_the_checkpoints_generation_config_changes_greedy_responses(configured):
+    kept, asked = configured.generation_config, of_temperature(True)
+    answers = transformers_engine(configured, Limits(0.95, 12, [7]), batch_tokens=40, first_round=5)(asked)
     for request, tokens in zip(asked, answers, strict=True):
-        assert tokens == autoregressive_decode(opinionated, request.prompt_ids, 12, Sampling(), [7]).tokens
-    assert opinionated.generation_config is kept
+        assert tokens == autoregressive_decode(configured, request.prompt_ids, 12, Sampling(), [7]).tokens
+    assert configured.generation_config is kept
 
 
-def test_no_field_of_the_checkpoints_generation_config_changes_samples(target, opinionated):
+def test_no_field_of_the_checkpoints_generation_config_changes_samples(target, configured):
     found = []
-    for model in (target, opinionated):
+    for model in (target, configured):
         torch.manual_seed(5)
         found.append(transformers_engine(model, Limits(0.9, 12, [7]), batch_tokens=100)(of_temperature(False) * 20))
     assert found[0] == found[1]
     assert len({tuple(tokens) for tokens in found[0]}) > len(of_temperature(False))
 
 
-def test_what_the_generation_config_asks_for_is_told(tmp_path, caplog):
+def test_ignored_settings_of_a_generation_config_are_logged(tmp_path, caplog):
     save_target(tmp_path)
     with caplog.at_level(logging.INFO):
-        tell_left_out(str(tmp_path))
+        log_ignored_settings(str(tmp_path))
     assert not caplog.messages
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.1, "top_k": 20}))
-    assert settings_left_out(str(tmp_path)) == {"repetition_penalty": 1.1, "top_k": 20}
+    assert ignored_settings(str(tmp_path)) == {"repetition_penalty": 1.1, "top_k": 20}
     with caplog.at_level(logging.INFO):
-        tell_left_out(str(tmp_path))
+        log_ignored_settings(str(tmp_path))
     assert f"of {tmp_path} sets top_k=20, repetition_penalty=1.1: these are not applied" in caplog.text
     file.unlink()
-    assert settings_left_out(str(tmp_path)) == {}
+    assert ignored_settings(str(tmp_path)) == {}
 
 
 def test_reference_answers_without_an_end_of_text_are_refused():
@@ -175,7 +177,7 @@ class FakeSamplingParams:
 
 
 class FakeLLM:
-    """Answers with the prompt's last token, its request's seed, and a stop token where there is room."""
+    """Return the last token of the prompt, the seed of the request, and a stop token if the limit allows it."""
 
     made = None
 
@@ -204,7 +206,7 @@ def fake_vllm(monkeypatch):
 MODEL = ModelSource("some/model", "r1", "bfloat16")
 
 
-def test_vllm_is_asked_as_it_documents(fake_vllm):
+def test_vllm_gets_the_arguments_of_its_documentation(fake_vllm):
     engine = vllm_engine(MODEL, Limits(0.95, 12, [7, 9]), 5, gpu_memory_utilization=0.8)
     assert FakeLLM.made == {
         "model": "some/model",
@@ -223,11 +225,11 @@ def test_vllm_is_asked_as_it_documents(fake_vllm):
     assert (greedy.temperature, greedy.top_p, greedy.top_k) == (0.0, 1.0, -1)
     assert (sampled.temperature, sampled.top_p, sampled.top_k) == (0.7, 0.95, -1)
     assert sampled.stop_token_ids == [7, 9]
-    assert sampled.ignore_eos  # the ends that vLLM reads for itself are not added
+    assert sampled.ignore_eos  # vLLM does not add the ends of text that it reads itself
     assert sampled.max_tokens == 12
 
 
-def test_each_request_has_random_numbers_of_its_own_whatever_its_shard():
+def test_each_request_has_a_seed_that_does_not_depend_on_its_shard():
     instructions = [{"id": f"source-{i}", "kind": "k", "split": "train"} for i in range(500)]
     asked = plan(instructions, [[1]] * 500, [0.3, 0.7], 3000)
     seeds = [request_seed(seed, request) for seed in (0, 1) for part in shards(asked, 64) for request in part]
@@ -236,18 +238,16 @@ def test_each_request_has_random_numbers_of_its_own_whatever_its_shard():
     assert [request_seed(0, one) for part in shards(asked, 1000) for one in part] == seeds[:3000]
 
 
-@pytest.mark.parametrize(("visible", "wanted"), [(None, "1"), ("4,5,6", "5")])
-def test_under_torchrun_each_rank_has_its_own_gpu(fake_vllm, monkeypatch, visible, wanted):
-    import os
-
+@pytest.mark.parametrize(("visible", "expected"), [("", "1"), ("4,5,6", "5")])
+def test_under_torchrun_each_rank_has_its_own_gpu(fake_vllm, monkeypatch, visible, expected):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     vllm_engine(MODEL, Limits(0.95, 12, [7]), 5)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
-def test_without_vllm_the_error_says_how_to_get_it(monkeypatch):
+def test_without_vllm_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[vllm\]'"):
         vllm_engine(MODEL, Limits(0.95, 12, [7]), 5)

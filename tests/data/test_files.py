@@ -18,16 +18,16 @@ def rows_of(path):
 
 def refusal(path, content):
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (each test looks at the message)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (each test checks the message)
         rows_of(path)
     return str(caught.value)
 
 
-def test_jsonl_rows_keep_their_nested_fields_and_blank_lines_are_none(tmp_path):
+def test_jsonl_rows_keep_nested_fields_and_blank_lines_are_skipped(tmp_path):
     rows = [{"translation": {"de": "Hallo", "en": "Hello"}, "id": i} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) + "\n" for row in rows))
     assert rows_of(tmp_path / "rows.jsonl") == rows
-    assert [row.place for row in read_file(tmp_path / "rows.jsonl")][-1].endswith("rows.jsonl, row 5")
+    assert [row.location for row in read_file(tmp_path / "rows.jsonl")][-1].endswith("rows.jsonl, row 5")
 
 
 def test_fields_may_change_their_type_from_row_to_row(tmp_path):
@@ -92,7 +92,7 @@ def test_compressed_shards_of_a_pattern_are_read_in_the_order_of_their_names(tmp
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_shard_that_is_cut_short_is_named(tmp_path, suffix):
+def test_the_error_names_a_shard_that_is_cut_short(tmp_path, suffix):
     whole = tmp_path / f"whole.jsonl{suffix}"
     compressed(whole, LINES.encode() * 100, parts=1)
     assert "is cut short or damaged" in refusal(tmp_path / f"cut.jsonl{suffix}", whole.read_bytes()[:-4])
@@ -102,7 +102,7 @@ def test_a_shard_that_is_cut_short_is_named(tmp_path, suffix):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
-def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding, name):
+def test_a_byte_order_mark_selects_the_encoding(tmp_path, encoding, name):
     text = {"rows.csv": "text\nschön\nゞ\n", "rows.jsonl": '{"text": "schön"}\n{"text": "ゞ"}\n'}[name]
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert rows_of(tmp_path / name) == [{"text": "schön"}, {"text": "ゞ"}]
@@ -111,10 +111,10 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", '{"a": 1}\n{"a": \n', r"rows\.jsonl, row 2 is not JSON .*: mend or remove it"),
-        ("rows.jsonl", '{"a": 1}\n["a"]\n', r"rows\.jsonl, row 2 is list \"\['a'\]\": wanted an object"),
-        ("rows.json", '{\n"data": [{"a": 1}]}', r"rows\.json is one object, with \['data'\]: wanted an array"),
-        ("rows.json", "[1]", r"row 1 is int '1': wanted an object"),
+        ("rows.jsonl", '{"a": 1}\n{"a": \n', r"rows\.jsonl, row 2 is not JSON .*: correct or remove it"),
+        ("rows.jsonl", '{"a": 1}\n["a"]\n', r"rows\.jsonl, row 2 is list \"\['a'\]\": expected an object"),
+        ("rows.json", '{\n"data": [{"a": 1}]}', r"rows\.json is one object, with \['data'\]: expected an array"),
+        ("rows.json", "[1]", r"row 1 is int '1': expected an object"),
         ("rows.csv", "a,b\n1,2\n1,2,3\n", r"rows\.csv, row 3 has 3 cells for the 2 columns \['a', 'b'\]"),
         ("rows.csv", 'a,b\n1,2\n"1,2\n', r"rows\.csv, row 3 is not CSV"),
         ("rows.csv", "a,a\n1,2\n", r"the header has \['a'\] more than once"),
@@ -123,7 +123,7 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding, name):
         ("rows.parquet", "PAR1 nothing", r"rows\.parquet, after row 0: not readable as parquet"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_refused_by_its_file_and_number(tmp_path, name, content, message):
+def test_the_error_for_an_unreadable_row_has_its_file_and_number(tmp_path, name, content, message):
     assert re.search(message, refusal(tmp_path / name, content), re.DOTALL)
 
 
@@ -145,11 +145,11 @@ def test_a_folder_has_the_files_of_one_kind_and_nothing_hidden(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["nowhere.jsonl", "*.parquet"])
-def test_no_file_is_named(tmp_path, pattern):
+def test_the_error_names_a_path_without_files(tmp_path, pattern):
     with pytest.raises(FileNotFoundError, match=r"no data file at '.*" + re.escape(pattern)):
         find_files(f"{tmp_path}/{pattern}")
 
 
-def test_the_kind_of_a_file_is_under_its_compression():
+def test_the_kind_of_a_compressed_file_is_its_inner_suffix():
     names = ("a.jsonl", "a.jsonl.gz", "a.csv.zst", "a.parquet.gz", "a.gz", "org/v1.5")
     assert [kind(name) for name in names] == [".jsonl", ".jsonl", ".csv", "", "", ""]

@@ -77,7 +77,7 @@ def test_the_explanation_is_the_prose_before_the_first_section(text):
     assert rows[0].reference == " ".join(LEAD.split())
 
 
-def test_several_parameters_are_listed_in_the_summary_and_one_of_them_is_asked_about():
+def test_the_summary_lists_all_parameters_and_a_question_asks_about_one():
     text = LEAD + "\n\nArgs:\n    width: The horizontal side, in metres.\n    height: The vertical side, in metres.\n"
     kinds = by_kind(doc(text))
     assert kinds["summary"][0].reference.endswith("- It takes `width`, `height`.")
@@ -101,7 +101,7 @@ def test_the_one_sentence_question_shows_the_rest_and_not_the_answer():
     assert "Negative lengths are taken to be zero" in row.prompt
 
 
-def test_the_summary_is_one_point_a_paragraph():
+def test_the_summary_has_one_point_per_paragraph():
     (row,) = by_kind(doc(GOOGLE))["summary"]
     assert row.reference.split("\n") == [
         "- Compute the area of a rectangle in square units.",
@@ -138,14 +138,14 @@ def test_a_parameter_without_a_meaning_worth_asking_about_is_left_out():
     assert all("It takes" not in row.reference for row in kinds.get("summary", []))
 
 
-def test_a_long_reference_is_cut_at_a_whole_sentence():
+def test_a_long_reference_ends_with_a_complete_sentence():
     sentences = [f"Sentence number {i} says something about the area of a rectangle." for i in range(20)]
     text = " ".join(sentences)
     reference = by_kind(doc(text))["open_ended"][0].reference
     whole = [" ".join(sentences[:i]) for i in range(1, 21)]
     assert reference in whole
     assert len(reference) <= ANSWER_CHARACTERS
-    # One sentence more would be too long: the cut is as late as it can be.
+    # With one more sentence it would be too long.
     assert len(whole[whole.index(reference) + 1]) > ANSWER_CHARACTERS
 
 
@@ -155,7 +155,7 @@ def test_an_abbreviation_or_a_decimal_does_not_end_a_sentence():
     assert sentence == "Compute e.g. the area, 1.5 times as large, of a rectangle."
 
 
-def test_a_single_endless_sentence_is_cut_by_force():
+def test_a_single_very_long_sentence_is_cut():
     reference = by_kind(doc("word " * 400))["open_ended"][0].reference
     assert len(reference) == 2 * ANSWER_CHARACTERS
 
@@ -163,7 +163,7 @@ def test_a_single_endless_sentence_is_cut_by_force():
 def test_prompts_show_at_most_the_body_limit_of_a_long_docstring():
     kinds = by_kind(doc("\n\n".join([LEAD] * 20), code="x" * 4000))
     for kind in ("one_sentence", "summary", "code"):
-        # 200 characters hold the question around the body.
+        # The question around the body has fewer than 200 characters.
         assert len(kinds[kind][0].prompt) <= BODY_CHARACTERS + 200
 
 
@@ -173,7 +173,7 @@ def test_a_long_qualified_name_is_shortened_as_people_do():
     assert rows[0].name == "geometry.plane.shapes.Square.grow"
 
 
-def test_the_same_doc_always_gives_the_same_questions_and_names_vary_their_wording():
+def test_a_doc_always_gives_the_same_questions_and_their_wording_varies_with_the_name():
     assert list(derive(doc(GOOGLE, code=CODE))) == list(derive(doc(GOOGLE, code=CODE)))
     wordings = {next(derive(doc(LEAD, name=f"g.f{i}"))).prompt.replace(f"g.f{i}", "") for i in range(60)}
     assert len(wordings) == 4

@@ -1,7 +1,7 @@
 import pytest
 from tokenizers import processors
 
-from drafter.data.prompts import check_embedding, encode_prompt, encode_prompts, tokenizer_hash
+from drafter.data.prompts import check_embedding, encode_prompt, encode_prompts
 from experiments.tiny_target import train_tokenizer
 
 LINES = ["What does `numpy.sum` do?", "It adds the elements of an array.", "user assistant\n"]
@@ -59,7 +59,7 @@ def test_a_prompt_that_just_fits_is_accepted_and_one_token_more_is_refused(token
         encode_prompts(tokenizer, [LINES[1]], max_new_tokens=9, context=length + 8)
 
 
-def test_a_too_long_prompt_is_named_with_its_tokens_the_context_and_its_beginning(tokenizer):
+def test_the_error_for_a_long_prompt_has_its_length_the_context_and_its_beginning(tokenizer):
     messages = ["short", "It adds the elements of an array. " * 40, "short too"]
     length = len(encode_prompt(tokenizer, messages[1]))
     with pytest.raises(ValueError, match="exceeds") as refusal:
@@ -74,33 +74,7 @@ def test_no_messages_are_refused(tokenizer):
         encode_prompts(tokenizer, [], max_new_tokens=8, context=512)
 
 
-def test_the_tokenizer_hash_is_the_same_for_the_same_tokenizer(tokenizer):
-    assert tokenizer_hash(tokenizer) == tokenizer_hash(tokenizer_of(LINES))
-    assert len(tokenizer_hash(tokenizer)) == 16
-
-
-def test_the_tokenizer_hash_survives_saving(tokenizer, tmp_path):
-    from drafter.models.loading import load_tokenizer
-
-    tokenizer.save_pretrained(tmp_path)
-    assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(tokenizer)
-
-
-def test_the_tokenizer_hash_changes_with_the_template(tokenizer, base_tokenizer):
-    before = tokenizer_hash(tokenizer)
-    tokenizer.chat_template = tokenizer.chat_template.replace("\n", " ")
-    assert len({before, tokenizer_hash(tokenizer), tokenizer_hash(base_tokenizer)}) == 3
-
-
-def test_the_tokenizer_hash_changes_with_the_vocabulary(tokenizer):
-    before = tokenizer_hash(tokenizer)
-    other = tokenizer_of(["zebra zebra zebra quick quick fox fox"] * 3)
-    assert tokenizer_hash(other) != before
-    tokenizer.add_tokens(["<|new|>"])
-    assert tokenizer_hash(tokenizer) != before
-
-
-def test_an_id_that_is_never_written_needs_no_row_in_the_embedding(tokenizer):
+def test_an_id_that_is_never_produced_needs_no_row_in_the_embedding(tokenizer):
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     check_embedding(tokenizer, rows, "it")
@@ -108,7 +82,7 @@ def test_an_id_that_is_never_written_needs_no_row_in_the_embedding(tokenizer):
 
 
 @pytest.mark.parametrize("written", ["by a text", "by the template", "at the end", "by the tokenizer"])
-def test_an_id_that_is_written_needs_a_row_in_the_embedding(tokenizer, written):
+def test_an_id_that_is_produced_needs_a_row_in_the_embedding(tokenizer, written):
     rows = len(tokenizer)
     if written == "by a text":
         tokenizer.add_tokens(["<think>"])

@@ -1,4 +1,4 @@
-"""The paper's data and tokenizer, from real rows where they are at hand: licences keep them out of this project."""
+"""The paper's data and tokenizer, tested on real rows where available. Licences keep them out of the project."""
 
 import json
 import re
@@ -16,9 +16,12 @@ from tests.experiments.test_pipeline import stage
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
-pytestmark = pytest.mark.skipif(
-    not DATA.exists(), reason="real rows of Dolly, XSum, CNN/DailyMail, WMT and OpenAssistant are not at hand"
-)
+pytestmark = [
+    pytest.mark.end_to_end,
+    pytest.mark.skipif(
+        not DATA.exists(), reason="real rows of Dolly, XSum, CNN/DailyMail, WMT and OpenAssistant are not available"
+    ),
+]
 
 
 def jsonl(name):
@@ -26,14 +29,14 @@ def jsonl(name):
 
 
 def dolly(prompt):
-    """The fields that an Alpaca prompt was made of."""
+    """Return the fields from which an Alpaca prompt was made."""
     found = re.search(r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:", prompt, re.S)
     return {"instruction": found[1], "context": found[2] or ""}
 
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
-    """The hub's data sets as local files with the hub's fields, and Llama 2's tokenizer and config: the overrides."""
+    """Write the hub's data sets and Llama 2's tokenizer and config as local files; return the overrides to use them."""
     folder = tmp_path_factory.mktemp("mirror")
     books = [path.read_text() for path in sorted((DATA / "text").glob("*.txt"))]
     first = {"role": "prompter", "parent_id": None, "lang": "en"}

@@ -1,4 +1,4 @@
-"""The target's responses: what is asked, what comes back, and that interruptions and ranks change nothing."""
+"""Responses are planned, generated and written, and neither interruptions nor ranks change them."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_temperatures_cycle_and_the_next_round_gives_another_one():
     assert [row.repetition for row in rows] == [0, 0, 0, 1, 1, 1]
 
 
-def test_shards_hold_every_request_once_with_like_ones_side_by_side():
+def test_shards_hold_every_request_once_and_similar_ones_together():
     parts = shards(requests(), 3)
     assert [len(part) for part in parts] == [3, 3, 1]
     flat = [request for part in parts for request in part]
@@ -55,7 +55,7 @@ def test_an_interrupted_run_and_any_number_of_ranks_write_the_same(target, tmp_p
     assert len(finished_rows(whole, files[0], "respond")) == 7
 
 
-def test_a_row_is_what_was_asked_and_what_came_back(target, tmp_path):
+def test_a_row_has_the_request_and_the_response(target, tmp_path):
     folder = Folder(tmp_path)
     write_responses(transformers_engine(target, LIMITS, 100), [requests()], folder, SCHEMA, **HOW)
     files, notes = finish(folder, 1, SCHEMA)
@@ -69,7 +69,7 @@ def test_a_row_is_what_was_asked_and_what_came_back(target, tmp_path):
     assert notes[0]["truncated"] == sum(row["truncated"] for row in rows)
 
 
-def test_what_the_tokenizer_cannot_read_and_what_is_empty_is_counted_and_left_out(tmp_path):
+def test_empty_responses_and_unknown_ids_are_left_out_and_counted(tmp_path):
     answers = [[5, 7], [], [VOCABULARY, 7], [9], [3, VOCABULARY + 5], [7], [7]]
     write_responses(lambda part: answers, [requests()], Folder(tmp_path), SCHEMA, **HOW)
     files, notes = finish(Folder(tmp_path), 1, SCHEMA)
@@ -79,7 +79,7 @@ def test_what_the_tokenizer_cannot_read_and_what_is_empty_is_counted_and_left_ou
     assert [row["truncated"] for row in rows] == [False, True, False, False]
 
 
-def test_the_tokenizers_ids_may_have_holes_and_exceed_their_number(tmp_path):
+def test_the_ids_of_a_tokenizer_may_have_gaps_and_exceed_their_number(tmp_path):
     known, answers = {5, 7, VOCABULARY + 5}, [[VOCABULARY + 5, 7], [6, 7], [5, 7]]
     write_responses(lambda part: answers, [requests(3)], Folder(tmp_path), SCHEMA, **{**HOW, "known_ids": known})
     files, notes = finish(Folder(tmp_path), 1, SCHEMA)
@@ -98,7 +98,7 @@ def test_another_seed_gives_other_samples(target, tmp_path):
     assert found[0] != found[1]
 
 
-def test_a_set_without_any_row_is_refused(tmp_path):
+def test_a_set_without_rows_is_refused(tmp_path):
     write_responses(lambda part: [[]] * len(part), [requests()], Folder(tmp_path), SCHEMA, **HOW)
     with pytest.raises(ValueError, match=r"has no row.*'an empty response': 7"):
         finish(Folder(tmp_path), 1, SCHEMA)

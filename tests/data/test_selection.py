@@ -45,7 +45,7 @@ def test_a_row_that_is_left_out_does_not_cost_its_source_a_turn():
     assert ids(selection) == ["a:1", "b:0", "a:3", "b:1"]
 
 
-def test_both_splits_are_filled_in_one_reading_with_the_first_rows_of_each():
+def test_both_splits_get_their_first_rows_in_one_pass():
     split = {True: "validation", False: "train"}
     selection = select({"a": stream("a", 1000, lambda i: split[i % 4 == 0])}, train=6, validation=3)
     assert ids(selection) == [f"a:{i}" for i in (1, 2, 3, 5, 6, 7)]
@@ -54,7 +54,7 @@ def test_both_splits_are_filled_in_one_reading_with_the_first_rows_of_each():
     assert ids(selection, "validation") == ["a:0", "a:2"]
 
 
-def test_given_is_used_and_left_out_by_reason():
+def test_rows_that_are_left_out_are_counted_by_reason():
     reasons = {0: "empty", 3: "filtered by where"}
     one = stream(
         "a",
@@ -81,7 +81,7 @@ def test_given_is_used_and_left_out_by_reason():
     assert str(tally).startswith("30 rows read, 21 used (19 for train, 2 for validation), 1 empty, 2 too long")
 
 
-def test_rows_that_lack_a_field_are_counted_beside():
+def test_rows_that_lack_a_field_are_counted_separately():
     rows = iter([Candidate({"id": "a:0", "size": 1}, "train", None, ("input",))])
     tally = select({"a": rows}, train=1).tallies["a"]
     assert tally.counts()["rows_that_lack"] == {"input": 1}
@@ -95,7 +95,7 @@ def test_rows_that_lack_a_field_are_counted_beside():
         ([{"id": "a:0"}, {"prompt": "x"}, {"id": ""}, {"id": None}], "3 rows have no id"),
     ],
 )
-def test_ids_that_are_missing_or_doubled_are_refused(tmp_path, rows, message):
+def test_missing_and_repeated_ids_are_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         check_ids(rows, "here")
     write_jsonl(tmp_path / "instructions.jsonl", rows)

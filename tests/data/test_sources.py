@@ -11,13 +11,13 @@ def source(tmp_path, rows, template="{text}", **how):
     return Source(str(tmp_path / "rows.jsonl"), template, **how)
 
 
-def test_a_local_file_is_read_whole_whatever_the_split_asked_for(tmp_path):
+def test_a_local_file_is_read_completely_for_any_split(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("one\ntwo\n")
     assert list(read_rows(str(path), split="validation")) == [{"text": "one"}, {"text": "two"}]
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_the_error_names_a_missing_file(tmp_path):
     path = str(tmp_path / "nowhere.jsonl")
     with pytest.raises(FileNotFoundError, match=r"no data file at .*nowhere\.jsonl"):
         read_rows(path)
@@ -30,7 +30,7 @@ def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path
         read_rows(str(tmp_path / name))
 
 
-def test_entries_have_the_number_of_their_row_and_why_there_is_nothing(tmp_path):
+def test_entries_have_the_number_of_their_row_and_the_reason_if_it_is_left_out(tmp_path):
     rows = [
         {"text": "a", "lang": "en"},
         {"text": None, "lang": "en"},
@@ -62,7 +62,7 @@ def test_a_field_that_no_row_has_is_refused(tmp_path):
         next(entries(source(tmp_path, rows, reference="{body}")))
 
 
-def test_a_row_that_is_no_text_is_refused_by_its_place(tmp_path):
+def test_the_error_for_a_row_without_text_has_its_location(tmp_path):
     one = source(tmp_path, [{"text": "a"}, {"text": ["b"]}])
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: the field {text} is a list"):
         list(entries(one))
@@ -86,7 +86,7 @@ def test_a_wrong_setting_of_a_source_is_refused(how, message):
         source_of({"path": "x.jsonl", "template": "{text}", **how}, "data.x")
 
 
-def test_a_local_file_is_known_by_its_content_and_not_by_its_place(tmp_path):
+def test_a_local_file_is_identified_by_its_content_and_not_by_its_path(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     here, there = source(tmp_path / "a", [{"text": "x"}]), source(tmp_path / "b", [{"text": "x"}], split="test")

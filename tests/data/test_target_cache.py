@@ -1,4 +1,4 @@
-"""What is cached of the target is what it says live: exactly, or in expectation."""
+"""A cache holds the distributions that the live target computes: exactly, or in expectation."""
 
 import json
 
@@ -64,17 +64,17 @@ def live(target, responses, order):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 3e-3), ("bfloat16", 2e-2)])
-def test_exact_logits_are_the_live_ones_in_any_order(target, responses, tmp_path, dtype, tolerance):
+def test_exact_logits_equal_the_live_ones_in_any_order(target, responses, tmp_path, dtype, tolerance):
     found = cached(target, responses, tmp_path, ExactFormat(dtype))
     for order in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 5]):
         ours, theirs = target_at(target, batch_of(found, order))(slice(None)), live(target, responses, order)
-        # bfloat16 keeps 8 bits of a state, float16 11, and a logit adds 32 of them up
+        # bfloat16 keeps 8 significant bits of a hidden state, float16 keeps 11; a logit is a sum over 32 of them.
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
         assert ours.shape == theirs.shape
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_sparse_log_probabilities_are_the_live_ones(target, responses, tmp_path, dtype):
+def test_sparse_log_probabilities_equal_the_live_ones(target, responses, tmp_path, dtype):
     found = cached(target, responses, tmp_path, SparseFormat(top_k=5, num_samples=3, dtype=dtype))
     order = [6, 2, 5]
     sparse = target_at(target, batch_of(found, order))(slice(None))
@@ -85,7 +85,7 @@ def test_sparse_log_probabilities_are_the_live_ones(target, responses, tmp_path,
     assert sparse.ids_NK[:, :5].tolist() == top.tolist()
     assert not (sparse.ids_NK[:, 5:8, None] == top[:, None]).any()
     assert sparse.ids_NK[:, -1].tolist() == [token for i in order for token in ROWS[i]["response_ids"]]  # type: ignore[attr-defined]
-    # half a unit in the last of 8 or 11 bits
+    # Half a unit in the last of 8 or 11 significant bits.
     tolerance = {"float32": 1e-5, "float16": 2**-11, "bfloat16": 2**-8}[dtype]
     torch.testing.assert_close(sparse.log_q_NK, log_q_NV.gather(-1, sparse.ids_NK), rtol=tolerance, atol=1e-5)
     mass = (sparse.weight_NK * sparse.log_q_NK.exp()).sum(-1)
@@ -93,22 +93,25 @@ def test_sparse_log_probabilities_are_the_live_ones(target, responses, tmp_path,
 
 
 def test_acceptance_and_kld_of_a_sparse_cache_are_right_in_expectation(responses, tmp_path):
-    target, drafter = small_model(1, 32, sharpness=8.0), small_model(2, sharpness=8.0)  # flat: much is outside the top
+    # Flat distributions, so that much of the mass lies outside the top_k.
+    target, drafter = small_model(1, 32, sharpness=8.0), small_model(2, sharpness=8.0)
     order = list(range(7))
     logits_q = live(target, responses, order)
     batch = collate([response_sequence(row) for row in responses.read(order)])
     logits_p = drafter(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits[
         batch.target_mask_BT
     ]
+    one_file = {"batch_tokens": 1000, "shard_size": len(order)}
+    found = [
+        cached(target, responses, tmp_path / str(seed), SparseFormat(4, 4), **one_file, seed=seed) for seed in range(60)
+    ]
+    sparse = [target_at(target, batch_of(one, order))(slice(None)) for one in found]
     for measure in (acceptance_rate, kld):
-        values = []
-        for seed in range(60):
-            found = cached(target, responses, tmp_path / f"{measure.__name__}{seed}", SparseFormat(4, 4), seed=seed)
-            values.append(measure(logits_p, target_at(target, batch_of(found, order))(slice(None))).mean())
-        values, reference = torch.stack(values), measure(logits_p, logits_q).mean()
-        assert values.std() > 0  # type: ignore[attr-defined]
-        # Five standard errors leave two in a million to chance.
-        assert abs(values.mean() - reference) < 5 * values.std() / 60**0.5  # type: ignore[attr-defined]
+        values = torch.stack([measure(logits_p, one).mean() for one in sparse])
+        reference = measure(logits_p, logits_q).mean()
+        assert values.std() > 0
+        # A normal variable exceeds five standard errors less than once in a million draws.
+        assert abs(values.mean() - reference) < 5 * values.std() / 60**0.5
 
 
 @pytest.mark.parametrize("format", [ExactFormat(), SparseFormat(5, 3)])
@@ -128,15 +131,50 @@ def test_ranks_and_resumption_write_the_same_files(target, responses, tmp_path, 
     assert [row["id"] for row in whole] == [row["id"] for row in parts] == [row["id"] for row in responses]
 
 
-def test_a_row_of_a_cache_is_the_responses_row_and_more(target, responses, tmp_path):
-    found = cached(target, responses, tmp_path, ExactFormat())
+@pytest.mark.parametrize(
+    ("format", "columns"), [(ExactFormat(), {"hidden"}), (SparseFormat(5, 3), {"ids", "log_q", "log_rest"})]
+)
+def test_a_row_of_a_cache_is_a_row_of_the_responses_with_more_columns(target, responses, tmp_path, format, columns):
+    found = cached(target, responses, tmp_path, format)
     for row, original in zip(found, responses, strict=True):
-        assert row.keys() - original.keys() == {"hidden"}
+        assert row.keys() - original.keys() == columns
         assert row["response_ids"].tolist() == original["response_ids"].tolist()
     assert restore(responses[0], responses.schema) is None
 
 
-def test_a_target_that_changes_its_logits_after_the_head_is_refused_by_exact_and_kept_by_sparse(
+class EarlierSparseFormat(SparseFormat):
+    """The format with the column `log_z`, which earlier versions wrote and nothing reads."""
+
+    def fields(self, vocabulary):
+        return [*super().fields(vocabulary), target_cache._field("log_z", self.dtype)]
+
+    def columns(self, hidden_NH, logits, tokens_N):
+        columns = super().columns(hidden_NH, logits, tokens_N)
+        return columns | {"log_z": columns["log_rest"] + 1}
+
+
+def test_a_cache_of_an_earlier_version_is_read_although_it_has_a_column_more(target, responses, tmp_path):
+    new = cached(target, responses, tmp_path / "new", SparseFormat(5, 3))
+    old = cached(target, responses, tmp_path / "old", EarlierSparseFormat(5, 3))
+    assert "log_z" in old[0].keys() - new[0].keys()
+    sparse = [target_at(target, batch_of(found, [6, 2, 5]))(slice(None)) for found in (new, old)]
+    for ours, theirs in zip(*sparse, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_cache_that_an_earlier_version_began_is_completed(target, responses, tmp_path):
+    whole = cached(target, responses, tmp_path / "whole", SparseFormat(5, 3))
+    cached(target, responses, tmp_path / "begun", EarlierSparseFormat(5, 3))
+    for name in ("00001.json", "index.parquet", "manifest.json"):
+        (tmp_path / "begun" / name).unlink()
+    begun = cached(target, responses, tmp_path / "begun", SparseFormat(5, 3))
+    for ours, theirs in zip(begun, whole, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("ids", "log_q", "log_rest"):
+            assert ours[name].tolist() == theirs[name].tolist()
+
+
+def test_exact_refuses_a_target_that_changes_its_logits_after_the_head_and_sparse_stores_it(
     target, responses, tmp_path
 ):
     with pytest.raises(ValueError, match="use cache=sparse"):
@@ -146,12 +184,15 @@ def test_a_target_that_changes_its_logits_after_the_head_is_refused_by_exact_and
     batch = batch_of(found, [3])
     sparse = target_at(capped(target), batch)(slice(None))
     theirs = capped(target)(input_ids=batch.input_ids_BT).logits[batch.target_mask_BT].log_softmax(-1)
+    # float16 keeps 11 significant bits of a log-probability of about 10.
     torch.testing.assert_close(sparse.log_q_NK, theirs.gather(-1, sparse.ids_NK), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("format", [ExactFormat("float32"), SparseFormat(5, 3)])
 @pytest.mark.parametrize("part", ["norm", "lm_head"])
-def test_a_target_that_is_not_finite_is_refused_and_not_stored(target, responses, tmp_path, format, part):
+def test_a_target_whose_weights_are_not_finite_is_refused_and_nothing_is_stored(
+    target, responses, tmp_path, format, part
+):
     broken = type(target)(target.config).eval()
     broken.load_state_dict(target.state_dict())
     with torch.no_grad():
@@ -170,12 +211,12 @@ def test_a_target_that_is_not_finite_is_refused_and_not_stored(target, responses
         (ExactFormat("float8"), r"dtype is 'float8'"),
     ],
 )
-def test_a_format_that_cannot_be_is_refused(target, responses, tmp_path, format, message):
+def test_an_impossible_format_is_refused(target, responses, tmp_path, format, message):
     with pytest.raises(ValueError, match=message):
         cached(target, responses, tmp_path, format)
 
 
-def test_an_exact_cache_goes_with_its_own_output_embedding_alone(target, drafter, tmp_path):
+def test_an_exact_cache_requires_the_output_embedding_it_was_made_with(target, drafter, tmp_path):
     head, other = (model.get_output_embeddings() for model in (target, drafter))
     exact = {
         "settings": {"format": {"kind": "exact", "dtype": "bfloat16"}},

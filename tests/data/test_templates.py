@@ -40,14 +40,14 @@ def test_a_field_may_have_a_name_of_several_words_and_a_format():
     "template",
     ['Answer like {"x": 1}. {prompt}', "a {prompt", "a } {prompt}", "{ }", "{}", "no field", "{prompt!r}"],
 )
-def test_braces_that_are_no_fields_are_refused_with_the_remedy(template):
+def test_the_error_for_stray_braces_says_how_to_write_them(template):
     with pytest.raises(ValueError, match=r"a literal brace is doubled: \{\{ and \}\}") as refusal:
         parse(template)
     assert repr(template) in str(refusal.value)
 
 
 @pytest.mark.parametrize("template", ["{article}", "{translation[fr]}"])
-def test_a_missing_field_is_named_with_the_template_and_what_the_row_has(template):
+def test_the_error_for_a_missing_field_has_the_template_and_the_fields_of_the_row(template):
     row = {"text": "x", "translation": {"de": "Hallo"}}
     with pytest.raises(KeyError) as refusal:
         render(template, row)
@@ -65,7 +65,7 @@ def test_a_field_that_other_rows_have_is_empty_where_it_is_missing():
 
 
 @pytest.mark.parametrize("empty", [None, "", " ", float("nan")])
-def test_null_is_empty_and_a_row_with_nothing_else_is_empty_altogether(empty):
+def test_null_is_empty_and_a_text_with_only_empty_fields_is_empty(empty):
     assert render("{a} Input: {b}", {"a": "Say it.", "b": empty}) == "Say it. Input:"
     assert render("Summarise:\n\n{a}", {"a": empty}) == ""
     assert render(FIRST, turn(empty)) == ""
@@ -108,13 +108,13 @@ def test_values_stay_as_they_are_written(value, text):
         ("{c[0][value]}", {"c": [{"from": "gpt", "value": "I am."}]}, "'from' is 'gpt', not the user's"),
     ],
 )
-def test_what_is_no_text_of_the_user_is_refused_by_its_field(template, row, message):
+def test_the_error_for_a_value_that_is_not_the_users_text_names_its_field(template, row, message):
     with pytest.raises(ValueError, match=message):
         render(template, row)
 
 
 @pytest.mark.parametrize("role", ["user", "human", "prompter"])
-def test_the_users_turn_has_several_names_and_a_reference_may_be_anybodys(role):
+def test_users_have_several_names_and_a_reference_may_be_by_any_speaker(role):
     assert render(FIRST, turn("Hello?", role)) == "Hello?"
     assert render(FIRST, turn("Hi.", "assistant"), speakers=None) == "Hi."
 
@@ -138,5 +138,11 @@ def test_a_role_of_the_row_itself_is_an_ordinary_field():
     ],
 )
 def test_a_row_matches_where_every_field_has_its_value(where, expected):
-    row = {"role": "prompter", "parent_id": None, "lang": "en", "cell": "", "number": "3"}  # the last two of a CSV
+    row = {
+        "role": "prompter",
+        "parent_id": None,
+        "lang": "en",
+        "cell": "",
+        "number": "3",
+    }  # the last two as in CSV files
     assert matches(row, where) is expected

@@ -19,7 +19,7 @@ from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
 from drafter.warping import Sampling
 from experiments.exporting import to_gguf
-from experiments.exporting.card import gather, serving
+from experiments.exporting.card import gather, serving, sources
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -245,3 +245,9 @@ def test_commands_name_the_arguments_that_the_engines_document():
     (openvino,) = serving("openvino", "org/target", "out", 4).values()
     compile(openvino, "card", "exec")
     assert "num_assistant_tokens=4" in openvino
+
+
+def test_the_card_names_the_data_by_their_kind():
+    assert sources({"kind": "docstrings", "packages": ["numpy", "torch"]}) == ["docstrings and code of numpy, torch"]
+    text, asked = {"path": "org/text", "revision": "abc"}, {"mine": {"path": "mine.jsonl", "revision": None}}
+    assert sources({"kind": "files", "pretraining": text, "instructions": asked}) == ["org/text (abc)", "mine.jsonl"]

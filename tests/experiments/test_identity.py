@@ -23,11 +23,11 @@ TRAINED = ["loss=kld", "seed=1"]
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("respond", ["target.dtype=bfloat16"], "settings.target_dtype: there 'float32', asked for 'bfloat16'"),
+        ("respond", ["target.dtype=bfloat16"], "settings.target_dtype: found 'float32', requested 'bfloat16'"),
         ("respond", ["+respond.vllm.quantization=fp8"], "settings.vllm"),
         ("cache", ["target.dtype=bfloat16"], "settings.target_dtype"),
         ("cache", ["cache.shard_size=7"], "settings.shard_size"),
-        ("pretrain", ["trainer.gradient_clip_val=0.5"], "settings.trainer: there .*1.0.*, asked for .*0.5"),
+        ("pretrain", ["trainer.gradient_clip_val=0.5"], "settings.trainer: found .*1.0.*, requested .*0.5"),
         ("finetune", [*TRAINED, "trainer.gradient_clip_val=0.5"], "settings.trainer"),
         ("finetune", [*TRAINED, "trainer.accumulate_grad_batches=4"], "settings.trainer"),
         ("finetune", [*TRAINED, "trainer.precision=bf16-true"], "settings.trainer"),

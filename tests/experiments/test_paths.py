@@ -168,6 +168,6 @@ def test_copies_of_a_drafter_are_evaluated_once(tmp_path):
 def test_another_drafter_in_a_finished_evaluation_is_refused_with_the_command_that_made_it(tmp_path):
     stage = Stage(tmp_path, "evaluate", {}, {"drafter": "aaaa"}, {"command": "python -m x 'drafters=[a/mine]'"})
     stage.finish({}, {})
-    with pytest.raises(ArtifactError, match=r"inputs.drafter: there 'aaaa', asked for 'bbbb'.*drafters=\[a/mine\]"):
+    with pytest.raises(ArtifactError, match=r"inputs.drafter: found 'aaaa', requested 'bbbb'.*drafters=\[a/mine\]"):
         Stage(tmp_path, "evaluate", {}, {"drafter": "bbbb"})
     assert json.loads((tmp_path / "manifest.json").read_text())["inputs"] == {"drafter": "aaaa"}

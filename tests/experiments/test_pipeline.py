@@ -191,8 +191,8 @@ def test_the_gamma_report_names_the_best_gamma_of_each_task(world, tmp_path):
     [
         ("evaluate", "evaluate.num_speculative_tokens=[3,many]", ValueError, "has 'many': numbers and 'adaptive'"),
         ("gamma", "gamma.largest=0", ValueError, "gamma.largest is 0"),
-        ("respond", "respond.top_p=0.5", ArtifactError, "settings.top_p: there 0.95, asked for 0.5"),
-        ("pretrain", "seed=7", ArtifactError, "settings.seed: there 0, asked for 7"),
+        ("respond", "respond.top_p=0.5", ArtifactError, "settings.top_p: found 0.95, requested 0.5"),
+        ("pretrain", "seed=7", ArtifactError, "settings.seed: found 0, requested 7"),
         ("respond", "inputs.data=nowhere", ArtifactError, "nowhere holds no finished 'prepare'"),
         ("respond", "target.path={other}", ArtifactError, "was made with the tokenizer"),
         ("cache", "target.path={reseeded}", ArtifactError, "was made with the target"),

@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
+from drafter.data.target_cache import SparseFormat
 from experiments import pipeline, plan
-from tests.conftest import save_target, write_jsonl
+from experiments.planning.estimates import cached_bytes
+from experiments.planning.roofline import Shape
+from tests.conftest import save_target, small_model, write_jsonl
 from tests.experiments.test_pipeline import snapshot, stage
 from tests.training.test_ddp import run
 
@@ -135,11 +140,11 @@ def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothin
     assert "24 rows, ends at [0], no chat template" in told
     assert "text.jsonl: rows of [" in told
     assert "task prompts" in told
-    assert f"cache: {root}/cache is there" in told
+    assert f"cache: {root}/cache exists" in told
     assert re.search(r"batches of \d+ samples over 1 ranks", told)
     elsewhere = tmp_path / "none"
     pipeline.main([*overrides, "losses=[kld]", "dry_run=true", f"root={elsewhere}"])
-    assert "cache is not there yet: the stages before make it" in capsys.readouterr().out
+    assert "cache does not exist yet: an earlier stage makes it" in capsys.readouterr().out
     assert not list(elsewhere.rglob("*.json*"))
 
 
@@ -257,3 +262,14 @@ def test_every_command_of_the_page_composes_and_dry_runs(words, mirror, tmp_path
     else:
         stage(name, dry)
     assert f"dry run of {'prepare' if name == 'pipeline' else name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_estimated_size_of_a_sparse_cache_is_the_size_of_what_it_stores(dtype):
+    how = OmegaConf.create({"cache": {"format": {"kind": "sparse", "top_k": 5, "num_samples": 3, "dtype": dtype}}})
+    logits_NV, tokens_N = torch.randn(7, 64), torch.zeros(7, dtype=torch.long)
+    stored = SparseFormat(5, 3, dtype).columns(None, lambda rows: logits_NV[rows], tokens_N)
+    # Rows store ids of a vocabulary below 2^16 in two bytes; the estimate adds 16 bytes for the row itself.
+    size = stored["ids"].size * 2 + stored["log_q"].nbytes + stored["log_rest"].nbytes
+    assert stored.keys() == {"ids", "log_q", "log_rest"}
+    assert cached_bytes(how, Shape.of(small_model())) == size / 7 + 16

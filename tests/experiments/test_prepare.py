@@ -164,7 +164,7 @@ def test_a_task_without_a_path_needs_docstrings(folder):
     command = [
         one for one in overrides(folder, {"few": source(folder / "task.jsonl")}) if "task" not in one.split("=")[0]
     ]
-    with pytest.raises(ValueError, match=r"task.open_ended has no path, and data=files has no docstrings"):
+    with pytest.raises(ValueError, match=r"task.open_ended.path is null, and data=files has no docstrings"):
         stage("prepare", [*command, "task=docstrings"])
 
 
