@@ -80,7 +80,7 @@ class SparseFormat(NamedTuple):
         for start in range(0, len(tokens_N), step):
             logits_nV = logits(slice(start, start + step)).float()
             _refuse_not_finite(logits_nV, "logits")
-            drawn = Drawn.of(logits_nV, tokens_N[start : start + step], self.top_k, self.num_samples)
+            drawn = Drawn.from_logits(logits_nV, tokens_N[start : start + step], self.top_k, self.num_samples)
             parts.append((*drawn[:-1], logits_nV.logsumexp(-1)))
         ids_NK, log_q_NK, log_rest_N, log_z_N = (torch.cat(part) for part in zip(*parts, strict=True))
         return {
@@ -222,7 +222,7 @@ def target_at(
         return cached.__getitem__
     if cached is None and isinstance(target, PreTrainedModel):
         return live_target(target, batch, plain_head)[1]
-    head = Head.of(target.get_output_embeddings())
+    head = Head.from_module(target.get_output_embeddings())
     hidden_NH = head.weight_VH[:0] if cached is None else cached  # a batch of texts has none
     return lambda rows: head(hidden_NH[rows]).detach()
 

@@ -178,7 +178,7 @@ def tell_left_out(model: Model) -> None:
         log.info(
             "generation_config.json of %s sets %s: these are not applied, responses are the model's own distribution "
             "at the temperature and top-p of the config",
-            ModelSource.of(model).path,
+            ModelSource.from_model(model).path,
             ", ".join(f"{name}={value}" for name, value in found.items()),
         )
 

@@ -26,7 +26,7 @@ def one():
 def drawn(q, top_k=4, num_samples=3):
     torch.manual_seed(0)
     tokens = torch.full((DRAWS,), 7)
-    return Drawn.of(q.expand(DRAWS, V), tokens, top_k, num_samples).weighted()
+    return Drawn.from_logits(q.expand(DRAWS, V), tokens, top_k, num_samples).weighted()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_products_along_a_block_are_right_in_expectation(one):
 def test_the_block_loss_needs_the_targets_own_token_alone(one):
     p, q = one
     positions = Positions(torch.tensor([7]), torch.tensor([0]))
-    sparse = Drawn.of(q, torch.tensor([7]), top_k=1, num_samples=1).weighted()
+    sparse = Drawn.from_logits(q, torch.tensor([7]), top_k=1, num_samples=1).weighted()
     torch.testing.assert_close(block(p, sparse, positions=positions), block(p, q, positions=positions))
 
 
@@ -79,7 +79,7 @@ def test_a_target_with_nothing_outside_its_top_k_is_exact(one):
     p, _ = one
     q = torch.full((1, V), -torch.inf, dtype=torch.float64)
     q[0, :3] = torch.tensor([1.0, 0.5, 0.0])
-    sparse = Drawn.of(q, torch.tensor([1]), top_k=4, num_samples=2).weighted()
+    sparse = Drawn.from_logits(q, torch.tensor([1]), top_k=4, num_samples=2).weighted()
     torch.testing.assert_close(kld(p, sparse), kld(p, q))
 
 
@@ -89,7 +89,7 @@ BIASED = ["nla", "lk_hybrid", "tvdpp position", "nla at 0.3", "kld of a nucleus"
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_takes_a_sparse_target_or_says_why_not(name, one):
     p, q = one
-    sparse = Drawn.of(q, torch.tensor([3]), top_k=4, num_samples=2).weighted()
+    sparse = Drawn.from_logits(q, torch.tensor([3]), top_k=4, num_samples=2).weighted()
     loss = at_positions(LOSSES[name], 1, V)
     if name in BIASED:
         with pytest.raises(ValueError, match=r"sparse target .*exact cache"):
@@ -101,14 +101,14 @@ def test_every_loss_takes_a_sparse_target_or_says_why_not(name, one):
 def test_sampled_rewards_of_a_sparse_target_are_refused(one):
     p, q = one
     with pytest.raises(ValueError, match="estimator=sampled"):
-        tvdpp(p, Drawn.of(q, torch.tensor([3]), 4, 2).weighted(), estimator="sampled")
+        tvdpp(p, Drawn.from_logits(q, torch.tensor([3]), 4, 2).weighted(), estimator="sampled")
 
 
 def test_a_sparse_target_goes_through_chunks_as_a_whole_one_does():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (20, V))
     q = torch.randn(20, V, generator=generator, dtype=torch.float64)
-    sparse = Drawn.of(q, torch.arange(20), 4, 2).weighted()
+    sparse = Drawn.from_logits(q, torch.arange(20), 4, 2).weighted()
     predicted = Predicted(hidden, Head(weight), lambda rows: sparse[rows], Positions(torch.arange(20), torch.zeros(20)))
     ours = torch.autograd.grad(predicted.sum(tvd, rows=6), (hidden, weight))
     theirs = torch.autograd.grad(tvd(hidden @ weight.T, sparse).sum(), (hidden, weight))

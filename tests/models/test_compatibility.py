@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from drafter.models.compatibility import VocabularyError, check_pair, differences, load_drafter, with_rows
+from drafter.models.compatibility import VocabularyError, check_pair, differences, load_drafter, resize_vocabulary
 from drafter.models.initialization import build_drafter, special_ids
 from drafter.models.inspection import num_parameters, vocabulary_rows
 from drafter.models.loading import load_tokenizer
@@ -98,7 +98,7 @@ def test_a_padded_drafter_scores_real_tokens_as_before_and_padding_never_first(t
 def test_rows_that_are_there_already_change_nothing():
     model = build_drafter(SMALL | {"tie_word_embeddings": False}, 300, {})
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    after = with_rows(model, 300)
+    after = resize_vocabulary(model, 300)
     assert num_parameters(after) == sum(value.numel() for value in before.values())
     assert all(torch.equal(value, before[name]) for name, value in after.state_dict().items())
 

@@ -102,7 +102,7 @@ def test_a_cached_response_brings_its_own_distributions(target, responses, tmp_p
         row, column = places[place].tolist()
         logits = target(input_ids=batch.input_ids_BT[row : row + 1, : column + 1]).logits[0, -1]
         if isinstance(batch.cached_N, Sparse):
-            own = Drawn.of(logits[None], batch.input_ids_BT[row, column + 1][None], 5, 3).log_q_NK[0, -1]
+            own = Drawn.from_logits(logits[None], batch.input_ids_BT[row, column + 1][None], 5, 3).log_q_NK[0, -1]
             assert batch.cached_N.log_q_NK[place, -1].item() == pytest.approx(own.item(), rel=1e-3)
         else:
             torch.testing.assert_close(target.lm_head(batch.cached_N[place]), logits, rtol=1e-4, atol=1e-4)
@@ -126,9 +126,7 @@ def test_a_share_that_takes_nothing_or_too_much_is_refused(responses, share):
 
 def test_responses_to_some_kinds_of_instruction_are_chosen(responses):
     assert Responses(responses, "train", kinds=["k2"]).indices.tolist() == [i for i in range(2, 100, 3) if i % 10]
-    with pytest.raises(
-        ValueError, match=r"finetune.kinds is \['other'\], but the responses are of \['k0', 'k1', 'k2'\]"
-    ):
+    with pytest.raises(ValueError, match=r"finetune.kinds is \['other'\], but the responses have \['k0', 'k1', 'k2'\]"):
         Responses(responses, "train", kinds=["other"])
 
 

@@ -9,7 +9,7 @@ from drafter.data.batches import collate
 from drafter.losses.chunked import Head
 from drafter.losses.divergences import kld
 from drafter.training.modules import Distillation
-from drafter.training.weighting import furthest_behind, prefix_confidence, uniform
+from drafter.training.weighting import adaspec, dpace, uniform
 from tests.conftest import answered, small_model
 
 ROWS = [[5 + row + n for n in range(1 + 2 * row)] for row in range(4)]
@@ -58,7 +58,7 @@ def test_a_position_weighs_what_it_adds_to_the_accepted_length_of_every_block_th
                         product *= c[i]
                     weight += product
             expected.append(weight)
-    ours = prefix_confidence(*seen, num_speculative_tokens=gamma, smoothing=0.3)
+    ours = dpace(*seen, num_speculative_tokens=gamma, smoothing=0.3)
     torch.testing.assert_close(ours, torch.tensor(expected))
 
 
@@ -68,7 +68,7 @@ def test_the_positions_furthest_behind_the_reference_are_chosen(seen, target, dr
     q = logits_of(target, batch)
     behind = kld(logits_of(drafter, batch), q) - kld(logits_of(reference, batch), q)
     chosen = set(behind.argsort(descending=True)[:4].tolist())
-    weights = furthest_behind(*seen, reference=reference, share=0.25)
+    weights = adaspec(*seen, reference=reference, share=0.25)
     assert {i for i, weight in enumerate(weights.tolist()) if weight == 1} == chosen
     assert weights.sum() == 4
 
@@ -76,9 +76,9 @@ def test_the_positions_furthest_behind_the_reference_are_chosen(seen, target, dr
 @pytest.mark.parametrize(
     ("weighting", "message"),
     [
-        (partial(prefix_confidence, smoothing=0.0), "weighting.smoothing is 0.0"),
-        (partial(prefix_confidence, num_speculative_tokens=0), "num_speculative_tokens is 0"),
-        (partial(furthest_behind, reference=None, share=1.5), "weighting.share is 1.5"),
+        (partial(dpace, smoothing=0.0), "weighting.smoothing is 0.0"),
+        (partial(dpace, num_speculative_tokens=0), "num_speculative_tokens is 0"),
+        (partial(adaspec, reference=None, share=1.5), "weighting.share is 1.5"),
     ],
 )
 def test_a_wrong_switch_is_named(seen, weighting, message):
