@@ -80,7 +80,7 @@ def fidelity(target, drafter, responses):
         with torch.no_grad():
             hidden_NH = hidden_states(drafter, batch.input_ids_BT, batch.attention_mask_BT)[batch.target_mask_BT]
             logits_NV = live_target(target, batch, plain_head=True)[1](slice(None)).float()
-        head = Head.of(drafter.get_output_embeddings())
+        head = Head.from_module(drafter.get_output_embeddings())
         live, live_grads = measured(head, hidden_NH, logits_NV)
         vocabulary = logits_NV.shape[1]
         print(f"{len(some)} responses, {len(logits_NV)} tokens, vocabulary {vocabulary}, hidden {hidden_NH.shape[1]}")
@@ -109,7 +109,7 @@ def fidelity(target, drafter, responses):
                 [torch.cosine_similarity(a, b, dim=0) for a, b in zip(grads, live_grads, strict=True)]
             )
             report(f"top-{top_k} renormalised", 4 * top_k, error, cosine)
-        rest = Drawn.of(logits_NV, logits_NV.argmax(-1), 64, 1).log_rest_N.exp().mean()
+        rest = Drawn.from_logits(logits_NV, logits_NV.argmax(-1), 64, 1).log_rest_N.exp().mean()
         print(f"mass outside the top 64: {rest:.4f}")
 
 

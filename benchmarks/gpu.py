@@ -96,7 +96,9 @@ def finetuning(device, shapes, sparse):
     cached: torch.Tensor | Sparse = hidden_NH
     if sparse:
         parts = zip(hidden_NH.split(256), written_N.split(256), strict=True)
-        cached = Drawn.cat([Drawn.of(head.embedding(part).float(), ids_N, 32, 40) for part, ids_N in parts]).weighted()
+        cached = Drawn.cat(
+            [Drawn.from_logits(head.embedding(part).float(), ids_N, 32, 40) for part, ids_N in parts]
+        ).weighted()
     text = torch.zeros(sequences, dtype=torch.bool, device=device)
     batch = Batch(ids, torch.ones_like(ids), mask, text, torch.ones(sequences, device=device), cached)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-4, fused=device.type == "cuda")

@@ -41,7 +41,7 @@ def main(root):
 
     def gradient(loss):
         hidden_BTH = hidden_states(drafter, batch.input_ids_BT, batch.attention_mask_BT)
-        mask_BT, head = batch.target_mask_BT, Head.of(drafter.get_output_embeddings())
+        mask_BT, head = batch.target_mask_BT, Head.from_module(drafter.get_output_embeddings())
         tokens_N = next_tokens(batch)[mask_BT]
         positions = Positions(tokens_N, torch.zeros_like(tokens_N))
         seen = Predicted(hidden_BTH[mask_BT], head, target_at(target, batch), positions)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 
 from drafter.artifacts.manifest import Stage, is_record, sha256
-from drafter.models.compatibility import Difference, check_pair, partner, with_rows
+from drafter.models.compatibility import Difference, check_pair, drafter_source, resize_vocabulary
 from drafter.models.ends import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.initialization import special_ids
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     target = target_source(cfg)
     differences = check_pair(target, cfg.export.drafter, cfg.pad_vocabulary)
     inputs = {
-        "drafter": model_fingerprint(partner(cfg.export.drafter, target)),
+        "drafter": model_fingerprint(drafter_source(cfg.export.drafter, target)),
         "target": model_fingerprint(target),
     }
     settings = {key: value for key, value in plain(cfg.export).items() if key != "drafter"}
@@ -132,7 +132,9 @@ def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
     """Save a Hugging Face directory with the target's tokenizer, chat template and end-of-text ids."""
     target = target_source(cfg)
     tokenizer = load_tokenizer(target)
-    model: PreTrainedModel = with_rows(load_model(partner(cfg.export.drafter, target)), vocabulary_width(target))
+    model: PreTrainedModel = resize_vocabulary(
+        load_model(drafter_source(cfg.export.drafter, target)), vocabulary_width(target)
+    )
     if cfg.export.format == "hf":  # the other formats' own converters round
         model.to(getattr(torch, cfg.export.dtype))
     ids: dict[str, Any] = special_ids(tokenizer, vocabulary_width(target))

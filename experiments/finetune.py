@@ -17,7 +17,7 @@ from drafter.data.target_cache import format_kind, require_output_embedding
 from drafter.losses.chunked import Head, Predicted
 from drafter.losses.distributions import Drawn, Target
 from drafter.losses.objective import Loss, Positions, check_chunks, objective_of
-from drafter.models.compatibility import check_pair, load_drafter, partner
+from drafter.models.compatibility import check_pair, drafter_source, load_drafter
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.inspection import check_positions, vocabulary_rows
 from drafter.models.loading import load_output_embedding, load_target, load_tokenizer
@@ -63,7 +63,7 @@ def finetune(cfg: DictConfig) -> None:
     data, judged_on = samples(cfg, drafter)
     if cfg.weighting.reference:
         check_pair(source, cfg.weighting.reference)
-        reference = load_target(partner(cfg.weighting.reference, source))
+        reference = load_target(drafter_source(cfg.weighting.reference, source))
         weighting = partial(weighting, reference=reference)
     module = Distillation(
         target,
@@ -153,7 +153,7 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
         require(cfg.inputs.cache, "target", cache["inputs"]["target"], inputs["target"])
         if format_kind(cfg.inputs.cache) == "sparse":
             tokens_N = torch.zeros(2, dtype=torch.long)
-            sparse = Drawn.of(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted()
+            sparse = Drawn.from_logits(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted()
             try_loss(loss, sparse, Positions(tokens_N, torch.tensor([1, 0])))
     else:
         inputs["responses"] = responses_fingerprint(cfg)

@@ -1,4 +1,4 @@
-"""Small real objects that several tests use: a tokenizer, and pairs of models with random weights."""
+"""Fixtures that several tests share: small models with random weights, and a finished run of all stages."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ WORDS = "<end> <unk> the cat dog saw a bird who and then ran to tree house what 
 
 
 def small_model(seed=0, hidden=16, layers=1, vocab=VOCABULARY, sharpness=1.0):
-    """A Llama with random weights; a higher sharpness makes its distributions less uniform."""
+    """Return a Llama with random weights. The higher the sharpness, the less uniform its distributions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -41,7 +41,7 @@ def small_model(seed=0, hidden=16, layers=1, vocab=VOCABULARY, sharpness=1.0):
 
 
 def capped(model):
-    """The same weights in a class that caps its logits after the output embedding, as Gemma 2 does."""
+    """Return a model with the same weights that caps its logits after the output embedding, as Gemma 2 does."""
 
     class Capped(type(model)):
         def forward(self, *args, **kwargs):
@@ -56,19 +56,19 @@ def capped(model):
 
 @pytest.fixture(scope="session")
 def target():
-    """The larger model of a pair over 64 tokens."""
+    """Return the larger model of a pair over 64 tokens."""
     return small_model(seed=1, hidden=32, layers=2, sharpness=60.0)
 
 
 @pytest.fixture(scope="session")
 def drafter():
-    """The smaller model of the pair."""
+    """Return the smaller model of the pair."""
     return small_model(seed=2, hidden=16, layers=1, sharpness=60.0)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tests run side by side with other work; one thread makes their arithmetic and time steady."""
+    """Use one thread, so that results and times do not depend on other processes."""
     torch.set_num_threads(1)
 
 
@@ -81,7 +81,7 @@ def save_target(folder, words=WORDS, seed=0, positions=64):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(seed)
-    # Wider than its tokenizer, as many published models are: the padding has to be carried along.
+    # Like many published models, this one has more embedding rows than its tokenizer has tokens.
     config = GPT2Config(
         vocab_size=24, n_positions=positions, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0
     )
@@ -91,10 +91,10 @@ def save_target(folder, words=WORDS, seed=0, positions=64):
 
 
 def save_llama(folder, tokenizer):
-    """A Llama for the tokenizer of `save_target`."""
+    """Save a Llama with the tokenizer of `save_target`."""
     model = small_model(3, hidden=32, layers=2, vocab=24, sharpness=60.0)
     model.generation_config.eos_token_id = 0
-    model.lm_head.weight.data[len(WORDS) :] = 0  # padding is hardly ever written
+    model.lm_head.weight.data[len(WORDS) :] = 0  # makes padding unlikely
     model.save_pretrained(folder)
     for path in tokenizer.glob("tokenizer*"):
         shutil.copy(path, folder)
@@ -102,7 +102,7 @@ def save_llama(folder, tokenizer):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A finished run of every stage on a GPT-2 and local files: its overrides, and its root."""
+    """Finish a run of every stage with a GPT-2 and local files. Return its overrides and its root directory."""
     folder = tmp_path_factory.mktemp("world")
     save_target(folder / "target")
     sentences = [
@@ -151,11 +151,11 @@ def world(tmp_path_factory):
 
 
 def answered(prompt_ids, response_ids, temperature=1.0):
-    """A sample of a prompt and its response."""
+    """Return a sample of a prompt and its response."""
     return response_sequence({"prompt_ids": prompt_ids, "response_ids": response_ids, "temperature": temperature})
 
 
 def finished_rows(folder, files, stage):
-    """The rows of a folder, once its manifest says that they are complete."""
+    """Write a manifest that declares a folder complete, and return its rows."""
     folder.write("manifest.json", json.dumps({"stage": stage, "files": files}).encode())
     return Rows(folder.url, stage)

@@ -1,4 +1,4 @@
-"""Small models of many architectures, with weights so large that their texts do not repeat one token."""
+"""Small models of many architectures, with weights so large that greedy decoding does not repeat one token."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,7 +38,7 @@ REFUSED = {
 
 
 def family(kind, seed=0, **fields):
-    """A model of this architecture with random weights."""
+    """Return a model of this architecture with random weights."""
     torch.manual_seed(seed)
     known = SIZES | (DECODE | REFUSED).get(kind, {}) | fields
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **known))

@@ -1,4 +1,4 @@
-"""The configured losses, and the positions that tests try them at."""
+"""The losses of conf/loss, and positions for testing them."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ LOSSES = {
     path.stem: hydra.utils.instantiate(OmegaConf.load(path))
     for path in sorted((Path(__file__).parent.parent / "conf" / "loss").glob("*.yaml"))
 }
-# The switches that no config line has on.
+# Settings that no config file uses.
 LOSSES |= {
     "tvdpp position": partial(LOSSES["tvdpp"], statistics="position"),
     "nla at 0.3": partial(LOSSES["nla"], temperature=0.3),
@@ -22,13 +22,13 @@ LOSSES |= {
 
 
 def positions(count, vocabulary, length=5):
-    """Responses of `length` positions, the last one perhaps shorter, with arbitrary tokens."""
+    """Return positions of responses with `length` tokens each (the last may be shorter), with arbitrary tokens."""
     index = torch.arange(count)
     ends = (index // length + 1).mul(length).clamp_max(count)
     return Positions((7 * index + 3) % vocabulary, ends - index - 1)
 
 
 def at_positions(loss, count, vocabulary):
-    """The loss as a function of logits alone."""
-    where = positions(count, vocabulary)
-    return lambda logits_p, logits_q: objective_of(loss)(logits_p, logits_q, where)
+    """Return the loss as a function of logits alone."""
+    given = positions(count, vocabulary)
+    return lambda logits_p, logits_q: objective_of(loss)(logits_p, logits_q, given)

@@ -1,4 +1,4 @@
-"""Train a drafter on fixed batches and save it: alone, or as one of two ranks that share each batch.
+"""Train a drafter on fixed batches and save it, in one process or as one of two ranks that share each batch.
 
 python -m tests.two_ranks OUT LOSS      or      torchrun --nproc-per-node=2 -m tests.two_ranks OUT LOSS
 """
@@ -22,7 +22,7 @@ def main(out, loss):
     torch.set_num_threads(1)
     leave_at_exit()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    # Answers of many lengths, and some texts, which a rank may have none of.
+    # Responses of many lengths, and a few texts, so that a rank may have none in a batch.
     samples = [
         Sequence(np.arange(n, n + 9), 1, True) if n % 6 == 0 else answered([n], list(range(1, 2 + n % 5)), n % 2)
         for n in range(24)
@@ -46,7 +46,7 @@ def main(out, loss):
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    # 23 samples in batches of 6: parts of unequal size, and a validation batch that one rank has alone.
+    # 23 samples in batches of 6: the ranks' parts differ in size, and one rank alone has the last validation batch.
     data = SequenceData(InMemory(samples[1:]), InMemory(samples[1:]), 6, seed=0)
     trainer.fit(module, data)
     if trainer.is_global_zero:

@@ -84,7 +84,7 @@ class SparseFormat(NamedTuple):
         for start in range(0, len(tokens_N), step):
             logits_nV = logits(slice(start, start + step)).float()
             _require_finite(logits_nV, "logits")
-            parts.append(Drawn.of(logits_nV, tokens_N[start : start + step], self.top_k, self.num_samples))
+            parts.append(Drawn.from_logits(logits_nV, tokens_N[start : start + step], self.top_k, self.num_samples))
         drawn = Drawn.cat(parts)
         return {
             "ids": drawn.ids_NK[:, :-1].cpu().numpy(),
@@ -229,7 +229,7 @@ def target_at(
         return cached.__getitem__
     if cached is None and isinstance(target, PreTrainedModel):
         return live_target(target, batch, plain_head)[1]
-    head = Head.of(target.get_output_embeddings())
+    head = Head.from_module(target.get_output_embeddings())
     hidden_NH = head.weight_VH[:0] if cached is None else cached  # a batch of packed text alone has no positions
     return lambda rows: head(hidden_NH[rows]).detach()
 

@@ -1,4 +1,4 @@
-"""Losses of the drafter's distribution against the target's: pure functions of logits."""
+"""Losses that compare the drafter's distribution with the target's: pure functions of logits."""
 
 from drafter.losses.block_losses import block, e2e_tvd
 from drafter.losses.divergences import ce, jsd, kld, lk_hybrid, mix, nla, rkl, tvd, tvdpp

@@ -1,4 +1,6 @@
-"""Losses that look past one position: at the block of drafted tokens that starts there. Contract: see losses.
+"""Losses of a block of drafted tokens: a value depends on its own position and on the positions that follow.
+
+The arguments are those of the losses in `divergences`, and the `Positions` of the batch.
 
 Shapes: N positions, V vocabulary.
 """
@@ -16,7 +18,7 @@ NUM_SPECULATIVE_TOKENS = 3
 
 
 def _block_objective(loss: Loss, settings: Mapping[str, Any]) -> Objective:
-    """Return that a loss of a block reads the positions after its own."""
+    """Return an objective with the lookahead of the block: num_speculative_tokens - 1 positions."""
     length = settings.get("num_speculative_tokens", NUM_SPECULATIVE_TOKENS)
     return Objective(loss, needs_positions=True, lookahead=length - 1)
 
@@ -31,10 +33,17 @@ def e2e_tvd(
     top_p: float = 1.0,
     num_speculative_tokens: int = NUM_SPECULATIVE_TOKENS,
 ) -> torch.Tensor:
-    """1 - (1/gamma) sum_j prod_{i<=j} alpha_i over the gamma positions from each one on (arXiv 2606.12370).
+    """Return one minus the expected share of a block that is accepted (arXiv 2606.12370).
 
-    The expected share of a block that is accepted, its positions' acceptances taken as independent; near a response's
-    end, over the positions that are left. Use it for sampled serving at a known gamma.
+    The value at a position is 1 - (1/gamma) sum_{j<=gamma} prod_{i<=j} alpha_i over the gamma positions that start
+    there, where alpha_i = sum_x min(p, q) is the acceptance rate at position i. Acceptances at different positions are
+    treated as independent. Near the end of a response, the block has only the remaining positions. Use it for sampled
+    serving with a known gamma.
+
+        >>> logits = torch.tensor([[0.0, 0.0], [-100.0, 100.0]])  # two positions of one response
+        >>> positions = Positions(tokens_N=torch.tensor([0, 0]), following_N=torch.tensor([1, 0]))
+        >>> e2e_tvd(logits, -logits, positions=positions)  # the first draft is always accepted, the second never
+        tensor([0.5000, 1.0000])
     """
     alpha_N = acceptance_rate(logits_p_NV, logits_q_NV, temperature=temperature, top_p=top_p)
     accepted_N = windowed_products(alpha_N, positions.following_N, num_speculative_tokens).sum(-1)
@@ -51,29 +60,48 @@ def block(
     top_p: float = 1.0,
     num_speculative_tokens: int = NUM_SPECULATIVE_TOKENS,
 ) -> torch.Tensor:
-    """-sum_j prod_{i<=j} min(1, p(x_i) / q(x_i)) over the gamma tokens x from each position on: -(accepted tokens).
+    """Return minus the expected number of accepted tokens of a block: block efficiency as a loss (this project's own).
 
-    Ours. For responses drawn from the target at this temperature and top-p it is, without bias, minus the number of
-    drafts that a block accepts: block efficiency as a loss. It asks nothing about tokens that the target did not write.
+    The value at a position is -sum_{j<=gamma} prod_{i<=j} min(1, p(x_i) / q(x_i)), where x_1 … x_gamma are the tokens
+    of the response from that position on. It is an unbiased estimate if the responses were drawn from the target at
+    this temperature and top_p. It depends on the probabilities of the response's tokens alone.
+
+        >>> target = torch.tensor([[0.0, 0.0], [0.0, 0.0]])  # q = 1/2 for both tokens, at two positions
+        >>> drafter = torch.tensor([[1.0, 1.0], [1.0, 3.0]]).log()  # p(token 0) = 1/2, then 1/4
+        >>> positions = Positions(tokens_N=torch.tensor([0, 0]), following_N=torch.tensor([1, 0]))
+        >>> block(drafter, target, positions=positions)  # 1 + 1 · 1/2, then 1/2
+        tensor([-1.5000, -0.5000])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     log_ratio_NV = both.log_p_NV - both.log_q_NV
-    # A sparse target's last token is the one that it wrote.
+    # The last token of a sparse target is the response's token.
     sparse = isinstance(logits_q_NV, Sparse)
     log_ratio_N = log_ratio_NV[:, -1] if sparse else log_ratio_NV.gather(-1, positions.tokens_N[:, None])[:, 0]
-    # A tie is no shortfall; nor is q = 0, outside the target's nucleus.
+    # p >= q is accepted; so is q = 0, outside the target's nucleus, where the ratio is infinite.
     accept_N = torch.where(log_ratio_N < 0, log_ratio_N, 0.0).exp()
     return -windowed_products(accept_N, positions.following_N, num_speculative_tokens).sum(-1)
 
 
 def windowed_products(values_N: torch.Tensor, following_N: torch.Tensor, length: int) -> torch.Tensor:
-    """prod_{i<=j} of the values from each position on, j < length; shape (N, length), zero past a response's end."""
+    """Return the products of each value with the j that follow it, for j < length.
+
+    Entry (n, j) is values[n] · … · values[n + j], or zero where n + j is past the end of the response.
+    Shape (N, length).
+
+        >>> windowed_products(torch.tensor([0.5, 0.4, 0.1]), following_N=torch.tensor([2, 1, 0]), length=2)
+        tensor([[0.5000, 0.2000],
+                [0.4000, 0.0400],
+                [0.1000, 0.0000]])
+
+    Raises:
+        ValueError: length is below 1.
+    """
     if length < 1:
         raise ValueError(f"num_speculative_tokens is {length}, must be at least 1")
     index_N = torch.arange(len(values_N), device=values_N.device)
     running_N, products = torch.ones_like(values_N), []
     for step in range(length):
-        nearby_N = values_N[(index_N + step).clamp_max(max(len(values_N) - 1, 0))]
-        running_N = torch.where(following_N >= step, running_N * nearby_N, 0.0)
+        ahead_N = values_N[(index_N + step).clamp_max(max(len(values_N) - 1, 0))]
+        running_N = torch.where(following_N >= step, running_N * ahead_N, 0.0)
         products.append(running_N)
     return torch.stack(products, dim=-1)

@@ -1,9 +1,12 @@
-"""An output embedding and a loss, a few hundred positions at a time: logits are never made for a whole batch.
+"""Output embedding and loss computed in chunks of positions, so that the logits of a full batch never exist.
 
-With a vocabulary V of 32,000 and 4,096 positions, logits take 0.5 GB in float32, and a distance between two
-distributions with its gradient keeps several tensors of that size. Here the gradient of each chunk is taken as soon as
-its values are known, and folded into that of the hidden states and of the embedding: a chunk's logits are all there is.
-One mechanism serves every loss; the functions in losses.py stay its reference.
+With a vocabulary V of 32,000 and 4,096 positions, logits take 0.5 GB in float32, and a divergence with its gradient
+keeps several tensors of that size. Here the gradient of each chunk is computed together with its values and added to
+the gradients of the hidden states and of the output embedding, so that only one chunk's logits exist at a time. The
+same code serves every loss, and the plain functions in `divergences` and `block_losses` are its reference.
+
+A chunk also contains the `lookahead` positions after its end, whose values are discarded: a loss that depends on
+following positions has the same value wherever a chunk ends.
 
 Shapes: N positions of a batch, n of a chunk, V vocabulary, H hidden size.
 """
@@ -18,11 +21,11 @@ from torch import nn
 from drafter.losses.distributions import Target
 from drafter.losses.objective import Loss, Objective, Positions, objective_of
 
-# (logits_nV, rows) -> values_n: what a loss is at the positions `rows` of the batch.
+# (logits_nV, rows) -> values_n: a loss at the positions `rows` of the batch.
 Evaluate = Callable[[torch.Tensor, slice], torch.Tensor]
 
-CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**26}  # logits a chunk; 4 MB stay in a CPU's cache, a GPU wants larger products
-LEAST_ROWS = 128  # fewer, and adding to the embedding's gradient costs more than computing it
+CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**26}  # logits per chunk: 4 MB fit a CPU's cache; a GPU needs larger products
+LEAST_ROWS = 128  # with fewer, adding to the embedding's gradient takes longer than computing it
 
 
 class Head(NamedTuple):
@@ -32,8 +35,8 @@ class Head(NamedTuple):
     bias_V: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, embedding: nn.Module) -> "Head":
-        """The parameters of a model's output embedding."""
+    def from_module(cls, embedding: nn.Module) -> "Head":
+        """Return the parameters of a model's output embedding."""
         weight: Any = embedding.weight
         return cls(weight, getattr(embedding, "bias", None))
 
@@ -42,10 +45,14 @@ class Head(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """The N response positions of a batch: the drafter's hidden states and head, the target, and the positions.
+    """The N response positions of a batch, with everything that a loss needs there.
 
-    `target` gives the target's logits (n, V) at a slice of the positions, which it may make from hidden states, or its
-    sparse distributions.
+    Attributes:
+        hidden_NH: the drafter's last hidden states.
+        head: the drafter's output embedding.
+        target: slice of the positions -> the target's logits (n, V) or its sparse distributions there. It may compute
+            the logits from hidden states, so that only one chunk of them exists at a time.
+        positions: the response's tokens, and the number of positions that follow.
     """
 
     hidden_NH: torch.Tensor
@@ -54,15 +61,23 @@ class Predicted(NamedTuple):
     positions: Positions
 
     def values(self, loss: Loss | Objective, rows: int | None = None) -> torch.Tensor:
-        """Return a loss at every position without gradient; shape (N, ...) where it gives (n, ...)."""
-        objective = objective_of(loss)
+        """Return a loss at every position, without gradient, shape (N, ...) where the loss returns (n, ...).
+
+        Raises:
+            ValueError: the loss has a `batch_mean` that is not filled in.
+        """
+        objective = _require_mean(objective_of(loss))
         return chunked_values(self._in_chunk(objective), self.hidden_NH, self.head, objective.lookahead, rows)
 
     def sum(
         self, loss: Loss | Objective, weights_N: torch.Tensor | None = None, rows: int | None = None
     ) -> torch.Tensor:
-        """Return Σ weight · loss over the positions, differentiable in the drafter's hidden states and head."""
-        objective = objective_of(loss)
+        """Return Σ weight · loss over the positions, differentiable in the drafter's hidden states and head.
+
+        Raises:
+            ValueError: the loss has a `batch_mean` that is not filled in.
+        """
+        objective = _require_mean(objective_of(loss))
         return chunked_sum(self._in_chunk(objective), self.hidden_NH, self.head, weights_N, objective.lookahead, rows)
 
     def _in_chunk(self, objective: Objective) -> Evaluate:
@@ -76,10 +91,10 @@ class Predicted(NamedTuple):
 def chunked_values(
     evaluate: Evaluate, hidden_NH: torch.Tensor, head: Head, lookahead: int = 0, rows: int | None = None
 ) -> torch.Tensor:
-    """The values of all positions without gradient, shape (N, ...) as `evaluate` gives them for (n, ...)."""
+    """Return the values at all positions, without gradient, shape (N, ...) where `evaluate` returns (n, ...)."""
     with torch.no_grad():
-        parts = _parts(len(hidden_NH), head, lookahead, rows)
-        return torch.cat([evaluate(head(hidden_NH[seen]), seen)[:own] for seen, own in parts])
+        chunks = _chunks(len(hidden_NH), head, lookahead, rows)
+        return torch.cat([evaluate(head(hidden_NH[extended]), extended)[:count] for extended, count in chunks])
 
 
 def chunked_sum(
@@ -90,15 +105,15 @@ def chunked_sum(
     lookahead: int = 0,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """Σ weight · value, differentiable in the hidden states and the head.
+    """Return Σ weight · value, differentiable in the hidden states and the head.
 
     Args:
-        evaluate: values of a chunk.
+        evaluate: computes the values of a chunk.
         hidden_NH: the drafter's hidden states at the predicted positions.
         head: the drafter's output embedding.
-        weights_N: of the positions, without gradient; None: one each.
-        lookahead: how many positions past its own a value depends on. A chunk sees as many past its end.
-        rows: positions a chunk; by default as many as keep its logits small for the device.
+        weights_N: the weights of the positions, without gradient. None means one for each.
+        lookahead: the number of following positions that a value depends on.
+        rows: positions per chunk. By default, the number of logits per chunk suits the device.
     """
     if not torch.is_grad_enabled():
         values_N = chunked_values(evaluate, hidden_NH, head, lookahead, rows)
@@ -110,7 +125,7 @@ def chunked_sum(
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Gradients are computed in the forward pass, for an upstream gradient of one, and scaled in the backward pass."""
+    """Compute the gradients in the forward pass, for an upstream gradient of 1; scale them in the backward pass."""
 
     @staticmethod
     def forward(
@@ -132,18 +147,18 @@ class _ChunkedSum(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
         with torch.autocast(device, enabled=False):
-            for seen, own in _parts(len(hidden), head, lookahead, rows):
-                logits_nV = head(hidden[seen]).requires_grad_()
+            for extended, count in _chunks(len(hidden), head, lookahead, rows):
+                logits_nV = head(hidden[extended]).requires_grad_()
                 with torch.enable_grad():
-                    values_n = evaluate(logits_nV, seen)[:own]
-                    value = (values_n if weights_N is None else values_n * weights_N[seen][:own]).sum()
+                    values_n = evaluate(logits_nV, extended)[:count]
+                    value = (values_n if weights_N is None else values_n * weights_N[extended][:count]).sum()
                 (grad_nV,) = torch.autograd.grad(value, logits_nV)
                 total += value.detach()
-                grad_hidden_NH[seen] += grad_nV @ head.weight_VH
+                grad_hidden_NH[extended] += grad_nV @ head.weight_VH
                 if dtype == wide:
-                    grad_weight_VH.addmm_(grad_nV.T, hidden[seen])
+                    grad_weight_VH.addmm_(grad_nV.T, hidden[extended])
                 else:
-                    grad_weight_VH += grad_nV.T @ hidden[seen]
+                    grad_weight_VH += grad_nV.T @ hidden[extended]
                 if grad_bias_V is not None:
                     grad_bias_V += grad_nV.sum(0)
         ctx.save_for_backward(grad_hidden_NH.to(hidden_NH.dtype), grad_weight_VH.to(weight_VH.dtype), grad_bias_V)
@@ -155,8 +170,25 @@ class _ChunkedSum(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-def _parts(count: int, head: Head, lookahead: int, rows: int | None) -> Iterator[tuple[slice, int]]:
-    """What each chunk sees, and how many of those positions are its own; one empty chunk where there are none."""
+def _require_mean(objective: Objective) -> Objective:
+    """Return the objective if it can be computed in chunks.
+
+    Raises:
+        ValueError: it has a `batch_mean` that is not filled in: each chunk would use its own mean instead.
+    """
+    if objective.batch_mean is not None:
+        raise ValueError(
+            "the loss needs a mean over the full batch, which a chunk of positions does not have: compute it with "
+            "predicted.values(objective.batch_mean).mean(), over all ranks, and pass objective.with_mean(mean)"
+        )
+    return objective
+
+
+def _chunks(count: int, head: Head, lookahead: int, rows: int | None) -> Iterator[tuple[slice, int]]:
+    """Yield each chunk extended by the lookahead, and its number of positions without it.
+
+    Where there are no positions, there is one empty chunk.
+    """
     entries = CHUNK_ENTRIES.get(head.weight_VH.device.type, CHUNK_ENTRIES["cuda"])
     rows = rows or max(LEAST_ROWS, entries // len(head.weight_VH))
     for start in range(0, max(count, 1), rows):

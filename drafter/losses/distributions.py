@@ -1,6 +1,6 @@
-"""What a loss compares: the drafter's and the target's log-probabilities, over the vocabulary or over a sample of it.
+"""The log-probabilities of drafter and target that a loss compares, over the vocabulary or over a sample of it.
 
-Shapes: N positions, V vocabulary, K tokens of a sparse target, S samples a position.
+Shapes: N positions, V vocabulary, K tokens per position of a sparse target, S of them sampled.
 """
 
 import math
@@ -13,11 +13,16 @@ from drafter.warping import in_nucleus
 
 
 class Sparse(NamedTuple):
-    """A target's distribution by K tokens a position: its most likely ones, samples from the rest, and its own.
+    """A target's distribution at K tokens per position: the top-k, samples from the rest, and the response's token.
 
-    A sum over the vocabulary is estimated without bias by sum_K weight · value: the weight is 1 for the top-k tokens,
-    rest / (S q(x)) for each of S samples, the rest being the mass outside the top-k, and 0 for the last token, the one
-    that the target wrote. `log_q_NK` are log-probabilities at temperature 1; the first token is the most likely one.
+    The sum over K of weight · value estimates a sum over the vocabulary without bias. The weight is 1 for a top-k
+    token, rest / (S q(x)) for each of the S samples, where `rest` is the probability mass outside the top-k, and 0 for
+    the last token, which is the token of the response at that position.
+
+    Attributes:
+        ids_NK: token ids. The first is the most likely token.
+        log_q_NK: log-probabilities at temperature 1.
+        weight_NK: the weights.
     """
 
     ids_NK: torch.Tensor
@@ -25,12 +30,19 @@ class Sparse(NamedTuple):
     weight_NK: torch.Tensor
 
     def __getitem__(self, rows: slice) -> "Sparse":  # type: ignore[override]
-        """The positions of a slice."""
+        """Return the positions of a slice."""
         return Sparse(self.ids_NK[rows], self.log_q_NK[rows], self.weight_NK[rows])
 
 
 class Drawn(NamedTuple):
-    """What a `Sparse` is made of, and a cache keeps: its tokens, and the log of the mass outside the `top_k` first."""
+    """The form in which a cache stores a `Sparse`: without the weights, which follow from the other fields.
+
+    Attributes:
+        ids_NK: token ids: `top_k` most likely tokens, samples from the rest, the token of the response.
+        log_q_NK: log-probabilities at temperature 1.
+        log_rest_N: log of the probability mass outside the top-k.
+        top_k: the number of top-k tokens.
+    """
 
     ids_NK: torch.Tensor
     log_q_NK: torch.Tensor
@@ -38,21 +50,22 @@ class Drawn(NamedTuple):
     top_k: int
 
     @classmethod
-    def of(cls, logits_NV: torch.Tensor, tokens_N: torch.Tensor, top_k: int, num_samples: int) -> "Drawn":
-        """The top_k most likely tokens, `num_samples` draws from the others, and `tokens_N`.
+    def from_logits(cls, logits_NV: torch.Tensor, tokens_N: torch.Tensor, top_k: int, num_samples: int) -> "Drawn":
+        """Take the top_k most likely tokens, `num_samples` draws from the others, and `tokens_N`.
 
-        The draws are systematic: one at random in each of as many equal parts of the others' mass. Each is a draw from
-        them all, so that nothing is biased, and a likely token is drawn as often as it should be, not by chance.
+        The sampling is systematic: the others' probability mass is divided into `num_samples` equal parts, and all
+        parts are sampled at the same random offset. Each draw has the distribution of the others, so the estimate is
+        unbiased, and its variance is lower than with independent draws.
         """
-        log_q_NV = F.log_softmax(_wide(logits_NV), dim=-1)
+        log_q_NV = F.log_softmax(_at_least_float32(logits_NV), dim=-1)
         top_NK = log_q_NV.topk(top_k, dim=-1).indices
         others_NV = log_q_NV.exp().scatter(-1, top_NK, 0.0)
         rest_N1 = others_NV.sum(-1, keepdim=True)
         offset_N1 = torch.rand(rest_N1.shape, device=rest_N1.device, dtype=rest_N1.dtype)
-        place_NS = (torch.arange(num_samples, device=rest_N1.device) + offset_N1) / num_samples
+        quantile_NS = (torch.arange(num_samples, device=rest_N1.device) + offset_N1) / num_samples
         cumulative_NV = others_NV.cumsum(-1)
-        drawn_NS = torch.searchsorted(cumulative_NV, place_NS * cumulative_NV[:, -1:], right=True)
-        # Rounding may reach past the last token that has any mass; where none has, any token will do: it weighs zero.
+        drawn_NS = torch.searchsorted(cumulative_NV, quantile_NS * cumulative_NV[:, -1:], right=True)
+        # Rounding may lead past the last token with any mass. Where no token has mass, the weight is zero.
         last_N1 = cumulative_NV.argmax(-1, keepdim=True)
         drawn_NS = torch.minimum(drawn_NS, last_N1)
         ids_NK = torch.cat([top_NK, drawn_NS, tokens_N[:, None]], -1)
@@ -60,13 +73,13 @@ class Drawn(NamedTuple):
 
     @classmethod
     def cat(cls, parts: "list[Drawn]") -> "Drawn":
-        """The positions of all parts, one after the other."""
+        """Concatenate the positions of all parts."""
         ids_NK, log_q_NK, log_rest_N = (torch.cat(field) for field in list(zip(*parts, strict=True))[:3])
         return cls(ids_NK, log_q_NK, log_rest_N, parts[0].top_k)
 
     def weighted(self) -> Sparse:
-        """With each token's weight."""
-        log_q_NK, log_rest_N = _wide(self.log_q_NK), _wide(self.log_rest_N)
+        """Return the distribution with the weight of each token."""
+        log_q_NK, log_rest_N = _at_least_float32(self.log_q_NK), _at_least_float32(self.log_rest_N)
         log_drawn_NS = log_q_NK[:, self.top_k : -1]
         log_share_N1 = log_rest_N[:, None] - math.log(log_drawn_NS.shape[-1])
         weight_NS = torch.where(log_share_N1 > -math.inf, (log_share_N1 - log_drawn_NS).exp(), 0.0)
@@ -78,64 +91,72 @@ Target = torch.Tensor | Sparse  # logits (N, V), or a sparse distribution
 
 
 def most_likely(target: Target) -> torch.Tensor:
-    """The target's argmax, shape (N,)."""
+    """Return the target's argmax, shape (N,)."""
     return target.ids_NK[:, 0] if isinstance(target, Sparse) else target.argmax(-1)
 
 
 class Pair(NamedTuple):
-    """log p and log q at the same tokens; `weight_NV` is None where these are the whole vocabulary."""
+    """log p and log q at the same tokens. `weight_NV` is None where these are the full vocabulary."""
 
     log_p_NV: torch.Tensor
     log_q_NV: torch.Tensor
     weight_NV: torch.Tensor | None = None
 
     def sum(self, values_NV: torch.Tensor) -> torch.Tensor:
-        """A sum over the vocabulary, shape (N,); of a sparse target an unbiased estimate."""
+        """Sum over the vocabulary, shape (N,). With a sparse target, return an unbiased estimate of that sum."""
         return (values_NV if self.weight_NV is None else values_NV * self.weight_NV).sum(-1)
 
     def reward(self) -> torch.Tensor:
-        """The paper's r(x) = 1 if q(x) > p(x) else 0, shape (N, V), without gradient."""
+        """Return the paper's r(x) = 1 if q(x) > p(x) else 0, shape (N, V), without gradient."""
         return (self.log_q_NV > self.log_p_NV).to(self.log_p_NV.dtype)
 
-    def whole(self, loss: str) -> "Pair":
-        """Itself, over the whole vocabulary.
+    def require_full_vocabulary(self, loss: str) -> "Pair":
+        """Return the pair itself if it covers the full vocabulary.
 
         Raises:
-            ValueError: the target is sparse, and this loss of an estimate would be biased.
+            ValueError: the target is sparse, so that an estimate of this loss would be biased.
         """
         if self.weight_NV is not None:
             raise ValueError(
-                f"loss '{loss}' of a sparse target would be biased: give it the exact cache, or a live target"
+                f"loss '{loss}' of a sparse target would be biased: use an exact cache (cache=exact) or a live target"
             )
         return self
 
 
 def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: float) -> Pair:
-    """log p and log q as the losses compare them; log q is -inf outside the nucleus, and has no gradient.
+    """Return log p and log q as the losses compare them.
 
-    Both are softmax(logits / temperature) in float32, or in float64 for float64 logits.
+    Both distributions are softmax(logits / temperature), in float32, or in float64 for float64 logits. With top_p < 1,
+    log q is renormalised over the target's nucleus and -inf outside. log q has no gradient.
+
+        >>> logits_p, logits_q = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+        >>> both = pair(logits_p, logits_q, temperature=1.0, top_p=1.0)
+        >>> [round(x, 3) for x in both.log_q_NV.exp()[0].tolist()]
+        [0.731, 0.269]
+        >>> pair(logits_p, logits_q, temperature=1.0, top_p=0.5).log_q_NV.exp()
+        tensor([[1., 0.]])
 
     Raises:
-        ValueError: a temperature or top_p out of its range; one other than 1 for a sparse target, whose distribution at
-            another temperature cannot be told from a sample of it.
+        ValueError: temperature or top_p is out of range, or one of them is not 1 although the target is sparse: its
+            distribution at another temperature is unknown.
     """
     if not temperature > 0:
-        raise ValueError(f"loss.temperature is {temperature}, must be above 0 (a small one stands for greedy)")
+        raise ValueError(f"loss.temperature is {temperature}, must be above 0 (use a small one for greedy decoding)")
     if not 0 < top_p <= 1:
-        raise ValueError(f"loss.top_p is {top_p}, must be above 0, at most 1")
-    log_p_NV = F.log_softmax(_wide(logits_p_NV) / temperature, dim=-1)
+        raise ValueError(f"loss.top_p is {top_p}, must be above 0 and at most 1")
+    log_p_NV = F.log_softmax(_at_least_float32(logits_p_NV) / temperature, dim=-1)
     if isinstance(target, Sparse):
         if (temperature, top_p) != (1, 1):
             raise ValueError(
-                f"a sparse target is at temperature 1 and top_p 1, but the loss's are {temperature} and {top_p}: "
-                f"give it the exact cache, or a live target"
+                f"a sparse target is stored for temperature 1 and top_p 1, but the loss has {temperature} and {top_p}: "
+                f"use an exact cache (cache=exact) or a live target"
             )
         return Pair(log_p_NV.gather(-1, target.ids_NK), target.log_q_NK.to(log_p_NV), target.weight_NK.to(log_p_NV))
-    log_q_NV = F.log_softmax(_wide(target.detach()) / temperature, dim=-1)
+    log_q_NV = F.log_softmax(_at_least_float32(target.detach()) / temperature, dim=-1)
     if top_p < 1:
         log_q_NV = log_q_NV.masked_fill(~in_nucleus(log_q_NV.exp(), top_p), -torch.inf).log_softmax(-1)
     return Pair(log_p_NV, log_q_NV)
 
 
-def _wide(logits: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,19 +1,19 @@
-"""Distances between the drafter's distribution p and the target's q, as losses for the drafter.
+"""Divergences between the drafter's distribution p and the target's distribution q, as losses for the drafter.
 
-Every loss is a function of two tensors of logits at N predicted positions over V tokens, and gives one value a
-position, shape (N,); the caller averages over positions (and ranks). Gradients flow to the drafter alone. Both
-distributions are softmax(logits / temperature), in float32 (float64 for float64 logits): train at the temperature at
-which the drafter will be served, a small one for greedy decoding. With top_p < 1 the target's distribution is cut to
-its nucleus first, as the accept test will see it.
+Every loss is a function of the drafter's and the target's logits at N predicted positions over V tokens. It returns one
+value per position, shape (N,), and the caller averages over positions and ranks. Gradients flow to the drafter alone.
+Both distributions are softmax(logits / temperature), in float32 (float64 for float64 logits). Train at the temperature
+at which the drafter will be served; use a small one for greedy decoding. With top_p < 1, the target's distribution is
+restricted to its nucleus first, as it is in verification.
 
-The target may be sparse instead of logits (see distributions.Sparse). KLD, reverse KL, JSD, CE, TVD, exact TVD++ over
-the batch, and e2e_tvd and block of block_losses, then have the expectation that they should; the others say that they
-would be biased.
+The target may be sparse instead of logits (see `distributions.Sparse`). KLD, reverse KL, JSD, CE, TVD, exact TVD++ with
+batch statistics, and `e2e_tvd` and `block` of block_losses are then unbiased estimates; the other losses raise an
+error.
 
-A new loss is such a function here and one line in conf/loss/; the tests of conf/loss/ take it from there.
+To add a loss, write such a function here and one line in conf/loss/, whose files the tests discover.
 
-Source: arXiv 2403.00858, section 2.3, unless a function says otherwise. Ties p(x) = q(x) belong to neither side: the
-reward r(x) = 1 if q(x) > p(x) else 0 is 0 there, and so is what they add to a gradient.
+Source: arXiv 2403.00858, section 2.3, unless a function says otherwise. On a tie p(x) = q(x) the reward
+r(x) = 1 if q(x) > p(x) else 0 is 0, and the tie contributes nothing to the gradient.
 
 Shapes: N positions, V vocabulary, S samples a position.
 """
@@ -32,43 +32,63 @@ from drafter.losses.objective import Loss, Objective, Positions, declares, objec
 def kld(
     logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
-    """Kullback-Leibler divergence KL(q || p) = sum_x q log(q / p), in nats: distillation's default.
+    """Return the Kullback-Leibler divergence KL(q || p) = sum_x q log(q / p), in nats: the default for distillation.
 
-    It covers all of the target's mass. Use it where the drafter is far from the target, or when in doubt.
+    It makes the drafter cover all of the target's mass. Use it where the drafter is far from the target, or when in
+    doubt.
+
+        >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> kld(logits, logits)
+        tensor([0.])
+        >>> uniform, one_hot = torch.zeros(1, 2), torch.tensor([[0.0, -math.inf]])
+        >>> kld(uniform, one_hot)  # log 2
+        tensor([0.6931])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
-    return both.sum(_mass(both.log_q_NV, both.log_q_NV - both.log_p_NV))
+    return both.sum(_weighted(both.log_q_NV, both.log_q_NV - both.log_p_NV))
 
 
 def rkl(
     logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
-    """Reverse KL(p || q) = sum_x p log(p / q), in nats (MiniLLM, arXiv 2306.08543).
+    """Return the reverse divergence KL(p || q) = sum_x p log(p / q), in nats (MiniLLM, arXiv 2306.08543).
 
-    It punishes what the drafter proposes and the target would not say. Use it for small drafters that should be sure of
-    little rather than vague about much. Below e^-100 the target's probability counts as e^-100.
+    It penalises tokens that the drafter proposes and the target finds unlikely. Use it for small drafters that should
+    concentrate on few tokens rather than cover all. A target probability below e^-100 counts as e^-100.
+
+        >>> uniform, one_hot = torch.zeros(1, 2), torch.tensor([[0.0, -math.inf]])
+        >>> rkl(uniform, one_hot)  # 1/2 log(1/2) + 1/2 (log(1/2) + 100)
+        tensor([49.3069])
+        >>> rkl(one_hot, uniform)  # log 2
+        tensor([0.6931])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
-    return both.sum(_mass(both.log_p_NV, both.log_p_NV - both.log_q_NV.clamp_min(-100.0)))
+    return both.sum(_weighted(both.log_p_NV, both.log_p_NV - both.log_q_NV.clamp_min(-100.0)))
 
 
 def jsd(
     logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
-    """Jensen-Shannon divergence (KL(q || m) + KL(p || m)) / 2 with m = (p + q) / 2, in nats, at most log 2.
+    """Return the Jensen-Shannon divergence (KL(q || m) + KL(p || m)) / 2, m = (p + q) / 2, in nats (arXiv 2306.13649).
 
-    Between KLD and reverse KL, and bounded (GKD, arXiv 2306.13649). Use it on responses that the drafter wrote in part.
+    It lies between KLD and reverse KL, and is at most log 2. Use it on responses that the drafter generated in part.
+
+        >>> jsd(torch.tensor([[0.0, -math.inf]]), torch.tensor([[-math.inf, 0.0]]))  # disjoint: log 2
+        tensor([0.6931])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     log_m_NV = torch.logaddexp(both.log_p_NV, both.log_q_NV) - math.log(2)
-    from_p_NV, from_q_NV = (_mass(log_NV, log_NV - log_m_NV) for log_NV in (both.log_p_NV, both.log_q_NV))
+    from_p_NV, from_q_NV = (_weighted(log_NV, log_NV - log_m_NV) for log_NV in (both.log_p_NV, both.log_q_NV))
     return both.sum(from_p_NV + from_q_NV) / 2
 
 
 def ce(logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
-    """Cross-entropy -log p(argmax q), in nats: what greedy decoding asks of the drafter, and nothing else.
+    """Return the cross-entropy -log p(argmax q), in nats, of the token that greedy decoding would choose.
 
-    Use it for greedy serving alone; at temperature 1 it costs acceptance. (`top_p` leaves an argmax as it is.)
+    Use it for greedy serving alone: at temperature 1 it lowers acceptance. `top_p` has no effect on the argmax.
+
+        >>> ce(torch.tensor([[1.0, 3.0]]).log(), torch.tensor([[2.0, 1.0]]))  # -log(1/4)
+        tensor([1.3863])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     return -both.log_p_NV.gather(-1, both.log_q_NV.argmax(-1, keepdim=True))[:, 0]
@@ -77,10 +97,17 @@ def ce(logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1
 def tvd(
     logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
-    """Total variation distance 1/2 sum_x |p - q| = 1 - alpha, alpha being the chance that a drafted token is accepted.
+    """Return the total variation distance 1/2 sum_x |p - q| = 1 - alpha, where alpha is the acceptance rate.
 
-    Computed as sum_x max(q - p, 0), whose gradient is sum_x -r(x) p(x) grad log p(x). It is the acceptance rate itself;
-    its gradient vanishes where the overlap is small, so use it (or `nla`) after pretraining, for sampled serving.
+    It is computed as sum_x max(q - p, 0), whose gradient is sum_x -r(x) p(x) grad log p(x). Minimising it maximises the
+    acceptance rate directly. Its gradient vanishes where the overlap is small, so use it (or `nla`) after pretraining,
+    for sampled serving.
+
+        >>> p, q = torch.tensor([[1.0, 1.0]]).log(), torch.tensor([[3.0, 1.0]]).log()  # 1/2, 1/2 and 3/4, 1/4
+        >>> tvd(p, q)
+        tensor([0.2500])
+        >>> tvd(torch.tensor([[0.0, -math.inf]]), torch.tensor([[-math.inf, 0.0]]))  # disjoint distributions
+        tensor([1.])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     return both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
@@ -89,12 +116,15 @@ def tvd(
 def nla(
     logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
-    """Negative log-acceptance -log alpha, alpha = sum_x min(p, q) (LK-alpha, arXiv 2602.23881).
+    """Return the negative log-acceptance -log alpha, alpha = sum_x min(p, q) (LK-alpha, arXiv 2602.23881).
 
-    TVD with its gradient divided by alpha, so that positions with little overlap still learn; taken in the log domain,
-    it is finite however small alpha is. Use it with a low temperature for greedy serving.
+    Its gradient is that of TVD divided by alpha, so that positions with little overlap still learn. It is computed in
+    the log domain and is finite however small alpha is. Use it with a low temperature for greedy serving.
+
+        >>> nla(torch.tensor([[1.0, 1.0]]).log(), torch.tensor([[3.0, 1.0]]).log())  # -log(3/4)
+        tensor([0.2877])
     """
-    return -_log_alpha(pair(logits_p_NV, logits_q_NV, temperature, top_p).whole("nla"))
+    return -_log_alpha(pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("nla"))
 
 
 def lk_hybrid(
@@ -105,18 +135,22 @@ def lk_hybrid(
     top_p: float = 1.0,
     rate: float = 3.0,
 ) -> torch.Tensor:
-    """lambda KLD + (1 - lambda) TVD with lambda = exp(-rate sg[alpha]) at each position (arXiv 2602.23881).
+    """Return lambda KLD + (1 - lambda) TVD with lambda = exp(-rate alpha) at each position (arXiv 2602.23881).
 
-    KLD where the overlap is small, TVD where it is large. Use it where the drafter starts far from the target.
+    It is mostly KLD where the overlap alpha is small, and mostly TVD where it is large; lambda has no gradient. Use it
+    where the drafter starts far from the target.
+
+        >>> lk_hybrid(torch.tensor([[1.0, 1.0]]).log(), torch.tensor([[3.0, 1.0]]).log(), rate=0.0)  # KLD alone
+        tensor([0.1308])
     """
-    both = pair(logits_p_NV, logits_q_NV, temperature, top_p).whole("lk_hybrid")
-    far_N = (-rate * _log_alpha(both).detach().exp()).exp()
-    near_N = both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
-    return far_N * both.sum(_mass(both.log_q_NV, both.log_q_NV - both.log_p_NV)) + (1 - far_N) * near_N
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("lk_hybrid")
+    lambda_N = (-rate * _log_alpha(both).detach().exp()).exp()
+    tvd_N = both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
+    return lambda_N * both.sum(_weighted(both.log_q_NV, both.log_q_NV - both.log_p_NV)) + (1 - lambda_N) * tvd_N
 
 
 def _tvdpp_objective(loss: Loss, settings: Mapping[str, Any]) -> Objective:
-    """Return that TVD++ with the statistics of the batch needs the batch's mean reward."""
+    """Return an objective with a `batch_mean`, the mean reward, if the statistics are those of the batch."""
     if settings.get("statistics", "batch") == "position":
         return Objective(loss)
     temperature, top_p = settings.get("temperature", 1.0), settings.get("top_p", 1.0)
@@ -140,17 +174,29 @@ def tvdpp(
     num_samples: int = 8,
     mean_reward: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """TVD++: the policy-gradient form of TVD with a normalised reward (paper, equation 4).
+    """Return TVD++, the policy-gradient form of TVD with a normalised reward (paper, equation 4).
 
-    Its gradient is E_{x~p}[grad log p(x) * -(r(x) - mu) / sigma], with r(x) = 1 if q(x) > p(x) else 0; as r is 0 or 1,
+    Its gradient is E_{x~p}[grad log p(x) * -(r(x) - mu) / sigma], with r(x) = 1 if q(x) > p(x) else 0. As r is 0 or 1,
     sigma^2 = mu (1 - mu). Its value is not a distance (read val/tvd for that). Use it as TVD, for sampled serving.
 
+    With p = (1/2, 1/2) and q = (3/4, 1/4), the reward is (1, 0), mu = sigma = 1/2, and the value is
+    (mu - E_p[r]) / sigma = 0. The gradient is the one of TVD divided by sigma:
+
+        >>> p, q = torch.zeros(1, 2, requires_grad=True), torch.tensor([[3.0, 1.0]]).log()
+        >>> tvdpp(p, q).tolist()
+        [0.0]
+        >>> [torch.autograd.grad(loss(p, q).sum(), p)[0].tolist() for loss in (tvd, tvdpp)]
+        [[[-0.25, 0.25]], [[-0.5, 0.5]]]
+
     Args:
-        statistics: mu and sigma over all positions of the batch, or over each position by itself. The paper leaves it
-            open; taken exactly over the batch, TVD++ is TVD / sigma, the same direction.
-        estimator: the expectation over the whole vocabulary, or over `num_samples` tokens drawn from p, where the
-            baseline mu lowers the variance. mu is over what the estimator sees: vocabulary entries, or draws from p.
+        statistics: whether mu and sigma are computed over all positions of the batch, or for each position separately.
+            The paper does not say. With `batch` and the exact estimator, TVD++ is TVD / sigma: the same direction.
+        estimator: whether the expectation is over the full vocabulary, or over `num_samples` tokens drawn from p, where
+            the baseline mu lowers the variance. Accordingly, mu is a mean over vocabulary entries or over draws from p.
         mean_reward: mu of the batch, where these N positions are a part of it (see `Objective.batch_mean`).
+
+    Raises:
+        ValueError: statistics or estimator has an unknown value, or the target is sparse and the estimate biased.
     """
     if statistics not in ("batch", "position"):
         raise ValueError(f"loss.statistics is '{statistics}', must be 'batch' or 'position'")
@@ -158,16 +204,16 @@ def tvdpp(
         raise ValueError(f"loss.estimator is '{estimator}', must be 'exact' or 'sampled'")
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     if (statistics, estimator) != ("batch", "exact"):
-        both = both.whole(f"tvdpp with statistics={statistics}, estimator={estimator}")
+        both = both.require_full_vocabulary(f"tvdpp with statistics={statistics}, estimator={estimator}")
     mean = _mean_reward(both, logits_p_NV.shape[-1], estimator)
     if statistics == "batch":
         mean = mean.mean() if mean_reward is None else mean_reward.to(mean)
     deviation = (mean * (1 - mean)).clamp_min(0).sqrt()
-    # Where all rewards are equal there is nothing to prefer.
+    # Where all rewards are equal, no token is better than another: the loss is zero.
     scale = torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), 0.0)
     reward_NV = both.reward()
     if estimator == "exact":
-        # The baseline's own gradient, mu E[grad log p], is zero over a whole vocabulary.
+        # The gradient of the baseline, mu E[grad log p], is zero over the full vocabulary.
         return (mean - both.sum(both.log_p_NV.exp() * reward_NV)) * scale
     tokens_NS = torch.multinomial(both.log_p_NV.detach().exp(), num_samples, replacement=True)
     advantage_NS = reward_NV.gather(-1, tokens_NS) - (mean if mean.ndim == 0 else mean[:, None])
@@ -175,11 +221,15 @@ def tvdpp(
 
 
 def _mix_objective(_: Loss, settings: Mapping[str, Any]) -> Objective:
-    """Return what the parts of a mix need together."""
+    """Return an objective with the union of the needs of the parts.
+
+    Raises:
+        ValueError: several parts need a `batch_mean`.
+    """
     parts = [objective_of(part) for part in settings["parts"]]
     statistics = [part.batch_mean for part in parts if part.batch_mean is not None]
     if len(statistics) > 1:
-        raise ValueError("loss.parts has several TVD++ with batch statistics, where one mean reward serves one")
+        raise ValueError("loss.parts has several TVD++ with batch statistics, but a mix can have one mean reward only")
     return Objective(
         partial(mix, weights=settings["weights"], parts=parts),
         any(part.needs_positions for part in parts),
@@ -215,24 +265,28 @@ def mix(
 def acceptance_rate(
     logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> torch.Tensor:
-    """alpha = sum_x min(p, q): the chance that a token drafted from p is accepted against q. No loss: a yardstick."""
+    """Return alpha = sum_x min(p, q), the probability that a token drafted from p is accepted. A measure, not a loss.
+
+    >>> acceptance_rate(torch.tensor([[1.0, 1.0]]).log(), torch.tensor([[3.0, 1.0]]).log())
+    tensor([0.7500])
+    """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     return both.sum(torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).exp())
 
 
-def _mass(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
-    """weight(x) value(x), where a weight of zero outweighs an infinite value."""
+def _weighted(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
+    """Return weight(x) · value(x), which is zero where the weight is zero and the value infinite."""
     weight_NV = log_weight_NV.exp()
     return weight_NV * values_NV.masked_fill(weight_NV == 0, 0.0)
 
 
 def _log_alpha(both: Pair) -> torch.Tensor:
-    """log sum_x min(p, q) over the whole vocabulary, without underflow."""
+    """Return log sum_x min(p, q) over the full vocabulary, without underflow."""
     return torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).logsumexp(-1)
 
 
 def _mean_reward(both: Pair, vocabulary: int, estimator: str) -> torch.Tensor:
-    """Each position's mean reward (N,): over the vocabulary, or under p where it is sampled."""
+    """Return the mean reward of each position, shape (N,): over the vocabulary, or under p if sampled."""
     if estimator == "exact":
         return both.sum(both.reward()) / vocabulary
     return both.sum(both.reward() * both.log_p_NV.detach().exp())

@@ -1,1 +1,1 @@
-"""Loading models, building drafters, and telling what a model is like."""
+"""Loading models, building drafters, and inspecting models."""

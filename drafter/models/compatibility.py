@@ -1,7 +1,8 @@
-"""The gate before training, evaluation and export: do target and drafter give the same meaning to the same token id?
+"""Check that a drafter is compatible with a target: that both give the same meaning to the same token id.
 
-Engines that draft with a model of another vocabulary fail at load time at best, and corrupt text silently at worst. The
-gate reads tokenizers and configs alone, so that it refuses before a model is loaded.
+An engine whose drafter has another vocabulary fails at load time at best, and silently corrupts its output at worst.
+Training, evaluation and export therefore check the pair first. The check reads tokenizers and configs alone, so that an
+incompatible pair is refused before any model is loaded.
 """
 
 import hashlib
@@ -24,7 +25,14 @@ class VocabularyError(ValueError):
 
 
 class Difference(NamedTuple):
-    """Something in which two models differ, what helps, and whether it keeps them from serving together."""
+    """A difference between two models.
+
+    Attributes:
+        what: the property that differs.
+        target, drafter: its value in each model.
+        remedy: what to do about it.
+        fatal: whether the two models cannot be used together.
+    """
 
     what: str
     target: str
@@ -38,63 +46,71 @@ class Difference(NamedTuple):
 
 
 def differences(target: Model, drafter: Model) -> list[Difference]:
-    """All that differs between two models, and matters to an engine."""
-    drafter = partner(drafter, target)
-    ours, theirs = load_tokenizer(target), load_tokenizer(drafter)
+    """Return all differences between two models that matter to an engine."""
+    drafter = drafter_source(drafter, target)
+    target_tokenizer, drafter_tokenizer = load_tokenizer(target), load_tokenizer(drafter)
     found = [
-        vocabularies(ours, theirs),
-        widths(vocabulary_width(target), vocabulary_width(drafter)),
+        compare_vocabularies(target_tokenizer, drafter_tokenizer),
+        compare_rows(vocabulary_width(target), vocabulary_width(drafter)),
         *(
             Difference(what, one, other, "the export has the target's", fatal=False)
             for what, (one, other) in {
-                "special tokens": (special_tokens(ours), special_tokens(theirs)),
-                "chat template": (template(ours), template(theirs)),
+                "special tokens": (special_tokens(target_tokenizer), special_tokens(drafter_tokenizer)),
+                "chat template": (template(target_tokenizer), template(drafter_tokenizer)),
             }.items()
             if one != other
         ),
-        contexts(context_limit(target), context_limit(drafter)),
+        compare_contexts(context_limit(target), context_limit(drafter)),
     ]
     return [difference for difference in found if difference]
 
 
 def check_pair(target: Model, drafter: Model, pad: bool = False) -> list[Difference]:
-    """What differs without harm; what does harm is refused, unless it is padding and `pad` says to mend it.
+    """Return the harmless differences of a pair. Raise on harmful ones, except padding if `pad` is true.
+
+    Args:
+        target, drafter: the pair.
+        pad: whether `load_drafter` will give the drafter as many embedding rows as the target has.
 
     Raises:
-        VocabularyError: names all that makes the two no pair, and what helps.
+        VocabularyError: the models cannot be used together. The message has all reasons, with remedies.
     """
     found = differences(target, drafter)
     if fatal := [one for one in found if one.fatal and not (pad and one.remedy == PAD)]:
-        told = "\n".join(f"  {one}" for one in fatal)
-        names = [ModelSource.of(model).path for model in (drafter, target)]
-        raise VocabularyError(f"{names[0]} is no drafter for {names[1]}:\n{told}")
+        reasons = "\n".join(f"  {one}" for one in fatal)
+        names = [ModelSource.from_model(model).path for model in (drafter, target)]
+        raise VocabularyError(f"{names[0]} is no drafter for {names[1]}:\n{reasons}")
     return found
 
 
-def partner(drafter: Model, target: Model) -> ModelSource:
-    """The drafter's source: in float32, and with code of its own if the target may have that (a path says neither)."""
+def drafter_source(drafter: Model, target: Model) -> ModelSource:
+    """Return a drafter's source. For a path: in float32, and trusting remote code if the target's source does."""
     if isinstance(drafter, ModelSource):
         return drafter
-    return ModelSource(str(drafter), trust_remote_code=ModelSource.of(target).trust_remote_code)
+    return ModelSource(str(drafter), trust_remote_code=ModelSource.from_model(target).trust_remote_code)
 
 
 def load_drafter(path: str, target: Model, pad: bool = False) -> PreTrainedModel:
-    """A drafter in float32 that has passed the gate, as wide as the target, and trimmed if that is how it was left.
+    """Load a drafter in float32 after checking that it is compatible with the target.
+
+    The drafter gets as many embedding rows as the target has. Its output embedding is trimmed if the directory says so
+    (see `trimming`).
 
     Raises:
-        VocabularyError: see check_pair.
+        VocabularyError: the models cannot be used together; see `check_pair`.
     """
     for difference in check_pair(target, path, pad):
-        log.info("%s and %s differ, %s", path, ModelSource.of(target).path, difference)
-    model, kept = with_rows(load_model(partner(path, target)), vocabulary_width(target)), read_kept(path)
+        log.info("%s and %s differ, %s", path, ModelSource.from_model(target).path, difference)
+    model, kept = resize_vocabulary(load_model(drafter_source(path, target)), vocabulary_width(target)), read_kept(path)
     return trim(model, kept) if kept else model
 
 
 @torch.no_grad()
-def with_rows(model: PreTrainedModel, rows: int) -> PreTrainedModel:
-    """The model with so many rows in its embeddings.
+def resize_vocabulary(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    """Give a model's embeddings `rows` rows, in place, and return the model.
 
-    A row that is added stands for no token. It is the mean of all others, and so is its logit: it is never the largest.
+    An added row belongs to no token. It is the mean of the existing rows, so its logit is the mean of theirs and never
+    the largest.
     """
     before = vocabulary_rows(model)
     if rows != before:
@@ -104,14 +120,14 @@ def with_rows(model: PreTrainedModel, rows: int) -> PreTrainedModel:
     return model
 
 
-def vocabularies(target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBase) -> Difference | None:
-    """The first id that has not the same piece in both."""
+def compare_vocabularies(target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBase) -> Difference | None:
+    """Return the first id to which the two vocabularies assign different pieces, or None."""
     ours, theirs = target.get_vocab(), drafter.get_vocab()
     if ours == theirs:
         return None
     piece = min(
         (piece for piece in ours | theirs if ours.get(piece) != theirs.get(piece)),
-        key=lambda piece: (min(known[piece] for known in (ours, theirs) if piece in known), ours.get(piece, len(ours))),
+        key=lambda piece: (min(ids[piece] for ids in (ours, theirs) if piece in ids), ours.get(piece, len(ours))),
     )
     sides = [
         f"{len(vocabulary)} tokens, "
@@ -121,15 +137,15 @@ def vocabularies(target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBa
     return Difference("vocabulary", sides[0], sides[1], "train a drafter for this target", fatal=True)
 
 
-def widths(target: int, drafter: int) -> Difference | None:
-    """Embeddings of different heights over one vocabulary: the padding differs, and can be mended."""
+def compare_rows(target: int, drafter: int) -> Difference | None:
+    """Return a difference in the number of embedding rows, or None. With equal vocabularies it is only padding."""
     if target == drafter:
         return None
     return Difference("rows of the embedding", str(target), str(drafter), PAD, fatal=True)
 
 
-def contexts(target: int, drafter: int) -> Difference | None:
-    """A drafter that was made for shorter texts than the target."""
+def compare_contexts(target: int, drafter: int) -> Difference | None:
+    """Return a difference if the drafter's context is shorter than the target's, or None."""
     if drafter >= target:
         return None
     remedy = f"serve with a context of {drafter} tokens at most"
@@ -137,12 +153,12 @@ def contexts(target: int, drafter: int) -> Difference | None:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Which ids begin, end and pad a text."""
+    """Return the ids of the bos, eos and pad tokens, as text."""
     return ", ".join(f"{name} {getattr(tokenizer, f'{name}_token_id')}" for name in ("bos", "eos", "pad"))
 
 
 def template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template's SHA-256, its first digits."""
+    """Return the first 16 digits of the chat template's SHA-256, or "none"."""
     if tokenizer.chat_template is None:
         return "none"
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Where the assistant's turn ends: the ids after which a response is complete.
+"""The token ids that end the assistant's turn, after which a response is complete.
 
-Three places name them: the generation config (else the model's config), the tokenizer, and the chat template, which
-writes one after each turn. They differ in many published models: a fine-tune often keeps its base model's end of text
-in one of them. A response ends at any of these ids, in every command alike.
+They come from three sources: the generation config (or the model's config), the tokenizer, and the chat template, which
+puts one after each turn. In many published models the three differ, since a fine-tuned model often keeps the end of
+text of its base model in one of them. In every command, a response ends at any of these ids.
 """
 
 import logging
@@ -13,31 +13,31 @@ from transformers import PreTrainedTokenizerBase
 from drafter.models.loading import Model, ModelSource, load_config, load_generation_config, vocabulary_width
 
 log = logging.getLogger(__name__)
-CONTENT = "QXZ content QXZ"  # of a turn; no template has it of its own
+CONTENT = "QXZ content QXZ"  # the content of a turn, which no template contains itself
 
 
 def end_of_turn_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response, the one that the chat template or the tokenizer writes first.
+    """Return the ids that end a response: the chat template's first, then the tokenizer's, then the configs'.
 
-    An id beyond the model's embedding ends nothing, since no model can produce it. A model that names none gets a
-    warning, and its responses run to their limit.
+    Ids beyond the model's embedding are left out, since the model cannot produce them. If no id is left, a warning is
+    logged, and responses run to their maximum length.
     """
-    named, rows = [template_end(tokenizer), tokenizer.eos_token_id, *config_ends(model)], vocabulary_width(model)
-    ends = list(dict.fromkeys(token for token in named if token is not None and token < rows))
+    candidates, rows = [template_end(tokenizer), tokenizer.eos_token_id, *config_ends(model)], vocabulary_width(model)
+    ends = list(dict.fromkeys(token for token in candidates if token is not None and token < rows))
     if not ends:
         log.warning(
-            "nothing ends a response of %s: its generation config, config, tokenizer and chat template name no end of "
-            "text. Every response runs to max_new_tokens",
-            ModelSource.of(model).path,
+            "nothing ends a response of %s: its generation config, config, tokenizer and chat template have no "
+            "end-of-text token. Every response will run to max_new_tokens",
+            ModelSource.from_model(model).path,
         )
     return ends
 
 
 def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The control token that the chat template writes right after the assistant's words.
+    """Return the control token that the chat template puts directly after the assistant's content.
 
-    None where there is no template, where it writes no control token there, and where it does not take a user's turn
-    and an answer.
+    Return None if there is no template, if it puts no control token there, or if it does not accept a user's turn
+    followed by an assistant's.
     """
     if tokenizer.chat_template is None:
         return None
@@ -54,11 +54,11 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def config_ends(model: Model) -> list[int]:
-    """The ids of the generation config, or of the model's config where that names none."""
+    """Return the end-of-text ids of the generation config, or of the model's config if that has none."""
     generation = load_generation_config(model)
-    found = generation.eos_token_id if generation else None
-    if found is None:
+    ends = generation.eos_token_id if generation else None
+    if ends is None:
         config = load_config(model)
-        known = (getattr(one, "eos_token_id", None) for one in (config, config.get_text_config()))
-        found = next((ids for ids in known if ids is not None), None)
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+        candidates = (getattr(one, "eos_token_id", None) for one in (config, config.get_text_config()))
+        ends = next((ids for ids in candidates if ids is not None), None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -1,4 +1,4 @@
-"""Fingerprints of models and tokenizers: what identifies them, wherever they lie.
+"""Fingerprints that identify models and tokenizers independently of where they are stored.
 
 A local model is identified by the content of its files, a hub model by its name and commit.
 """
@@ -13,47 +13,47 @@ from drafter.artifacts.manifest import MANIFEST, STARTED, digest, sha256
 from drafter.artifacts.storage import local_directory, write_file
 from drafter.models.loading import Model, ModelSource, hub_commit
 
-# Everything that loading a model may read: weights in any format, configs, tokenizers, templates, and code.
+# All files that loading a model may read: weights in any format, configs, tokenizers, templates, and code.
 CONTENT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 CONTENT |= {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
 NOT_CONTENT = {MANIFEST, STARTED, "requirements.txt"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
 TOKENIZER |= {"tokenizer.model", "spiece.model", "merges.txt", "vocab.txt"}
-LARGE = 2**26  # bytes of a file whose checksum is kept: reading it again would take a while
+LARGE = 2**26  # bytes from which on a file's checksum is cached, since reading the file takes long
 
 
 def model_fingerprint(model: Model) -> str:
-    """16 hexadecimal digits that identify a model: its files' content, or its hub name and commit.
+    """Return 16 hexadecimal digits that identify a model: by its files' content, or by its hub name and commit.
 
     Raises:
-        OSError: a hub model that can neither be reached nor found among those that were downloaded before.
+        OSError: the hub cannot be reached, and the model is not in the local cache either.
     """
     return _files_digest(model, lambda file: file.suffix in CONTENT)
 
 
 def tokenizer_fingerprint(model: Model) -> str:
-    """16 hexadecimal digits that identify a model's tokenizer and chat template; see `model_fingerprint`."""
+    """Return 16 hexadecimal digits that identify a model's tokenizer and chat template; see `model_fingerprint`."""
     kinds = {".jinja", ".tiktoken"}
     return _files_digest(model, lambda file: file.name in TOKENIZER or file.suffix in kinds or _is_tokenizer_code(file))
 
 
 def file_checksum(path: Path) -> str:
-    """The SHA-256 of a file's bytes; that of a large file is computed once for a machine, until the file changes.
+    """Return the SHA-256 of a file's bytes. For a large file, it is cached until the file changes.
 
-    Checksums are kept in ~/.cache/drafter (or below XDG_CACHE_HOME), by path, size and times of change.
+    The cache is ~/.cache/drafter (or below XDG_CACHE_HOME). Its keys are the path, size and times of modification.
     """
     facts = path.stat()
     if facts.st_size < LARGE:
         return sha256(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drafter" / "checksums"
-    kept = cache / digest([str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns])
+    cached = cache / digest([str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns])
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):  # the ranks of one machine ask at once: the first computes
-            if not kept.exists():
-                write_file(kept, sha256(path).encode())
-            return kept.read_text(encoding="utf-8")
-    except OSError:  # no place to keep it
+        with FileLock(f"{cached}.lock"):  # all ranks of a machine arrive at once: one computes, the others wait
+            if not cached.exists():
+                write_file(cached, sha256(path).encode())
+            return cached.read_text(encoding="utf-8")
+    except OSError:  # the cache cannot be written
         return sha256(path)
 
 
@@ -62,7 +62,7 @@ def _is_tokenizer_code(file: Path) -> bool:
 
 
 def _files_digest(model: Model, wanted: Callable[[Path], bool]) -> str:
-    source = ModelSource.of(model)
+    source = ModelSource.from_model(model)
     directory = local_directory(source.path)
     if directory is None:
         return digest({"hub": source.path, "commit": hub_commit(source)})

@@ -1,4 +1,4 @@
-"""A drafter with random weights and its target's vocabulary."""
+"""Build a drafter with random weights for a target's vocabulary."""
 
 import logging
 from typing import Any
@@ -9,12 +9,12 @@ log = logging.getLogger(__name__)
 
 
 def build_drafter(config: dict[str, Any], vocab_size: int, special_ids: dict[str, int | None]) -> PreTrainedModel:
-    """A drafter with random weights and the target's vocabulary.
+    """Build a drafter with random weights and the target's vocabulary.
 
     Args:
         config: fields of the architecture's Hugging Face config; `model_type` chooses the architecture.
-        vocab_size: rows of the embedding: the target's own, its padding included.
-        special_ids: bos/eos/pad token ids, as in the target's tokenizer.
+        vocab_size: rows of the embedding, as many as the target has, padding included.
+        special_ids: the bos, eos and pad token ids of the target's tokenizer.
     """
     fields = dict(config)
     model_type = fields.pop("model_type")
@@ -23,13 +23,13 @@ def build_drafter(config: dict[str, Any], vocab_size: int, special_ids: dict[str
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, int | None]:
-    """The config fields that name a tokenizer's special tokens, None for one without a row in the embedding.
+    """Return the config fields of a tokenizer's special tokens, with None for one without a row in the embedding.
 
-    A padding token that was added to a tokenizer, and not to its model, is one. Its id is never fed to a model.
+    An example is a padding token that was added to the tokenizer but not to the model. A model never sees its id.
     """
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     for name, token in ids.items():
         if token is not None and token >= vocab_size:
-            log.info("%s is %d, beyond the embedding's %d rows: the config has none", name, token, vocab_size)
+            log.info("%s is %d, beyond the embedding's %d rows: it is left out of the config", name, token, vocab_size)
             ids[name] = None
     return ids

@@ -1,4 +1,4 @@
-"""What a causal LM is like: hidden states, head, positions, sizes."""
+"""Properties of a causal LM: hidden states, output embedding, positions, number of parameters."""
 
 import logging
 from typing import Any
@@ -13,77 +13,78 @@ log = logging.getLogger(__name__)
 
 
 def check_positions(model: PreTrainedModel, longest: int, what: str) -> None:
-    """Refuse sequences that are longer than a learned table of positions; of rotary positions, warn.
+    """Raise on sequences that are longer than a table of learned positions; warn if the positions are of another kind.
 
     Args:
+        model: the model that will read the sequences.
         longest: tokens of the longest sequence.
-        what: which sequences those are.
+        what: a description of the sequences, for the message.
 
     Raises:
-        ValueError: names the model's architecture, its context and what is too long.
+        ValueError: the model has learned positions, and fewer than `longest`.
     """
     context = context_length(model)
     if longest <= context:
         return
-    told = f"{what} have up to {longest} tokens, and {type(model).__name__} was made for {context}"
-    # A table has a row a position, and with some architectures (OPT) a few more.
+    problem = f"{what} have up to {longest} tokens, and {type(model).__name__} was made for {context}"
+    # A table has one row per position, and with some architectures (OPT) a few more.
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     learned = [table for table in tables if table is not model.get_input_embeddings()]
     if any(context <= table.num_embeddings <= context + 8 for table in learned):
-        raise ValueError(f"{told}, with a learned position each: shorten them, or give the model more positions")
-    log.warning("%s: positions beyond that are new to it", told)
+        raise ValueError(f"{problem}, with a learned position each: shorten them, or give the model more positions")
+    log.warning("%s: it was not trained at the positions beyond that", problem)
 
 
 def context_of_fields(config: dict[str, Any]) -> int:
-    """`context_length` of a model that `build_drafter` would build from these fields."""
+    """Return the `context_length` of the model that `build_drafter` would build from these config fields."""
     fields = dict(config)
     return context_length(AutoConfig.for_model(fields.pop("model_type"), **fields))
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters, a tied one counted once; of a trimmed drafter (see trimming) without the rows that its head lost."""
+    """Return the number of parameters. Tied ones count once, and rows removed by `trimming` do not count."""
     uncounted = sum(getattr(module, "uncounted_parameters", 0) for module in model.modules())
     return sum(parameter.numel() for parameter in model.parameters()) - uncounted
 
 
 def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """The last hidden states, shape (B, T, hidden): what the output embedding turns into logits.
+    """Return the last hidden states, shape (B, T, H), the input of the output embedding.
 
-    The mask is 1 at real tokens; padding stands on the right, so that positions count from the first token.
+    The mask is 1 at real tokens. Padding has to be on the right, so that positions count from the first token.
     """
     return body(model)(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """All of a model but its output embedding; where its class names another prefix than it uses, by the usual name."""
+    """Return a model without its output embedding. If `base_model` is wrong, return the attribute `model`."""
     inner = model.base_model
     return inner if inner is not model else getattr(model, "model", model)
 
 
-# What scales or caps logits behind the output embedding, in the configs of transformers; each is neutral at these.
+# Config fields of transformers that scale or cap the logits after the output embedding, and their neutral values.
 NEUTRAL = (None, 0, 1)
 HEAD_FIELDS = {"final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier"}
 
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are the output embedding of the last hidden states, and nothing is done to either.
+    """Return whether the logits are the output embedding applied to the last hidden states, without any change.
 
-    A soft cap is not seen at the small logits of random weights. So the output embedding's output is replaced by large
-    numbers for one forward: they are the model's logits, or the head is not plain. On the meta device that works as
-    well, since what follows the output embedding is computed; a model that takes no such forward is judged by the
-    fields of its config.
+    A soft cap has no visible effect on the small logits of random weights. Therefore one forward pass runs with the
+    output of the output embedding replaced by large numbers: the head is plain if these arrive as the model's logits.
+    This also works on the meta device, since the replaced values are real. A model that cannot run on the meta device
+    is judged by its config fields.
     """
     training, empty = model.training, model.device.type == "meta"
-    model.eval()  # dropout would make the two differ
+    model.eval()  # with dropout, two forward passes would differ
     ids = torch.arange(min(8, vocabulary_rows(model)), device=model.device)[None]
-    given: list[torch.Tensor] = []
+    inputs_of_head: list[torch.Tensor] = []
 
     def replace(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        given.append(inputs[0])
+        inputs_of_head.append(inputs[0])
         return _large(output)
 
-    # On the meta device nobody can look into a mask, so that it is given as it is used.
+    # On the meta device, transformers cannot inspect a mask, so it is passed in its final form.
     mask = {"attention_mask": torch.ones(1, 1, ids.numel(), ids.numel(), dtype=torch.bool)} if empty else {}
     try:
         with model.get_output_embeddings().register_forward_hook(replace):
@@ -94,40 +95,40 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         return all(getattr(model.config.get_text_config(), name, None) in NEUTRAL for name in HEAD_FIELDS)
     finally:
         model.train(training)
-    if len(given) != 1 or not torch.equal(logits.float(), _large(logits).float()):
+    if len(inputs_of_head) != 1 or not torch.equal(logits.float(), _large(logits).float()):
         return False
-    return empty or _is_given_hidden_states(model, ids, given[0])
+    return empty or _are_hidden_states(model, ids, inputs_of_head[0])
 
 
-def _is_given_hidden_states(model: PreTrainedModel, ids_BT: torch.Tensor, given_BTH: torch.Tensor) -> bool:
-    """Whether the output embedding is given the last hidden states themselves."""
+def _are_hidden_states(model: PreTrainedModel, ids_BT: torch.Tensor, input_BTH: torch.Tensor) -> bool:
+    """Return whether the input of the output embedding is the last hidden states without any change."""
     training = model.training
     hidden_BTH = hidden_states(model.eval(), ids_BT, torch.ones_like(ids_BT))
     model.train(training)
     if not hidden_BTH.isfinite().all():
-        return True  # somebody else's to report
-    return torch.allclose(given_BTH, hidden_BTH, rtol=1e-2, atol=1e-2 * float(hidden_BTH.abs().max()))
+        return True  # weights that are not finite are reported elsewhere
+    return torch.allclose(input_BTH, hidden_BTH, rtol=1e-2, atol=1e-2 * float(hidden_BTH.abs().max()))
 
 
 def _large(logits: torch.Tensor) -> torch.Tensor:
-    """Numbers from -100 to 100 of the shape of these logits, whole ones, so that every type of floats has them."""
+    """Return integers from -100 to 100 in the shape of the logits, exact in every floating-point type."""
     device = "cpu" if logits.device.type == "meta" else logits.device
     return (torch.arange(logits.numel(), device=device) * 37 % 201 - 100).to(logits.dtype).view(logits.shape)
 
 
 def check_drafter_head(drafter: PreTrainedModel) -> None:
-    """Refuse an architecture whose logits the losses, which see hidden states and the output embedding, would not know.
+    """Raise if the losses, which compute logits from hidden states and output embedding, would see other logits.
 
     Raises:
-        ValueError: it scales or caps its logits after the output embedding.
+        ValueError: the model scales or caps its logits after the output embedding.
     """
     if not has_plain_head(drafter):
         raise ValueError(
             f"{type(drafter).__name__} changes its logits after the output embedding (a scale or a soft cap): "
-            f"choose an architecture that does not, as a drafter"
+            f"choose an architecture that does not for the drafter"
         )
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
-    """How many tokens a model scores, padding included."""
+    """Return the number of rows of a model's output embedding, padding included."""
     return int(model.get_output_embeddings().out_features)

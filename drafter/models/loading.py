@@ -1,7 +1,7 @@
-"""Loading: where a model is, and everything that is read from there (tokenizer, config, weights).
+"""Load a model's tokenizer, config and weights from a local directory or from the hub.
 
-A `ModelSource` is the one description of it. Each function here takes a `ModelSource`, or a plain path or hub name,
-which is a source with default settings.
+A `ModelSource` says where a model is and how it is loaded. Each function here takes a `ModelSource`, or a path or hub
+name, which is a source with default settings.
 """
 
 import hashlib
@@ -32,19 +32,19 @@ from transformers.utils.hub import extract_commit_hash
 
 from drafter.artifacts.storage import local_directory
 
-CHECKSUM_ROWS = 4096  # of an embedding that are turned into float32 at once
-NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # weights that are stored as they are
+CHECKSUM_ROWS = 4096  # rows of an embedding that are converted to float32 at once
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the types of unquantised weights
 
 
 class ModelSource(NamedTuple):
-    """Where a model is, and how it is loaded.
+    """The location of a model, and how it is loaded.
 
     Attributes:
         path: a local directory, or a name on the hub.
-        revision: branch, tag or commit of a hub model; None: its main branch.
-        dtype: the type of the weights once they are loaded, e.g. "float32".
+        revision: branch, tag or commit of a hub model. None means its main branch.
+        dtype: the type of the loaded weights, e.g. "float32".
         trust_remote_code: whether code that comes with the model may be run.
-        parallel: how the weights are split over ranks ("tensor", "fsdp"), or None.
+        parallel: how the weights are split over ranks: "tensor", "fsdp" or None.
     """
 
     path: str
@@ -54,15 +54,15 @@ class ModelSource(NamedTuple):
     parallel: str | None = None
 
     @classmethod
-    def of(cls, model: "str | Path | ModelSource") -> "ModelSource":
-        """The source itself, or a path as a source with default settings."""
+    def from_model(cls, model: "str | Path | ModelSource") -> "ModelSource":
+        """Return a source as it is, or a path as a source with default settings."""
         return model if isinstance(model, ModelSource) else cls(str(model))
 
     def where(self) -> dict[str, Any]:
-        """The arguments that every `from_pretrained` of transformers takes.
+        """Return the arguments that every `from_pretrained` of transformers takes.
 
         Raises:
-            OSError: the path looks like a local one, and there is no such directory.
+            OSError: the path looks like a local one, and the directory does not exist.
         """
         return {
             "pretrained_model_name_or_path": _existing(self.path),
@@ -76,10 +76,12 @@ Model = str | Path | ModelSource
 
 @lru_cache
 def hub_commit(source: ModelSource) -> str | None:
-    """The commit that a hub model's revision stands for, the same for the whole process; None for a local model.
+    """Return the commit of a hub model's revision, or None for a local model.
+
+    The result is cached for the lifetime of the process, so that all files are read at the same commit.
 
     Raises:
-        OSError: it can neither be reached nor found among those that were downloaded before.
+        OSError: the hub cannot be reached, and the model is not in the local cache either.
     """
     if local_directory(source.path):
         return None
@@ -92,85 +94,85 @@ def hub_commit(source: ModelSource) -> str | None:
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model."""
-    source = ModelSource.of(model)
+    """Load the tokenizer of a model."""
+    source = ModelSource.from_model(model)
     with _named(source.path):
         return AutoTokenizer.from_pretrained(**source.where())
 
 
 def load_config(model: Model) -> Any:
-    """The config of a model."""
-    source = ModelSource.of(model)
+    """Load the config of a model."""
+    source = ModelSource.from_model(model)
     with _named(source.path):
         return AutoConfig.from_pretrained(**source.where())
 
 
-def load_model(model: Model, **how: Any) -> PreTrainedModel:
-    """A causal LM with trainable weights."""
-    source = ModelSource.of(model)
+def load_model(model: Model, **options: Any) -> PreTrainedModel:
+    """Load a causal LM with trainable weights."""
+    source = ModelSource.from_model(model)
     with _named(source.path):
-        loaded = AutoModelForCausalLM.from_pretrained(**source.where(), dtype=getattr(torch, source.dtype), **how)
+        loaded = AutoModelForCausalLM.from_pretrained(**source.where(), dtype=getattr(torch, source.dtype), **options)
     return loaded.train()
 
 
 def load_target(model: Model) -> PreTrainedModel:
-    """The target: any Hugging Face causal LM, frozen, in eval mode; with parallel="tensor" split over all ranks.
+    """Load the target: any Hugging Face causal LM, frozen, in eval mode; with parallel="tensor" split over all ranks.
 
     Raises:
         OSError: the path is neither a local model directory nor a reachable hub model.
     """
-    source, split = ModelSource.of(model), {}
+    source, options = ModelSource.from_model(model), {}
     if source.parallel == "tensor":
-        split["distributed_config"] = DistributedConfig(tp_size=dist.get_world_size())
-    return load_model(source, **split).requires_grad_(False).eval()
+        options["distributed_config"] = DistributedConfig(tp_size=dist.get_world_size())
+    return load_model(source, **options).requires_grad_(False).eval()
 
 
 class OutputEmbedding(nn.Module):
-    """All of a target that is needed where its hidden states are cached."""
+    """The only part of a target that is needed if its hidden states are cached."""
 
     def __init__(self, embedding: nn.Module):
         super().__init__()
         self.embedding = embedding
 
     def get_output_embeddings(self) -> nn.Module:
-        """What a PreTrainedModel calls it."""
+        """Return the embedding, under the name of the method of PreTrainedModel."""
         return self.embedding
 
 
 def load_output_embedding(model: Model) -> OutputEmbedding:
-    """The output embedding that `load_target` gives a causal LM, frozen.
+    """Load the output embedding of a causal LM, frozen, as `load_target` would load it.
 
-    The other weights are not read where the embedding is stored in safetensors files, unquantised.
+    The other weights are not read if the embedding is stored unquantised in safetensors files.
     """
-    source = ModelSource.of(model)
+    source = ModelSource.from_model(model)
     empty = meta_model(source)
-    embedding, found = empty.get_output_embeddings(), _stored_head(source, empty)
-    if found is None:
+    embedding, tensors = empty.get_output_embeddings(), _stored_head(source, empty)
+    if tensors is None:
         embedding = load_model(source).get_output_embeddings()
     else:
         dtype = getattr(torch, source.dtype)
-        embedding.load_state_dict({name: value.to(dtype) for name, value in found.items()}, assign=True)
+        embedding.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, assign=True)
     return OutputEmbedding(embedding).requires_grad_(False).eval()
 
 
 def embedding_checksum(embedding: nn.Module) -> str:
-    """16 hexadecimal digits that identify an output embedding: of its parameters' values, as float32.
+    """Return 16 hexadecimal digits that identify an output embedding by its parameters' values in float32.
 
-    An embedding that is split over ranks is gathered, so that all of them have to call this.
+    An embedding that is split over ranks is gathered, so all ranks have to call this function.
     """
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for name, parameter in embedding.named_parameters():
         value = parameter.detach()
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        found.update(f"{name} {list(whole.shape)}".encode())
-        for rows in whole.split(CHECKSUM_ROWS):
-            found.update(rows.float().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        checksum.update(f"{name} {list(full.shape)}".encode())
+        for rows in full.split(CHECKSUM_ROWS):
+            checksum.update(rows.float().cpu().numpy().tobytes())
+    return checksum.hexdigest()[:16]
 
 
 def meta_model(model: Model, shape: dict[str, Any] | None = None) -> PreTrainedModel:
-    """A causal LM of the right shapes, without weights; of `shape`, its config's fields, where those are given."""
-    source = ModelSource.of(model)
+    """Build a causal LM without weights (on the meta device) from its config, or from the config fields `shape`."""
+    source = ModelSource.from_model(model)
     if shape:
         fields = dict(shape)
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -181,24 +183,24 @@ def meta_model(model: Model, shape: dict[str, Any] | None = None) -> PreTrainedM
 
 
 def vocabulary_width(model: Model) -> int:
-    """How many tokens a model scores: its embedding's rows, padding included, read from its config alone."""
+    """Return the number of rows of a model's embedding, padding included, read from its config alone."""
     return int(load_config(model).get_text_config().vocab_size)
 
 
 def context_length(model: Any) -> int:
-    """The longest sequence that a model, or a config, was made for, in tokens."""
+    """Return the maximum sequence length of a model or config in tokens: 2**31 if it has no limit."""
     config = getattr(model, "config", model).get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def context_limit(model: Model) -> int:
-    """The longest sequence that a model was made for, in tokens, read from its config alone."""
+    """Return the maximum sequence length of a model in tokens, read from its config alone."""
     return context_length(load_config(model))
 
 
 def load_generation_config(model: Model) -> GenerationConfig | None:
-    """A model's generation_config.json; None where it has none."""
-    source = ModelSource.of(model)
+    """Load a model's generation_config.json. Return None if it has none."""
+    source = ModelSource.from_model(model)
     try:
         return GenerationConfig.from_pretrained(_existing(source.path), revision=source.revision)
     except OSError:
@@ -206,10 +208,10 @@ def load_generation_config(model: Model) -> GenerationConfig | None:
 
 
 def _stored_head(source: ModelSource, empty: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """The output embedding's parameters as they are stored; None where only transformers knows how to load them.
+    """Return the stored parameters of the output embedding, or None if only transformers knows how to load them.
 
-    A tensor that is stored under the head's own name is the head, whatever the config says: transformers ties the two
-    embeddings only where one of them is missing, or both are equal (PreTrainedModel.tie_weights).
+    A tensor that is stored under the name of the output embedding is used even if the config says that the embeddings
+    are tied: transformers ties them only if one of them is missing or both are equal (PreTrainedModel.tie_weights).
     """
     config, embedding = empty.config, empty.get_output_embeddings()
     elsewhere = getattr(config, "transformers_weights", None)
@@ -218,50 +220,50 @@ def _stored_head(source: ModelSource, empty: PreTrainedModel) -> dict[str, torch
         return None
     if getattr(config, "quantization_config", None):
         return None
-    own = {name: f"{prefix}.{name}" for name, _ in embedding.named_parameters()}
-    tied = {name: empty.all_tied_weights_keys[key] for name, key in own.items() if key in empty.all_tied_weights_keys}
-    stored, found = _stored(source, [*own.values(), *tied.values()]), {}
+    keys = {name: f"{prefix}.{name}" for name, _ in embedding.named_parameters()}
+    tied = {name: empty.all_tied_weights_keys[key] for name, key in keys.items() if key in empty.all_tied_weights_keys}
+    stored, tensors = _stored(source, [*keys.values(), *tied.values()]), {}
     for name, parameter in embedding.named_parameters():
-        value = stored.get(own[name], stored.get(tied.get(name, "")))
+        value = stored.get(keys[name], stored.get(tied.get(name, "")))
         if value is None or value.shape != parameter.shape or value.dtype not in NUMBERS:
             return None
-        found[name] = value
-    return found
+        tensors[name] = value
+    return tensors
 
 
 def _stored(source: ModelSource, names: list[str]) -> dict[str, torch.Tensor]:
-    """Those of these tensors that a model's safetensors files have; none, if a file of theirs is missing."""
+    """Read those of the named tensors that a model's safetensors files have, or none if a file is missing."""
 
-    def file(name: str) -> str | None:
-        found: str | None = cached_file(
+    def local_file(name: str) -> str | None:
+        path: str | None = cached_file(
             _existing(source.path),
             name,
             revision=source.revision,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return found
+        return path
 
-    places: dict[str, str] = {}
-    if file("model.safetensors"):  # which transformers prefers to parts beside it
-        places = dict.fromkeys(names, "model.safetensors")
-    elif index := file("model.safetensors.index.json"):
-        known = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        places = {name: known[name] for name in names if name in known}
-    files = {name: file(place) for name, place in places.items()}
+    file_names: dict[str, str] = {}
+    if local_file("model.safetensors"):  # transformers prefers it to shards in the same directory
+        file_names = dict.fromkeys(names, "model.safetensors")
+    elif index := local_file("model.safetensors.index.json"):
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        file_names = {name: weight_map[name] for name in names if name in weight_map}
+    files = {name: local_file(file_name) for name, file_name in file_names.items()}
     if not all(files.values()):
         return {}
     tensors = {}
     for name, path in files.items():
         with safe_open(path, "pt") as weights:
-            if name in weights.keys():  # noqa: SIM118, it is no dictionary
+            if name in weights.keys():  # noqa: SIM118, it is not a dictionary
                 tensors[name] = weights.get_tensor(name)
     return tensors
 
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Put the model's name before what the hub's client says of it."""
+    """Add the model's name to an OSError of transformers or of the hub's client."""
     try:
         yield
     except OSError as problem:
@@ -269,7 +271,7 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _existing(path: str) -> str:
-    """The path itself; a local-looking one that is not there is named instead of being asked of the hub."""
+    """Return a local directory or a hub name. Raise on a path that looks local but does not exist."""
     if local := local_directory(path):
         return str(local)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:

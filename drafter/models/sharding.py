@@ -1,8 +1,8 @@
-"""Weights split over ranks: FSDP2 for drafter and frozen target, tensor parallelism for a target that answers.
+"""Weights split over ranks: FSDP2 for the drafter and the frozen target in training, tensor parallelism elsewhere.
 
-With FSDP2 (torch.distributed.fsdp.fully_shard) each rank keeps its part of each layer and gathers a whole layer when it
-is computed; ranks see different samples, and have to take the same number of steps. With tensor parallelism
-(transformers' own plan of the architecture) each rank computes its part of each product, and all see the same samples.
+With FSDP2 (torch.distributed.fsdp.fully_shard), each rank stores a part of each layer and gathers the full layer to
+compute it. Ranks have different samples and must take the same number of steps. With tensor parallelism (the plan that
+transformers has for the architecture), each rank computes a part of each product, and all have the same samples.
 """
 
 import os
@@ -16,20 +16,30 @@ from transformers import PreTrainedModel
 
 
 def check_parallel(parallel: str | None, allowed: str, stage: str) -> None:
-    """Refuse a way of splitting the target that a stage does not have.
+    """Raise if a stage cannot split the target in the given way.
+
+    Args:
+        parallel: the value of target.parallel.
+        allowed: the only value but None that the stage supports.
+        stage: the stage's name.
 
     Raises:
-        ValueError: names it, and the stage's own.
+        ValueError: the stage does not support the value, or the process was not started by torchrun.
     """
     if parallel not in (None, allowed):
-        ways = f"null (every rank has a whole one) or {allowed}"
-        raise ValueError(f"target.parallel is '{parallel}', but {stage} takes {ways}")
+        options = f"null (every rank has a full copy) or {allowed}"
+        raise ValueError(f"target.parallel is '{parallel}', but {stage} takes {options}")
     if parallel and not dist.is_torchelastic_launched():
-        raise ValueError(f"target.parallel is '{parallel}', which splits it over the ranks of torchrun: there are none")
+        raise ValueError(
+            f"target.parallel is '{parallel}', which splits the target over the ranks of torchrun: there are none"
+        )
 
 
 def shard_module(module: nn.Module, model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """FSDP2 of a trainable model in a Lightning module, whose two steps gather what they need of it. Done once."""
+    """Apply FSDP2 to a trainable model in a Lightning module, unless it is sharded already.
+
+    The training and validation steps are registered as forward methods, so that they gather the weights.
+    """
     if not isinstance(module, FSDPModule):
         _shard_layers(model, mesh)
         fully_shard(module, mesh=mesh)
@@ -38,7 +48,10 @@ def shard_module(module: nn.Module, model: PreTrainedModel, mesh: DeviceMesh) ->
 
 
 def shard_frozen(model: PreTrainedModel, device: torch.device) -> None:
-    """FSDP2 of a frozen model over the GPUs of each node; every rank keeps the embeddings whole. Done once."""
+    """Apply FSDP2 to a frozen model over the GPUs of each node, unless it is sharded already.
+
+    Every rank keeps the full embeddings.
+    """
     if not isinstance(model.base_model, FSDPModule):
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         mesh = init_device_mesh(device.type, (dist.get_world_size() // local, local), mesh_dim_names=("node", "gpu"))

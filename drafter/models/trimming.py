@@ -1,9 +1,9 @@
-"""A drafter that scores the tokens that its target uses most, and no other (VocabTrim, arXiv 2506.22694).
+"""Restrict a drafter's output embedding to the tokens that its target uses most (VocabTrim, arXiv 2506.22694).
 
-Much of a small drafter is its output embedding, and most of a vocabulary is hardly ever written. The head keeps the
-rows of the tokens that the target's responses use most; the others score minus infinity, so that none is drafted.
-Decoding stays lossless, since the accept test takes any distribution of the drafter's: what it cannot draft, the target
-adds itself.
+The output embedding is a large part of a small drafter, and most tokens of a vocabulary are rare. The trimmed head
+keeps the rows of the tokens that are most frequent in the target's responses. All others have a logit of minus infinity
+and are never drafted. Decoding stays lossless, since verification is correct for any distribution of the drafter: the
+target itself generates the tokens that the drafter cannot propose.
 """
 
 import json
@@ -22,7 +22,7 @@ KEPT = "kept_tokens.json"
 
 
 class TrimmedHead(nn.Module):
-    """An output embedding of K of V tokens: hidden (..., H) -> logits (..., V), minus infinity at the others."""
+    """An output embedding of K of V tokens: hidden (..., H) -> logits (..., V), minus infinity at the other tokens."""
 
     kept_K: torch.Tensor
 
@@ -32,11 +32,11 @@ class TrimmedHead(nn.Module):
         self.register_buffer("kept_K", kept_K)
         self.weight = nn.Parameter(weight_VH[kept_K].clone(), requires_grad=False)
         self.bias = None if bias_V is None else nn.Parameter(bias_V[kept_K].clone(), requires_grad=False)
-        # A tied table is looked up from now on, a row a token, and no longer read whole: c does not count it.
+        # A tied table remains for looking up single rows. It is no longer read completely, so c does not count it.
         self.uncounted_parameters = self.out_features * width if tied else 0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the whole vocabulary."""
+        """Return logits over the full vocabulary."""
         scores = nn.functional.linear(hidden, self.weight, self.bias)
         logits = scores.new_full((*scores.shape[:-1], self.out_features), -torch.inf)
         logits[..., self.kept_K] = scores
@@ -44,7 +44,7 @@ class TrimmedHead(nn.Module):
 
 
 def most_used(texts: Iterable[list[int]], vocabulary: int) -> np.ndarray:
-    """All ids, shape (V,), from the most frequent to the least; ties go to the smaller id."""
+    """Return all ids, shape (V,), from the most to the least frequent in `texts`. On a tie the smaller id is first."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for text in texts:
         np.add.at(counts, text, 1)
@@ -52,15 +52,15 @@ def most_used(texts: Iterable[list[int]], vocabulary: int) -> np.ndarray:
 
 
 def trim(model: PreTrainedModel, kept: Iterable[int]) -> PreTrainedModel:
-    """The model, changed in place to score these tokens alone.
+    """Restrict a model's output embedding to the kept tokens, in place, and return the model.
 
     Raises:
-        ValueError: there are none, or one that is no token of the model's.
+        ValueError: no tokens are kept, or one of them is not in the model's vocabulary.
     """
     rows, ids = vocabulary_rows(model), sorted(set(kept))
     if not ids or ids[0] < 0 or ids[-1] >= rows:
         raise ValueError(
-            f"the kept tokens are {ids[:1]} to {ids[-1:]}; they must be ids below {rows}, and at least one"
+            f"the kept tokens are {ids[:1]} to {ids[-1:]}; there must be at least one, with ids below {rows}"
         )
     head, tied = model.get_output_embeddings(), bool(model.config.tie_word_embeddings)
     kept_K = torch.tensor(ids, device=head.weight.device)
@@ -69,11 +69,14 @@ def trim(model: PreTrainedModel, kept: Iterable[int]) -> PreTrainedModel:
 
 
 def write_kept(directory: Path, kept: Iterable[int]) -> None:
-    """Beside an untrimmed model's files: which tokens its head keeps. Loaders that do not know the file load all."""
+    """Write the list of kept tokens to a directory with an untrimmed model.
+
+    `load_drafter` then trims the model. Other loaders ignore the file and load the full model.
+    """
     write_file(directory / KEPT, json.dumps(sorted(map(int, kept))).encode())
 
 
 def read_kept(directory: str | Path) -> list[int] | None:
-    """The tokens that the head of this drafter keeps; None where it keeps all."""
+    """Return the tokens that the output embedding of a drafter keeps, or None if it keeps all."""
     path = Path(directory) / KEPT
     return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

@@ -1,5 +1,5 @@
-"""Lightning modules and data modules, weightings of positions, exact resumption."""
+"""Lightning modules and data modules, position weightings, and exact resumption of interrupted runs."""
 
-from drafter.training.weighting import furthest_behind, prefix_confidence, uniform
+from drafter.training.weighting import adaspec, dpace, uniform
 
-__all__ = ["furthest_behind", "prefix_confidence", "uniform"]
+__all__ = ["adaspec", "dpace", "uniform"]

@@ -1,9 +1,9 @@
 """Batches for the two training stages: packed text (pretraining), and responses of the target (distillation).
 
-Which samples a step sees is a function of the seed and the step's number, and of nothing else: not of the number of
-ranks or loader processes, and there is no state to lose. Each epoch is a new permutation of all samples, cut into
-batches whose sizes differ by one at the most, so that every sample is seen once an epoch, and every rank has a part of
-every batch. Samples of like length share a batch.
+The samples of a step are a function of the seed and of the step's number alone. They do not depend on the number of
+ranks or loader processes, and there is no state that a resumed run would need. Each epoch is a new permutation of all
+samples, divided into batches whose sizes differ by one at most, so that every sample occurs once per epoch and every
+rank has a part of every batch. Samples of similar length share a batch.
 """
 
 import math
@@ -20,8 +20,8 @@ from drafter.artifacts.rows import Rows
 from drafter.data.batches import Sequence, check_tokens, collate, response_sequence
 from drafter.data.target_cache import restore
 
-CHECKED = 10**9  # bytes of packed text whose ids are all checked at the start; of more, those that are read
-POOL = 32  # batches whose samples are sorted by length together: neighbours for speed, and still at random
+CHECKED = 10**9  # bytes of packed text up to which all ids are checked at the start; in larger files, when read
+POOL = 32  # batches whose samples are sorted by length together: little padding, and still a random order
 
 
 class Samples(Protocol):
@@ -36,14 +36,14 @@ class Samples(Protocol):
 
 
 class InMemory:
-    """Samples of a list."""
+    """Samples that are stored in a list."""
 
     def __init__(self, samples: list[Sequence]):
         self.samples = samples
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of each."""
+        """Return the tokens of each sample."""
         return np.array([len(sample.ids_T) for sample in self.samples])
 
     def __len__(self) -> int:
@@ -54,11 +54,11 @@ class InMemory:
 
 
 class PackedText:
-    """A file of packed tokens (see corpus.pack) cut into sequences of `length` tokens; the rest is left out.
+    """A file of packed tokens (see `corpus.pack`), divided into sequences of `length` tokens. The rest is left out.
 
     Raises:
-        ValueError: there is no whole sequence; or the file has ids that are not below `vocabulary`. Those of a file
-            below a gigabyte are looked at here, those of a larger one when they are read.
+        ValueError: the file is shorter than one sequence, or has ids that are not below `vocabulary`. The ids of a file
+            below one gigabyte are checked here, those of a larger file when they are read.
     """
 
     def __init__(self, path: str | Path, length: int, vocabulary: int | None = None):
@@ -71,7 +71,7 @@ class PackedText:
 
     @property
     def lengths(self) -> np.ndarray:
-        """All alike."""
+        """Return the tokens of each sample, which are equal."""
         return np.full(len(self), self.length)
 
     def __len__(self) -> int:
@@ -85,17 +85,17 @@ class PackedText:
 
 
 class Responses:
-    """The responses of one split ("train" or "validation"), with what is cached of the target, if anything.
+    """The responses of one split, with the cached target distributions if there are any.
 
     Args:
-        rows: of a distillation set or its cache.
-        split: which.
-        share: how much of them is taken, at random and for all seeds alike.
-        kinds: those to instructions of these kinds alone; None: all.
-        vocabulary: the rows' ids have to be below it, which is looked at when they are read; None: any.
+        rows: the rows of a distillation set, or of a cache made from one.
+        split: "train" or "validation".
+        share: the fraction of responses to use. The selection is random, and the same for all seeds.
+        kinds: use the responses to instructions of these kinds alone. None means all kinds.
+        vocabulary: all ids have to be below it, which is checked when a row is read. None means no check.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no responses are left.
     """
 
     def __init__(
@@ -107,22 +107,25 @@ class Responses:
         vocabulary: int | None = None,
     ):
         self.rows, self.vocabulary = rows, vocabulary
-        chosen = np.flatnonzero(rows.splits == split)
-        if len(chosen) == 0:
-            raise ValueError(f"there are no responses of the split '{split}': ask for more (respond.num_responses)")
+        selected = np.flatnonzero(rows.splits == split)
+        if len(selected) == 0:
+            raise ValueError(f"there are no responses of the split '{split}': generate more (respond.num_responses)")
         if kinds is not None:
-            known = np.unique(rows.kinds[chosen])
-            chosen = chosen[np.isin(rows.kinds[chosen], list(kinds))]
-            if len(chosen) == 0:
-                raise ValueError(f"finetune.kinds is {list(kinds)}, but the responses are of {known.tolist()}")
-        count = round(share * len(chosen))
-        if not 0 < count <= len(chosen):
-            raise ValueError(f"finetune.responses_share is {share}: it takes {count} of {len(chosen)} responses")
-        self.indices = np.sort(np.random.default_rng(0).permutation(chosen)[:count])
+            existing = np.unique(rows.kinds[selected])
+            selected = selected[np.isin(rows.kinds[selected], list(kinds))]
+            if len(selected) == 0:
+                raise ValueError(f"finetune.kinds is {list(kinds)}, but the responses have {existing.tolist()}")
+        count = round(share * len(selected))
+        if not 0 < count <= len(selected):
+            raise ValueError(
+                f"finetune.responses_share is {share}, which selects {count} of {len(selected)} responses: it must be "
+                f"at most 1, and select at least one"
+            )
+        self.indices = np.sort(np.random.default_rng(0).permutation(selected)[:count])
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of prompt and response."""
+        """Return the tokens of each prompt with its response."""
         return self.rows.lengths[self.indices]
 
     def __len__(self) -> int:
@@ -137,32 +140,32 @@ class Responses:
 
 
 class Mixture:
-    """Responses and packed text, the text being `text_share` of all samples (paper: one in ten)."""
+    """Responses and packed text, with text as the fraction `text_share` of all samples (a tenth in the paper)."""
 
     def __init__(self, responses: Samples, text: Samples, text_share: float, seed: int):
         self.responses, self.text = responses, text
         order = np.random.default_rng(seed).permutation(len(text))
-        # np.resize repeats the text where there is too little of it.
-        self.chosen = np.resize(order, text_samples(len(responses), text_share))
+        # np.resize repeats the text if there is too little.
+        self.selected = np.resize(order, text_samples(len(responses), text_share))
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of all responses, then of the chosen text."""
-        return np.concatenate([self.responses.lengths, self.text.lengths[self.chosen]])
+        """Return the tokens of all responses, then of the selected text."""
+        return np.concatenate([self.responses.lengths, self.text.lengths[self.selected]])
 
     def __len__(self) -> int:
-        return len(self.responses) + len(self.chosen)
+        return len(self.responses) + len(self.selected)
 
     def __getitems__(self, indices: list[int]) -> list[Sequence]:
         count = len(self.responses)
         responses = [index for index in indices if index < count]
-        text = [int(self.chosen[index - count]) for index in indices if index >= count]
+        text = [int(self.selected[index - count]) for index in indices if index >= count]
         found = self.responses.__getitems__(responses) if responses else []
         return found + (self.text.__getitems__(text) if text else [])
 
 
 def text_samples(responses: int, text_share: float) -> int:
-    """How many samples of text beside so many responses are `text_share` of all.
+    """Return the number of text samples that, added to the responses, are the fraction `text_share` of all samples.
 
     Raises:
         ValueError: the share is not in [0, 1).
@@ -173,15 +176,18 @@ def text_samples(responses: int, text_share: float) -> int:
 
 
 class Order:
-    """A rank's part of each training batch: lists of indices, from the batch `start` to the batch `end`.
+    """Iterate over one rank's part of each training batch, as lists of sample indices.
+
+    The iteration goes from the batch with the number `start` to the one before `end`; both may be set.
 
     Args:
         lengths: tokens of each sample.
-        batch_size: samples a batch, of all ranks together.
-        seed, rank, world_size: see the head of this file.
+        batch_size: samples per batch, of all ranks together.
+        seed: the seed of the permutations.
+        rank, world_size: which part of each batch to yield, and the number of parts.
 
     Raises:
-        ValueError: there are fewer samples in a batch than ranks.
+        ValueError: a batch has fewer samples than there are ranks.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -189,8 +195,8 @@ class Order:
         self.batches_per_epoch = max(1, round(len(lengths) / batch_size))
         if len(lengths) // self.batches_per_epoch < world_size:
             raise ValueError(
-                f"batches of {batch_size} of {len(lengths)} samples have less than one for each of {world_size} ranks: "
-                f"raise batch_size (it counts all ranks together), or use fewer ranks"
+                f"with batch_size {batch_size} and {len(lengths)} samples, a batch has less than one for each of "
+                f"{world_size} ranks: raise batch_size (it counts all ranks together), or use fewer ranks"
             )
         self.start, self.end = 0, self.batches_per_epoch
 
@@ -205,7 +211,7 @@ class Order:
             yield batches[index][self.rank :: self.world_size].tolist()
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The batches of an epoch, of all ranks."""
+        """Return all batches of an epoch, each with the samples of all ranks."""
         random = np.random.default_rng([self.seed, number])
         batches = np.array_split(random.permutation(len(self.lengths)), self.batches_per_epoch)
         ordered: list[np.ndarray] = []
@@ -218,7 +224,7 @@ class Order:
 
 
 class _Loader(DataLoader):
-    """A loader that needs no state of its own to resume, and tells Lightning so."""
+    """A loader without state: `Order` resumes from the step alone. Lightning warns about one without these methods."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -227,13 +233,13 @@ class _Loader(DataLoader):
 
 
 class SequenceData(lightning.LightningDataModule):
-    """Training batches without end, and validation batches in order of length.
+    """Training batches in random order for any number of epochs, and validation batches in order of length.
 
     Args:
-        train, validation: samples.
-        batch_size: samples a batch, of all ranks together.
-        seed: of the order of training.
-        num_workers: loader processes of each rank; 0 loads in the training process.
+        train, validation: the samples.
+        batch_size: samples per batch, of all ranks together.
+        seed: the seed of the training order.
+        num_workers: loader processes per rank; 0 loads in the training process.
     """
 
     def __init__(self, train: Samples, validation: Samples, batch_size: int, seed: int, num_workers: int = 0):
@@ -242,7 +248,7 @@ class SequenceData(lightning.LightningDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader:
-        """All batches of the run as one long epoch, from the trainer's step on."""
+        """Return a loader of the remaining batches of the run, from the trainer's step on, as one epoch."""
         rank, world_size = self._ranks()
         order = Order(self.train.lengths, self.batch_size, self.seed, rank, world_size)
         if self.trainer is not None:
@@ -251,7 +257,10 @@ class SequenceData(lightning.LightningDataModule):
         return self._loader(self.train, order)
 
     def val_dataloader(self) -> DataLoader:
-        """Each sample on one rank, and as many batches on each rank: a model that is split over them needs all of them.
+        """Return a loader of this rank's validation batches.
+
+        Each sample is on one rank, and all ranks have equally many batches, because a sharded model needs every rank in
+        each forward pass.
 
         Raises:
             ValueError: there are fewer samples than ranks.
@@ -259,7 +268,7 @@ class SequenceData(lightning.LightningDataModule):
         rank, world_size = self._ranks()
         count = len(self.validation)
         if count < world_size:
-            raise ValueError(f"{count} validation samples are too few for {world_size} ranks: use fewer")
+            raise ValueError(f"{count} validation samples are too few for {world_size} ranks: use fewer ranks")
         rounds = math.ceil(count / self.batch_size)
         batches = world_size * min(rounds, count // world_size)
         ordered = np.argsort(self.validation.lengths, kind="stable")

@@ -1,4 +1,4 @@
-"""The two LightningModules: Pretraining (next-token loss) and Distillation (pull the drafter to the target).
+"""The two LightningModules: `Pretraining` (next-token loss) and `Distillation` (a loss against the target).
 
 Shapes: B sequences, T tokens, N predicted positions of a batch, V vocabulary, H hidden size.
 """
@@ -31,8 +31,7 @@ class Pretraining(lightning.LightningModule):
 
     Args:
         model: the trainable causal LM.
-        learning_rate: AdamW's peak, reached after 2% of the steps and decayed by a cosine to a tenth.
-        weight_decay: of matrices; vectors have none.
+        learning_rate, weight_decay: see `adamw`.
     """
 
     def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1):
@@ -63,22 +62,23 @@ class Pretraining(lightning.LightningModule):
 
 
 class Distillation(lightning.LightningModule):
-    """Pull the drafter's distribution to the frozen target's at every response token (paper, section 2.3).
+    """Distillation of the frozen target into the drafter at every response token (paper, section 2.3).
 
     The loss is (1 - text_share) x the distillation loss over response tokens + text_share x the next-token loss over
-    packed text, each averaged over its own tokens (of all ranks), so that the mix is 9:1 whatever the lengths. Target
-    distributions come from what the batch has cached of them, else from a forward of the target.
+    packed text. Each is a mean over the tokens of its kind, of all ranks, so that the proportion (9:1 in the paper)
+    does not depend on the lengths of responses and text. The target's distributions come from the batch if they are
+    cached, else from a forward pass of the target.
 
     Args:
-        target: frozen, in eval mode; with a cache its output embedding is enough.
+        target: the frozen target, in eval mode. With a cache, its output embedding is sufficient.
         drafter: the trainable model.
-        loss: (logits_p_NV, logits_q_NV) -> values (N,); see losses.
-        text_share: weight of the next-token loss where a batch has both kinds.
+        loss: (logits_p_NV, logits_q_NV) -> values (N,); see `drafter.losses`.
+        text_share: the weight of the next-token loss.
         learning_rate, weight_decay: see `adamw`.
-        weighting: what each response position weighs in the mean; see weighting.
-        num_speculative_tokens: gamma of the block efficiency that is logged; see offline.
-        response_top_p: what the responses were drawn with.
-        shard_target: split the target over the ranks of each node, where it is not cached; see sharding.
+        weighting: returns the weight of each response position; see `drafter.training.weighting`.
+        num_speculative_tokens: gamma of the block efficiency that is logged; see `decoding.expected_efficiency`.
+        response_top_p: the top_p with which the responses were generated.
+        shard_target: whether an uncached target is sharded over the ranks of each node; see `models.sharding`.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class Distillation(lightning.LightningModule):
         self.drafter, self.text_share, self.weighting = drafter, text_share, weighting
         self.objective = objective_of(loss)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        # In a tuple the target is no submodule: it is in no checkpoint, no optimizer and no gradient all-reduce.
+        # The tuple keeps the target from being a submodule: no checkpoint, optimizer or all-reduce includes it.
         self._frozen = (target,)
-        self._target_has_plain_head = True  # known at the start of a fit
+        self._target_has_plain_head = True  # determined in on_fit_start
         self._yardsticks: list[torch.Tensor] = []
 
     @property
@@ -116,11 +116,11 @@ class Distillation(lightning.LightningModule):
             shard_module(self, self.drafter, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        live = isinstance(self.target, PreTrainedModel)
-        if live and self.shard_target:
+        is_full_model = isinstance(self.target, PreTrainedModel)
+        if is_full_model and self.shard_target:
             shard_frozen(self.target, self.device)
         self.target.to(self.device)
-        if live:
+        if is_full_model:
             self._target_has_plain_head = has_plain_head(self.target)
 
     on_validation_start = on_fit_start
@@ -152,40 +152,41 @@ class Distillation(lightning.LightningModule):
         measured_NM = chunked_values(measures, predicted.hidden_NH, predicted.head)
         blocks_B = expected_blocks(split_rows(measured_NM[:, -1], lengths_B), lengths_B, self.num_speculative_tokens)
         sums = [double(measured_NM[:, :-1]).sum(0)]
-        for chosen_B in (temperature_B == 0, temperature_B > 0):
-            known_B = chosen_B & blocks_B.isfinite().to(chosen_B.device)
+        for selected_B in (temperature_B == 0, temperature_B > 0):
+            known_B = selected_B & blocks_B.isfinite().to(selected_B.device)
             sums.append(torch.stack([double(lengths_B[known_B].sum()), blocks_B[known_B.to(blocks_B.device)].sum()]))
         self._yardsticks.append(torch.cat(sums))
 
     def _acceptance(
         self, logits_p_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, temperature_N: torch.Tensor
     ) -> torch.Tensor:
-        """offline.acceptance_of_written at each position's temperature; not a number where that cannot be told."""
+        """Return the acceptance probability of each response token at its temperature, NaN where it is unknown."""
         accept_N = torch.full(temperature_N.shape, math.nan, device=temperature_N.device, dtype=torch.float32)
         for millionths in temperature_N.unique().tolist():
             rows_N, temperature = temperature_N == millionths, millionths / 1e6
-            # What a sparse target would be at another temperature is not known; greedily, its argmax was written.
+            # A sparse target is unknown at other temperatures. At temperature 0, the response has its argmax: q unused.
             if isinstance(target, torch.Tensor) or temperature == 0:
                 q_NV = target[rows_N] if isinstance(target, torch.Tensor) else logits_p_NV[rows_N]
-                how = Sampling(temperature, self.response_top_p)
-                accept_N[rows_N] = acceptance_of_written(logits_p_NV[rows_N], q_NV, tokens_N[rows_N], how)
+                sampling = Sampling(temperature, self.response_top_p)
+                accept_N[rows_N] = acceptance_of_written(logits_p_NV[rows_N], q_NV, tokens_N[rows_N], sampling)
         return accept_N
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
         self._yardsticks.clear()
-        count, kld_sum, tvd_sum, agreement, *texts = sums.tolist()
+        count, kld_sum, tvd_sum, agreement, *block_sums = sums.tolist()
         if not math.isfinite(tvd_sum):
             raise ValueError(
-                f"the distance of drafter and target is {tvd_sum} after {self.trainer.global_step} steps: one of them "
-                f"gives logits that are not finite. Lower finetune.learning_rate, or try target.dtype=float32"
+                f"the total variation distance of drafter and target is {tvd_sum} after {self.trainer.global_step} "
+                f"steps: the logits of one of them are not finite. Lower finetune.learning_rate, or try "
+                f"target.dtype=float32"
             )
-        # The sums are of all ranks already; sync_dist averages equal values, and keeps Lightning from warning.
+        # The sums already include all ranks. sync_dist averages equal values; without it Lightning warns.
         self.log("val/kld", kld_sum / count, prog_bar=True, sync_dist=True)
         self.log("val/tvd", tvd_sum / count, sync_dist=True)
         self.log("val/acceptance_rate", 1 - tvd_sum / count, prog_bar=True, sync_dist=True)
         self.log("val/argmax_agreement", agreement / count, sync_dist=True)
-        for name, tokens, blocks in (("greedy", *texts[:2]), ("sampled", *texts[2:])):
+        for name, tokens, blocks in (("greedy", *block_sums[:2]), ("sampled", *block_sums[2:])):
             if tokens:
                 self.log(f"val/block_efficiency_{name}", tokens / blocks, sync_dist=True)
 
@@ -197,17 +198,17 @@ class Distillation(lightning.LightningModule):
         return adamw(self.drafter, self.learning_rate, self.weight_decay, steps)
 
     def _predicted(self, batch: Batch, hidden_BTH: torch.Tensor) -> Predicted:
-        """The batch's response positions, as the losses see them."""
+        """Return the response positions of a batch, in the form that the losses take."""
         mask_BT = response_mask(batch)
         following_BT = mask_BT.flip(1).cumsum(1).flip(1) - 1
         positions = Positions(next_tokens(batch)[mask_BT], following_BT[mask_BT])
-        head = Head.of(self.drafter.get_output_embeddings())
+        head = Head.from_module(self.drafter.get_output_embeddings())
         return Predicted(
             hidden_BTH[mask_BT], head, target_at(self.target, batch, self._target_has_plain_head), positions
         )
 
     def _with_batch_mean(self, predicted: Predicted) -> Objective:
-        """Return the loss, with the mean over all ranks' positions filled in where it needs one."""
+        """Return the loss, with the mean over the positions of all ranks filled in if it needs one."""
         if self.objective.batch_mean is None:
             return self.objective
         values_N = predicted.values(self.objective.batch_mean)
@@ -215,9 +216,10 @@ class Distillation(lightning.LightningModule):
         return self.objective.with_mean(self._global_sum(values_N) / count)
 
     def _per_weight(self, weights: torch.Tensor) -> torch.Tensor:
-        """What makes a sum of this rank's values the mean over all ranks, once DDP has averaged the gradients.
+        """Return the factor that turns this rank's weighted sum into the weighted mean over all ranks.
 
-        A sum over no positions is zero, with a gradient of zero, whatever multiplies it.
+        It includes world_size, by which DDP divides the gradients. Where all weights are zero it is arbitrary: the sum
+        and its gradient are zero.
         """
         total = self._global_sum(weights)
         return self.trainer.world_size / torch.where(total > 0, total, 1.0)
@@ -227,50 +229,56 @@ class Distillation(lightning.LightningModule):
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy in nats over the predicted positions."""
+    """Return the mean cross-entropy in nats over the predicted positions."""
     hidden_BTH, mask_BT = hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT), batch.target_mask_BT
     return next_token_sum(model, hidden_BTH[mask_BT], next_tokens(batch)[mask_BT]) / mask_BT.sum()
 
 
 def next_token_sum(model: PreTrainedModel, hidden_NH: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the next tokens in nats, summed over N positions."""
+    """Return the cross-entropy of the next tokens in nats, summed over N positions."""
 
     def values(logits_nV: torch.Tensor, rows: slice) -> torch.Tensor:
         return F.cross_entropy(logits_nV.float(), tokens_N[rows], reduction="none")
 
-    return chunked_sum(values, hidden_NH, Head.of(model.get_output_embeddings()))
+    return chunked_sum(values, hidden_NH, Head.from_module(model.get_output_embeddings()))
 
 
 def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> None:
-    """Scale the gradients to a norm of at most `largest`.
+    """Scale the gradients so that their norm is at most `largest`.
 
-    Lightning's own refuses a fused optimizer in mixed precision, for the sake of a loss scaler that bfloat16 has not.
+    Lightning's own clipping refuses a fused optimizer in mixed precision because of the loss scaler, which bfloat16
+    does not use.
     """
     if largest:
-        nn.utils.clip_grad_norm_([one for group in optimizer.param_groups for one in group["params"]], largest)
+        nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], largest)
 
 
 def check_precision(precision: str | int) -> None:
-    """Refuse a trainer's precision that needs its loss scaled: `clip` would take scaled gradients for large ones.
+    """Raise if the trainer's precision needs loss scaling: `clip` would act on the scaled gradients.
 
     Raises:
-        ValueError: it is one of float16's.
+        ValueError: the precision is a float16 one.
     """
     if str(precision) in ("16", "16-mixed", "16-true", "transformer-engine-float16"):
         raise ValueError(
-            f"trainer.precision is {precision}: float16 needs its loss scaled, which clipping of the gradients does "
-            f"not know here. Give bf16-mixed, or 32-true"
+            f"trainer.precision is {precision}: float16 needs loss scaling, which gradient clipping does not support "
+            f"here. Give bf16-mixed, or 32-true"
         )
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> dict[str, Any]:
-    """AdamW with a linear warm-up over 2% of the steps and a cosine decay to a tenth, in Lightning's form."""
+    """Build AdamW, with weight decay for matrices alone, and its learning-rate schedule, as Lightning takes them.
+
+    The learning rate rises linearly to `learning_rate` over the first 2% of the steps, and then follows a cosine down
+    to a tenth of it.
+    """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     warmup = max(1, round(0.02 * steps))
 
+    # transformers' get_cosine_with_min_lr_schedule_with_warmup starts at 0, not at 1 / warmup: it loses the first step.
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup

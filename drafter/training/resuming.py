@@ -1,9 +1,9 @@
-"""A training run that may be killed at any moment, and goes on as if it had not been.
+"""Exact resumption of a training run that may be killed at any moment.
 
-After each validation the whole state is written to last.ckpt: model, optimizer, schedule, step, and the curve so far.
-Which samples a step sees depends on its number alone (datamodules.Order), and so do its random numbers, so that a
-resumed run's losses are those of an uninterrupted one, to the last bit on a CPU. Ctrl-C or SIGTERM ends the run after
-the step that it comes in, or the validation; the steps since the last validation are done again.
+After each validation, the complete state is written to last.ckpt: model, optimizer, schedule, step, and the curve so
+far. The samples and the random numbers of a step depend on its number alone (see `datamodules.Order`), so a resumed run
+has the losses of an uninterrupted one, to the last bit on a CPU. Ctrl-C or SIGTERM ends the run after the current step
+or validation. The steps since the last validation are then repeated when the run is resumed.
 """
 
 import csv
@@ -21,9 +21,10 @@ from drafter.artifacts.storage import whole_file
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, written beside their place and renamed into it.
+    """Write Lightning's checkpoints to a temporary name in the same directory, then rename them.
 
-    Its own go by the temporary directory, from where a move to another file system can be cut in half.
+    Lightning itself writes to the system's temporary directory first. The move from there to another file system can
+    be interrupted and leave a part of the file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -32,28 +33,28 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class Resuming(lightning.Callback):
-    """Writes `path` after each validation; gives each step its own random numbers; keeps the curve through a resume.
+    """Write the checkpoint after each validation, seed each step, and keep the curve when a run is resumed.
 
-    Within `interruptions.held`, it is what ends the run after a signal.
+    Within `interruptions.held`, this callback ends the run after a signal.
 
     Args:
-        path: of the checkpoint.
-        curve: the logger whose file is the curve; Lightning's starts anew in each process.
-        seed: of the steps' random numbers.
+        path: the checkpoint's path.
+        curve: the logger that writes the curve. Lightning's logger starts a new file in each process.
+        seed: the seed of the random numbers of all steps.
     """
 
     def __init__(self, path: Path, curve: CSVLogger, seed: int):
         self.path, self.curve, self.seed = path, curve, seed
         self._before: list[dict[str, str]] = []
-        self._saved = 0  # the step of the checkpoint
+        self._saved = 0  # the step at which the last checkpoint was written
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         interruptions.take_back()
         self._saved = trainer.global_step
         if self._before and trainer.is_global_zero:
             for row in self._before:
-                known = {name: _number(value) for name, value in row.items() if value and name != "step"}
-                self.curve.experiment.log_metrics(known, int(row["step"]))
+                metrics = {name: _number(value) for name, value in row.items() if value and name != "step"}
+                self.curve.experiment.log_metrics(metrics, int(row["step"]))
             self.curve.save()
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -64,7 +65,9 @@ class Resuming(lightning.Callback):
         interruptions.take_back()
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        if trainer.state.fn == "fit" and trainer.global_step < trainer.max_steps:  # else there is nothing to go on with
+        if (
+            trainer.state.fn == "fit" and trainer.global_step < trainer.max_steps
+        ):  # after the last step nothing remains to resume
             self.curve.save()
             trainer.save_checkpoint(self.path)
             self._saved = trainer.global_step
@@ -74,7 +77,7 @@ class Resuming(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         file = Path(self.curve.log_dir) / "metrics.csv"
-        if rank_zero_only.rank > 0 or not file.exists():  # the first rank writes the curve, and the checkpoint
+        if rank_zero_only.rank > 0 or not file.exists():  # rank 0 writes the curve and the checkpoint
             return {"curve": []}
         with file.open(newline="", encoding="utf-8") as rows:
             return {"curve": list(csv.DictReader(rows))}
@@ -83,9 +86,9 @@ class Resuming(lightning.Callback):
         self._before = state["curve"]
 
     def _end_if_asked(self, trainer: lightning.Trainer) -> None:
-        """Raise what signal has come, with what is lost by it."""
+        """Raise the exception of a signal that has been received, with the number of steps that are lost."""
         done, lost = trainer.global_step, trainer.global_step - self._saved
-        again = f"; the last {lost} will be done again, from the last validation on" if lost else ""
+        again = f"; the last {lost} will be repeated, from the last validation on" if lost else ""
         interruptions.raise_asked(f"ended after {done} of {trainer.max_steps} steps{again}")
 
 

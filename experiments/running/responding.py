@@ -178,7 +178,7 @@ def log_ignored_settings(model: Model) -> None:
         log.info(
             "generation_config.json of %s sets %s: these are not applied, because responses are sampled from the "
             "model's distribution at the temperature and top-p of the config",
-            ModelSource.of(model).path,
+            ModelSource.from_model(model).path,
             ", ".join(f"{name}={value}" for name, value in found.items()),
         )
 

@@ -1,8 +1,10 @@
+"""The compatibility check of target and drafter, and padding to the target's embedding rows."""
+
 import pytest
 import torch
 from transformers import AutoConfig
 
-from drafter.models.compatibility import VocabularyError, check_pair, differences, load_drafter, with_rows
+from drafter.models.compatibility import VocabularyError, check_pair, differences, load_drafter, resize_vocabulary
 from drafter.models.initialization import build_drafter, special_ids
 from drafter.models.inspection import num_parameters, vocabulary_rows
 from drafter.models.loading import load_tokenizer
@@ -20,7 +22,7 @@ SMALL = {
 
 
 def save(folder, rows=300, extra=(), tied=True, **fields):
-    """A model directory over a vocabulary of 280 tokens and what is added to it."""
+    """Save a model with a vocabulary of 280 tokens, plus `extra`, and attributes of its tokenizer."""
     tokenizer = train_tokenizer(["the area of a rectangle is width times height"] * 2, 280, 64)
     if extra:
         tokenizer.add_tokens(list(extra))
@@ -38,7 +40,7 @@ def test_a_model_and_its_copy_differ_in_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "told"),
+    ("target_extra", "drafter_extra", "message"),
     [
         (
             [],
@@ -58,19 +60,19 @@ def test_a_model_and_its_copy_differ_in_nothing(tmp_path):
     ],
     ids=["more tokens", "another piece", "two ids exchanged"],
 )
-def test_another_vocabulary_is_refused_with_the_first_id_that_differs(tmp_path, ours, theirs, told):
-    target, drafter = save(tmp_path / "target", extra=ours), save(tmp_path / "drafter", extra=theirs)
+def test_another_vocabulary_is_refused_with_the_first_id_that_differs(tmp_path, target_extra, drafter_extra, message):
+    target, drafter = save(tmp_path / "target", extra=target_extra), save(tmp_path / "drafter", extra=drafter_extra)
     size = len(load_tokenizer(save(tmp_path / "plain")))
-    for pad in (False, True):  # there is no mending it
+    for pad in (False, True):  # padding does not help
         with pytest.raises(VocabularyError) as refusal:
             load_drafter(drafter, target, pad=pad)
-        message = str(refusal.value)
-        assert f"{drafter} is no drafter for {target}" in message
-        assert told.format(n=size, n1=size + 1, n2=size + 2) in message
-        assert "Train a drafter for this target" in message
+        found = str(refusal.value)
+        assert f"{drafter} is no drafter for {target}" in found
+        assert message.format(n=size, n1=size + 1, n2=size + 2) in found
+        assert "Train a drafter for this target" in found
 
 
-def test_padding_that_differs_is_refused_with_what_mends_it(tmp_path):
+def test_padding_that_differs_is_refused_with_the_remedy(tmp_path):
     target, drafter = save(tmp_path / "target", rows=304), save(tmp_path / "drafter", rows=300)
     with pytest.raises(
         VocabularyError, match=r"rows of the embedding: the target has 304, the drafter 300.*\n?.*pad_vocab"
@@ -80,7 +82,7 @@ def test_padding_that_differs_is_refused_with_what_mends_it(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rows", [304, 296])
-def test_a_padded_drafter_scores_real_tokens_as_before_and_padding_never_first(tmp_path, rows, tied):
+def test_a_padded_drafter_has_the_same_logits_and_never_chooses_padding(tmp_path, rows, tied):
     before = load_drafter(save(tmp_path / "drafter", rows=300, tied=tied), str(tmp_path / "drafter")).eval()
     target = save(tmp_path / "target", rows=rows)
     after = load_drafter(str(tmp_path / "drafter"), target, pad=True).eval()
@@ -95,15 +97,15 @@ def test_a_padded_drafter_scores_real_tokens_as_before_and_padding_never_first(t
         assert (theirs.argmax(-1) < 300).all()
 
 
-def test_rows_that_are_there_already_change_nothing():
+def test_the_existing_number_of_rows_changes_nothing():
     model = build_drafter(SMALL | {"tie_word_embeddings": False}, 300, {})
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    after = with_rows(model, 300)
+    after = resize_vocabulary(model, 300)
     assert num_parameters(after) == sum(value.numel() for value in before.values())
     assert all(torch.equal(value, before[name]) for name, value in after.state_dict().items())
 
 
-def test_what_does_no_harm_is_told_and_let_through(tmp_path):
+def test_harmless_differences_are_returned(tmp_path):
     target = save(tmp_path / "target")
     drafter = save(tmp_path / "drafter", chat_template="{{ messages }}", pad_token="<|im_end|>")
     config = AutoConfig.from_pretrained(drafter)

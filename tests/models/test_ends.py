@@ -1,4 +1,4 @@
-"""Where a turn ends, for templates of the structures that published models have, and for ends that are named apart."""
+"""The ids that end a turn, for chat templates like those of published models, and for sources that differ."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ TINY = Path("assets/tiny-target")
 
 
 def turns(user, assistant, start="{{ bos_token }}"):
-    """A template of one text for a user's turn and one for an assistant's."""
+    """Return a chat template from a text for a user's turn and one for an assistant's."""
     role = "{% if m['role'] == 'user' %}" + user + "{% else %}" + assistant + "{% endif %}"
     return start + "{% for m in messages %}" + role.replace("TEXT", "{{ m['content'] | trim }}") + "{% endfor %}"
 
@@ -33,7 +33,7 @@ TEMPLATES = {
     "no control token": (None, turns("User: TEXT\n", "Assistant: TEXT\n")),
     "only words": (None, turns("TEXT", "TEXT")),
     "no assistant": (None, turns("TEXT<|end|>", "{{ raise_exception('a user has to speak last') }}")),
-    "not its words": (None, turns("TEXT<|end|>", "<|end|>")),
+    "content left out": (None, turns("TEXT<|end|>", "<|end|>")),
 }
 PIECES = ["<|eot_id|>", "<end_of_turn>", "</s>", "<s>", "<|end|>", "<|end|>x", "<｜end▁of▁sentence｜>", "<|EOT|>"]
 
@@ -42,23 +42,23 @@ PIECES = ["<|eot_id|>", "<end_of_turn>", "</s>", "<s>", "<|end|>", "<|end|>x", "
 def tokenizer():
     tokenizer = train_tokenizer(["the area of a rectangle"], 300, 64)
     tokenizer.add_special_tokens({"additional_special_tokens": PIECES[:-1]}, replace_extra_special_tokens=False)
-    tokenizer.add_tokens(PIECES[-1:])  # some are added without being called special
+    tokenizer.add_tokens(PIECES[-1:])  # added, but not as a special token
     return tokenizer
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_says_with_what_it_ends_a_turn(tokenizer, name):
+def test_the_control_token_after_the_assistants_content_is_found(tokenizer, name):
     wanted, tokenizer.chat_template = TEMPLATES[name]
     assert template_end(tokenizer) == (None if wanted is None else tokenizer.convert_tokens_to_ids(wanted))
 
 
-def test_without_a_template_there_is_no_end_of_its_own(tokenizer):
+def test_without_a_template_there_is_no_template_end(tokenizer):
     tokenizer.chat_template = None
     assert template_end(tokenizer) is None
 
 
 def ends(path, generation=None, config=None):
-    """The ids of the embedded target once fields are changed; a value of None removes one, "remove" the file."""
+    """Return the ids of the embedded target with changed fields; None removes a field, "remove" the file."""
     shutil.copytree(TINY, path, ignore=shutil.ignore_patterns("*.safetensors"))
     for name, change in (("generation_config.json", generation), ("config.json", config)):
         if change == "remove":
@@ -81,7 +81,7 @@ def ends(path, generation=None, config=None):
         ("remove", {"eos_token_id": None}, [2]),
     ],
 )
-def test_the_ends_are_those_of_template_tokenizer_and_config_together(tmp_path, generation, config, wanted):
+def test_the_ends_are_those_of_template_tokenizer_and_config_combined(tmp_path, generation, config, wanted):
     assert ends(tmp_path / "model", generation, config) == wanted
 
 
@@ -95,7 +95,7 @@ def test_the_templates_end_is_the_first_and_the_tokenizers_the_second(tmp_path):
     assert end_of_turn_ids(str(tmp_path / "model"), tokenizer) == [start, end]
 
 
-def test_a_model_that_names_no_end_is_told_once(tmp_path, caplog):
+def test_a_model_without_an_end_gets_one_warning(tmp_path, caplog):
     save_target(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     fields = json.loads((tmp_path / "config.json").read_text())

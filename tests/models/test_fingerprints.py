@@ -1,4 +1,4 @@
-"""What identifies a model: every file that loading it may read, and nothing else."""
+"""A model's fingerprint depends on every file that loading it may read, and on nothing else."""
 
 import os
 
@@ -32,7 +32,7 @@ def test_both_fingerprints_differ_with_the_tokenizer_or_the_chat_template(tmp_pa
     assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
 
 
-def test_the_model_fingerprint_is_of_content_and_not_of_place_or_stage_records(tmp_path):
+def test_the_model_fingerprint_does_not_depend_on_the_directory_or_on_stage_records(tmp_path):
     one, moved = model_directory(tmp_path / "one"), model_directory(tmp_path / "moved")
     (tmp_path / "moved" / MANIFEST).write_text('{"seconds": 3}')
     (tmp_path / "moved" / STARTED).write_text("{}")
@@ -40,7 +40,7 @@ def test_the_model_fingerprint_is_of_content_and_not_of_place_or_stage_records(t
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "modeling_own.py", "vocab.txt", "extra.json"])
-def test_whatever_loading_may_read_is_in_the_model_fingerprint(tmp_path, name):
+def test_the_model_fingerprint_includes_files_that_loading_may_read(tmp_path, name):
     one = model_directory(tmp_path / "one")
     before = model_fingerprint(one)
     (tmp_path / "one" / name).write_bytes(b"a")
@@ -52,7 +52,7 @@ def test_whatever_loading_may_read_is_in_the_model_fingerprint(tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["README.md", "trim.png", "notes", ".lock", "logs/metrics.csv", "steps/kept/config.json"]
 )
-def test_what_loading_does_not_read_is_not_in_the_model_fingerprint(tmp_path, name):
+def test_the_model_fingerprint_leaves_out_files_that_loading_does_not_read(tmp_path, name):
     one = model_directory(tmp_path / "one")
     before = model_fingerprint(one)
     (tmp_path / "one" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def test_what_loading_does_not_read_is_not_in_the_model_fingerprint(tmp_path, na
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub on which `owner/model` has a branch that moves: its commits in a list, the last one is its head."""
+    """Replace the hub by one with a moving branch, and return the list of its commits, the head last."""
     commits = ["a" * 40]
     monkeypatch.setattr(
         loading, "cached_file", lambda path, name, revision: f"{tmp_path}/{path}/snapshots/{commits[-1]}/{name}"
@@ -74,15 +74,15 @@ def hub(monkeypatch, tmp_path):
 
 def test_a_hub_model_is_identified_by_name_and_commit(hub):
     before = model_fingerprint("owner/model")
-    assert model_fingerprint(ModelSource("owner/model", "a" * 40)) == before  # the same commit, by its own name
+    assert model_fingerprint(ModelSource("owner/model", "a" * 40)) == before  # the same commit, given explicitly
     assert model_fingerprint("owner/other") != before
     assert tokenizer_fingerprint("owner/model") == before
-    loading.hub_commit.cache_clear()  # another process, after the branch has moved
+    loading.hub_commit.cache_clear()  # as in another process, after the branch has moved
     hub.append("b" * 40)
     assert model_fingerprint("owner/model") != before
 
 
-def test_everything_of_a_hub_model_is_read_at_one_commit_though_its_branch_moves(hub):
+def test_all_files_of_a_hub_model_are_read_at_one_commit_even_if_its_branch_moves(hub):
     source = ModelSource("owner/model", "main", trust_remote_code=True)
     assert source.where() == {
         "pretrained_model_name_or_path": "owner/model",
@@ -113,13 +113,13 @@ def test_a_large_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     assert [file_checksum(weights) for _ in range(3)] == ["1", "1", "1"]
     times = weights.stat()
     weights.write_bytes(b"87654321")
-    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same size and time of change, as rsync leaves it
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same size and modification time, as after rsync
     assert [file_checksum(weights) for _ in range(2)] == ["2", "2"]
 
 
-def test_without_a_place_to_keep_checksums_files_are_read_again(tmp_path, monkeypatch):
+def test_if_the_cache_cannot_be_written_files_are_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "LARGE", 4)
-    (tmp_path / "cache").write_text("a file in the place of the folder")
+    (tmp_path / "cache").write_text("a file instead of a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "w.bin").write_bytes(b"12345678")
     assert file_checksum(tmp_path / "w.bin") == fingerprints.sha256(tmp_path / "w.bin")

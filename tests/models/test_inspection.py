@@ -1,3 +1,5 @@
+"""Loading models and their output embeddings, building drafters, and properties of models."""
+
 import json
 import shutil
 from pathlib import Path
@@ -58,7 +60,7 @@ def test_a_loaded_drafter_can_be_trained(saved):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_come_in_the_dtype_that_is_asked_for(saved, dtype):
+def test_weights_are_loaded_in_the_given_dtype(saved, dtype):
     assert {parameter.dtype for parameter in load_target(ModelSource(saved, dtype=dtype)).parameters()} == {
         getattr(torch, dtype)
     }
@@ -75,13 +77,13 @@ def test_the_tiny_target_of_the_repository_loads_frozen_with_its_tokenizer():
 
 @pytest.mark.parametrize("load", [load_target, load_model, load_tokenizer, vocabulary_width])
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/model", "runs/no_such_root/drafter", "~/no_such_model"])
-def test_a_local_path_that_is_not_there_is_named_and_not_asked_of_the_hub(load, path):
+def test_a_missing_local_path_is_named_and_the_hub_is_not_asked(load, path):
     with pytest.raises(OSError, match="the directory does not exist") as refusal:
         load(path)
     assert f"'{path}'" in str(refusal.value)
 
 
-def test_the_vocabulary_width_is_the_embeddings_and_counts_padding(saved):
+def test_the_vocabulary_width_is_the_number_of_embedding_rows_with_padding(saved):
     assert vocabulary_width(saved) == 300
     assert len(load_tokenizer(saved)) < 300
 
@@ -90,7 +92,7 @@ def test_the_context_length_is_the_configs():
     assert context_length(build_drafter(SMALL, 300, SPECIAL)) == 64
 
 
-def test_a_model_without_a_limit_of_positions_has_practically_none():
+def test_a_model_without_a_position_limit_has_a_very_large_context():
     with torch.device("meta"):
         bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
     assert context_length(bloom) == 2**31
@@ -108,7 +110,7 @@ def test_sequences_beyond_a_table_of_learned_positions_are_refused(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
-def test_sequences_beyond_other_positions_get_a_warning(kind, caplog):
+def test_sequences_beyond_positions_that_are_not_learned_get_a_warning(kind, caplog):
     model = family(kind)
     check_positions(model, context_length(model), "rows")
     assert not caplog.records
@@ -116,7 +118,7 @@ def test_sequences_beyond_other_positions_get_a_warning(kind, caplog):
     assert len(caplog.records) == 1
 
 
-def test_a_built_drafter_has_the_asked_architecture_vocabulary_and_special_ids():
+def test_a_built_drafter_has_the_given_architecture_vocabulary_and_special_ids():
     fields = dict(SMALL)
     drafter = build_drafter(fields, 300, SPECIAL)
     assert fields == SMALL
@@ -187,15 +189,15 @@ def test_the_papers_drafter_has_the_papers_architecture_and_size():
     assert drafter.get_input_embeddings().weight.shape[0] == drafter.get_output_embeddings().weight.shape[0] == 32_000
     layer = 4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024  # attention, gated MLP, two norms
     assert num_parameters(drafter) == 2 * 32_000 * 1024 + 4 * layer + 1024
-    # The paper prints 115M and 1.64% (115M of a nominal 7B). Its own dimensions give 116.9M, 2% more, and the real
-    # Llama 2 7B has 6.74B: 1.735%.
+    # The paper states 115M parameters and c = 1.64% (115M of a nominal 7B). The dimensions in its table give 116.9M,
+    # 2% more, and Llama 2 7B has 6.74B: 1.735%.
     assert num_parameters(drafter) == pytest.approx(115e6, rel=0.02)
     assert num_parameters(drafter) / 7e9 == pytest.approx(0.0164, abs=0.0006)
     assert num_parameters(target) == 6_738_415_616
     assert num_parameters(drafter) / num_parameters(target) == pytest.approx(0.01735, abs=0.00001)
 
 
-def test_the_tiny_drafter_has_the_size_that_its_config_states():
+def test_the_tiny_drafter_has_the_number_of_parameters_that_its_config_states():
     fields = yaml.safe_load((CONF / "drafter" / "tiny.yaml").read_text())
     drafter = build_drafter(fields, 4096, SPECIAL)
     target = load_target(str(CONF.parent / "assets" / "tiny-target"))
@@ -224,7 +226,7 @@ def test_an_output_embedding_with_a_bias_has_it(tmp_path):
     assert torch.equal(load_output_embedding(str(tmp_path)).get_output_embeddings().bias, model.lm_head.bias)
 
 
-def test_weights_that_are_no_safetensors_are_loaded_whole_for_their_output_embedding(tmp_path):
+def test_an_output_embedding_that_is_not_in_safetensors_is_loaded_with_its_model(tmp_path):
     model = build_drafter(SMALL, 300, SPECIAL)
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -233,8 +235,8 @@ def test_weights_that_are_no_safetensors_are_loaded_whole_for_their_output_embed
     assert torch.equal(found.weight, model.get_output_embeddings().weight)
 
 
-def stored(path, dtype="float32", tied=True, head=None, without=(), binary=False):
-    """A model's directory: its tensors by name, a head of its own beside, some left out, as safetensors or not."""
+def save_variant(path, dtype="float32", tied=True, head=None, without=(), binary=False):
+    """Save a model with a separate head or none, without some tensors, as safetensors or as a pickle."""
     model = build_drafter(SMALL | {"tie_word_embeddings": tied}, 300, SPECIAL)
     model.save_pretrained(path)
     tensors = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
@@ -250,21 +252,21 @@ def stored(path, dtype="float32", tied=True, head=None, without=(), binary=False
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {},
-        {"head": "other"},  # transformers keeps it apart, though the config says tied
+        {"head": "other"},  # transformers keeps it separate although the config says tied
         {"head": "equal"},
         {"head": "other", "tied": False},
-        {"head": "other", "without": ["model.embed_tokens.weight"]},  # tied to what there is
+        {"head": "other", "without": ["model.embed_tokens.weight"]},  # tied to the tensor that exists
         {"head": "other", "dtype": "float16"},
         {"head": "other", "binary": True},
         {"binary": True},
     ],
     ids=str,
 )
-def test_the_output_embedding_is_the_one_of_the_loaded_target(tmp_path, how):
-    stored(tmp_path, **how)
+def test_the_output_embedding_is_the_one_of_the_loaded_target(tmp_path, options):
+    save_variant(tmp_path, **options)
     for dtype in ("float32", "bfloat16"):
         source = ModelSource(str(tmp_path), dtype=dtype)
         ours, theirs = (load(source).get_output_embeddings() for load in (load_output_embedding, load_target))
@@ -273,31 +275,31 @@ def test_the_output_embedding_is_the_one_of_the_loaded_target(tmp_path, how):
 
 
 def test_an_output_embedding_is_not_rounded_to_the_configs_dtype(tmp_path):
-    stored(tmp_path, head="other")
+    save_variant(tmp_path, head="other")
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"dtype": "bfloat16"}))
     ours, theirs = (load(str(tmp_path)).get_output_embeddings() for load in (load_output_embedding, load_target))
     assert torch.equal(ours.weight, theirs.weight)
 
 
-def test_a_file_of_all_weights_goes_before_parts_beside_it(tmp_path):
+def test_a_file_with_all_weights_has_precedence_over_shards(tmp_path):
     build_drafter(SMALL, 300, SPECIAL).save_pretrained(tmp_path, max_shard_size="12KB")
-    stored(tmp_path / "other")
+    save_variant(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
     ours, theirs = (load(str(tmp_path)).get_output_embeddings() for load in (load_output_embedding, load_target))
     assert torch.equal(ours.weight, theirs.weight)
 
 
-def test_a_quantised_model_is_loaded_whole_for_its_output_embedding(tmp_path, monkeypatch):
-    stored(tmp_path, head="other")
+def test_the_output_embedding_of_a_quantised_model_is_loaded_with_its_model(tmp_path, monkeypatch):
+    save_variant(tmp_path, head="other")
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "fp8"}}))
-    whole = build_drafter(SMALL, 300, SPECIAL)  # in the place of a loading that needs a GPU
-    monkeypatch.setattr("drafter.models.loading.load_model", lambda source: whole)
-    assert load_output_embedding(str(tmp_path)).get_output_embeddings() is whole.get_output_embeddings()
+    full = build_drafter(SMALL, 300, SPECIAL)  # instead of loading, which needs a GPU
+    monkeypatch.setattr("drafter.models.loading.load_model", lambda source: full)
+    assert load_output_embedding(str(tmp_path)).get_output_embeddings() is full.get_output_embeddings()
 
 
-def test_a_checksum_is_of_an_embeddings_values_alone():
+def test_a_checksum_depends_on_an_embeddings_values_alone():
     plain, other = torch.nn.Linear(4, 6000, bias=False), torch.nn.Linear(4, 6000)
     plain.weight.data = plain.weight.bfloat16().float()
     before = embedding_checksum(plain)
@@ -309,7 +311,7 @@ def test_a_checksum_is_of_an_embeddings_values_alone():
     assert embedding_checksum(plain) != before
 
 
-def test_a_model_without_weights_has_the_shapes_of_its_config_or_of_given_fields(saved):
+def test_a_model_without_weights_has_the_shapes_of_its_config_or_of_the_given_fields(saved):
     model = meta_model(str(saved))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert num_parameters(model) == num_parameters(load_model(str(saved)))

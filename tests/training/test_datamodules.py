@@ -1,4 +1,4 @@
-"""Packed text, responses by split, their mixture, and the order in which ranks and loader processes see them."""
+"""Packed text, responses by split, their mixture, and the order of samples on several ranks and loader processes."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from drafter.artifacts.storage import Folder
 from drafter.data.batches import Sequence
 from drafter.data.responses import schema
 from drafter.data.target_cache import ExactFormat, SparseFormat, write_cache
-from drafter.losses.distributions import Drawn, Sparse
+from drafter.losses.distributions import Sparse
 from drafter.training.datamodules import InMemory, Mixture, Order, PackedText, Responses, SequenceData
 from tests.conftest import finished_rows
 
@@ -42,11 +42,11 @@ def responses(tmp_path_factory):
 
 
 def numbered(lengths):
-    """Samples that are told apart by their first token."""
+    """Return samples that are identified by their first token."""
     return InMemory([Sequence(np.array([i] + [0] * (n - 1)), 1, True) for i, n in enumerate(lengths)])
 
 
-def test_packed_text_is_cut_into_whole_sequences(text):
+def test_packed_text_is_divided_into_sequences(text):
     assert len(text) == 10
     assert text.__getitems__([3])[0].ids_T.tolist() == list(range(300, 400))
     assert text.lengths.tolist() == [100] * 10
@@ -59,9 +59,7 @@ def test_too_little_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("checked", [10**9, 0])
-def test_ids_without_a_row_in_the_embeddings_are_refused_at_the_start_or_where_they_are_read(
-    tmp_path, monkeypatch, checked
-):
+def test_ids_without_a_row_in_the_embeddings_are_refused_at_the_start_or_when_read(tmp_path, monkeypatch, checked):
     monkeypatch.setattr("drafter.training.datamodules.CHECKED", checked)
     path = tmp_path / "text.npy"
     np.save(path, np.array([1] * 20 + [70] + [1] * 9, dtype=np.uint16))
@@ -91,30 +89,30 @@ def test_responses_are_split(responses):
 
 
 @pytest.mark.parametrize("format", [ExactFormat("float32"), SparseFormat(5, 3)])
-def test_a_cached_response_brings_its_own_distributions(target, responses, tmp_path, format):
+def test_a_cached_response_has_its_targets_distributions(target, responses, tmp_path, format):
     count, schema = write_cache(target, responses, Folder(tmp_path), format, batch_tokens=50, shard_size=30, seed=0)
     found = finished_rows(Folder(tmp_path), rows.finish(Folder(tmp_path), count, schema)[0], "cache")
     mixed = Mixture(Responses(found, "train"), numbered([6, 6]), 0.02, seed=0)
     batch = next(iter(SequenceData(mixed, mixed, len(mixed), seed=0).train_dataloader()))
-    places = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()
+    positions = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()
     assert batch.is_text_B.sum() == 2
-    for place in (0, 17, len(places) - 1):
-        row, column = places[place].tolist()
+    for position in (0, 17, len(positions) - 1):
+        row, column = positions[position].tolist()
         logits = target(input_ids=batch.input_ids_BT[row : row + 1, : column + 1]).logits[0, -1]
         if isinstance(batch.cached_N, Sparse):
-            own = Drawn.of(logits[None], batch.input_ids_BT[row, column + 1][None], 5, 3).log_q_NK[0, -1]
-            assert batch.cached_N.log_q_NK[place, -1].item() == pytest.approx(own.item(), rel=1e-3)
+            log_q = logits.log_softmax(-1)[batch.input_ids_BT[row, column + 1]]
+            assert batch.cached_N.log_q_NK[position, -1].item() == pytest.approx(log_q.item(), rel=1e-3)
         else:
-            torch.testing.assert_close(target.lm_head(batch.cached_N[place]), logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(target.lm_head(batch.cached_N[position]), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_share_of_the_responses_is_the_same_ones_each_time(responses):
+def test_a_share_of_the_responses_has_the_same_ones_each_time(responses):
     part = Responses(responses, "train", share=0.3)
     assert len(part) == 27
     assert len(set(part.indices)) == 27
     assert set(part.indices) < set(Responses(responses, "train").indices)
     assert part.indices.tolist() == Responses(responses, "train", share=0.3).indices.tolist()
-    assert max(part.indices) > 60  # from all of the set, whose order is by temperature and length
+    assert max(part.indices) > 60  # from the full set, which is ordered by temperature and length
     assert Responses(responses, "train", share=1.0).indices.tolist() == [i for i in range(100) if i % 10]
 
 
@@ -124,11 +122,9 @@ def test_a_share_that_takes_nothing_or_too_much_is_refused(responses, share):
         Responses(responses, "train", share)
 
 
-def test_responses_to_some_kinds_of_instruction_are_chosen(responses):
+def test_responses_to_some_kinds_of_instruction_are_selected(responses):
     assert Responses(responses, "train", kinds=["k2"]).indices.tolist() == [i for i in range(2, 100, 3) if i % 10]
-    with pytest.raises(
-        ValueError, match=r"finetune.kinds is \['other'\], but the responses are of \['k0', 'k1', 'k2'\]"
-    ):
+    with pytest.raises(ValueError, match=r"finetune.kinds is \['other'\], but the responses have \['k0', 'k1', 'k2'\]"):
         Responses(responses, "train", kinds=["other"])
 
 
@@ -138,7 +134,7 @@ def test_an_empty_split_is_refused(responses):
 
 
 @pytest.mark.parametrize(("share", "texts"), [(0.1, 10), (0.5, 90), (0.0, 0)])
-def test_the_mixture_has_the_asked_share_of_text(responses, text, share, texts):
+def test_the_mixture_has_the_given_share_of_text(responses, text, share, texts):
     mixed = Mixture(Responses(responses, "train"), text, share, seed=0)
     samples = mixed.__getitems__(list(range(len(mixed))))
     assert [sample.is_text for sample in samples].count(True) == texts
@@ -151,8 +147,8 @@ def test_a_share_outside_its_range_is_refused(responses, text):
         Mixture(Responses(responses, "train"), text, 1.0, seed=0)
 
 
-def run_of(count, batch_size, world_size, epochs=2):
-    """What each rank sees, batch by batch."""
+def batches_of_ranks(count, batch_size, world_size, epochs=2):
+    """Return the batches of each rank, and the number of batches per epoch."""
     lengths = np.random.default_rng(0).integers(1, 50, count)
     ranks = [Order(lengths, batch_size, 3, rank, world_size) for rank in range(world_size)]
     for order in ranks:
@@ -162,12 +158,14 @@ def run_of(count, batch_size, world_size, epochs=2):
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (7, 20), (41, 20), (100, 8), (1009, 16)])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_each_sample_is_seen_once_an_epoch_by_one_rank_and_no_rank_has_fewer_batches(count, batch_size, world_size):
+def test_each_sample_occurs_once_per_epoch_on_one_rank_and_all_ranks_have_equally_many_batches(
+    count, batch_size, world_size
+):
     if count < world_size:
         with pytest.raises(ValueError, match="less than one for each of"):
-            run_of(count, batch_size, world_size)
+            batches_of_ranks(count, batch_size, world_size)
         return
-    ranks, per_epoch = run_of(count, batch_size, world_size)
+    ranks, per_epoch = batches_of_ranks(count, batch_size, world_size)
     assert {len(batches) for batches in ranks} == {2 * per_epoch}
     assert all(batch for batches in ranks for batch in batches)
     for epoch in (0, 1):
@@ -177,12 +175,12 @@ def test_each_sample_is_seen_once_an_epoch_by_one_rank_and_no_rank_has_fewer_bat
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_batch_holds_the_same_samples_on_any_number_of_ranks(world_size):
-    one, several = run_of(100, 8, 1)[0][0], run_of(100, 8, world_size)[0]
+    one, several = batches_of_ranks(100, 8, 1)[0][0], batches_of_ranks(100, 8, world_size)[0]
     for batch, parts in zip(one, zip(*several, strict=True), strict=True):
         assert sorted(batch) == sorted(index for part in parts for index in part)
 
 
-def test_a_batch_has_samples_of_like_length():
+def test_a_batch_has_samples_of_similar_length():
     lengths = np.random.default_rng(0).integers(1, 500, 640)
     batches = Order(lengths, 20, 0).epoch(0)
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
@@ -190,12 +188,12 @@ def test_a_batch_has_samples_of_like_length():
     assert {len(batch) for batch in batches} == {20}
 
 
-def test_the_order_goes_on_from_any_batch():
+def test_the_order_can_start_at_any_batch():
     lengths = np.random.default_rng(0).integers(1, 50, 41)
-    whole, rest = Order(lengths, 10, 1), Order(lengths, 10, 1)
-    whole.end = rest.end = 11
+    full, rest = Order(lengths, 10, 1), Order(lengths, 10, 1)
+    full.end = rest.end = 11
     rest.start = 6
-    assert list(whole)[6:] == list(rest)
+    assert list(full)[6:] == list(rest)
     assert len(rest) == 11
 
 
@@ -232,15 +230,15 @@ class FakeTrainer:
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(10, 1), (10, 2), (10, 3), (3, 3), (41, 4)])
-def test_each_validation_sample_is_on_one_rank_and_each_rank_has_as_many_batches(count, world_size):
+def test_each_validation_sample_is_on_one_rank_and_all_ranks_have_equally_many_batches(count, world_size):
     seen, batches = [], set()
     for rank in range(world_size):
         data = SequenceData(numbered([4] * count), numbered(range(1, count + 1)), 5, 0)
         data.trainer = FakeTrainer(rank, world_size)
-        mine = first_tokens(data.val_dataloader())
-        assert all(mine)
-        batches.add(len(mine))
-        seen += [token for batch in mine for token in batch]
+        of_rank = first_tokens(data.val_dataloader())
+        assert all(of_rank)
+        batches.add(len(of_rank))
+        seen += [token for batch in of_rank for token in batch]
     assert sorted(seen) == list(range(count))
     assert len(batches) == 1
 
@@ -257,7 +255,7 @@ def test_the_loader_starts_at_the_trainers_step_and_ends_with_its_last():
     data = SequenceData(samples, samples, 4, 0)
     data.trainer = FakeTrainer(0, 1)
     order = Order(samples.lengths, 4, 0)
-    order.start, order.end = 6, 20  # at its third step, with two batches a step, of ten
+    order.start, order.end = 6, 20  # at step 3 of 10, with two batches per step
     assert len(data.train_dataloader()) == 20
     assert first_tokens(data.train_dataloader()) == list(order)
     assert order.batches_per_epoch == 2

@@ -1,4 +1,4 @@
-"""Two ranks under torchrun, on CPU with gloo, do what one process does."""
+"""Two ranks under torchrun, on CPU with gloo, have the results of one process."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def test_two_ranks_train_the_drafter_that_one_process_trains(tmp_path, loss):
     run(*TORCHRUN, "-m", "tests.two_ranks", str(tmp_path / "two.pt"), loss)
     one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
     for name, value in one["drafter"].items():
-        # The same sums in another order, eight steps of AdamW long.
+        # The same sums in another order, over eight steps of AdamW.
         torch.testing.assert_close(two["drafter"][name], value, rtol=1e-3, atol=1e-4)
     assert len(one["yardsticks"]) == 6
     assert two["yardsticks"] == pytest.approx(one["yardsticks"], rel=1e-3, abs=1e-4)

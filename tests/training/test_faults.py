@@ -1,4 +1,4 @@
-"""What goes wrong, and what is left: killed processes, damaged files, full disks, second writers, wrong inputs."""
+"""Failures and the state they leave: killed processes, damaged files, full disks, second writers, wrong inputs."""
 
 import contextlib
 import csv
@@ -25,10 +25,10 @@ from tests.experiments.test_pipeline import snapshot, stage
 
 pytestmark = pytest.mark.end_to_end
 
-# Processes that start with everything imported: a run costs its own time alone.
+# Forked processes have everything imported, so that a run takes no time for imports.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["tests.training.test_faults", "experiments.pipeline"])
-KILLS = 5  # of each of four stages
+KILLS = 5  # per stage
 
 STEPS = {
     "respond": ["respond.num_responses=60", "respond.shard_size=4"],
@@ -55,7 +55,7 @@ def curve(path):
 
 
 def content(folder):
-    """Every file but the records of when and where; the manifest without them."""
+    """Return all files, and those fields of the manifest that do not depend on time and machine."""
     files = {}
     for path in sorted(Path(folder).rglob("*")):
         if path.name == "manifest.json":
@@ -75,13 +75,13 @@ def run_to_the_end(name, overrides):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(world, tmp_path, name):
+def test_a_run_that_is_killed_repeatedly_ends_as_an_uninterrupted_one(world, tmp_path, name):
     overrides, _ = world
     command = [*overrides, *STEPS[name]]
     run_to_the_end(name, [*command, f"out={tmp_path}/warm"])
     began = time.monotonic()
-    run_to_the_end(name, [*command, f"out={tmp_path}/whole"])
-    length, whole = time.monotonic() - began, content(tmp_path / "whole")
+    run_to_the_end(name, [*command, f"out={tmp_path}/uninterrupted"])
+    length, expected = time.monotonic() - began, content(tmp_path / "uninterrupted")
     moments, killed, folder = random.Random(name), 0, tmp_path / "killed0"
     while killed < KILLS:
         process = started(name, [*command, f"out={folder}"])
@@ -89,14 +89,14 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(world, tm
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-        if process.exitcode == 0:  # it was done before: on with a new one
-            assert content(folder) == whole
+        if process.exitcode == 0:  # it finished before it was killed: start another
+            assert content(folder) == expected
             folder = tmp_path / f"killed{killed}"
     run_to_the_end(name, [*command, f"out={folder}"])
     again = content(folder)
-    assert again.keys() == whole.keys()
-    for part in whole:
-        assert again[part] == whole[part], part
+    assert again.keys() == expected.keys()
+    for part in expected:
+        assert again[part] == expected[part], part
 
 
 def test_a_resumed_curve_has_each_step_once(world, tmp_path):
@@ -114,13 +114,14 @@ def test_a_resumed_curve_has_each_step_once(world, tmp_path):
     rows = curve(tmp_path / "out" / "logs" / "metrics.csv")
     validated = [int(row["step"]) for row in rows if row["val/acceptance_rate"]]
     trained = [int(row["step"]) for row in rows if row["train/loss"]]
-    assert validated == [0, 3, 7, 11, 15, 19, 23, 26]  # by Lightning's count; the first and the last are extra
+    # By Lightning's step numbers. The first and the last validation are extra.
+    assert validated == [0, 3, 7, 11, 15, 19, 23, 26]
     assert trained == [9, 19]
 
 
 @pytest.fixture
 def copied(world, tmp_path):
-    """A cache that may be damaged."""
+    """Return a copy of the cache, which a test may damage."""
     _, root = world
     for path in (root / "cache").iterdir():
         write_file(tmp_path / "cache" / path.name, path.read_bytes())
@@ -128,7 +129,7 @@ def copied(world, tmp_path):
 
 
 def flip(path):
-    """Another last value of the last row."""
+    """Flip a bit in the last value of the last row."""
     data = bytearray(path.read_bytes())
     data[-20] ^= 4
     path.write_bytes(bytes(data))
@@ -170,7 +171,7 @@ def test_a_damaged_shard_is_made_again_as_the_error_says_and_the_others_are_kept
 
 @contextlib.contextmanager
 def full_disk(name):
-    """No room for files of that name."""
+    """Make writing a file of that name fail for lack of space."""
 
     def temporary_path(path):
         temporary = storage_path(path)
@@ -195,7 +196,7 @@ def test_a_full_disk_stops_with_the_file_and_the_remedy_and_keeps_what_was_writt
     ):
         stage("cache", command)
     assert refusal.value.errno == errno.ENOSPC
-    del refusal  # whose frames hold the stage and its lock
+    del refusal  # its frames keep the stage and its lock alive
     gc.collect()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"00002.arrow", "00002.json"} < names
@@ -227,8 +228,8 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
 
 
 @pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, refusal):
-    """There a marker file says who writes: a second writer is refused, a marker of a process that ended is not."""
+def test_on_a_file_system_without_locks_a_marker_file_refuses_a_second_writer(tmp_path, monkeypatch, refusal):
+    """A marker of a process that has ended is ignored."""
 
     def no_locks(lock):
         Path(lock.lock_file).touch()
@@ -261,7 +262,7 @@ def test_ranks_beside_the_first_neither_lock_nor_record(tmp_path, monkeypatch):
     del claim
 
 
-def test_temporary_names_are_unlike_on_two_machines(tmp_path, monkeypatch):
+def test_temporary_names_differ_between_machines_and_calls(tmp_path, monkeypatch):
     monkeypatch.setattr(storage.socket, "gethostname", lambda: "one")
     assert ".one." in storage.temporary_path(tmp_path / "a").name
     assert storage.temporary_path(tmp_path / "a") != storage.temporary_path(tmp_path / "a")
@@ -275,7 +276,7 @@ def test_files_of_unknown_origin_are_left_alone(tmp_path):
 
 
 def broken_target(world, folder):
-    """The world's target with one weight that is not a number."""
+    """Save the world's target with one weight that is NaN. Return the overrides and the root."""
     overrides, root = world
     save_target(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -285,9 +286,9 @@ def broken_target(world, folder):
 
 
 @pytest.mark.parametrize("name", ["respond", "cache", "finetune"])
-def test_a_target_that_is_not_finite_is_refused_by_every_stage_that_asks_it(world, tmp_path, name):
+def test_a_target_with_logits_that_are_not_finite_is_refused_by_every_stage(world, tmp_path, name):
     command, root = broken_target(world, tmp_path / "broken")
-    if name != "respond":  # responses as if they were its own
+    if name != "respond":  # responses that claim to be from the broken target
         for path in (root / "responses").iterdir():
             write_file(tmp_path / "responses" / path.name, path.read_bytes())
         from drafter.models.fingerprints import model_fingerprint
@@ -339,7 +340,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path):
         load_target(str(tmp_path / "target"))
 
 
-def test_a_sparse_cache_is_refused_for_a_loss_that_it_would_bias_before_anything_is_loaded(world, tmp_path):
+def test_a_sparse_cache_is_refused_at_the_start_for_a_loss_that_it_would_bias(world, tmp_path):
     overrides, _ = world
     stage("cache", [*overrides, f"out={tmp_path}/sparse", "cache=sparse", "cache.format.top_k=4"])
     counts = json.loads((tmp_path / "sparse" / "manifest.json").read_text())["counts"]
@@ -363,7 +364,7 @@ def test_respond_counts_what_it_skips_and_refuses_when_nothing_is_left(world, tm
         stage("respond", [*overrides, f"out={tmp_path}/none", "respond.max_new_tokens=64"])
 
 
-def test_a_folder_that_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     folder = Folder(tmp_path / "new")
     folder.write("a", b"old")
     with full_disk("a"), pytest.raises(OSError, match="No space left"):

@@ -1,4 +1,4 @@
-"""The two LightningModules: what they optimise, what they leave alone, what they report."""
+"""The two LightningModules: their losses, gradients, optimizers and logged measures."""
 
 import lightning
 import numpy as np
@@ -40,7 +40,7 @@ def fit(module, samples=None, steps=8, validation=None):
     return trainer
 
 
-def test_next_token_loss_is_the_models_own():
+def test_next_token_loss_is_the_cross_entropy_of_the_next_tokens():
     model, batch = small_model(), collate(TEXT)
     logits = model(input_ids=batch.input_ids_BT).logits[:, :-1]
     reference = F.cross_entropy(logits.flatten(0, 1), batch.input_ids_BT[:, 1:].flatten())
@@ -66,7 +66,7 @@ def test_pretraining_lowers_its_loss():
 
 
 @pytest.mark.parametrize("loss", [kld, tvd, tvdpp])
-def test_distillation_raises_acceptance_and_leaves_the_target_as_it_was(loss):
+def test_distillation_raises_acceptance_and_does_not_change_the_target(loss):
     target, drafter = small_model(1, 32, sharpness=60.0), trainable()
     before = {name: value.clone() for name, value in target.state_dict().items()}
     module = Distillation(target, drafter, loss, 0.1, 1e-2)
@@ -84,7 +84,7 @@ def test_the_target_is_in_no_checkpoint_and_no_optimizer(target):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_the_loss_weighs_responses_and_text_by_the_share(target, share):
+def test_the_loss_weights_responses_and_text_by_the_share(target, share):
     module = Distillation(target, trainable(), tvd, share, 1e-3)
     batch = collate(RESPONSES[:3] + TEXT[:1])
     trainer = fit(module, steps=1)
@@ -98,7 +98,7 @@ def test_the_loss_weighs_responses_and_text_by_the_share(target, share):
     torch.testing.assert_close(total, reference)
 
 
-def test_yardsticks_are_averages_over_tokens_not_batches(target):
+def test_validation_measures_are_means_over_tokens_not_batches(target):
     uneven = [answered([1], list(range(2, 2 + n))) for n in (1, 9, 2, 3, 8)]
     module = Distillation(target, trainable(), kld, 0.0, 1e-9)
     metrics = fit(module, RESPONSES, steps=3, validation=uneven).callback_metrics
@@ -113,7 +113,7 @@ def test_yardsticks_are_averages_over_tokens_not_batches(target):
         "val/acceptance_rate": 1 - tvd(p, q).mean(),
         "val/argmax_agreement": (p.argmax(-1) == q.argmax(-1)).float().mean(),
     }.items():
-        # the last of the three steps, at a learning rate of 1e-9, leaves the drafter as it was to 6 digits
+        # Three steps at a learning rate of 1e-9 leave the drafter unchanged to 6 digits.
         torch.testing.assert_close(metrics[name].double(), reference.double(), rtol=1e-4, atol=1e-6)
 
 
@@ -132,12 +132,12 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
     assert optimizer.param_groups[1]["weight_decay"] == 0
 
 
-def test_a_live_target_that_caps_its_logits_is_distilled_from_what_it_really_says(target):
+def test_a_live_target_that_caps_its_logits_is_distilled_with_its_capped_logits(target):
     batch, module = collate(RESPONSES), Distillation(capped(target), trainable(), kld, 0.0, 1e-3)
     module.on_fit_start()
-    logits = module._predicted(batch, hidden_states(module.drafter, batch.input_ids_BT, batch.attention_mask_BT))
+    predicted = module._predicted(batch, hidden_states(module.drafter, batch.input_ids_BT, batch.attention_mask_BT))
     expected = capped(target)(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-    torch.testing.assert_close(logits.target(slice(3, 9)), expected[batch.target_mask_BT][3:9])
+    torch.testing.assert_close(predicted.target(slice(3, 9)), expected[batch.target_mask_BT][3:9])
     assert expected.abs().max() <= 2
 
 
@@ -168,8 +168,8 @@ def test_block_efficiency_is_logged_for_greedy_and_for_sampled_responses(target)
         with torch.no_grad():
             p, q = (model(input_ids=ids).logits[0, 1:-1] for model in (module.drafter, target))
         accept = acceptance_of_written(p, q, torch.tensor(tokens), Sampling(temperature, 0.9))
-        of_kind = sums[temperature == 0]
-        of_kind[0] += len(tokens)
-        of_kind[1] += expected_blocks(accept[None], torch.tensor([len(tokens)]), 2).item()
+        total = sums[temperature == 0]
+        total[0] += len(tokens)
+        total[1] += expected_blocks(accept[None], torch.tensor([len(tokens)]), 2).item()
     for name, (tokens, blocks) in (("greedy", sums[True]), ("sampled", sums[False])):
         assert metrics[f"val/block_efficiency_{name}"].item() == pytest.approx(tokens / blocks, rel=1e-4)

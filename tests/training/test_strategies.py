@@ -1,4 +1,4 @@
-"""Every way of training on several ranks, on CPU with gloo: the curve and the drafter are those of one process."""
+"""Every strategy for several ranks, on CPU with gloo, has the curve and the drafter of one process."""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ STRATEGIES = {
     "bf16": ["trainer.precision=bf16-mixed"],
     "all_fsdp2": [*LIVE, "target.parallel=fsdp", *FSDP2, "finetune.gradient_checkpointing=true"],
 }
-# What changes the result, and not only the way to it, is asked of one process too.
+# Overrides that change the result, and are therefore given to the single process too.
 ALSO_ALONE = {
     "target_fsdp": LIVE,
     "all_fsdp2": LIVE,
@@ -49,7 +49,7 @@ def curve(folder):
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
-    """One process's run with the given overrides, made once."""
+    """Return a function that runs one process with the given overrides, once."""
     overrides, _ = world
     made = {}
 
@@ -71,19 +71,19 @@ def test_two_ranks_have_the_curve_and_the_drafter_of_one_process(world, alone, t
     one = alone(ALSO_ALONE.get(strategy, []))
     assert manifest(out)["counts"]["steps"] == 6
     assert len(curve(out)) == len(curve(one)) == 4
-    # The same sums in another order; AdamW's first steps divide by the root of small numbers. bfloat16 has 8 bits.
+    # The same sums in another order, enlarged by AdamW's division by the root of small numbers. bfloat16 has 8 bits.
     loose = 20 if strategy == "bf16" else 1
     for found, expected in zip(curve(out), curve(one), strict=True):
         assert found == pytest.approx(expected, rel=1e-3 * loose, abs=1e-4 * loose)
-    two, whole = (load_file(folder / "model.safetensors") for folder in (out, one))
-    assert two.keys() == whole.keys()
-    for name, value in whole.items():
+    weights_two, weights_one = (load_file(folder / "model.safetensors") for folder in (out, one))
+    assert weights_two.keys() == weights_one.keys()
+    for name, value in weights_one.items():
         assert value.dtype == torch.float32
-        assert two[name].sub(value).abs().max() < 2e-3 * loose, name
+        assert weights_two[name].sub(value).abs().max() < 2e-3 * loose, name
 
 
-@pytest.mark.parametrize("goes_on", ["fsdp2", "alone"])
-def test_a_killed_run_of_two_ranks_goes_on_to_the_curve_of_one_that_was_not(world, alone, tmp_path, goes_on):
+@pytest.mark.parametrize("resumed_by", ["fsdp2", "alone"])
+def test_a_killed_run_of_two_ranks_resumes_to_the_curve_of_an_uninterrupted_run(world, alone, tmp_path, resumed_by):
     overrides, _ = world
     longer = ["finetune.max_steps=26", "finetune.validate_every=4"]
     command = ["-m", "experiments.finetune", *overrides, *STEPS, *longer, f"out={tmp_path}/out"]
@@ -94,12 +94,12 @@ def test_a_killed_run_of_two_ranks_goes_on_to_the_curve_of_one_that_was_not(worl
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out" / "manifest.json").exists()
-    run(*([*TORCHRUN, *command, *FSDP2] if goes_on == "fsdp2" else [sys.executable, *command]))
+    run(*([*TORCHRUN, *command, *FSDP2] if resumed_by == "fsdp2" else [sys.executable, *command]))
     for found, expected in zip(curve(tmp_path / "out"), curve(alone(longer)), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_a_job_of_a_cluster_that_is_preempted_is_requeued_and_ends_with_the_same_curve(world, alone, tmp_path):
+def test_a_preempted_cluster_job_is_requeued_and_ends_with_the_same_curve(world, alone, tmp_path):
     overrides, _ = world
     longer = ["finetune.max_steps=80", "finetune.validate_every=4"]
     command = ["-m", "experiments.finetune", *overrides, *STEPS, *longer, f"out={tmp_path}/out", "cluster=local"]
@@ -112,15 +112,15 @@ def test_a_job_of_a_cluster_that_is_preempted_is_requeued_and_ends_with_the_same
         with contextlib.suppress(OSError):
             if b"submitit.core._submit" in (line := path.read_bytes()) and bytes(tmp_path) in line:
                 os.kill(int(path.parent.name), signal.SIGUSR2)
-    _, told = process.communicate()
-    assert process.returncode == 0, told
-    assert "failed" not in told
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "failed" not in errors
     assert any("Requeued job" in path.read_text() for path in (tmp_path / "jobs").glob("*log.*"))
     for found, expected in zip(curve(tmp_path / "out"), curve(alone(longer)), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_two_ranks_hold_one_target_together_and_answer_as_one_process(world, tmp_path):
+def test_two_ranks_share_one_target_and_generate_as_one_process(world, tmp_path):
     overrides, root = world
     save_llama(tmp_path / "target", root.parent / "target")
     overrides = [*overrides, f"target.path={tmp_path}/target", f"++inputs.data={root}/data"]
@@ -136,7 +136,7 @@ def test_two_ranks_hold_one_target_together_and_answer_as_one_process(world, tmp
     one, two = (Rows(tmp_path / f"cache-{name}", "cache") for name in ("one", "two"))
     for expected, found in zip(one, two, strict=True):
         expected, found = (restore(row, rows.schema).float() for row, rows in ((expected, one), (found, two)))
-        torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)  # they are kept in bfloat16
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)  # stored in bfloat16
     sparse = ["-m", "experiments.cache", *overrides, *steps["cache"], "cache=sparse", "cache.format.num_samples=8"]
     sparse += ["cache.format.top_k=4"]
     run(sys.executable, *sparse, f"out={tmp_path}/sparse-one")
@@ -160,7 +160,7 @@ def test_two_ranks_hold_one_target_together_and_answer_as_one_process(world, tmp
         ("cache", "tensor", r"target\.parallel is 'tensor', .* the ranks of torchrun: there are none"),
     ],
 )
-def test_a_way_of_splitting_the_target_that_a_stage_does_not_have_is_refused(world, tmp_path, name, parallel, message):
+def test_an_unsupported_value_of_target_parallel_is_refused(world, tmp_path, name, parallel, message):
     overrides, _ = world
     with pytest.raises(ValueError, match=message):
         stage(name, [*overrides, f"target.parallel={parallel}", "++inputs.cache=null", f"out={tmp_path}/out"])
