@@ -22,15 +22,16 @@ from drafter.data.batches import Batch
 from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.decoders import Compiled
-from drafter.decoding.speculative import Decoded, autoregressive_decode, speculative_decode
-from drafter.decoding.timings import measure
+from drafter.decoding.generation import Decoded
+from drafter.decoding.options import DecodingOptions
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode
+from drafter.decoding.timings import measure_call_timings
 from drafter.losses.distributions import Drawn, Sparse
 from drafter.losses.divergences import tvdpp
 from drafter.metrics import memory_bound_speedup
 from drafter.models.initialization import build_drafter
 from drafter.models.loading import OutputEmbedding
 from drafter.training.modules import Distillation
-from drafter.warping import Sampling
 from experiments.planning.roofline import Shape, operations
 
 
@@ -114,10 +115,10 @@ def finetuning(device, shapes, sparse):
 
 
 class Prescribed:
-    """Sets the target's logits after each call: a draft is the argmax with the given chance, else another token is."""
+    """Sets the target's logits after each call such that a draft is the argmax with a prescribed probability."""
 
     def __init__(self, target, rate, device):
-        decoder_of(target)  # how it is best called is found out while its logits are its own
+        decoder_of(target)  # this tries the model, which has to happen before its logits are changed
         self.rate, self.calls = rate, torch.zeros((), device=device)
         target.base_model.register_forward_pre_hook(self.before, with_kwargs=True)
         target.get_output_embeddings().register_forward_hook(self.after)
@@ -127,7 +128,7 @@ class Prescribed:
         self.ids_BT = named["input_ids"] if "input_ids" in named else arguments[0]
 
     def after(self, module, arguments, logits):
-        """Agree or not, by a hash of the call's number and the place: a compiled call has no random numbers to draw."""
+        """Agree or not by a hash of the call's number and the position: a compiled call cannot draw random numbers."""
         kept = logits.shape[-2]
         drafted = self.ids_BT[0, -kept:].roll(-1)
         self.calls.add_(1)
@@ -200,32 +201,33 @@ def responding(target, shapes, bandwidth, device):
 
 
 def decoding(target, drafter, shapes, arguments, bandwidth, device):
-    """One text alone, and with drafts that are accepted with the prescribed chance."""
+    """Time one sequence without a drafter, and with drafts that are accepted with the prescribed probability."""
     Prescribed(target, arguments.acceptance, device)
     prompt, tokens, gamma = list(range(16)), 4 * shapes["tokens"], arguments.gamma
     ways = {"eager": (target, drafter)}
     if device.type == "cuda":
         capacity = len(prompt) + tokens + gamma + 1
         ways["compiled"] = (Compiled(target, capacity), Compiled(drafter, capacity))
-    for name, (slow, fast) in ways.items():
+    options = DecodingOptions(tokens)
+    for name, (timed_target, timed_drafter) in ways.items():
         found: list[Decoded] = []
 
-        def baseline(slow=slow):
-            autoregressive_decode(slow, prompt, tokens, Sampling(), [])
+        def baseline(model=timed_target):
+            autoregressive_decode(model, prompt, options)
 
-        def drafting(slow=slow, fast=fast, found=found):
-            found.append(speculative_decode(slow, fast, prompt, gamma, tokens, Sampling(), []))
+        def drafting(model=timed_target, drafter=timed_drafter, found=found):
+            found.append(speculative_decode(model, drafter, prompt, gamma, options))
 
         alone, drafted = (seconds(work, device, 2) for work in (baseline, drafting))
         calls = len(found[-1].blocks)
-        costs = measure(slow, fast, prompt, gamma)
-        expected = memory_bound_speedup(tokens / calls, costs.ratio, gamma)
+        timings = measure_call_timings(timed_target, timed_drafter, prompt, gamma)
+        expected = memory_bound_speedup(tokens / calls, timings.ratio, gamma)
         least = Shape.of(target).parameters * target.dtype.itemsize / bandwidth
         print(
             f"decode, {name}: {tokens / alone:,.1f} tokens/s, {least / (alone / tokens):.1%} of the bandwidth limit; "
             f"x{alone / drafted:.2f} at tau {tokens / calls:.2f}, {alone / drafted / expected:.1%} of the MBSU of "
-            f"{expected:.2f} at the measured c of {costs.ratio:.1%}; a call of {gamma + 1} tokens takes "
-            f"{costs.verification(gamma):.2f} of one"
+            f"{expected:.2f} at the measured c of {timings.ratio:.1%}; a call of {gamma + 1} tokens takes "
+            f"{timings.verification(gamma):.2f} of one"
         )
 
 

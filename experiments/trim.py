@@ -59,8 +59,9 @@ def main(cfg: DictConfig) -> None:
     sizes = [size for size in cfg.trim.sizes if size < len(ranked)]
     heads = {size: trim(copy.deepcopy(whole), ranked[:size]) for size in sizes} | {len(ranked): whole}
     context = min(map(context_length, (target, whole)))
-    counts = decode_all(heads, target, stops, read_tasks(cfg, tokenizer, context, cfg.trim.prompts_per_task, {}), cfg)
-    heldout = np.concatenate([np.array(text) for text in written.get("validation") or written["train"]])
+    work = read_tasks(cfg, tokenizer, context, cfg.trim.prompts_per_task, stops, {})
+    counts = decode_all(heads, target, work, cfg)
+    heldout = np.concatenate([np.array(tokens) for tokens in written.get("validation") or written["train"]])
     ratios = {size: num_parameters(head) / num_parameters(target) for size, head in heads.items()}
     covered = {size: float(np.isin(heldout, ranked[:size]).mean()) for size in heads}
     table = [row_of(size, covered[size], ratios, counts, cfg.trim.num_speculative_tokens) for size in heads]
@@ -93,21 +94,21 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trim.sizes is {list(cfg.trim.sizes)}, must be numbers of tokens, at least 1")
     if read_kept(cfg.trim.drafter):
         raise ValueError(f"trim.drafter is {cfg.trim.drafter}, which is trimmed already: give the one it was made from")
-    for task, how in cfg.task.items():
-        sampling_of(task, how, {})
+    for task, settings in cfg.task.items():
+        sampling_of(task, settings, {})
 
 
 def decode_all(
-    heads: dict[int, PreTrainedModel], target: PreTrainedModel, stops: list[int], work: list[Task], cfg: DictConfig
+    heads: dict[int, PreTrainedModel], target: PreTrainedModel, work: list[Task], cfg: DictConfig
 ) -> AllCounts:
     """Decode each prompt of the tasks in the domain (of all tasks, if none is) with every size in turn."""
     inside = [task for task in work if cfg.task[task.name].in_domain] or work
     found: AllCounts = {size: {} for size in heads}
     gamma, named = cfg.trim.num_speculative_tokens, {str(size): head for size, head in heads.items()}
     for task in inside:
-        for size, rows in decode(task, target, named, stops, {gamma: gamma}, cfg.seed).items():
-            (row, _) = rows[0]
-            found[int(size)][f"{task.name} {task.prompt_id}"] = np.array([row[field] for field in Counts._fields])
+        for size, (of_size,) in decode(task, target, named, {gamma: gamma}, cfg.seed).items():
+            counts = [of_size.row[field] for field in Counts._fields]
+            found[int(size)][f"{task.name} {task.prompt_id}"] = np.array(counts)
     return found
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from drafter.interruptions import Interrupted, caught, held, raise_asked, take_back
+from drafter.interruptions import Interrupted, catch_signals, defer_signals, raise_deferred, restore_handlers
 from tests.training.test_faults import FORKED, STEPS, content
 
 pytestmark = pytest.mark.end_to_end
@@ -98,25 +98,25 @@ def test_a_loop_ends_at_once_and_keeps_the_files_that_it_has(world, tmp_path, na
 
 
 def test_an_error_that_follows_a_signal_is_its_consequence_and_a_second_signal_is_not_held(tmp_path):
-    with pytest.raises(Interrupted, match="15"), caught(), held():  # noqa: PT012
+    with pytest.raises(Interrupted, match="15"), catch_signals(), defer_signals():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a loader process was killed")
-    with pytest.raises(RuntimeError, match="of its own"), caught(), held():
+    with pytest.raises(RuntimeError, match="of its own"), catch_signals(), defer_signals():
         raise RuntimeError("of its own")
-    with pytest.raises(Interrupted) as second, caught(), held():  # noqa: PT012
+    with pytest.raises(Interrupted) as second, catch_signals(), defer_signals():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
     assert second.value.number == signal.SIGTERM
-    with caught():
-        raise_asked()  # the one that was held is forgotten with its command
+    with catch_signals():
+        raise_deferred()  # the one that was held is forgotten with its command
 
 
 def test_handlers_that_a_library_has_put_in_place_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    take_back()
+    restore_handlers()
     assert signal.getsignal(signal.SIGTERM) is before  # outside a command the signals are others' own
-    with pytest.raises(Interrupted), caught():  # noqa: PT012
+    with pytest.raises(Interrupted), catch_signals():  # noqa: PT012
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        take_back()
+        restore_handlers()
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -34,7 +34,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class Resuming(lightning.Callback):
     """Writes `path` after each validation; gives each step its own random numbers; keeps the curve through a resume.
 
-    Within `interruptions.held`, it is what ends the run after a signal.
+    Within `interruptions.defer_signals`, it is what ends the run after a signal.
 
     Args:
         path: of the checkpoint.
@@ -48,7 +48,7 @@ class Resuming(lightning.Callback):
         self._saved = 0  # the step of the checkpoint
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        interruptions.take_back()
+        interruptions.restore_handlers()
         self._saved = trainer.global_step
         if self._before and trainer.is_global_zero:
             for row in self._before:
@@ -61,7 +61,7 @@ class Resuming(lightning.Callback):
         torch.manual_seed(hash((self.seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)) % 2**63)
 
     def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        interruptions.take_back()
+        interruptions.restore_handlers()
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if trainer.state.fn == "fit" and trainer.global_step < trainer.max_steps:  # else there is nothing to go on with
@@ -86,7 +86,7 @@ class Resuming(lightning.Callback):
         """Raise what signal has come, with what is lost by it."""
         done, lost = trainer.global_step, trainer.global_step - self._saved
         again = f"; the last {lost} will be done again, from the last validation on" if lost else ""
-        interruptions.raise_asked(f"ended after {done} of {trainer.max_steps} steps{again}")
+        interruptions.raise_deferred(f"ended after {done} of {trainer.max_steps} steps{again}")
 
 
 def _number(text: str) -> float:
