@@ -314,12 +314,9 @@ def test_an_unsure_drafter_drafts_one_token_and_a_sure_one_all(target):
 
 
 def test_acceptance_probabilities_predict_the_number_of_accepted_tokens(target, drafter):
-    sampling, generator = Sampling(0.8), torch.Generator().manual_seed(0)
-    blocks = [
-        block
-        for _ in range(150)
-        for block in speculative_decode(target, drafter, [1, 2], 3, DecodingOptions(12, sampling), generator).blocks
-    ]
+    options, generator = DecodingOptions(12, Sampling(0.8)), torch.Generator().manual_seed(0)
+    decoded = speculative_decode_batch(target, drafter, [[1, 2]] * 600, 3, options, generator)
+    blocks = [block for one in decoded for block in one.blocks]
     expected = sum(
         float(np.prod(block.acceptance_probabilities[: j + 1]))
         for block in blocks
