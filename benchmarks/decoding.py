@@ -44,8 +44,8 @@ def methods(target, drafter, arguments, stops):
         return {"autoregressive, ours": autoregressive, "speculative, ours": ours}, ours_batched
     sampled = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0} if arguments.temperature else {}
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, eos_token_id=stops, pad_token_id=0, **sampled)
-    target.generation_config = GenerationConfig()  # of which `generate` takes what its own config leaves open
-    # The assistant's own settings are read from its generation config.
+    target.generation_config = GenerationConfig()  # `generate` fills the unset fields of `config` from it
+    # `generate` reads the assistant's settings from the assistant's generation config.
     drafter.generation_config.num_assistant_tokens = gamma
     drafter.generation_config.num_assistant_tokens_schedule = "constant"
     drafter.generation_config.assistant_confidence_threshold = 0.0

@@ -44,12 +44,15 @@ def count_expected_blocks(target, drafter, cache, sampling, gamma):
     """Return the tokens and the expected blocks of each response."""
     tokens, blocks = np.zeros(len(cache)), np.zeros(len(cache))
     for batch in by_budget(cache.lengths.tolist(), 4096):
-        texts = collate([response_sequence(row, restore(row, cache.schema)) for row in cache.read(batch)])
-        mask = texts.target_mask_BT
-        hidden, head = hidden_states(drafter, texts.input_ids_BT, texts.attention_mask_BT)[mask], drafter.lm_head
-        written, lengths, q = next_tokens(texts)[mask], mask.sum(1), target_at(target, texts)
-        parts = [slice(start, start + 256) for start in range(0, len(written), 256)]
-        accept = torch.cat([acceptance_of_written(head(hidden[n]), exact(q(n)), written[n], sampling) for n in parts])
+        sequences = collate([response_sequence(row, restore(row, cache.schema)) for row in cache.read(batch)])
+        mask = sequences.target_mask_BT
+        hidden, head = (
+            hidden_states(drafter, sequences.input_ids_BT, sequences.attention_mask_BT)[mask],
+            drafter.lm_head,
+        )
+        generated, lengths, q = next_tokens(sequences)[mask], mask.sum(1), target_at(target, sequences)
+        parts = [slice(start, start + 256) for start in range(0, len(generated), 256)]
+        accept = torch.cat([acceptance_of_written(head(hidden[n]), exact(q(n)), generated[n], sampling) for n in parts])
         tokens[batch] = lengths
         blocks[batch] = expected_blocks(split_rows(accept, lengths), lengths, gamma)
     return tokens, blocks
@@ -57,13 +60,13 @@ def count_expected_blocks(target, drafter, cache, sampling, gamma):
 
 def cached(target, requests, answers, folder):
     """Return the responses with a cache of the target's distributions."""
-    written = [
+    generated = [
         {**request._asdict(), "id": str(number), "response_ids": tokens, "truncated": False}
         for number, (request, tokens) in enumerate(zip(requests, answers, strict=True))
     ]
-    texts = Folder(f"{folder}/texts")
-    write_shard(texts, 0, written, schema(0.95), {})
-    rows = finished_rows(texts, finish(texts, 1, schema(0.95))[0], "respond")
+    responses = Folder(f"{folder}/responses")
+    write_shard(responses, 0, generated, schema(0.95), {})
+    rows = finished_rows(responses, finish(responses, 1, schema(0.95))[0], "respond")
     count, columns = write_cache(target, rows, Folder(folder), ExactFormat(), batch_tokens=4096, shard_size=256, seed=0)
     return finished_rows(Folder(folder), finish(Folder(folder), count, columns)[0], "cache")
 

@@ -1,14 +1,14 @@
-"""The drafter's own loop on one GPU, with random weights at the paper's shape: fractions of limits of the same run.
+"""Finetuning, responding and decoding on one GPU, with random weights in the paper's shapes, relative to its limits.
 
     python -m benchmarks.gpu                (an H100 or another with 40 GB; about 5 minutes)
     python -m benchmarks.gpu --small        (tiny shapes: a check of the script itself, on any machine)
 
-Limits: a large bfloat16 product (operations a second), and a large copy (bytes a second). Finetuning: the 115M drafter,
-sequences of 2,048 of which half are response, TVD++, an exact and a sparse cache: tokens a second and MFU, which counts
-the drafter's own three passes alone. Respond: Llama 2 7B's shape, answers side by side, against the reading of weights
-and cache. Decoding: the same target with the drafter, where each draft is accepted with a prescribed chance: after each
-of the target's calls its logits are set to agree or not. MBSU takes c as measured, the time of a drafter's call over
-the target's.
+The limits are measured in the same run: a large bfloat16 product (operations per second) and a large copy (bytes per
+second). Finetuning: the 115M drafter on sequences of 2,048 tokens of which half are response, TVD++, with an exact and
+a sparse cache: tokens per second, and MFU, which counts the drafter's three passes alone. Respond: Llama 2 7B's shape
+with a batch of responses, relative to reading the weights and the cache. Decoding: the same target with the drafter,
+where each draft is accepted with a prescribed probability: each target call's logits are set to agree or not. MBSU
+takes the measured c, the time of a drafter call over that of a target call.
 """
 
 import argparse
@@ -36,14 +36,14 @@ from experiments.planning.roofline import Shape, operations
 
 
 def now(device):
-    """Seconds, once the device is done."""
+    """Return the time in seconds, after waiting for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds(work, device, repeats=5):
-    """The shortest of several runs, after one to warm up."""
+    """Return the time of the fastest of several runs, after one to warm up."""
     work()
     found = []
     for _ in range(repeats):
@@ -54,7 +54,7 @@ def seconds(work, device, repeats=5):
 
 
 def limits(device, dtype, size):
-    """Operations and bytes a second that a product and a copy reach."""
+    """Return the operations per second of a product and the bytes per second of a copy."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     flops = 2 * size**3 / seconds(lambda: left @ right, device)
     source = torch.empty(size * size * 16, device=device, dtype=torch.uint8)
@@ -64,21 +64,21 @@ def limits(device, dtype, size):
 
 
 class Silent:
-    """What of Lightning's trainer a step asks for, in one process."""
+    """A stub of the parts of Lightning's trainer that a training step uses, in one process."""
 
     world_size, global_step = 1, 0
 
     class strategy:
-        """Of one process."""
+        """A stub of a strategy with one process."""
 
         @staticmethod
         def reduce(value, reduce_op):
-            """Nothing to add."""
+            """Return the value: there is only one process."""
             return value
 
 
 def finetuning(device, shapes, sparse):
-    """Tokens and seconds of a training step, and the drafter's shape; the peak of memory in bytes."""
+    """Return tokens, scored positions and seconds of a training step, the drafter's shape, and peak memory in bytes."""
     length, sequences, hidden = shapes["length"], shapes["sequences"], shapes["target"].hidden_size
     with torch.device(device):
         drafter = build_drafter(shapes["drafter"], shapes["target"].vocab_size, {}).train()
@@ -124,7 +124,7 @@ class Prescribed:
         target.get_output_embeddings().register_forward_hook(self.after)
 
     def before(self, module, arguments, named):
-        """Remember the ids."""
+        """Store the ids."""
         self.ids_BT = named["input_ids"] if "input_ids" in named else arguments[0]
 
     def after(self, module, arguments, logits):
@@ -138,7 +138,7 @@ class Prescribed:
 
 
 def main():
-    """Print the figures."""
+    """Run every part and print its rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--acceptance", type=float, default=0.7)
@@ -189,7 +189,7 @@ def main():
 
 
 def responding(target, shapes, bandwidth, device):
-    """Answers side by side, against the reading of the weights and of the cache so far."""
+    """Time a batch of responses, relative to reading the weights and the cache of the tokens so far."""
     count, tokens, prompt = shapes["answers"], shapes["tokens"], list(range(16))
     engine = transformers_engine(target, Limits(0.95, tokens, []), 10**9, first_round=tokens)
     asked = [Request(str(number), "", "train", 1.0, prompt) for number in range(count)]

@@ -32,7 +32,7 @@ from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 from experiments.running.progress import Progress
-from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
+from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -107,8 +107,7 @@ def check(cfg: DictConfig) -> None:
     """Check the settings before a model is loaded."""
     check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
-    for task, settings in cfg.task.items():
-        DecodingOptions(settings.max_new_tokens, sampling_of(task, settings, cfg.evaluate.sampling))
+    check_tasks(cfg, cfg.evaluate.sampling)
     for gamma in cfg.evaluate.num_speculative_tokens:
         check_draft_length(gamma_of(gamma, cfg))
 

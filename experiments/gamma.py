@@ -29,7 +29,7 @@ from experiments.reporting.gamma_page import GammaRow, gamma_page
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
-from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
+from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,7 @@ def check(cfg: DictConfig) -> None:
     check_can_decode(load_config(target_source(cfg)))
     if cfg.gamma.largest < 1:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at least 1")
-    for task, settings in cfg.task.items():
-        sampling_of(task, settings, {})
+    check_tasks(cfg, {})
 
 
 class DecodedPrompt(NamedTuple):

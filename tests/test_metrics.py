@@ -31,7 +31,7 @@ def simulate(generator, prompts, per_call=2.0, spread=0.5):
     return {f"p{i}": np.array(counts(tokens=tokens[i], target_calls=calls[i])) for i in range(prompts)}
 
 
-def test_the_counts_of_a_handmade_decoding():
+def test_the_counts_of_a_decoding_made_by_hand():
     decoded = Decoded(
         tokens=[1, 2, 3, 9, 4, 5, 6, 7],
         blocks=[
@@ -46,7 +46,7 @@ def test_the_counts_of_a_handmade_decoding():
             ),  # 2 tested
             Block(
                 [7, 8, 8], accepted=1, emitted=[7], acceptance_probabilities=(0.9, 0.9, 0.9), extendable=0
-            ),  # 7 ends the text: 1 tested
+            ),  # 7 ends the sequence: 1 tested
         ],
         seconds=Seconds(0.5, 0.1, 0.3),
     )
@@ -122,14 +122,14 @@ def test_the_memory_bound_speedup_is_the_papers_formula():
     assert memory_bound_speedup(4.0, 1.0, 3) == 1
 
 
-def test_an_interval_holds_the_value_and_is_the_same_on_every_call():
+def test_an_interval_contains_the_value_and_is_deterministic():
     rows = simulate(np.random.default_rng(0), 40)
     first = estimate(rows, "block_efficiency")
     assert first.low < first.value < first.high
     assert estimate(rows, "block_efficiency") == first
 
 
-def test_one_prompt_or_equal_prompts_have_an_interval_without_width():
+def test_one_prompt_or_equal_prompts_have_an_interval_of_width_zero():
     for rows in ({"a": np.array(counts())}, {str(i): np.array(counts()) for i in range(5)}):
         value, low, high = estimate(rows, "block_efficiency")
         assert low == value == high == 2
@@ -170,7 +170,7 @@ def test_a_paired_difference_over_different_prompts_is_refused(other):
         paired_difference(ours, theirs, "block_efficiency")
 
 
-def test_a_paired_difference_goes_by_the_prompts_names_and_not_by_their_order():
+def test_a_paired_difference_matches_prompts_by_name_and_not_by_order():
     generator = np.random.default_rng(0)
     ours, theirs = simulate(generator, 30), simulate(generator, 30)
     reordered = dict(reversed(theirs.items()))
@@ -193,7 +193,7 @@ def test_pairing_narrows_the_interval_of_correlated_measurements():
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_identical_rows_differ_by_exactly_nothing(ratio):
+def test_identical_rows_differ_by_exactly_zero(ratio):
     rows = simulate(np.random.default_rng(0), 25)
     copy = {prompt: row.copy() for prompt, row in rows.items()}
     assert paired_difference(rows, copy, ratio) == (0.0, 0.0, 0.0)

@@ -112,10 +112,10 @@ def choose_prompts(
 
 def _nothing(owner: str, tally: Tally, limit: int) -> str:
     """Return the error message for a source that gave no row."""
-    told = f"{owner} has no row that its settings choose: {tally}"
+    message = f"{owner} has no row that its settings choose: {tally}"
     if tally.shortest is None:
-        return told
+        return message
     return (
-        f"{told}. Its shortest prompt that is too long has {tally.shortest} tokens, "
+        f"{message}. Its shortest prompt that is too long has {tally.shortest} tokens, "
         f"and prepare.max_prompt_tokens is {limit}: raise it, give shorter rows, or leave it out"
     )

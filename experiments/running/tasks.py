@@ -10,7 +10,7 @@ from drafter.artifacts.manifest import read_jsonl
 from drafter.data.prompts import encode_prompts
 from drafter.decoding.evaluation import Task
 from drafter.decoding.options import DecodingOptions
-from drafter.warping import Sampling, check_sampling
+from drafter.warping import Sampling
 from experiments.running.inputs import plain
 
 
@@ -28,8 +28,10 @@ def decoding_settings(cfg: DictConfig) -> dict[str, Any]:
     return {"tasks": tasks, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
 
 
-def sampling_of(task: str, settings: DictConfig, overrides: Mapping[str, Any]) -> Sampling:
-    """Return how a task samples: by its settings, or by `overrides` (evaluate.sampling), which apply to all tasks.
+def options_of(
+    task: str, settings: DictConfig, overrides: Mapping[str, Any], stop_ids: Sequence[int] = ()
+) -> DecodingOptions:
+    """Return how a task is decoded: by its settings, or by `overrides` (evaluate.sampling), which apply to all tasks.
 
     Raises:
         ValueError: an override is none of temperature, top_p and top_k, or a value is out of its range.
@@ -37,12 +39,16 @@ def sampling_of(task: str, settings: DictConfig, overrides: Mapping[str, Any]) -
     if unknown := set(overrides) - set(Sampling._fields):
         raise ValueError(f"evaluate.sampling has {sorted(unknown)}, it takes {', '.join(Sampling._fields)}")
     defaults = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.get("top_k", 0)}
-    sampling = Sampling(**{**defaults, **overrides})
     try:
-        check_sampling(sampling)
+        return DecodingOptions(settings.max_new_tokens, Sampling(**{**defaults, **overrides}), stop_ids)
     except ValueError as error:
         raise ValueError(f"task.{task}: {error}") from None
-    return sampling
+
+
+def check_tasks(cfg: DictConfig, overrides: Mapping[str, Any]) -> None:
+    """Raise ValueError if a task cannot be decoded with its settings (see `options_of`)."""
+    for task, settings in cfg.task.items():
+        options_of(task, settings, overrides)
 
 
 def read_tasks(
@@ -61,14 +67,14 @@ def read_tasks(
         context: the number of tokens that prompt and answer must fit into.
         per_task: the most prompts per task.
         stop_ids: tokens that end an answer.
-        overrides: sampling settings that apply to all tasks (see `sampling_of`).
+        overrides: sampling settings that apply to all tasks (see `options_of`).
     """
     every = read_jsonl(f"{cfg.inputs.data}/tasks.jsonl")
     tasks = []
     for name, settings in cfg.task.items():
         rows = [row for row in every if row["task"] == name][:per_task]
         encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows], settings.max_new_tokens, context)
-        options = DecodingOptions(settings.max_new_tokens, sampling_of(name, settings, overrides), stop_ids)
+        options = options_of(name, settings, overrides, stop_ids)
         tasks += [
             Task(name, row["id"], row["prompt"], prompt, options) for row, prompt in zip(rows, encoded, strict=True)
         ]

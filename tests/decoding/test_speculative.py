@@ -66,7 +66,7 @@ class TestStubs:
         decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(4, 5, 6)), [0], 3, DecodingOptions(7))
         assert decoded.tokens == script(1, 2, 3)[:7]
         assert [(block.accepted, len(block.emitted)) for block in decoded.blocks] == [(0, 1)] * 7
-        assert [block.tested for block in decoded.blocks] == [1] * 6 + [0]  # no room for a draft in the last
+        assert [block.tested for block in decoded.blocks] == [1] * 6 + [0]  # the last token is a bonus token
 
     def test_a_drafter_that_sometimes_agrees_keeps_the_agreeing_prefix(self):
         decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 9)), [0], 4, DecodingOptions(9))
