@@ -1,12 +1,11 @@
-"""Compare the tokens per second of this project's loop, transformers' assisted generation and autoregressive decoding.
+"""Tokens per second of our loop, transformers' assisted generation and autoregressive decoding, in one run.
 
     python -m benchmarks.decoding [--target DIR] [--drafter DIR] [--gamma 3] [--temperature 0] [--batch 8]
 
-Run it after `make demo`; the default pair is the demo's target and its KLD drafter. Every method decodes each prompt in
-turn, so that other work on the machine affects all methods alike. Assisted generation drafts the same number of tokens
-(a constant schedule, no confidence threshold) and samples from the same distribution (top_k 0). Process time is that of
-one thread; wall time is that of the same run. In the last row, `--batch` sequences are decoded side by side; where one
-ends, the next prompt takes its place.
+Run `make demo` first; the defaults are its target and its KLD drafter. Each prompt is decoded by every method in turn,
+so that other load on the machine affects all alike. Assisted generation drafts the same number of tokens (a constant
+schedule, no confidence threshold) and samples from the same distribution (top_k 0). Process time is that of one thread,
+wall time that of the same run. The last row decodes a batch of sequences; when one ends, the next prompt takes its row.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from transformers import GenerationConfig
 
 from drafter.data.prompts import encode_prompt
 from drafter.decoding.decoders import Compiled
+from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
 from drafter.models.ends import end_of_turn_ids
 from drafter.models.loading import load_target, load_tokenizer
@@ -25,30 +25,27 @@ from drafter.warping import Sampling
 
 
 def methods(target, drafter, arguments, stops):
-    """Return by name the functions from prompts to the new tokens of each, and the function that decodes a batch."""
-    sampling, limit, gamma = Sampling(arguments.temperature), arguments.max_new_tokens, arguments.gamma
+    """Return functions by name, each from prompts to the new tokens of each, and the one that decodes a batch."""
+    gamma = arguments.gamma
+    options = DecodingOptions(arguments.max_new_tokens, Sampling(arguments.temperature), stops)
     generator = torch.Generator().manual_seed(0)
 
     def autoregressive(prompts):
-        return [autoregressive_decode(target, prompt, limit, sampling, stops, generator).tokens for prompt in prompts]
+        return [autoregressive_decode(target, prompt, options, generator).tokens for prompt in prompts]
 
     def ours(prompts):
-        return [
-            speculative_decode(target, drafter, prompt, gamma, limit, sampling, stops, generator).tokens
-            for prompt in prompts
-        ]
+        return [speculative_decode(target, drafter, prompt, gamma, options, generator).tokens for prompt in prompts]
 
     def ours_batched(prompts):
-        size = arguments.batch
-        decoded = speculative_decode_batch(target, drafter, prompts, gamma, limit, sampling, stops, generator, size)
+        decoded = speculative_decode_batch(target, drafter, prompts, gamma, options, generator, arguments.batch)
         return [one.tokens for one in decoded]
 
     if isinstance(drafter, Compiled):
         return {"autoregressive, ours": autoregressive, "speculative, ours": ours}, ours_batched
-    how = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0} if arguments.temperature else {}
-    config = GenerationConfig(max_new_tokens=limit, eos_token_id=stops, pad_token_id=0, **how)
-    target.generation_config = GenerationConfig()  # `generate` takes from it whatever `config` leaves open
-    # The assistant's own settings are read from its generation config.
+    sampled = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0} if arguments.temperature else {}
+    config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, eos_token_id=stops, pad_token_id=0, **sampled)
+    target.generation_config = GenerationConfig()  # `generate` fills the unset fields of `config` from it
+    # `generate` reads the assistant's settings from the assistant's generation config.
     drafter.generation_config.num_assistant_tokens = gamma
     drafter.generation_config.num_assistant_tokens_schedule = "constant"
     drafter.generation_config.assistant_confidence_threshold = 0.0
@@ -70,7 +67,7 @@ def methods(target, drafter, arguments, stops):
 
 
 def main():
-    """Print one line per method."""
+    """Print a line per method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="assets/tiny-target")
     parser.add_argument("--drafter", default="runs/tiny/finetune/kld-seed1")
@@ -79,7 +76,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--compile", action="store_true", help="also time this project's loop with compiled models")
+    parser.add_argument("--compile", action="store_true", help="run our loop with compiled models as well")
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -114,14 +111,15 @@ def main():
         rates = f"{count / process:7.1f} tokens/s of process time  {count / wall:7.1f} of wall time"
         print(f"{name:32s} {rates}  x{ratio:.2f}")
     if alone is not None:
-        print(f"greedy texts unlike the autoregressive one: {greedy_differences}")
+        print(f"greedy outputs that differ from the autoregressive one: {greedy_differences}")
         print(
-            f"greedy texts of the batch unlike those alone: {sum(a != b for a, b in zip(alone, together, strict=True))}"
+            "greedy outputs of the batch that differ from those one at a time: "
+            f"{sum(a != b for a, b in zip(alone, together, strict=True))}"
         )
 
 
 def timed(total, method, prompts):
-    """Run a method, add its tokens, process time and wall time to `total`, and return its result."""
+    """Run a method, and add its tokens, process time and wall time to the total."""
     process, wall = time.process_time(), time.perf_counter()
     found = method(prompts)
     total[0] += sum(map(len, found))

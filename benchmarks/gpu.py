@@ -1,17 +1,14 @@
-"""Measure training, generation and decoding on one GPU, with random weights at the paper's shape.
+"""Finetuning, responding and decoding on one GPU, with random weights in the paper's shapes, relative to its limits.
 
     python -m benchmarks.gpu                (an H100 or another GPU with 40 GB; about 5 minutes)
     python -m benchmarks.gpu --small        (tiny shapes: a check of the script itself, on any machine)
 
-Each result is a fraction of a limit that the same run measures: a large bfloat16 matrix product (operations per second)
-and a large copy (bytes per second).
-
-- Finetuning: the 115M drafter, sequences of 2,048 tokens of which half are response, TVD++, an exact and a sparse
-  cache. It prints tokens per second and MFU, which counts only the drafter's own three passes.
-- Respond: a target of Llama 2 7B's shape generates responses side by side, against the time of reading the weights and
-  the key-value cache.
-- Decoding: the same target with the drafter. Each draft is accepted with a prescribed probability, because the target's
-  logits are replaced after each call. The MBSU uses the measured c: the time of a drafter's call over the target's.
+The limits are measured in the same run: a large bfloat16 product (operations per second) and a large copy (bytes per
+second). Finetuning: the 115M drafter on sequences of 2,048 tokens of which half are response, TVD++, with an exact and
+a sparse cache: tokens per second, and MFU, which counts the drafter's three passes alone. Respond: Llama 2 7B's shape
+with a batch of responses, relative to reading the weights and the cache. Decoding: the same target with the drafter,
+where each draft is accepted with a prescribed probability: each target call's logits are set to agree or not. MBSU
+takes the measured c, the time of a drafter call over that of a target call.
 """
 
 import argparse
@@ -25,27 +22,28 @@ from drafter.data.batches import Batch
 from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.decoders import Compiled
-from drafter.decoding.speculative import Decoded, autoregressive_decode, speculative_decode
-from drafter.decoding.timings import measure
+from drafter.decoding.generation import Decoded
+from drafter.decoding.options import DecodingOptions
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode
+from drafter.decoding.timings import measure_call_timings
 from drafter.losses.distributions import Drawn, Sparse
 from drafter.losses.divergences import tvdpp
 from drafter.metrics import memory_bound_speedup
 from drafter.models.initialization import build_drafter
 from drafter.models.loading import OutputEmbedding
 from drafter.training.modules import Distillation
-from drafter.warping import Sampling
 from experiments.planning.roofline import Shape, operations
 
 
 def now(device):
-    """Return the time in seconds, after waiting until the device is done."""
+    """Return the time in seconds, after waiting for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds(work, device, repeats=5):
-    """Return the shortest time of several runs, after one run to warm up."""
+    """Return the time of the fastest of several runs, after one to warm up."""
     work()
     found = []
     for _ in range(repeats):
@@ -56,7 +54,7 @@ def seconds(work, device, repeats=5):
 
 
 def limits(device, dtype, size):
-    """Return the operations per second of a matrix product and the bytes per second of a copy."""
+    """Return the operations per second of a product and the bytes per second of a copy."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     flops = 2 * size**3 / seconds(lambda: left @ right, device)
     source = torch.empty(size * size * 16, device=device, dtype=torch.uint8)
@@ -66,21 +64,21 @@ def limits(device, dtype, size):
 
 
 class Silent:
-    """The part of Lightning's trainer that a training step uses, for one process."""
+    """A stub of the parts of Lightning's trainer that a training step uses, in one process."""
 
     world_size, global_step = 1, 0
 
     class strategy:
-        """The strategy of one process."""
+        """A stub of a strategy with one process."""
 
         @staticmethod
         def reduce(value, reduce_op):
-            """Return the value, since there is nothing to add to it."""
+            """Return the value: there is only one process."""
             return value
 
 
 def finetuning(device, shapes, sparse):
-    """Return a training step's tokens, scored positions and seconds, the drafter's shape, and the peak memory."""
+    """Return tokens, scored positions and seconds of a training step, the drafter's shape, and peak memory in bytes."""
     length, sequences, hidden = shapes["length"], shapes["sequences"], shapes["target"].hidden_size
     with torch.device(device):
         drafter = build_drafter(shapes["drafter"], shapes["target"].vocab_size, {}).train()
@@ -119,20 +117,20 @@ def finetuning(device, shapes, sparse):
 
 
 class Prescribed:
-    """Sets the target's logits after each call: with probability `rate` a draft is the argmax."""
+    """Sets the target's logits after each call such that a draft is the argmax with a prescribed probability."""
 
     def __init__(self, target, rate, device):
-        decoder_of(target)  # `decoder_of` tests how the model can be called, before its logits are replaced
+        decoder_of(target)  # this tries the model, which has to happen before its logits are changed
         self.rate, self.calls = rate, torch.zeros((), device=device)
         target.base_model.register_forward_pre_hook(self.before, with_kwargs=True)
         target.get_output_embeddings().register_forward_hook(self.after)
 
     def before(self, module, arguments, named):
-        """Keep the token ids of the call."""
+        """Store the ids."""
         self.ids_BT = named["input_ids"] if "input_ids" in named else arguments[0]
 
     def after(self, module, arguments, logits):
-        """Agree with each draft or not, by a hash of call number and position, as a compiled call cannot draw."""
+        """Agree or not by a hash of the call's number and the position: a compiled call cannot draw random numbers."""
         kept = logits.shape[-2]
         drafted = self.ids_BT[0, -kept:].roll(-1)
         self.calls.add_(1)
@@ -142,7 +140,7 @@ class Prescribed:
 
 
 def main():
-    """Measure and print."""
+    """Run every part and print its rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--acceptance", type=float, default=0.7)
@@ -193,7 +191,7 @@ def main():
 
 
 def responding(target, shapes, bandwidth, device):
-    """Time responses side by side, against the time of reading the weights and the key-value cache so far."""
+    """Time a batch of responses, relative to reading the weights and the cache of the tokens so far."""
     count, tokens, prompt = shapes["answers"], shapes["tokens"], list(range(16))
     engine = transformers_engine(target, Limits(0.95, tokens, []), 10**9, first_round=tokens)
     asked = [Request(str(number), "", "train", 1.0, prompt) for number in range(count)]
@@ -205,32 +203,33 @@ def responding(target, shapes, bandwidth, device):
 
 
 def decoding(target, drafter, shapes, arguments, bandwidth, device):
-    """Time one sequence without drafts, and with drafts that are accepted with the prescribed probability."""
+    """Time one sequence without a drafter, and with drafts that are accepted with the prescribed probability."""
     Prescribed(target, arguments.acceptance, device)
     prompt, tokens, gamma = list(range(16)), 4 * shapes["tokens"], arguments.gamma
     ways = {"eager": (target, drafter)}
     if device.type == "cuda":
         capacity = len(prompt) + tokens + gamma + 1
         ways["compiled"] = (Compiled(target, capacity), Compiled(drafter, capacity))
-    for name, (slow, fast) in ways.items():
+    options = DecodingOptions(tokens)
+    for name, (timed_target, timed_drafter) in ways.items():
         found: list[Decoded] = []
 
-        def baseline(slow=slow):
-            autoregressive_decode(slow, prompt, tokens, Sampling(), [])
+        def baseline(model=timed_target):
+            autoregressive_decode(model, prompt, options)
 
-        def drafting(slow=slow, fast=fast, found=found):
-            found.append(speculative_decode(slow, fast, prompt, gamma, tokens, Sampling(), []))
+        def drafting(model=timed_target, drafter=timed_drafter, found=found):
+            found.append(speculative_decode(model, drafter, prompt, gamma, options))
 
         alone, drafted = (seconds(work, device, 2) for work in (baseline, drafting))
         calls = len(found[-1].blocks)
-        costs = measure(slow, fast, prompt, gamma)
-        expected = memory_bound_speedup(tokens / calls, costs.ratio, gamma)
+        timings = measure_call_timings(timed_target, timed_drafter, prompt, gamma)
+        expected = memory_bound_speedup(tokens / calls, timings.ratio, gamma)
         least = Shape.of(target).parameters * target.dtype.itemsize / bandwidth
         print(
             f"decode, {name}: {tokens / alone:,.1f} tokens/s, {least / (alone / tokens):.1%} of the bandwidth limit; "
             f"x{alone / drafted:.2f} at tau {tokens / calls:.2f}, {alone / drafted / expected:.1%} of the MBSU of "
-            f"{expected:.2f} at the measured c of {costs.ratio:.1%}; a call of {gamma + 1} tokens takes "
-            f"{costs.verification(gamma):.2f} of one"
+            f"{expected:.2f} at the measured c of {timings.ratio:.1%}; a call of {gamma + 1} tokens takes "
+            f"{timings.verification(gamma):.2f} of one"
         )
 
 

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM end a command in order.
+"""An orderly end of a command on Ctrl-C and SIGTERM.
 
-While a command runs, either signal raises `Interrupted` where it comes: what was finished is on disk by then. Training
-holds the signal back (`held`) until the running step is done; a second signal is not held back.
+While a command runs, either signal raises `Interrupted` in the line that is being executed; results that are finished
+are on disk by then. Training defers the first signal until the end of the step (`defer_signals`); a second signal
+raises at once.
 """
 
 import contextlib
@@ -11,8 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_held = False
-_asked: list[int] = []
+_deferring = False
+_deferred: list[int] = []
 _handlers: list[Callable[[int, FrameType | None], None]] = []
 
 
@@ -20,8 +21,8 @@ class Interrupted(BaseException):
     """A signal asked the process to end.
 
     Attributes:
-        number: of the signal; the exit status is 128 more.
-        kept: what can be gone on with, for people to read.
+        number: the signal's number; the exit status is 128 more.
+        kept: a sentence for the user that says which work a restart continues from.
     """
 
     def __init__(self, number: int, kept: str = "what was finished is kept"):
@@ -30,16 +31,16 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def caught() -> Iterator[None]:
-    """Let the signals raise `Interrupted` in this process, not in those that it forks."""
+def catch_signals() -> Iterator[None]:
+    """Let the signals raise `Interrupted` in this process, and end the processes that it forks, as is the default."""
     process = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif _held and not _asked:
-            _asked.append(number)
+        elif _deferring and not _deferred:
+            _deferred.append(number)
         else:
             raise Interrupted(number)
 
@@ -48,17 +49,17 @@ def caught() -> Iterator[None]:
     try:
         yield
     finally:
-        _asked.clear()
+        _deferred.clear()
         _handlers.remove(handle)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def take_back() -> None:
-    """Handle the signals here again, where `caught` is in effect and a library has put its own handlers in its place.
+def restore_handlers() -> None:
+    """Install the handlers of `catch_signals` again after a library has replaced them; outside it, do nothing.
 
-    Lightning's handler of SIGTERM broadcasts to the other ranks in the midst of whatever they exchange, and ends the
-    process with the exit status of success.
+    Lightning's handler of SIGTERM broadcasts to the other ranks in the middle of their other communication, and ends
+    the process with exit status 0.
     """
     for handler in _handlers[-1:]:
         for number in SIGNALS:
@@ -66,23 +67,23 @@ def take_back() -> None:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Note the first signal for `raise_asked`, in the place of raising.
+def defer_signals() -> Iterator[None]:
+    """Record the first signal for `raise_deferred` instead of raising `Interrupted`.
 
-    An error that comes after it is taken for its consequence: loader processes and other ranks got the signal too.
+    An error after the signal is taken to be its consequence, as loader processes and other ranks received it too.
     """
-    global _held
-    _held = True
+    global _deferring
+    _deferring = True
     try:
         yield
     except Exception:
-        raise_asked()
+        raise_deferred()
         raise
     finally:
-        _held = False
+        _deferring = False
 
 
-def raise_asked(kept: str = "what was finished is kept") -> None:
-    """Raise the signal that was held back, if one was."""
-    if _asked:
-        raise Interrupted(_asked.pop(), kept)
+def raise_deferred(kept: str = "what was finished is kept") -> None:
+    """Raise `Interrupted` for the signal that was deferred, if there was one."""
+    if _deferred:
+        raise Interrupted(_deferred.pop(), kept)

@@ -1,8 +1,8 @@
-"""Counts -> block efficiency, acceptance rate, memory-bound speed-up, token-rate ratio, with bootstrap intervals.
+"""Block efficiency, acceptance rate, memory-bound speed-up and token-rate ratio from counts, with bootstrap intervals.
 
-Every figure is a ratio of sums over prompts (counts add up over ranks, seeds and runs; averages of ratios do not), and
-its interval comes from resampling prompts. Convention: block efficiency counts the target's own token of each block, so
-it lies between 1 (nothing accepted) and gamma + 1.
+Every measure is a ratio of sums over prompts: counts add up over ranks, seeds and runs, whereas averages of ratios do
+not. Its interval comes from resampling prompts. Block efficiency counts the bonus token of each block, so it lies
+between 1 (no draft accepted) and gamma + 1.
 """
 
 from collections.abc import Iterable
@@ -16,9 +16,20 @@ if TYPE_CHECKING:  # the tables read counts on machines without torch
 
 
 class Counts(NamedTuple):
-    """What one prompt's decoding adds up to; `baseline_*` is autoregressive decoding of the same prompt.
+    """The counts of one prompt's decoding, or their sums over prompts.
 
-    `expected` is the tokens that its blocks would give on average over the accept test's coins.
+    Attributes:
+        tokens: generated tokens.
+        target_calls: calls of the target, which is the number of blocks.
+        accepted: accepted drafted tokens.
+        tested: drafted tokens that were accepted or rejected; those after a rejection are not tested.
+        seconds: wall-clock time.
+        baseline_tokens: generated tokens of autoregressive decoding of the same prompt.
+        baseline_seconds: wall-clock time of autoregressive decoding of the same prompt.
+        drafted: drafted tokens.
+        expected: the sum of the blocks' expected numbers of tokens (see decoding.acceptance.Block.expected).
+        drafting_seconds: the part of `seconds` spent on drafting.
+        verifying_seconds: the part of `seconds` spent on verification.
     """
 
     tokens: int
@@ -35,7 +46,7 @@ class Counts(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its 95% interval."""
+    """A value and the bounds of its 95% interval."""
 
     value: float
     low: float
@@ -43,7 +54,7 @@ class Estimate(NamedTuple):
 
 
 def count(decoded: "Decoded", baseline: "Decoded") -> Counts:
-    """The counts of one prompt."""
+    """Return the counts of one prompt."""
     return Counts(
         tokens=len(decoded.tokens),
         target_calls=len(decoded.blocks),
@@ -60,48 +71,69 @@ def count(decoded: "Decoded", baseline: "Decoded") -> Counts:
 
 
 def by_position(blocks: "Iterable[Block]") -> tuple[list[int], list[int]]:
-    """How many drafted tokens were accepted, and how many tested, at each place of a block."""
+    """Return the numbers of accepted and of tested drafted tokens at each position of a block.
+
+    >>> from drafter.decoding.acceptance import Block
+    >>> blocks = [
+    ...     Block(drafted=[1, 2, 3], accepted=3, emitted=[1, 2, 3, 4]),
+    ...     Block(drafted=[5, 6, 7], accepted=1, emitted=[5, 9]),
+    ... ]
+    >>> by_position(blocks)
+    ([2, 1, 1], [2, 2, 1])
+    """
     accepted: list[int] = []
     tested: list[int] = []
     for block in blocks:
-        for places, count in ((accepted, block.accepted), (tested, block.tested)):
-            places += [0] * (block.tested - len(places))
-            for place in range(count):
-                places[place] += 1
+        for counts, number in ((accepted, block.accepted), (tested, block.tested)):
+            counts += [0] * (block.tested - len(counts))
+            for position in range(number):
+                counts[position] += 1
     return accepted, tested
 
 
 def block_efficiency(rows: np.ndarray) -> np.ndarray:
-    """tau = tokens / target calls. `rows` has the fields of Counts along its last axis."""
+    """Return tau, the number of tokens per target call. The last axis of `rows` has the fields of Counts.
+
+    >>> row = np.array(Counts(tokens=12, target_calls=5, accepted=7, tested=10, seconds=2.0, baseline_tokens=12,
+    ...     baseline_seconds=3.0, expected=11.0))
+    >>> print(block_efficiency(row), expected_block_efficiency(row), acceptance_rate(row), token_rate_ratio(row))
+    2.4 2.2 0.7 1.5
+    """
     return _field(rows, "tokens") / _field(rows, "target_calls")
 
 
 def expected_block_efficiency(rows: np.ndarray) -> np.ndarray:
-    """tau with each accept test's chance in the place of its coin (Rao-Blackwell): the same mean, less noise."""
+    """Return tau with the blocks' expected numbers of tokens: the same mean with less variance (Rao-Blackwell)."""
     return _field(rows, "expected") / _field(rows, "target_calls")
 
 
 def acceptance_rate(rows: np.ndarray) -> np.ndarray:
-    """alpha = accepted / tested drafted tokens; not a number where nothing was drafted."""
+    """Return alpha, the share of the tested drafted tokens that were accepted; NaN where none was tested."""
     with np.errstate(invalid="ignore"):
         return _field(rows, "accepted") / _field(rows, "tested")
 
 
 def token_rate_ratio(rows: np.ndarray) -> np.ndarray:
-    """Tokens per second with the drafter / without, on the same prompts in the same run."""
+    """Return the tokens per second with the drafter, divided by those of the baseline on the same prompts."""
     speculative = _field(rows, "tokens") / _field(rows, "seconds")
     return speculative * _field(rows, "baseline_seconds") / _field(rows, "baseline_tokens")
 
 
 def memory_bound_speedup(block_efficiency: float, size_ratio: float, num_speculative_tokens: float) -> float:
-    """MBSU = tau / (c gamma + 1), c being drafter parameters / target parameters (paper, section 3).
+    """Return the memory-bound speed-up MBSU = tau / (c gamma + 1) (arXiv 2403.00858, section 3).
 
-    Where gamma is chosen block by block, its mean.
+    >>> round(memory_bound_speedup(block_efficiency=2.3, size_ratio=0.0164, num_speculative_tokens=3), 2)
+    2.19
+
+    Args:
+        block_efficiency: tau.
+        size_ratio: c, the drafter's number of parameters divided by the target's.
+        num_speculative_tokens: gamma, or its mean where it differs by block.
     """
     return block_efficiency / (size_ratio * num_speculative_tokens + 1)
 
 
-FIGURES = {
+RATIOS = {
     "block_efficiency": block_efficiency,
     "expected_block_efficiency": expected_block_efficiency,
     "acceptance_rate": acceptance_rate,
@@ -110,50 +142,76 @@ FIGURES = {
 
 
 def by_prompt(prompts: Iterable[str], counts: Iterable[Counts]) -> dict[str, np.ndarray]:
-    """Counts summed over everything that shares a prompt (its seeds): the unit that is resampled."""
+    """Return the sums of the counts that share a prompt, such as those of several seeds: prompts are resampled.
+
+    >>> counts = [Counts(4, 2, 2, 2, 1.0, 4, 1.0), Counts(6, 2, 4, 5, 1.0, 6, 1.0)]
+    >>> by_prompt(["a", "a"], counts)["a"].tolist()
+    [10.0, 4.0, 6.0, 7.0, 2.0, 10.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+    """
     sums: dict[str, np.ndarray] = {}
     for prompt, row in zip(prompts, counts, strict=True):
         sums[prompt] = sums.get(prompt, np.zeros(len(Counts._fields))) + np.array(row)
     return sums
 
 
-def estimate(rows: dict[str, np.ndarray], figure: str, resamples: int = 2000) -> Estimate:
-    """A figure of FIGURES over all prompts, with its bootstrap 95% interval."""
+def estimate(rows: dict[str, np.ndarray], ratio: str, resamples: int = 2000) -> Estimate:
+    """Return one of RATIOS over all prompts, with its bootstrap 95% interval.
+
+    >>> rows = {name: np.array(Counts(tokens, 2, 0, 0, 1.0, 2, 1.0)) for name, tokens in (("a", 4), ("b", 6))}
+    >>> estimate(rows, "block_efficiency")
+    Estimate(value=2.5, low=2.0, high=3.0)
+    """
     matrix = np.stack(list(rows.values()))
-    draws = FIGURES[figure](_resampled_sums(matrix[None], resamples)[0])
-    return _estimate(float(FIGURES[figure](matrix.sum(0))), draws)
+    draws = RATIOS[ratio](_resampled_sums(matrix[None], resamples)[0])
+    return _with_interval(float(RATIOS[ratio](matrix.sum(0))), draws)
 
 
 def paired_difference(
     rows: dict[str, np.ndarray],
     reference: dict[str, np.ndarray],
-    figure: str,
+    ratio: str,
     resamples: int = 2000,
     factors: tuple[float, float] = (1.0, 1.0),
 ) -> Estimate:
-    """How much a figure of `rows` exceeds that of `reference`: both are resampled by the same draw of prompts.
+    """Return how much one of RATIOS is larger for `rows` than for `reference`, with its bootstrap 95% interval.
 
-    Each is multiplied by its factor first: what turns tau into MBSU is a constant of the drafter's.
+    Both are resampled by the same draw of prompts, so that the prompts' difficulty cancels.
+
+    >>> rows, more = ({n: np.array(Counts(tokens, 2, 0, 0, 1.0, 2, 1.0)) for n in "ab"} for tokens in (4, 6))
+    >>> paired_difference(more, rows, "block_efficiency")
+    Estimate(value=1.0, low=1.0, high=1.0)
+
+    Args:
+        rows: counts by prompt (see `by_prompt`).
+        reference: counts of the same prompts.
+        ratio: its name in RATIOS.
+        resamples: the number of bootstrap samples.
+        factors: constants that the two ratios are multiplied by first, such as those that turn tau into MBSU.
 
     Raises:
-        ValueError: the two were not measured on the same prompts.
+        ValueError: the two have different prompts.
     """
     if rows.keys() != reference.keys():
         raise ValueError(f"a paired difference needs the same prompts: {len(rows)} against {len(reference)}")
     matrices = np.stack([np.stack([part[name] for name in rows]) for part in (rows, reference)])
-    ours, theirs = FIGURES[figure](_resampled_sums(matrices, resamples))
-    value, base = FIGURES[figure](matrices.sum(1))
-    return _estimate(float(factors[0] * value - factors[1] * base), factors[0] * ours - factors[1] * theirs)
+    ours, theirs = RATIOS[ratio](_resampled_sums(matrices, resamples))
+    value, base = RATIOS[ratio](matrices.sum(1))
+    return _with_interval(float(factors[0] * value - factors[1] * base), factors[0] * ours - factors[1] * theirs)
 
 
 def _resampled_sums(matrices: np.ndarray, resamples: int) -> np.ndarray:
-    """Sums over prompts drawn with replacement: (K, prompts, fields) -> (K, resamples, fields), one draw for all K."""
+    """Return sums over prompts drawn with replacement, by the same draws for all K sets of counts.
+
+    Args:
+        matrices: counts, shape (K, prompts, fields).
+        resamples: the number of draws; the result has shape (K, resamples, fields).
+    """
     size = matrices.shape[1]
     weights = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), resamples)
     return weights @ matrices
 
 
-def _estimate(value: float, draws: np.ndarray) -> Estimate:
+def _with_interval(value: float, draws: np.ndarray) -> Estimate:
     return Estimate(value, *(float(end) for end in np.nanpercentile(draws, [2.5, 97.5])))
 
 

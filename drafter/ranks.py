@@ -1,4 +1,4 @@
-"""Which of several processes this one is (under torchrun), for the stages that are plain loops."""
+"""Ranks, the processes under torchrun, for the stages that are plain loops: joining them and sharing out the work."""
 
 import atexit
 import os
@@ -10,11 +10,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-LONGEST = timedelta(days=1)  # that ranks wait for each other: as long as a shard takes, or the loading of a model
+TIMEOUT = timedelta(days=1)  # for ranks that wait while another one works on a shard or loads a model
 
 
 class Ranks(NamedTuple):
-    """This process's share of the work, how many shares there are, its device, and whether it writes what it makes."""
+    """This process among those that share the work.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        world_size: the number of processes.
+        device: the device of this process.
+        writes: whether this process writes results; with tensor parallelism all processes have the same ones.
+    """
 
     rank: int
     world_size: int
@@ -23,29 +30,30 @@ class Ranks(NamedTuple):
 
     @property
     def first(self) -> bool:
-        """Whether it finishes a stage for all of them."""
+        """Whether this process finishes the stage on behalf of all."""
         return self.rank == 0 and self.writes
 
 
 def join(together: bool = False) -> Ranks:
-    """Read torchrun's environment and join its process group; alone, there is nothing to join.
+    """Join the process group that torchrun's environment describes, if it has several processes.
 
     Args:
-        together: all ranks do all of the work at once, each a part of every product (see sharding); one of them writes.
+        together: the ranks share every matrix product (see models.sharding) rather than the items of work. Each then
+            has rank 0 of 1, and only the first one writes.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, on_gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=LONGEST)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     leave_at_exit()
     device = torch.device(f"cuda:{local}" if on_gpu else "cpu")
     return Ranks(0, 1, device, rank == 0) if together else Ranks(rank, world_size, device)
 
 
 def as_under_torchrun() -> None:
-    """In a submitit job of several tasks, on SLURM or this machine: the environment that torchrun would give each."""
+    """Set the environment variables that torchrun would set, in a submitit job with several tasks."""
     if "SUBMITIT_EXECUTOR" in os.environ and "RANK" not in os.environ:
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
@@ -58,10 +66,10 @@ def as_under_torchrun() -> None:
 
 
 def deal(numbers: list[int], world_size: int) -> Iterator[tuple[int, int]]:
-    """Yield those of the numbers that are this rank's, each with its index: every rank takes the next when it is free.
+    """Yield (index, number) for the numbers that fall to this rank: each rank takes the next one when it is free.
 
-    The list is the first rank's. How many numbers are taken is counted in the store of the process group, which ends
-    with the processes, so that a number that a killed rank had taken is dealt again to the next start.
+    All ranks use the first rank's list. The count of numbers taken lies in the process group's store, which ends with
+    the processes, so a restart deals again the number that a killed rank had taken.
     """
     if world_size == 1:
         yield from enumerate(numbers)
@@ -76,11 +84,11 @@ def deal(numbers: list[int], world_size: int) -> Iterator[tuple[int, int]]:
 
 
 def wait_for_all() -> None:
-    """Return once every rank has come here."""
+    """Return once every rank has called this function."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def leave_at_exit() -> None:
-    """End the process group before the interpreter does: gloo's threads, left running, abort about one exit in ten."""
+    """Destroy the process group at exit, as gloo's threads otherwise abort about one exit in ten."""
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)

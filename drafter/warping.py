@@ -1,4 +1,4 @@
-"""How logits become the distribution that tokens are drawn from: temperature, top-k, top-p.
+"""The distribution that tokens are drawn from: logits after temperature, top-k and top-p.
 
 Shapes: … any positions, V vocabulary.
 """
@@ -10,17 +10,49 @@ import torch
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen: temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: the divisor of the logits; 0 for greedy decoding.
+        top_p: keep the smallest set of most likely tokens whose probabilities add up to this; 1 for all tokens.
+        top_k: keep so many of the most likely tokens; 0 for all tokens.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
 
 
-def warp(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Probabilities after temperature, then top-k, then top-p (the order of transformers), in float32.
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ValueError if a setting is out of its range.
 
-    Greedy gives all mass to the argmax, the first one on a tie.
+    >>> check_sampling(Sampling(temperature=0.6, top_p=0.95, top_k=20))
+    >>> check_sampling(Sampling(top_k=-1))
+    Traceback (most recent call last):
+    ...
+    ValueError: top_k is -1, must be a whole number: 1 or above, or 0 for no limit
+    """
+    temperature, top_p, top_k = sampling
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}, must be 0 (greedy) or above")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, must be above 0, at most 1")
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
+        raise ValueError(f"top_k is {top_k}, must be a whole number: 1 or above, or 0 for no limit")
+
+
+def warp(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return probabilities after temperature, then top-k, then top-p (the order of transformers), in float32.
+
+    Greedy decoding gives the most likely token probability 1, and the first one if several are equally likely.
+
+    >>> logits_V = torch.tensor([0.5, 0.3, 0.2]).log()
+    >>> warp(logits_V, Sampling(temperature=1.0, top_p=0.6))
+    tensor([0.6250, 0.3750, 0.0000])
+    >>> warp(logits_V, Sampling(temperature=0.5, top_k=2))  # 0.25 and 0.09, normalised
+    tensor([0.7353, 0.2647, 0.0000])
+    >>> warp(logits_V, Sampling(temperature=0.0))
+    tensor([1., 0., 0.])
     """
     logits_V = logits_V.float()
     if sampling.temperature == 0:
@@ -38,9 +70,13 @@ def warp(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def draw(weights_BV: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token of each row, shape (B,), with a probability in proportion to its weight; never one of weight 0.
+    """Draw one token per row with probabilities proportional to its weights, shape (B,); never one of weight 0.
 
-    By the inverse of the cumulative distribution, in float64: torch.multinomial draws V random numbers for each row.
+    The inverse of the cumulative distribution in float64 needs one random number per row, where torch.multinomial
+    draws V of them.
+
+    >>> draw(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.1]]))
+    tensor([1, 2])
     """
     cumulative_BV = double(weights_BV).cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
@@ -50,10 +86,14 @@ def draw(weights_BV: torch.Tensor, generator: torch.Generator | None = None) -> 
 
 
 def double(values: torch.Tensor, device_type: str | None = None) -> torch.Tensor:
-    """The values in float64, on their device; on the CPU where that is Apple's ("mps"), which has no float64.
+    """Return the values in float64, on their device, or on the CPU if it is Apple's ("mps"), which has no float64.
+
+    >>> double(torch.tensor(0.5))
+    tensor(0.5000, dtype=torch.float64)
 
     Args:
-        device_type: of the device that the values are on; None: ask them.
+        values: the values.
+        device_type: the type of their device; None to read it from the tensor.
     """
     has_none = (device_type or values.device.type) == "mps"
     return (values.cpu() if has_none else values).double()
@@ -62,14 +102,20 @@ def double(values: torch.Tensor, device_type: str | None = None) -> torch.Tensor
 def _uniform(
     count: int, device: torch.device, generator: torch.Generator | None, device_type: str | None = None
 ) -> torch.Tensor:
-    """Random numbers from 0 to 1, shape (count, 1), as `double` gives them: float64 where the device has it."""
+    """Return random numbers in [0, 1), shape (count, 1), drawn and returned in float64 where the device has it."""
     kind = device_type or device.type
     drawn = torch.float32 if kind == "mps" else torch.float64
     return double(torch.rand((count, 1), generator=generator, device=device, dtype=drawn), kind)
 
 
 def in_nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
-    """True for the smallest set of most likely tokens whose mass reaches top_p, with all that tie with its last."""
+    """Return a mask of the smallest set of most likely tokens whose probabilities add up to top_p.
+
+    Tokens as likely as the least likely one of the set are included.
+
+    >>> in_nucleus(torch.tensor([0.2, 0.5, 0.2, 0.1]), top_p=0.6)
+    tensor([ True,  True,  True, False])
+    """
     sorted_V = _descending(probs_V)
     before_V = sorted_V.cumsum(-1) - sorted_V
     inside_V = before_V < top_p
@@ -79,7 +125,7 @@ def in_nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def _descending(values_V: torch.Tensor) -> torch.Tensor:
-    """Sorted values. On a CPU by numpy, thirty times as fast as torch 2.13 for 4,096 of them."""
+    """Return the values in descending order. On a CPU, numpy sorts 4,096 of them 30 times as fast as torch 2.13."""
     if values_V.device.type != "cpu" or values_V.dtype not in (torch.float32, torch.float64):
         return values_V.sort(dim=-1, descending=True).values
     return torch.from_numpy(np.sort(values_V.detach().numpy(), axis=-1)).flip(-1)

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from drafter.artifacts.manifest import MANIFEST, Stage, read_jsonl, write_jsonl
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.evaluation import as_text, decode
-from drafter.decoding.speculative import Adaptive, check_decoding, speculative_decode
+from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length
+from drafter.decoding.speculative import speculative_decode
 from drafter.models.ends import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.inspection import num_parameters
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from drafter.models.sharding import check_parallel
 from drafter.ranks import deal, join, wait_for_all
-from drafter.warping import Sampling
 from experiments.reporting.identity import DrafterIdentity, identity_of
 from experiments.running import dry_run
 from experiments.running.commands import command
@@ -32,7 +32,7 @@ from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 from experiments.running.progress import Progress
-from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
+from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -67,21 +67,21 @@ def main(cfg: DictConfig) -> None:
     target = load_target(target_source(cfg)).to(ranks.device)
     drafters = {path: frozen_drafter(cfg, path).to(ranks.device) for path in pending}
     context = min(map(context_length, (target, *drafters.values())))
-    work = read_tasks(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, cfg.evaluate.sampling)
+    stops = end_of_turn_ids(target_source(cfg), tokenizer)
+    work = read_tasks(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, stops, cfg.evaluate.sampling)
     gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
     parts = [work[start : start + PART] for start in range(0, len(work), PART)]
     for drafter in drafters.values():  # the first calls are slow, and should not count for any drafter
-        speculative_decode(target, drafter, work[0].prompt, 3, 8, Sampling(), [])
-    stops = end_of_turn_ids(target_source(cfg), tokenizer)
+        speculative_decode(target, drafter, work[0].prompt, 3, DecodingOptions(max_new_tokens=8))
     todo = [number for number in range(len(parts)) if missing_files(number, pending)]
     with Progress("evaluate", f"part of {PART} prompts", ranks.world_size) as report:
         for index, number in deal(todo, ranks.world_size):
             missing = missing_files(number, pending)
             rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
             for task in parts[number]:
-                decoded = decode(task, target, {path: drafters[path] for path in missing}, stops, gammas, cfg.seed)
-                for path, of_drafter in decoded.items():
-                    rows[path] += [{**row, "blocks": as_text(one, tokenizer)} for row, one in of_drafter]
+                found = decode(task, target, {path: drafters[path] for path in missing}, gammas, cfg.seed)
+                for path, of_drafter in found.items():
+                    rows[path] += [{**one.row, "blocks": as_text(one.decoded, tokenizer)} for one in of_drafter]
             for path, file in missing.items() if ranks.writes else []:
                 write_jsonl(file, rows[path])
             report(index + 1, len(todo), sum(row["tokens"] for of_drafter in rows.values() for row in of_drafter))
@@ -107,10 +107,9 @@ def check(cfg: DictConfig) -> None:
     """Check the settings before a model is loaded."""
     check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
-    for task, how in cfg.task.items():
-        sampling_of(task, how, cfg.evaluate.sampling)
-        for gamma in cfg.evaluate.num_speculative_tokens:
-            check_decoding(gamma_of(gamma, cfg), how.max_new_tokens, [0])
+    check_tasks(cfg, cfg.evaluate.sampling)
+    for gamma in cfg.evaluate.num_speculative_tokens:
+        check_draft_length(gamma_of(gamma, cfg))
 
 
 def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
@@ -121,7 +120,7 @@ def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
     """
     if isinstance(gamma, str):
         if gamma != "adaptive":
-            raise ValueError(f"evaluate.num_speculative_tokens has '{gamma}': numbers and 'adaptive' are known")
+            raise ValueError(f"evaluate.num_speculative_tokens has '{gamma}', it takes numbers and 'adaptive'")
         return Adaptive(**plain(cfg.evaluate.adaptive))
     return gamma
 

@@ -1,13 +1,13 @@
 """Find the best γ of a target and a drafter on this machine, for each task. Config: conf/gamma.yaml.
 
-The target alone generates a text for each prompt. From these texts follows the expected block efficiency at every γ
-(see drafter.decoding.expected_efficiency), from timed calls the costs c and v (see drafter.decoding.timings), and
+The target alone generates a sequence for each prompt. From these follows the expected block efficiency at every γ
+(see drafter.decoding.expected_efficiency), from timed calls the ratios c and v (see drafter.decoding.timings), and
 from both the predicted speed-up. Then the prompts are decoded at each γ, to compare.
 """
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from drafter.decoding.decoders import Compiled
 from drafter.decoding.evaluation import Task
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
-from drafter.decoding.timings import measure
+from drafter.decoding.timings import measure_call_timings
 from drafter.metrics import Counts, count, estimate
 from drafter.models.ends import end_of_turn_ids
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
@@ -29,7 +29,7 @@ from experiments.reporting.gamma_page import GammaRow, gamma_page
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
-from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
+from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 
 log = logging.getLogger(__name__)
 
@@ -50,35 +50,36 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
-    work = read_tasks(cfg, tokenizer, min(map(context_length, (target, drafter))), cfg.gamma.prompts_per_task, {})
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
+    context = min(map(context_length, (target, drafter)))
+    work = read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {})
     models = [target, drafter]
     if cfg.gamma.compile:
-        longest = max(len(task.prompt) + task.max_new_tokens for task in work) + cfg.gamma.largest + 1
+        longest = max(len(task.prompt) + task.options.max_new_tokens for task in work) + cfg.gamma.largest + 1
         models = [Compiled(model, longest) for model in models]
-    costs = measure(models[0], models[1], work[0].prompt, cfg.gamma.largest)
+    timings = measure_call_timings(models[0], models[1], work[0].prompt, cfg.gamma.largest)
     rows, counts = [], []
     for name in cfg.task:
         tasks = [task for task in work if task.name == name]
-        found = decode_all(tasks, models, stops, cfg)
+        found = [decode_prompt(task, models[0], models[1], cfg.gamma.largest, cfg.seed) for task in tasks]
         efficiencies = block_efficiencies(tasks, found, target, drafter, cfg.gamma.largest)
         for gamma, efficiency in enumerate(efficiencies, start=1):
-            of_gamma = {task.prompt_id: np.array(row[1][gamma]) for task, row in zip(tasks, found, strict=True)}
-            cost, speedup = costs.block(gamma), estimate(of_gamma, "token_rate_ratio")
+            of_gamma = {task.prompt_id: np.array(one.counts[gamma]) for task, one in zip(tasks, found, strict=True)}
+            cost, speedup = timings.block(gamma), estimate(of_gamma, "token_rate_ratio")
             rows.append(GammaRow(name, gamma, efficiency, cost, efficiency / cost, speedup))
             counts += [
                 {"task": name, "gamma": gamma, "prompt": prompt, **Counts(*values.tolist())._asdict()}
                 for prompt, values in of_gamma.items()
             ]
-    page = gamma_page(rows, costs, cfg.gamma.drafter, cfg.gamma.compile)
+    page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile)
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
     write_text(stage.directory / "gamma.md", page)
     draw_gammas(rows, stage.directory / "gamma")
     stage.finish(
         counts={
-            "c": costs.ratio,
-            "v": [costs.verification(g) for g in range(1, cfg.gamma.largest + 1)],
+            "c": timings.ratio,
+            "v": [timings.verification(g) for g in range(1, cfg.gamma.largest + 1)],
             "stop_ids": stops,
         }
     )
@@ -90,45 +91,48 @@ def check(cfg: DictConfig) -> None:
     check_can_decode(load_config(target_source(cfg)))
     if cfg.gamma.largest < 1:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at least 1")
-    for task, how in cfg.task.items():
-        sampling_of(task, how, {})
+    check_tasks(cfg, {})
 
 
-def decode_all(
-    tasks: list[Task], models: list[PreTrainedModel | Compiled], stops: list[int], cfg: DictConfig
-) -> list[tuple[list[int], dict[int, Counts]]]:
-    """Return for each prompt the text of the target alone, and the counts of decoding it at each γ."""
-    (target, drafter), found = models, []
-    for task in tasks:
-        limit, sampling = task.max_new_tokens, task.sampling
-        generator = task.random(target.device, cfg.seed)
-        baseline = autoregressive_decode(target, task.prompt, limit, sampling, stops, generator)
-        counts = {}
-        for gamma in range(1, cfg.gamma.largest + 1):
-            decoded = speculative_decode(target, drafter, task.prompt, gamma, limit, sampling, stops, generator)
-            counts[gamma] = count(decoded, baseline)
-        found.append((baseline.tokens, counts))
-    return found
+class DecodedPrompt(NamedTuple):
+    """What the target alone generates for a prompt, and the counts of decoding it with the drafter at each γ."""
+
+    tokens: list[int]
+    counts: dict[int, Counts]
+
+
+def decode_prompt(
+    task: Task, target: PreTrainedModel | Compiled, drafter: PreTrainedModel | Compiled, largest: int, seed: int
+) -> DecodedPrompt:
+    """Decode a prompt with the target alone, then with the drafter at γ = 1 … largest."""
+    generator = task.random(target.device, seed)
+    baseline = autoregressive_decode(target, task.prompt, task.options, generator)
+    counts = {}
+    for gamma in range(1, largest + 1):
+        decoded = speculative_decode(target, drafter, task.prompt, gamma, task.options, generator)
+        counts[gamma] = count(decoded, baseline)
+    return DecodedPrompt(baseline.tokens, counts)
 
 
 @torch.inference_mode()
 def block_efficiencies(
     tasks: list[Task],
-    found: list[tuple[list[int], Any]],
+    found: list[DecodedPrompt],
     target: PreTrainedModel,
     drafter: PreTrainedModel,
     largest: int,
 ) -> list[float]:
-    """Return the expected block efficiency at γ = 1 … largest, from the texts that the target generated."""
+    """Return the expected block efficiency at γ = 1 … largest, from the sequences that the target generated."""
     blocks, tokens = np.zeros(largest), 0
-    for task, (text, _) in zip(tasks, found, strict=True):
-        ids = torch.tensor([[*task.prompt, *text]], device=target.device)
-        p_LV, q_LV = (model(input_ids=ids, logits_to_keep=len(text) + 1).logits[0, :-1] for model in (drafter, target))
-        written = torch.tensor(text, device=target.device)
-        accept_BL = acceptance_of_written(p_LV, q_LV, written, task.sampling)[None]
-        lengths_B = torch.tensor([len(text)], device=target.device)
+    for task, decoded in zip(tasks, found, strict=True):
+        length = len(decoded.tokens)
+        ids = torch.tensor([[*task.prompt, *decoded.tokens]], device=target.device)
+        p_LV, q_LV = (model(input_ids=ids, logits_to_keep=length + 1).logits[0, :-1] for model in (drafter, target))
+        tokens_L = torch.tensor(decoded.tokens, device=target.device)
+        accept_BL = acceptance_of_written(p_LV, q_LV, tokens_L, task.options.sampling)[None]
+        lengths_B = torch.tensor([length], device=target.device)
         blocks += [expected_blocks(accept_BL, lengths_B, gamma).item() for gamma in range(1, largest + 1)]
-        tokens += len(text)
+        tokens += length
     return (tokens / blocks).tolist()
 
 

@@ -30,7 +30,7 @@ from experiments.reporting.trim_page import TrimRow, trim_page
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint, target_source
-from experiments.running.tasks import decoding_settings, read_tasks, sampling_of
+from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 
 log = logging.getLogger(__name__)
 AllCounts = dict[int, dict[str, np.ndarray]]  # tokens kept -> prompt -> Counts
@@ -43,8 +43,8 @@ def main(cfg: DictConfig) -> None:
         return dry_run.show(cfg, "trim", check)
     check(cfg)
     inputs = {**pair_inputs(cfg, cfg.trim.drafter), "responses": responses_fingerprint(cfg)}
-    whole_identity = identity_of(cfg.trim.drafter)
-    identity = whole_identity._replace(series=f"{whole_identity.series}-trimmed")
+    identity = identity_of(cfg.trim.drafter)
+    identity = identity._replace(series=f"{identity.series}-trimmed")
     settings = {**plain(cfg.trim), **decoding_settings(cfg), **identity._asdict(), "random_seed": cfg.seed}
     del settings["drafter"]  # its fingerprint is among the inputs
     stage = claim(cfg, "trim", settings, inputs, Path(cfg.out) / Path(cfg.trim.drafter).name)
@@ -53,19 +53,20 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
-    whole = frozen_drafter(cfg, cfg.trim.drafter).to(target.device)
-    written = responses_by_split(Rows(cfg.inputs.responses, "respond"))
-    ranked = most_used([*written["train"], stops], vocabulary_rows(whole))
+    untrimmed = frozen_drafter(cfg, cfg.trim.drafter).to(target.device)
+    responses = responses_by_split(Rows(cfg.inputs.responses, "respond"))
+    ranked = most_used([*responses["train"], stops], vocabulary_rows(untrimmed))
     sizes = [size for size in cfg.trim.sizes if size < len(ranked)]
-    heads = {size: trim(copy.deepcopy(whole), ranked[:size]) for size in sizes} | {len(ranked): whole}
-    context = min(map(context_length, (target, whole)))
-    counts = decode_all(heads, target, stops, read_tasks(cfg, tokenizer, context, cfg.trim.prompts_per_task, {}), cfg)
-    heldout = np.concatenate([np.array(text) for text in written.get("validation") or written["train"]])
-    ratios = {size: num_parameters(head) / num_parameters(target) for size, head in heads.items()}
-    covered = {size: float(np.isin(heldout, ranked[:size]).mean()) for size in heads}
-    table = [row_of(size, covered[size], ratios, counts, cfg.trim.num_speculative_tokens) for size in heads]
+    drafters = {size: trim(copy.deepcopy(untrimmed), ranked[:size]) for size in sizes} | {len(ranked): untrimmed}
+    context = min(map(context_length, (target, untrimmed)))
+    work = read_tasks(cfg, tokenizer, context, cfg.trim.prompts_per_task, stops, {})
+    counts = decode_all(drafters, target, work, cfg)
+    heldout = np.concatenate([np.array(tokens) for tokens in responses.get("validation") or responses["train"]])
+    ratios = {size: num_parameters(drafter) / num_parameters(target) for size, drafter in drafters.items()}
+    coverage = {size: float(np.isin(heldout, ranked[:size]).mean()) for size in drafters}
+    table = [row_of(size, coverage[size], ratios, counts, cfg.trim.num_speculative_tokens) for size in drafters]
     best = max(table, key=lambda row: row.speedup.value)
-    whole.save_pretrained(stage.directory)
+    untrimmed.save_pretrained(stage.directory)
     tokenizer.save_pretrained(stage.directory)
     if best.tokens < len(ranked):
         write_kept(stage.directory, ranked[: best.tokens])
@@ -79,11 +80,11 @@ def main(cfg: DictConfig) -> None:
 
 def responses_by_split(rows: Rows) -> dict[str, list[Any]]:
     """Return the response tokens of every row by split, reading a thousand rows at a time."""
-    written: dict[str, list[Any]] = {split: [] for split in set(rows.splits)}
+    responses: dict[str, list[Any]] = {split: [] for split in set(rows.splits)}
     for start in range(0, len(rows), 1000):
         for row in rows[start : start + 1000]:
-            written[row["split"]].append(row["response_ids"])
-    return written
+            responses[row["split"]].append(row["response_ids"])
+    return responses
 
 
 def check(cfg: DictConfig) -> None:
@@ -93,37 +94,36 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trim.sizes is {list(cfg.trim.sizes)}, must be numbers of tokens, at least 1")
     if read_kept(cfg.trim.drafter):
         raise ValueError(f"trim.drafter is {cfg.trim.drafter}, which is trimmed already: give the one it was made from")
-    for task, how in cfg.task.items():
-        sampling_of(task, how, {})
+    check_tasks(cfg, {})
 
 
 def decode_all(
-    heads: dict[int, PreTrainedModel], target: PreTrainedModel, stops: list[int], work: list[Task], cfg: DictConfig
+    drafters: dict[int, PreTrainedModel], target: PreTrainedModel, work: list[Task], cfg: DictConfig
 ) -> AllCounts:
     """Decode each prompt of the tasks in the domain (of all tasks, if none is) with every size in turn."""
     inside = [task for task in work if cfg.task[task.name].in_domain] or work
-    found: AllCounts = {size: {} for size in heads}
-    gamma, named = cfg.trim.num_speculative_tokens, {str(size): head for size, head in heads.items()}
+    found: AllCounts = {size: {} for size in drafters}
+    gamma, named = cfg.trim.num_speculative_tokens, {str(size): drafter for size, drafter in drafters.items()}
     for task in inside:
-        for size, rows in decode(task, target, named, stops, {gamma: gamma}, cfg.seed).items():
-            (row, _) = rows[0]
-            found[int(size)][f"{task.name} {task.prompt_id}"] = np.array([row[field] for field in Counts._fields])
+        for size, (of_size,) in decode(task, target, named, {gamma: gamma}, cfg.seed).items():
+            counts = [of_size.row[field] for field in Counts._fields]
+            found[int(size)][f"{task.name} {task.prompt_id}"] = np.array(counts)
     return found
 
 
 def row_of(size: int, coverage: float, ratios: dict[int, float], counts: AllCounts, gamma: int) -> TrimRow:
-    """Return the measures of one size. Its gain over the whole output embedding is paired by prompt."""
-    whole, efficiency = max(counts), estimate(counts[size], "block_efficiency")
-    per_tau = [memory_bound_speedup(1, ratios[one], gamma) for one in (size, whole)]
-    gain = paired_difference(counts[size], counts[whole], "block_efficiency", factors=(per_tau[0], per_tau[1]))
+    """Return the measures of one size. Its gain over the untrimmed drafter is paired by prompt."""
+    vocabulary, efficiency = max(counts), estimate(counts[size], "block_efficiency")
+    factors = [memory_bound_speedup(1, ratios[one], gamma) for one in (size, vocabulary)]
+    gain = paired_difference(counts[size], counts[vocabulary], "block_efficiency", factors=(factors[0], factors[1]))
     return TrimRow(
         size,
         coverage,
         ratios[size],
         estimate(counts[size], "acceptance_rate"),
         efficiency,
-        Estimate(*(per_tau[0] * value for value in efficiency)),
-        gain if size < whole else None,
+        Estimate(*(factors[0] * value for value in efficiency)),
+        gain if size < vocabulary else None,
         estimate(counts[size], "token_rate_ratio"),
     )
 

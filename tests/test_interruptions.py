@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one line that says how to go on, the exit status of the signal, and nothing that is lost."""
+"""Ctrl-C and SIGTERM print one line that says how to continue, exit with the signal's status, and lose no result."""
 
 import importlib
 import os
@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 
-from drafter.interruptions import Interrupted, caught, held, raise_asked, take_back
+from drafter.interruptions import Interrupted, catch_signals, defer_signals, raise_deferred, restore_handlers
 from tests.training.test_faults import FORKED, STEPS, content
 
 pytestmark = pytest.mark.end_to_end
 
-LOOPS = {  # a stage, what makes it several files, and a file that is there once it works
+LOOPS = {  # stage -> overrides that make it write several files, and the first file that it writes
     "respond": (STEPS["respond"], "00000.json"),
     "cache": (STEPS["cache"], "00000.json"),
     "evaluate": (["drafters=[{root}/drafter]"], "drafter/started.json"),
@@ -22,7 +22,7 @@ LOOPS = {  # a stage, what makes it several files, and a file that is there once
 
 
 def as_command(name, overrides, output):
-    """A stage as its command line runs it."""
+    """Run a stage as its command line does, with its output in a file."""
     torch.set_num_threads(1)
     with open(output, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
@@ -32,7 +32,7 @@ def as_command(name, overrides, output):
 
 
 def interrupted(name, overrides, ready, number, output):
-    """Run a command, and send it the signal once it is ready. Returns its status, its line, all that it printed."""
+    """Run a command, send it the signal once it is ready, and return its status, its last line and all its output."""
     process = FORKED.Process(target=as_command, args=(name, overrides, str(output)))
     process.start()
     while not ready():
@@ -45,17 +45,17 @@ def interrupted(name, overrides, ready, number, output):
     return process.exitcode, line, text
 
 
-def go_on(name, overrides, output):
+def continue_run(name, overrides, output):
     process = FORKED.Process(target=as_command, args=(name, overrides, str(output)))
     process.start()
     process.join()
     assert process.exitcode == 0, output.read_text()
 
 
-def test_training_ends_after_a_step_and_goes_on_to_the_same_curve_and_drafter(world, tmp_path):
+def test_training_ends_after_a_step_and_continues_to_the_same_curve_and_drafter(world, tmp_path):
     overrides, _ = world
     command = [*overrides, *STEPS["finetune"], "finetune.max_steps=40", f"hydra.run.dir={tmp_path}"]
-    go_on("finetune", [*command, f"out={tmp_path}/whole"], tmp_path / "log")
+    continue_run("finetune", [*command, f"out={tmp_path}/whole"], tmp_path / "log")
     out = [*command, f"out={tmp_path}/out"]
     last, before = tmp_path / "out" / "checkpoints" / "last.ckpt", 0
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -71,12 +71,12 @@ def test_training_ends_after_a_step_and_goes_on_to_the_same_curve_and_drafter(wo
         assert "Traceback" not in text
         assert not (tmp_path / "out" / "manifest.json").exists()
         before = last.stat().st_mtime_ns
-    go_on("finetune", out, tmp_path / "log")
+    continue_run("finetune", out, tmp_path / "log")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_ends_at_once_and_keeps_the_files_that_it_has(world, tmp_path, name):
+def test_a_loop_ends_at_once_and_keeps_its_finished_files(world, tmp_path, name):
     overrides, root = world
     extra, first = LOOPS[name]
     command = [
@@ -93,30 +93,30 @@ def test_a_loop_ends_at_once_and_keeps_the_files_that_it_has(world, tmp_path, na
     kept = (tmp_path / "out" / first).stat().st_mtime_ns
     assert not list(tmp_path.glob("out/**/manifest.json"))
     if name != "evaluate":
-        go_on(name, command, tmp_path / "log")
+        continue_run(name, command, tmp_path / "log")
         assert (tmp_path / "out" / first).stat().st_mtime_ns == kept
 
 
-def test_an_error_that_follows_a_signal_is_its_consequence_and_a_second_signal_is_not_held(tmp_path):
-    with pytest.raises(Interrupted, match="15"), caught(), held():  # noqa: PT012
+def test_an_error_after_a_signal_counts_as_its_consequence_and_a_second_signal_is_not_deferred(tmp_path):
+    with pytest.raises(Interrupted, match="15"), catch_signals(), defer_signals():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a loader process was killed")
-    with pytest.raises(RuntimeError, match="of its own"), caught(), held():
-        raise RuntimeError("of its own")
-    with pytest.raises(Interrupted) as second, caught(), held():  # noqa: PT012
+    with pytest.raises(RuntimeError, match="unrelated"), catch_signals(), defer_signals():
+        raise RuntimeError("unrelated")
+    with pytest.raises(Interrupted) as second, catch_signals(), defer_signals():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
     assert second.value.number == signal.SIGTERM
-    with caught():
-        raise_asked()  # the one that was held is forgotten with its command
+    with catch_signals():
+        raise_deferred()  # a deferred signal is discarded when its command ends
 
 
-def test_handlers_that_a_library_has_put_in_place_are_put_back():
+def test_handlers_that_a_library_has_replaced_are_restored():
     before = signal.getsignal(signal.SIGTERM)
-    take_back()
-    assert signal.getsignal(signal.SIGTERM) is before  # outside a command the signals are others' own
-    with pytest.raises(Interrupted), caught():  # noqa: PT012
+    restore_handlers()
+    assert signal.getsignal(signal.SIGTERM) is before  # outside a command the handlers are not ours
+    with pytest.raises(Interrupted), catch_signals():  # noqa: PT012
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        take_back()
+        restore_handlers()
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from drafter.decoding.acceptance import Block
-from drafter.decoding.speculative import Decoded, Seconds
+from drafter.decoding.clock import Seconds
+from drafter.decoding.generation import Decoded
 from drafter.metrics import (
-    FIGURES,
+    RATIOS,
     Counts,
     acceptance_rate,
     block_efficiency,
@@ -30,14 +31,22 @@ def simulate(generator, prompts, per_call=2.0, spread=0.5):
     return {f"p{i}": np.array(counts(tokens=tokens[i], target_calls=calls[i])) for i in range(prompts)}
 
 
-def test_the_counts_of_a_handmade_decoding():
+def test_the_counts_of_a_decoding_made_by_hand():
     decoded = Decoded(
         tokens=[1, 2, 3, 9, 4, 5, 6, 7],
         blocks=[
-            Block([1, 2, 3], accepted=3, emitted=[1, 2, 3, 9], chances=(1.0, 0.5, 0.5), room=3),  # all 3 tested
-            Block([8, 8, 8], accepted=0, emitted=[4], chances=(0.0, 1.0, 1.0), room=3),  # the first one rejected
-            Block([5, 8, 8], accepted=1, emitted=[5, 6], chances=(0.5, 0.0, 1.0), room=3),  # 2 tested
-            Block([7, 8, 8], accepted=1, emitted=[7], chances=(0.9, 0.9, 0.9), room=0),  # 7 ends the text: 1 tested
+            Block(
+                [1, 2, 3], accepted=3, emitted=[1, 2, 3, 9], acceptance_probabilities=(1.0, 0.5, 0.5), extendable=3
+            ),  # all 3 tested
+            Block(
+                [8, 8, 8], accepted=0, emitted=[4], acceptance_probabilities=(0.0, 1.0, 1.0), extendable=3
+            ),  # the first one rejected
+            Block(
+                [5, 8, 8], accepted=1, emitted=[5, 6], acceptance_probabilities=(0.5, 0.0, 1.0), extendable=3
+            ),  # 2 tested
+            Block(
+                [7, 8, 8], accepted=1, emitted=[7], acceptance_probabilities=(0.9, 0.9, 0.9), extendable=0
+            ),  # 7 ends the sequence: 1 tested
         ],
         seconds=Seconds(0.5, 0.1, 0.3),
     )
@@ -66,7 +75,7 @@ def test_a_decoding_without_drafts_tests_nothing():
     assert np.isnan(acceptance_rate(np.array(row)))
 
 
-def test_each_figure_of_one_row():
+def test_each_ratio_of_one_row():
     row = np.array(counts(tokens=12, target_calls=5, accepted=6, tested=8, seconds=2.0, baseline_tokens=10))
     assert block_efficiency(row) == pytest.approx(2.4)
     assert acceptance_rate(row) == pytest.approx(0.75)
@@ -80,8 +89,8 @@ def test_an_estimate_is_a_ratio_of_sums_and_not_an_average_of_ratios():
     assert value != pytest.approx((1 + 4) / 2)
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_a_figure_does_not_depend_on_how_the_counts_are_split(figure):
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_ratio_does_not_depend_on_how_the_counts_are_split(ratio):
     whole = counts(
         tokens=30, target_calls=12, accepted=18, tested=27, seconds=3, baseline_tokens=30, baseline_seconds=5
     )
@@ -89,8 +98,8 @@ def test_a_figure_does_not_depend_on_how_the_counts_are_split(figure):
         counts(tokens=10, target_calls=8, accepted=2, tested=9, seconds=2, baseline_tokens=12, baseline_seconds=1),
         counts(tokens=20, target_calls=4, accepted=16, tested=18, seconds=1, baseline_tokens=18, baseline_seconds=4),
     ]
-    split = estimate(by_prompt(["a", "b"], parts), figure).value
-    assert split == pytest.approx(estimate(by_prompt(["a"], [whole]), figure).value)
+    split = estimate(by_prompt(["a", "b"], parts), ratio).value
+    assert split == pytest.approx(estimate(by_prompt(["a"], [whole]), ratio).value)
 
 
 def test_counts_that_share_a_prompt_are_added():
@@ -113,14 +122,14 @@ def test_the_memory_bound_speedup_is_the_papers_formula():
     assert memory_bound_speedup(4.0, 1.0, 3) == 1
 
 
-def test_an_interval_holds_the_value_and_is_the_same_on_every_call():
+def test_an_interval_contains_the_value_and_is_deterministic():
     rows = simulate(np.random.default_rng(0), 40)
     first = estimate(rows, "block_efficiency")
     assert first.low < first.value < first.high
     assert estimate(rows, "block_efficiency") == first
 
 
-def test_one_prompt_or_equal_prompts_have_an_interval_without_width():
+def test_one_prompt_or_equal_prompts_have_an_interval_of_width_zero():
     for rows in ({"a": np.array(counts())}, {str(i): np.array(counts()) for i in range(5)}):
         value, low, high = estimate(rows, "block_efficiency")
         assert low == value == high == 2
@@ -161,7 +170,7 @@ def test_a_paired_difference_over_different_prompts_is_refused(other):
         paired_difference(ours, theirs, "block_efficiency")
 
 
-def test_a_paired_difference_goes_by_the_prompts_names_and_not_by_their_order():
+def test_a_paired_difference_matches_prompts_by_name_and_not_by_order():
     generator = np.random.default_rng(0)
     ours, theirs = simulate(generator, 30), simulate(generator, 30)
     reordered = dict(reversed(theirs.items()))
@@ -183,8 +192,8 @@ def test_pairing_narrows_the_interval_of_correlated_measurements():
     assert paired.low > 0
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_identical_rows_differ_by_exactly_nothing(figure):
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_identical_rows_differ_by_exactly_zero(ratio):
     rows = simulate(np.random.default_rng(0), 25)
     copy = {prompt: row.copy() for prompt, row in rows.items()}
-    assert paired_difference(rows, copy, figure) == (0.0, 0.0, 0.0)
+    assert paired_difference(rows, copy, ratio) == (0.0, 0.0, 0.0)

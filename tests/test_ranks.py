@@ -1,4 +1,4 @@
-"""What ranks share out while they run."""
+"""Ranks share out the work while they run, each number once."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from tests.training.test_faults import FORKED
 
 
 def take(rank, port, folder):
-    """Take numbers twice. Rank 1 is slow: it is at its first until rank 0 has taken all others."""
+    """Take numbers twice. Rank 1 is slow: it keeps its first until rank 0 has taken all others."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks, mine = join(), []
     for index, number in deal([10, 11, 12, 13, 14] if rank == 0 else [12], ranks.world_size):
@@ -26,7 +26,7 @@ def take(rank, port, folder):
     wait_for_all()
 
 
-def test_a_slow_rank_takes_fewer_and_each_is_taken_once(tmp_path):
+def test_a_slow_rank_takes_fewer_numbers_and_each_number_is_taken_once(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,5 +42,5 @@ def test_a_slow_rank_takes_fewer_and_each_is_taken_once(tmp_path):
     assert sorted(again + also) == [7, 8]
 
 
-def test_a_process_alone_takes_all_in_order():
+def test_a_single_process_takes_all_numbers_in_order():
     assert list(deal([3, 1], 1)) == [(0, 3), (1, 1)]

@@ -1,4 +1,4 @@
-"""Float64 where a device has it, on the CPU where it has not."""
+"""Double precision is used where the device has it, and on the CPU otherwise; wrong sampling settings are refused."""
 
 import ast
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from drafter import warping
-from drafter.warping import double, draw
+from drafter.warping import Sampling, check_sampling, double, draw
 
 DRAFTER = Path(__file__).parent.parent / "drafter"
-# What may name float64: `double`, `_uniform`, and the types of stored weights, which are read on the CPU.
-ALLOWED = {("warping", "double"), ("warping", "_uniform"), ("loading", "NUMBERS")}
+# What may name float64: `double`, `_uniform`, the types of stored weights and the check of a loss, both on the CPU.
+ALLOWED = {("warping", "double"), ("warping", "_uniform"), ("loading", "NUMBERS"), ("objective", "check_chunks")}
 
 
 @pytest.mark.parametrize("device_type", [None, "cpu", "cuda", "mps"])
@@ -36,7 +36,7 @@ def test_random_numbers_on_apples_device_are_drawn_in_float32_by_the_generator_t
     assert torch.equal(found, expected.double())
 
 
-def test_draws_are_to_the_bit_those_of_a_cumulative_sum_in_float64():
+def test_draws_equal_those_of_a_cumulative_sum_in_float64():
     weights = torch.rand(50, 300, generator=torch.Generator().manual_seed(2))
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
@@ -46,7 +46,7 @@ def test_draws_are_to_the_bit_those_of_a_cumulative_sum_in_float64():
 
 
 def named(module):
-    """(module, function or variable) of each place that names float64, comparisons left out."""
+    """Return (module, function or variable) of each use of float64, except in comparisons."""
     found = set()
 
     def visit(node, owner):
@@ -64,5 +64,23 @@ def named(module):
     return found
 
 
-def test_no_other_place_of_the_library_names_float64():
+def test_nothing_else_in_the_library_uses_float64():
     assert set().union(*map(named, DRAFTER.rglob("*.py"))) == ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(temperature=-0.1), "temperature is -0.1, must be 0"),
+        (Sampling(top_p=0.0), "top_p is 0.0, must be above 0"),
+        (Sampling(top_p=1.1), "top_p is 1.1, must be above 0"),
+        (Sampling(top_k=-1), "top_k is -1, must be a whole number"),
+        (Sampling(top_k=2.5), "top_k is 2.5, must be a whole number"),
+        (Sampling(top_k=True), "top_k is True, must be a whole number"),
+        (Sampling(top_k="20"), "top_k is 20, must be a whole number"),
+    ],
+)
+def test_wrong_sampling_settings_are_refused(sampling, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(sampling)
+    check_sampling(Sampling(0.6, 0.95, 20))

@@ -1,1 +1,1 @@
-"""Speculative decoding and its baseline, and what both cost and accept."""
+"""Speculative decoding and its autoregressive baseline, and measurements of their acceptance and their time."""

@@ -1,8 +1,9 @@
-"""The accept test, and what a block gives: the part of speculative decoding that keeps the target's distribution.
+"""The acceptance rule of speculative decoding, which keeps the target's distribution, and the block that results.
 
-Source: Leviathan et al., arXiv 2211.17192, algorithm 1. Shapes: B texts, G drafted tokens, V vocabulary.
+Source: Leviathan et al., arXiv 2211.17192, algorithm 1. Shapes: B sequences, G drafted tokens, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,35 +12,65 @@ from drafter.warping import draw
 
 
 class Block(NamedTuple):
-    """One target call: the tokens drafted, how many of them were accepted, and the tokens that it gave.
+    """The tokens of one target call.
 
-    `emitted` is the accepted tokens and the target's own one, cut where a stop token or the limit ends the text.
-    `chances` are the probabilities with which each drafted token would be accepted, were it tested; `room` is how many
-    of them can be followed by another token (those before the first stop token).
+    Attributes:
+        drafted: the tokens that the drafter proposed.
+        accepted: how many of them, from the first on, were accepted.
+        emitted: the accepted tokens and the bonus token, cut at a stop token or at the length limit.
+        acceptance_probabilities: for each drafted token, the probability of its acceptance if it is tested.
+        extendable: the number of drafted tokens before the first stop token, which another token can follow.
     """
 
     drafted: list[int]
     accepted: int
     emitted: list[int]
-    chances: tuple[float, ...] = ()
-    room: int = 0
+    acceptance_probabilities: tuple[float, ...] = ()
+    extendable: int = 0
 
     @property
     def tested(self) -> int:
-        """Drafted tokens that met the accept test: those behind the first rejection or the end never did."""
+        """The number of drafted tokens that were tested: all up to the first rejection or the end of the sequence."""
         return min(self.accepted + 1, len(self.drafted), len(self.emitted))
 
     @property
     def expected(self) -> float:
-        """How many tokens a block with these drafts gives on average over the accept test's coins (Rao-Blackwell).
+        """The expected number of emitted tokens given the drafts, over the randomness of the acceptance rule.
 
-        Where an accepted draft would end the text, nothing comes after it.
+        With acceptance probabilities a_1, a_2, … it is 1 + a_1 + a_1 a_2 + …, up to the first stop token, as nothing
+        follows that one. It has the mean of `len(emitted)` with less variance (Rao-Blackwell).
         """
         total, reached = 1.0, 1.0
-        for chance in self.chances[: self.room]:
-            reached *= chance
+        for probability in self.acceptance_probabilities[: self.extendable]:
+            reached *= probability
             total += reached
         return total
+
+
+class Verification(NamedTuple):
+    """The result of the acceptance rule for B sequences.
+
+    Attributes:
+        accepted: the number of accepted tokens of each sequence.
+        bonus: the token of each sequence that follows the accepted ones.
+        acceptance_probabilities: those of the G drafted tokens of each sequence.
+    """
+
+    accepted: list[int]
+    bonus: list[int]
+    acceptance_probabilities: list[list[float]]
+
+
+class VerificationTensors(NamedTuple):
+    """`Verification` on the device of the models."""
+
+    accepted_B: torch.Tensor
+    bonus_B: torch.Tensor
+    acceptance_probabilities_BG: torch.Tensor
+
+    def to_lists(self) -> Verification:
+        """Return the same as Python numbers."""
+        return Verification(self.accepted_B.tolist(), self.bonus_B.tolist(), self.acceptance_probabilities_BG.tolist())
 
 
 def verify(
@@ -47,58 +78,77 @@ def verify(
     p_BGV: torch.Tensor,
     q_BGV: torch.Tensor,
     generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Accept a prefix of the drafted tokens and choose the target's own next token.
+) -> VerificationTensors:
+    """Accept a prefix of the drafted tokens and choose the bonus token.
 
-    Token i is accepted with probability min(1, q(x_i) / p(x_i)). After a rejection the next token is drawn from
-    max(q - p, 0), normalised; after none, from the target's last distribution. The result is a sample of q.
+    Token x_i is accepted with probability min(1, q(x_i) / p(x_i)). After a rejection the bonus token is drawn from
+    max(q - p, 0), normalised; if all are accepted, from the target's last distribution. The tokens are then a sample
+    of the target's distribution.
 
     Args:
-        drafted_BG: token ids drawn from p_BGV, place by place.
-        p_BGV: the drafter's warped probabilities at G places.
-        q_BGV: the target's warped probabilities at G + 1 places.
-
-    Returns:
-        how many drafted tokens are accepted (B,), the next token (B,), and each token's chance to be accepted (B, G).
+        drafted_BG: the drafted token ids; each is drawn from the distribution in p_BGV at its position.
+        p_BGV: the drafter's warped probabilities at G positions.
+        q_BGV: the target's warped probabilities at G + 1 positions.
+        generator: the source of random numbers; None for PyTorch's default.
     """
     count = drafted_BG.shape[1]
-    chosen_BG1 = drafted_BG[..., None]
-    p_BG, q_BG = p_BGV.gather(-1, chosen_BG1)[..., 0], q_BGV[:, :count].gather(-1, chosen_BG1)[..., 0]
+    drafted_BG1 = drafted_BG[..., None]
+    p_BG, q_BG = p_BGV.gather(-1, drafted_BG1)[..., 0], q_BGV[:, :count].gather(-1, drafted_BG1)[..., 0]
     uniform_BG = torch.rand(p_BG.shape, generator=generator, device=p_BG.device)
     accepted_B = (uniform_BG * p_BG < q_BG).long().cumprod(1).sum(1)
-    final_BV = _at(q_BGV, accepted_B)
+    bonus_BV = _at(q_BGV, accepted_B)
     if count:
-        against_BV = _at(p_BGV, accepted_B.clamp_max(count - 1))
-        residual_BV = (final_BV - against_BV).clamp_min(0)
-        # Where p = q up to rounding, a rejection has probability ~0, and the residual is q itself.
+        rejected_BV = _at(p_BGV, accepted_B.clamp_max(count - 1))
+        residual_BV = (bonus_BV - rejected_BV).clamp_min(0)
+        # If p equals q up to rounding, the residual may be zero everywhere; a rejection is then all but impossible.
         use_B1 = (accepted_B[:, None] < count) & (residual_BV.sum(-1, keepdim=True) > 0)
-        final_BV = torch.where(use_B1, residual_BV, final_BV)
-    own_B = draw(final_BV, generator)
-    return accepted_B, own_B, (q_BG / p_BG).clamp_max(1)
+        bonus_BV = torch.where(use_B1, residual_BV, bonus_BV)
+    bonus_B = draw(bonus_BV, generator)
+    return VerificationTensors(accepted_B, bonus_B, (q_BG / p_BG).clamp_max(1))
 
 
-def _at(values_BGV: torch.Tensor, places_B: torch.Tensor) -> torch.Tensor:
-    """One place of each text, shape (B, V)."""
-    return values_BGV.gather(1, places_B[:, None, None].expand(-1, 1, values_BGV.shape[-1]))[:, 0]
+def _at(values_BGV: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+    """Return the values at one position of each sequence, shape (B, V)."""
+    return values_BGV.gather(1, positions_B[:, None, None].expand(-1, 1, values_BGV.shape[-1]))[:, 0]
 
 
-def verify_greedy(drafted: list[list[int]], best: list[list[int]]) -> tuple[list[int], list[int], list[list[float]]]:
-    """`verify` for distributions with all mass on one token: the target's best one at each of G + 1 places."""
-    chances = [[float(x == y) for x, y in zip(*row, strict=False)] for row in zip(drafted, best, strict=True)]
-    accepted = [next((place for place, chance in enumerate(row) if not chance), len(row)) for row in chances]
-    return accepted, [row[place] for row, place in zip(best, accepted, strict=True)], chances
+def verify_greedy(drafted: list[list[int]], best: list[list[int]]) -> Verification:
+    """Apply the acceptance rule to greedy decoding, where a token is accepted if it is the target's most likely one.
+
+    Args:
+        drafted: G drafted tokens per sequence.
+        best: the target's most likely token at each of G + 1 positions, per sequence.
+    """
+    probabilities = [[float(x == y) for x, y in zip(*row, strict=False)] for row in zip(drafted, best, strict=True)]
+    accepted = [next((i for i, value in enumerate(row) if not value), len(row)) for row in probabilities]
+    bonus = [row[count] for row, count in zip(best, accepted, strict=True)]
+    return Verification(accepted, bonus, probabilities)
 
 
-def settled(drafted: list[int], accepted: int, own: int, chances: list[float], room: int, stop_ids: list[int]) -> Block:
-    """A text's block, cut where its room or a stop token ends it: other texts may have had more room to draft in."""
-    emitted = _until_stop([*drafted[:accepted], own], stop_ids)[:room]
-    drafted = drafted[: room - 1]
-    before_stop = len(_until_stop([*drafted, -1], stop_ids)) - 1
+def truncate_block(
+    drafted: list[int],
+    accepted: int,
+    bonus: int,
+    acceptance_probabilities: list[float],
+    remaining: int,
+    stop_ids: Sequence[int],
+) -> Block:
+    """Return one sequence's block, cut at the first stop token and to the `remaining` number of tokens.
+
+    Sequences of a batch draft the same number of tokens, which may be more than this one's remaining length allows.
+    """
+    emitted = _until_stop([*drafted[:accepted], bonus], stop_ids)[:remaining]
+    drafted = drafted[: remaining - 1]
+    extendable = len(_until_stop([*drafted, -1], stop_ids)) - 1
     return Block(
-        drafted, min(accepted, len(emitted), len(drafted)), emitted, tuple(chances[: len(drafted)]), before_stop
+        drafted,
+        min(accepted, len(emitted), len(drafted)),
+        emitted,
+        tuple(acceptance_probabilities[: len(drafted)]),
+        extendable,
     )
 
 
-def _until_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:
+def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
     end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return tokens[:end]

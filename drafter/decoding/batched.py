@@ -1,6 +1,11 @@
-"""Several texts of different lengths in one batch, with one key-value cache: a decoder as those of `decoders` are.
+"""A decoder for several sequences of different lengths in one batch, with one key-value cache.
 
-Shapes: B rows, T tokens fed, C the cache's capacity in tokens, V vocabulary.
+`speculative.speculative_decode_batch` uses it. The commands decode one sequence at a time, as the paper does: a token
+rate is then that of a single user. Batched decoding serves those who use the library, `benchmarks/decoding.py`, and the
+tests of losslessness, which need thousands of samples. `capabilities` also uses the decoder, to find out whether a
+model accepts explicit masks and positions.
+
+Shapes: B rows, T tokens of a call, C the cache's capacity in tokens, V vocabulary.
 """
 
 from typing import Any
@@ -13,88 +18,92 @@ from drafter.decoding.decoders import Decoder, logits_of, masks_and_positions
 
 
 class _RaggedLayer(CacheLayerMixin):
-    """Keys and values of one layer in tensors of a fixed size, written at each row's own places."""
+    """Keys and values of one layer in tensors of a fixed size, written at positions that differ by row."""
 
-    def __init__(self, places: "_Places"):
+    def __init__(self, positions: "_Positions"):
         super().__init__()
-        self.places = places
+        self.positions = positions
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make room for the capacity."""
-        shapes = [(*states.shape[:2], self.places.capacity, states.shape[3]) for states in (key_states, value_states)]
+        """Allocate the tensors."""
+        capacity = self.positions.capacity
+        shapes = [(*states.shape[:2], capacity, states.shape[3]) for states in (key_states, value_states)]
         self.keys, self.values = (key_states.new_zeros(shape) for shape in shapes)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new ones; return all up to the longest row's end."""
+        """Write the new keys and values, and return all up to the end of the longest row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows_B1, places_BT, end = self.places.rows_B1, self.places.places_BT, self.places.end
+        rows_B1, positions_BT, end = self.positions.rows_B1, self.positions.positions_BT, self.positions.end
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored[rows_B1, :, places_BT] = states.transpose(1, 2)
+            stored[rows_B1, :, positions_BT] = states.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Not asked for: the mask is given."""
-        return self.places.end, 0
+        """Return the number of keys and their offset. Models do not use it, as they receive a mask."""
+        return self.positions.end, 0
 
     def get_seq_length(self) -> int:
-        """The longest row's length before this call."""
-        return self.places.end - self.places.places_BT.shape[1]
+        """Return the length of the longest row before this call."""
+        return self.positions.end - self.positions.positions_BT.shape[1]
 
     def get_max_length(self) -> int:
-        """The capacity."""
-        return self.places.capacity
+        """Return the capacity."""
+        return self.positions.capacity
 
 
-class _Places:
-    """Where each row's next tokens go; shared by the layers of one cache."""
+class _Positions:
+    """The positions of each row's tokens in the current call; the layers of one cache share them."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.rows_B1 = self.places_BT = torch.empty(0)
+        self.rows_B1 = self.positions_BT = torch.empty(0)
         self.end = 0
 
     def set(self, starts: list[int], count: int, device: torch.device) -> None:
-        """The next call writes `count` tokens a row, from its start on."""
+        """Prepare a call that writes `count` tokens per row, from each row's start on."""
         self.rows_B1 = torch.arange(len(starts), device=device)[:, None]
-        self.places_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+        self.positions_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
         self.end = max(starts) + count
 
 
 class RaggedDecoder:
-    """Several texts of different lengths in one batch, each advancing on its own.
+    """Several sequences of different lengths in one batch, each of which advances at its own rate.
 
-    Masks and positions are given to the model outright, so that it needs to know nothing of the rows' lengths;
-    `capabilities.check_side_by_side` says whether it takes them.
+    The model receives explicit masks and positions; `capabilities.check_side_by_side` tells whether it accepts them.
+
+    Args:
+        model: the model.
+        capacity: the length of the longest sequence, in tokens.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int):
-        self.model, self.places = model, _Places(capacity)
+        self.model, self.positions = model, _Positions(capacity)
         layers = model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[_RaggedLayer(self.places) for _ in range(layers)])
+        self.cache = Cache(layers=[_RaggedLayer(self.positions) for _ in range(layers)])
         self.call = logits_of(model)
 
-    def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
-        """The logits of each row's last `keep` tokens, shape (B, keep, V); as many tokens are fed to each row."""
+    def forward(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
+        """Return the logits of each row's last `keep` tokens, shape (B, keep, V). Rows have equally many tokens."""
         device, count = self.model.device, len(ids[0])
-        self.places.set(starts, count, device)
-        given = masks_and_positions(self.places.places_BT, self.places.end)
-        return self.call(torch.tensor(ids, device=device), self.cache, keep, **given)
+        self.positions.set(starts, count, device)
+        arguments = masks_and_positions(self.positions.positions_BT, self.positions.end)
+        return self.call(torch.tensor(ids, device=device), self.cache, keep, **arguments)
 
-    def seat(self, row: int, ids: list[int]) -> None:
-        """Give a row to another text, and read its first tokens."""
+    def replace_row(self, row: int, ids: list[int]) -> None:
+        """Give a row to another sequence, and cache its first tokens."""
         if ids:
-            alone = Decoder(self.model)
-            alone.feed([ids], [0], 1)
-            for layer, read in zip(self.cache.layers, alone.cache.layers, strict=True):
-                for stored, states in ((layer.keys, read.keys), (layer.values, read.values)):
+            single = Decoder(self.model)
+            single.forward([ids], [0], 1)
+            for layer, source in zip(self.cache.layers, single.cache.layers, strict=True):
+                for stored, states in ((layer.keys, source.keys), (layer.values, source.values)):
                     stored[row, :, : len(ids)] = states[0]
 
-    def select(self, rows: list[int]) -> None:
-        """Keep these rows alone."""
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all other rows."""
         kept = torch.tensor(rows, device=self.model.device)
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[kept], layer.values[kept]

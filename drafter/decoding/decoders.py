@@ -1,16 +1,15 @@
-"""A model with its key-value cache, fed a few tokens at a time.
+"""A model with its key-value cache, called with a few tokens at a time.
 
-`feed(ids, starts, keep)` gives each row's tokens the places from its start on, whatever was cached there before is
-forgotten, and returns the logits of the last `keep` of them. So a rejected draft costs nothing but the next start.
+`forward(ids, starts, keep)` places each row's tokens at the positions from its start on, discards what was cached from
+there on, and returns the logits of the last `keep` tokens. To undo a rejected draft, pass the earlier start next time.
 
-Shapes: B rows, T tokens fed, C the cache's capacity in tokens, V vocabulary.
+Shapes: B rows, T tokens of a call, C the cache's capacity in tokens, V vocabulary.
 """
 
 import inspect
-import time
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,18 +18,35 @@ from transformers.cache_utils import StaticLayer
 
 from drafter.models.inspection import body, has_plain_head
 
-# Models, as long as they live -> whether their logits are the output embedding of their last hidden states.
-_PLAIN: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+# Model -> whether its logits are just the output embedding of its last hidden states.
+_HAS_PLAIN_HEAD: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+class CachedModel(Protocol):
+    """A model with its key-value cache: `Decoder` for one sequence, `batched.RaggedDecoder` for several."""
+
+    model: PreTrainedModel
+
+    def forward(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
+        """Return the logits of each row's last `keep` tokens, shape (B, keep, V)."""
+
+    def replace_row(self, row: int, ids: list[int]) -> None:
+        """Give a row to another sequence, and cache its first tokens."""
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all other rows."""
 
 
 class Decoder:
-    """One text, with transformers' own cache, masks and positions: any model that can forget its last tokens.
+    """One sequence with a cache from transformers, for any model whose cache can be cropped.
 
     Args:
         model: the model.
-        cache, call: the cache, and what gives the logits (see `logits_of`), where they are not the usual ones.
-        capacity: the longest text that the cache can hold; None: any.
-        placed: give masks and positions to calls of several new tokens, which is faster than to have them made.
+        cache: the cache; by default a DynamicCache.
+        call: the function that returns the logits (see `logits_of`).
+        capacity: the longest sequence that the cache can hold; None for no limit.
+        explicit_positions: pass masks and positions to calls of several new tokens, which is faster than to let the
+            model compute them.
     """
 
     def __init__(
@@ -39,65 +55,67 @@ class Decoder:
         cache: Cache | None = None,
         call: Callable[..., torch.Tensor] | None = None,
         capacity: int | None = None,
-        placed: bool = False,
+        explicit_positions: bool = False,
     ):
-        self.model, self.length, self.capacity, self.placed = model, 0, capacity, placed
+        self.model, self.capacity, self.explicit_positions = model, capacity, explicit_positions
+        self.length = 0
         self.cache = DynamicCache() if cache is None else cache
         self.call = call or logits_of(model)
 
-    def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
-        """The logits of the last `keep` tokens, shape (1, keep, V).
+    def forward(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor:
+        """Return the logits of the last `keep` tokens, shape (1, keep, V).
 
         Raises:
-            ValueError: the text is longer than the capacity.
+            ValueError: the sequence is longer than the capacity.
         """
         (start,) = starts
-        if self.capacity is not None and start + len(ids[0]) > self.capacity:
-            raise ValueError(f"a text of {start + len(ids[0])} tokens exceeds the compiled decoder's {self.capacity}")
+        end = start + len(ids[0])
+        if self.capacity is not None and end > self.capacity:
+            raise ValueError(f"a sequence of {end} tokens exceeds the compiled decoder's capacity of {self.capacity}")
         if start < self.length:
             self.cache.crop(start - self.length)
-        self.length = start + len(ids[0])
+        self.length = end
         device = self.model.device
-        given = {}
-        if self.placed and start and len(ids[0]) > 1:
-            given = masks_and_positions(torch.arange(start, self.length, device=device)[None], self.length)
-        return self.call(torch.tensor(ids, device=device), self.cache, keep, **given)
+        arguments = {}
+        if self.explicit_positions and start and len(ids[0]) > 1:
+            arguments = masks_and_positions(torch.arange(start, end, device=device)[None], end)
+        return self.call(torch.tensor(ids, device=device), self.cache, keep, **arguments)
 
-    def select(self, rows: list[int]) -> None:
-        """There is one row."""
+    def keep_rows(self, rows: list[int]) -> None:
+        """Do nothing: there is only one row."""
 
-    def seat(self, row: int, ids: list[int]) -> None:
-        """There is one text."""
+    def replace_row(self, row: int, ids: list[int]) -> None:
+        """Do nothing: there is only one sequence."""
 
 
 class Compiled:
-    """A model whose calls of a few tokens are compiled (torch.compile), and a cache of a fixed size: a text at a time.
+    """A model whose short calls are compiled (torch.compile), with a cache of a fixed size, for one sequence at a time.
 
-    Where a call costs its Python and not its weights, as with small models on a CPU, this is where the time goes. The
-    first call of each number of tokens compiles for some ten seconds; texts go on using what was compiled.
+    It pays where Python overhead dominates a call, as with small models on a CPU. The first call with each number of
+    tokens takes some ten seconds to compile; later sequences reuse the compiled calls.
 
     Args:
-        model: any that works with transformers' static cache.
-        capacity: the longest text, in tokens.
-        longest: calls of more tokens than this, such as prompts, are not compiled.
+        model: a model that works with transformers' static cache.
+        capacity: the length of the longest sequence, in tokens.
+        longest: calls with more tokens than this, such as prompts, are not compiled.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, longest: int = 9):
         self.model, self.longest, self.capacity = model, longest, capacity
         self.argument = cache_argument(type(model))
-        # Every layer keeps the whole text: one that keeps its window alone cannot roll back once it is full.
+        # Every layer stores the whole sequence: a sliding-window cache cannot be rolled back once it is full.
         layers = model.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(max_cache_len=capacity) for _ in range(layers)])
         self.calls: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """The model's device."""
         return self.model.device
 
     @torch.inference_mode()
     def decoder(self) -> Decoder:
-        """A decoder of a new text; that of the text before it is of no more use."""
+        """Return a decoder for a new sequence. It shares the cache, so the previous decoder becomes invalid."""
         self.cache.reset()
         return Decoder(self.model, self.cache, self._logits, self.capacity)
 
@@ -105,7 +123,7 @@ class Compiled:
         count = ids_BT.shape[1]
         if count not in self.calls:
             self.calls[count] = self._call() if count > self.longest else torch.compile(self._call(), dynamic=False)
-        # All logits are made, so that one compiled call serves every `keep`.
+        # The call computes the logits of all tokens, so that one compiled function serves every `keep`.
         return self.calls[count](ids_BT)[:, -keep:]
 
     def _call(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -113,54 +131,47 @@ class Compiled:
             logits: torch.Tensor = self.model(input_ids=ids_BT, use_cache=True, **{self.argument: self.cache}).logits
             return logits
 
-        # A code object of its own: what was compiled for others under the same one would be tried first, each time.
+        # torch.compile caches by code object and tries every entry of it in turn: a copy keeps each list at one entry.
         return FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
 
 
-def masks_and_positions(places_BT: torch.Tensor, end: int) -> dict[str, torch.Tensor]:
-    """Each token's position, and a mask by which it sees what lies before it and itself, of `end` places."""
-    seen_BTC = torch.arange(end, device=places_BT.device) <= places_BT[..., None]
-    return {"attention_mask": seen_BTC[:, None], "position_ids": places_BT}
+def masks_and_positions(positions_BT: torch.Tensor, end: int) -> dict[str, torch.Tensor]:
+    """Return a model's arguments for tokens at given positions: position ids, and a causal mask over `end` keys."""
+    visible_BTC = torch.arange(end, device=positions_BT.device) <= positions_BT[..., None]
+    return {"attention_mask": visible_BTC[:, None], "position_ids": positions_BT}
 
 
 def logits_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
-    """A function of ids, a cache, how many last places are wanted, and other arguments that gives their logits.
+    """Return a function of ids, a cache, `keep` and further model arguments that computes the last `keep` logits.
 
-    Where they are the output embedding of the last hidden states, it asks for those: of a small model's call, a
-    twentieth is spent on the way around.
+    If the logits are just the output embedding of the last hidden states, it calls the two parts itself: the model's
+    own wrapper takes a twentieth of a small model's call.
     """
-    if model not in _PLAIN:
-        _PLAIN[model] = isinstance(model, PreTrainedModel) and has_plain_head(model)
-    if not _PLAIN[model]:
+    if model not in _HAS_PLAIN_HEAD:
+        _HAS_PLAIN_HEAD[model] = isinstance(model, PreTrainedModel) and has_plain_head(model)
+    if not _HAS_PLAIN_HEAD[model]:
         argument = cache_argument(type(model))
 
-        def whole(ids_BT: torch.Tensor, cache: Any, keep: int, **given: Any) -> torch.Tensor:
-            given |= {"use_cache": True, "logits_to_keep": keep, argument: cache}
-            logits: torch.Tensor = model(input_ids=ids_BT, **given).logits
+        def call_model(ids_BT: torch.Tensor, cache: Any, keep: int, **arguments: Any) -> torch.Tensor:
+            arguments |= {"use_cache": True, "logits_to_keep": keep, argument: cache}
+            logits: torch.Tensor = model(input_ids=ids_BT, **arguments).logits
             return logits
 
-        return whole
+        return call_model
     inner, head = body(model), model.get_output_embeddings()
     argument = cache_argument(type(inner))
 
-    def last(ids_BT: torch.Tensor, cache: Any, keep: int, **given: Any) -> torch.Tensor:
-        output = inner(input_ids=ids_BT, use_cache=True, **{argument: cache}, **given)
+    def call_parts(ids_BT: torch.Tensor, cache: Any, keep: int, **arguments: Any) -> torch.Tensor:
+        output = inner(input_ids=ids_BT, use_cache=True, **{argument: cache}, **arguments)
         logits: torch.Tensor = head(output.last_hidden_state[:, -keep:])
         return logits
 
-    return last
-
-
-def now(device: torch.device) -> float:
-    """Wall-clock seconds, once what was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return call_parts
 
 
 def cache_argument(kind: Any) -> str:
-    """The name that a class of models has for its cache.
+    """Return the name of the cache argument of a class of models.
 
-    transformers 5.24 renamed the argument; earlier ones, and models with code of their own, keep the old name.
+    transformers 5.24 renamed it to `cache`; earlier versions, and models with custom code, use `past_key_values`.
     """
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"

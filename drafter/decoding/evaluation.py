@@ -1,7 +1,4 @@
-"""One prompt of a task: decoded by the target alone and with each drafter, counted, and shown as text.
-
-Shapes: none; a decoded text is a list of token ids, and a block the tokens of one of the target's calls.
-"""
+"""Decode one prompt with the target alone and with each drafter, count the tokens, and show the blocks as text."""
 
 import zlib
 from collections.abc import Mapping
@@ -11,67 +8,91 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from drafter.decoding.speculative import Adaptive, Decoded, autoregressive_decode, speculative_decode
+from drafter.decoding.generation import Decoded
+from drafter.decoding.options import Adaptive, DecodingOptions
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.metrics import by_position, count
-from drafter.warping import Sampling
 
 
 class Task(NamedTuple):
-    """One prompt of a task, and how it is decoded."""
+    """One prompt of a task, and how it is decoded.
+
+    Attributes:
+        name: the task's name.
+        prompt_id: the prompt's id in the prepared data.
+        message: the prompt as text.
+        prompt: the prompt's token ids, in the chat template.
+        options: how it is decoded.
+    """
 
     name: str
     prompt_id: str
     message: str
     prompt: list[int]
-    max_new_tokens: int
-    sampling: Sampling
+    options: DecodingOptions
 
     def random(self, device: torch.device, seed: int, use: str = "") -> torch.Generator:
-        """Random numbers of its own for each use, whatever else is decoded in the same run."""
+        """Return a generator that depends on the prompt, the seed and its use alone, not on what else is decoded."""
         return torch.Generator(device).manual_seed(zlib.crc32(f"{self.prompt_id}:{use}".encode()) + seed)
+
+
+class Evaluated(NamedTuple):
+    """The row of counts.jsonl for one prompt, drafter and gamma, and the decoding that it counts."""
+
+    row: dict[str, Any]
+    decoded: Decoded
 
 
 def decode(
     task: Task,
     target: PreTrainedModel,
     drafters: dict[str, PreTrainedModel],
-    stops: list[int],
     gammas: Mapping[int | str, int | Adaptive],
     seed: int,
-) -> dict[str, list[tuple[dict[str, Any], Decoded]]]:
-    """One prompt: the baseline once, then each drafter at each gamma. Rows of counts, with what they count."""
-    how = task.max_new_tokens, task.sampling, stops
-    baseline = autoregressive_decode(target, task.prompt, *how, task.random(target.device, seed))
-    found: dict[str, list[tuple[dict[str, Any], Decoded]]] = {path: [] for path in drafters}
+) -> dict[str, list[Evaluated]]:
+    """Decode one prompt with the target alone, once, and then with each drafter at each gamma.
+
+    Args:
+        task: the prompt.
+        target: the target.
+        drafters: the drafters by path; the last part of a path enters the seed of its random numbers.
+        gammas: gamma by its name in the rows.
+        seed: the run's seed.
+
+    Returns:
+        the results of each drafter, by path, in the order of `gammas`.
+    """
+    baseline = autoregressive_decode(target, task.prompt, task.options, task.random(target.device, seed))
+    found: dict[str, list[Evaluated]] = {path: [] for path in drafters}
     for path, drafter in drafters.items():
-        for gamma, drafts in gammas.items():
+        for gamma, num_speculative_tokens in gammas.items():
             generator = task.random(target.device, seed, f"{Path(path).name} {gamma}")
-            decoded = speculative_decode(target, drafter, task.prompt, drafts, *how, generator)
+            decoded = speculative_decode(target, drafter, task.prompt, num_speculative_tokens, task.options, generator)
             row = {
                 "task": task.name,
                 "gamma": gamma,
                 "prompt": task.prompt_id,
                 **count(decoded, baseline)._asdict(),
                 "by_position": by_position(decoded.blocks),
-                "greedy": task.sampling.temperature == 0,
+                "greedy": task.options.sampling.temperature == 0,
                 "like_the_target": decoded.tokens == baseline.tokens,
                 "message": task.message,
             }
-            found[path].append((row, decoded))
+            found[path].append(Evaluated(row, decoded))
     return found
 
 
 def as_text(decoded: Decoded, tokenizer: Any) -> list[dict[str, Any]]:
-    """Each block as pieces of text: accepted drafts, the first rejected draft, and the target's own token."""
+    """Return each block as pieces of text: the accepted drafts, the first rejected draft, and the bonus token."""
     blocks = []
     for block in decoded.blocks:
-        accepted, own = block.emitted[: block.accepted], block.emitted[block.accepted :]
-        rejected = block.drafted[block.accepted : block.tested] if own else []
+        accepted, bonus = block.emitted[: block.accepted], block.emitted[block.accepted :]
+        rejected = block.drafted[block.accepted : block.tested] if bonus else []
         blocks.append(
             {
                 "accepted": [tokenizer.decode([token]) for token in accepted],
                 "rejected": [tokenizer.decode([token]) for token in rejected],
-                "own": [tokenizer.decode([token]) for token in own],
+                "bonus": [tokenizer.decode([token]) for token in bonus],
             }
         )
     return blocks

@@ -1,13 +1,14 @@
-"""Block efficiency without decoding: from a text that the target wrote, how many blocks it would have taken.
+"""The expected block efficiency of a drafter, computed from sequences that the target generated, without decoding.
 
-A token x that the target wrote at a place where the drafter proposes was accepted with probability min(1, p(x) / q(x)),
-given the text and independently of all other places: P(proposed and accepted) = min(p, q), P(written) = q. So the
-blocks that cover a given text are a Markov chain over its places, and their expected number is a sum, not a sample:
-no coin is tossed, no token drafted. One forward of each model over the texts gives it for every gamma.
+Consider a token x that the target generated at a position where the drafter proposes a token. Given the sequence, the
+draft was accepted there with probability min(1, p(x) / q(x)), independently of all other positions: the probability
+that x is proposed and accepted is min(p(x), q(x)), and that x is generated is q(x). So the blocks that cover a given
+sequence form a Markov chain over its positions, and their expected number is a sum, without sampling. One forward pass
+of each model over the sequences gives it for every gamma.
 
-It holds for texts drawn from the target with the temperature and top-p at which both models are compared.
+The sequences have to be drawn from the target with the temperature and top-p at which the models are compared.
 
-Shapes: B texts, L tokens of the longest, N places, V vocabulary.
+Shapes: B sequences, L tokens of the longest, N positions, V vocabulary.
 """
 
 import torch
@@ -18,9 +19,22 @@ from drafter.warping import Sampling, double, warp
 def acceptance_of_written(
     logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, tokens_N: torch.Tensor, sampling: Sampling
 ) -> torch.Tensor:
-    """min(1, p(x) / q(x)) for the tokens x that the target wrote, both models warped as in decoding; shape (N,).
+    """Return the acceptance probabilities min(1, p(x) / q(x)) of generated tokens x, shape (N,).
 
-    A token that the target gives no chance (it is outside a nucleus that rounding moved) counts by p alone.
+    If q(x) is zero, as happens when rounding moves the boundary of the nucleus, the result is 1 where p(x) > 0.
+
+    >>> logits_p_NV = torch.tensor([[0.1, 0.9], [0.5, 0.5]]).log()
+    >>> logits_q_NV = torch.tensor([[0.5, 0.5], [0.2, 0.8]]).log()
+    >>> acceptance_of_written(logits_p_NV, logits_q_NV, torch.tensor([0, 1]), Sampling(temperature=1.0))
+    tensor([0.2000, 0.6250])
+    >>> acceptance_of_written(logits_p_NV, logits_q_NV, torch.tensor([0, 1]), Sampling(temperature=0.0))
+    tensor([0., 0.])
+
+    Args:
+        logits_p_NV: the drafter's logits.
+        logits_q_NV: the target's logits.
+        tokens_N: the tokens that the target generated.
+        sampling: how both models' logits are warped.
     """
     if sampling.temperature == 0:
         return (logits_p_NV.argmax(-1) == tokens_N).float()
@@ -31,34 +45,47 @@ def acceptance_of_written(
 
 
 def expected_blocks(accept_BL: torch.Tensor, lengths_B: torch.Tensor, num_speculative_tokens: int) -> torch.Tensor:
-    """The expected number of blocks, target calls, that each text takes; shape (B,), in float64 (see `double`).
+    """Return the expected number of blocks, that is, of target calls, for each sequence; shape (B,), in float64.
 
-    Block efficiency over texts is the sum of their lengths over the sum of this.
+    The block efficiency over all sequences is the sum of their lengths divided by the sum of this. float64 is used
+    where the device has it (see `double`).
+
+    >>> always, half = torch.ones(1, 8), torch.full((1, 2), 0.5)
+    >>> expected_blocks(always, torch.tensor([8]), num_speculative_tokens=3)  # two blocks of 3 drafts and a bonus token
+    tensor([2.], dtype=torch.float64)
+    >>> expected_blocks(half, torch.tensor([2]), num_speculative_tokens=1)  # one block, or two after a rejection
+    tensor([1.5000], dtype=torch.float64)
 
     Args:
-        accept_BL: the chance that a token would be accepted, were it drafted; anything past a text's end.
-        lengths_B: tokens of each text.
+        accept_BL: each token's acceptance probability if it is drafted; values after a sequence's end are ignored.
+        lengths_B: the number of tokens of each sequence.
+        num_speculative_tokens: gamma, the number of drafted tokens per block.
     """
     count, longest = accept_BL.shape
     gamma, accept_BL = num_speculative_tokens, double(accept_BL)
     lengths_B = lengths_B.to(accept_BL.device)
-    # begins[:, s]: the chance that a block begins at place s; those from a text's end on are nobody's.
+    # begins_BL[:, s] is the probability that a block begins at position s.
     begins_BL = accept_BL.new_zeros(count, longest + gamma + 2)
     begins_BL[:, 0] = 1
     padded_BL = torch.cat([accept_BL, accept_BL.new_zeros(count, gamma)], 1)
-    for place in range(longest):
-        reached_B = begins_BL[:, place].clone()
+    for position in range(longest):
+        reached_B = begins_BL[:, position].clone()
         for step in range(gamma):
-            accepted_B = padded_BL[:, place + step]
-            begins_BL[:, place + step + 1] += reached_B * (1 - accepted_B)
+            accepted_B = padded_BL[:, position + step]
+            begins_BL[:, position + step + 1] += reached_B * (1 - accepted_B)
             reached_B = reached_B * accepted_B
-        begins_BL[:, place + gamma + 1] += reached_B
+        begins_BL[:, position + gamma + 1] += reached_B
     inside_BL = torch.arange(begins_BL.shape[1], device=lengths_B.device) < lengths_B[:, None]
     return (begins_BL * inside_BL).sum(1)
 
 
 def split_rows(values_N: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """Values of texts that follow each other, as rows (B, L), zeros past their ends."""
+    """Return concatenated sequences of values as rows (B, L), padded with zeros.
+
+    >>> split_rows(torch.tensor([1, 2, 3]), torch.tensor([2, 1]))
+    tensor([[1, 2],
+            [3, 0]])
+    """
     inside_BL = torch.arange(max(lengths_B.tolist(), default=0), device=values_N.device) < lengths_B[:, None]
     return torch.zeros(inside_BL.shape, dtype=values_N.dtype, device=values_N.device).masked_scatter(
         inside_BL, values_N

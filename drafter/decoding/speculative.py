@@ -1,72 +1,30 @@
-"""Speculative decoding, and the autoregressive baseline it is measured against, of one text or several at once.
+"""Speculative decoding, and the autoregressive decoding that it is compared with, of one sequence or several at once.
 
-In each block the drafter proposes gamma tokens, one target call scores them all, `verify` keeps the longest prefix that
-leaves the output's distribution exactly the target's, and the target adds one token of its own (Leviathan et al.,
-arXiv 2211.17192, algorithm 1). Both models' logits are warped (temperature, top-k, top-p) before the accept test.
+In each block the drafter proposes gamma tokens, one target call scores them all, `verify` accepts a prefix such that
+the output keeps the target's distribution exactly, and the target adds one bonus token (Leviathan et al., arXiv
+2211.17192, algorithm 1). Both models' logits are warped (temperature, top-k, top-p) before verification.
 
-How many tokens a block drafts may depend on the drafter's confidence in those that it has drafted (`Adaptive`): the
-accept test takes each token as it was drawn, so that any rule that looks at the drafts alone is lossless too.
+The number of drafted tokens may depend on the drafter's confidence in the tokens of the block so far (`Adaptive`).
+Decoding remains lossless: the rule depends on the drafts alone, and each token is verified against the distribution
+that it was drawn from.
 
-Shapes: B texts, G drafted tokens, V vocabulary.
+Shapes: B sequences, G drafted tokens, V vocabulary.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from drafter.decoding.acceptance import Block, settled, verify, verify_greedy
+from drafter.decoding.acceptance import Block, Verification, truncate_block, verify, verify_greedy
 from drafter.decoding.batched import RaggedDecoder
 from drafter.decoding.capabilities import check_side_by_side, decoder_of
-from drafter.decoding.decoders import Compiled, now
+from drafter.decoding.clock import Clock
+from drafter.decoding.decoders import CachedModel, Compiled
+from drafter.decoding.generation import Decoded, Generation
+from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, check_prompt, max_draft_length
 from drafter.warping import Sampling, draw, warp
-
-
-class Seconds(NamedTuple):
-    """Wall-clock time of a decoding, shared equally by the texts that were decoded together."""
-
-    total: float
-    drafting: float = 0.0
-    verifying: float = 0.0
-
-
-class Decoded(NamedTuple):
-    """The generated tokens, the blocks that they came in, and the time that it took."""
-
-    tokens: list[int]
-    blocks: list[Block]
-    seconds: Seconds
-
-
-class Adaptive(NamedTuple):
-    """Draft until the drafter's own probability for all of a block's tokens so far falls below `threshold`."""
-
-    limit: int = 8
-    threshold: float = 0.3
-
-
-def longest(num_speculative_tokens: int | Adaptive) -> int:
-    """The most tokens that a block may draft."""
-    return num_speculative_tokens.limit if isinstance(num_speculative_tokens, Adaptive) else num_speculative_tokens
-
-
-class Feeds(Protocol):
-    """A model with its cache; see decoders."""
-
-    model: PreTrainedModel
-
-    def feed(self, ids: list[list[int]], starts: list[int], keep: int) -> torch.Tensor: ...
-
-    def seat(self, row: int, ids: list[int]) -> None: ...
-
-    def select(self, rows: list[int]) -> None: ...
-
-
-class Drafts(NamedTuple):
-    """What a block proposes: tokens (B, G), and the distribution that each was drawn from (none if greedy)."""
-
-    tokens_BG: torch.Tensor
-    p_GBV: list[torch.Tensor]
 
 
 def speculative_decode(
@@ -74,22 +32,28 @@ def speculative_decode(
     drafter: PreTrainedModel | Compiled,
     prompt: list[int],
     num_speculative_tokens: int | Adaptive,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: list[int],
+    options: DecodingOptions,
     generator: torch.Generator | None = None,
 ) -> Decoded:
-    """Continue a prompt with the target's distribution, in blocks drafted by the drafter.
+    """Continue a prompt with the target's distribution, in blocks that the drafter drafts.
 
-    The text ends with the first of `stop_ids` (which is part of it) or after `max_new_tokens`. The target reads the
-    prompt in the first block's call, so blocks and target calls are one and the same.
+    The target reads the prompt in the call of the first block, so the number of blocks is the number of target calls.
+
+    Args:
+        target: the model whose distribution the result has.
+        drafter: the model that proposes tokens.
+        prompt: the prompt's token ids.
+        num_speculative_tokens: gamma, the number of drafted tokens per block, or the rule that chooses it.
+        options: length limit, sampling and stop tokens.
+        generator: the source of random numbers; None for PyTorch's default.
 
     Raises:
-        ValueError: num_speculative_tokens or max_new_tokens is below 1, or prompt is empty.
+        ValueError: num_speculative_tokens is below 1, the prompt is empty, or a model cannot be decoded with (see
+            capabilities.check_decodes).
     """
-    how = num_speculative_tokens, max_new_tokens, sampling, stop_ids, generator
-    check_decoding(num_speculative_tokens, max_new_tokens, prompt)
-    return _decode(decoder_of(target), decoder_of(drafter), [prompt], 1, *how)[0]
+    check_draft_length(num_speculative_tokens)
+    check_prompt(prompt)
+    return _decode(decoder_of(target), decoder_of(drafter), [prompt], 1, num_speculative_tokens, options, generator)[0]
 
 
 def speculative_decode_batch(
@@ -97,198 +61,200 @@ def speculative_decode_batch(
     drafter: PreTrainedModel,
     prompts: list[list[int]],
     num_speculative_tokens: int | Adaptive,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: list[int],
+    options: DecodingOptions,
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
 ) -> list[Decoded]:
-    """`speculative_decode` of several prompts side by side, each text advancing by what it accepts.
+    """Decode several prompts in one batch, in which each sequence advances by the tokens that it accepts.
 
-    At most `batch_size` of them at a time (None: all); the next in line takes the place of a text that has ended.
+    At most `batch_size` sequences are decoded at a time (None: all). When one ends, the next prompt takes its row.
 
     Raises:
-        ValueError: as above, batch_size is below 1, or a model's attention does not allow it (see
+        ValueError: as for `speculative_decode`; batch_size is below 1; or a model does not support batches (see
             capabilities.check_side_by_side).
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+    check_draft_length(num_speculative_tokens)
     for prompt in prompts:
-        check_decoding(num_speculative_tokens, max_new_tokens, prompt)
-    capacity = max(map(len, prompts), default=0) + max_new_tokens + longest(num_speculative_tokens) + 1
+        check_prompt(prompt)
+    longest = max(map(len, prompts), default=0)
+    capacity = longest + options.max_new_tokens + max_draft_length(num_speculative_tokens) + 1
     for model in (target, drafter):
         check_side_by_side(model, capacity)
-    slow, fast = (RaggedDecoder(model, capacity) for model in (target, drafter))
-    how = num_speculative_tokens, max_new_tokens, sampling, stop_ids, generator
-    return _decode(slow, fast, prompts, batch_size or len(prompts), *how)
-
-
-@torch.inference_mode()
-def _decode(
-    slow: Feeds,
-    fast: Feeds,
-    prompts: list[list[int]],
-    batch_size: int,
-    num_speculative_tokens: int | Adaptive,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: list[int],
-    generator: torch.Generator | None,
-) -> list[Decoded]:
-    """The loop. `known` is how many tokens of a text are cached: all but its last one or two."""
-    clock = _Clock(slow.model.device)
-    texts, ends = [list(prompt) for prompt in prompts], [len(prompt) + max_new_tokens for prompt in prompts]
-    blocks: list[list[Block]] = [[] for _ in prompts]
-    active, waiting = list(range(len(prompts)))[:batch_size], list(range(batch_size, len(prompts)))[::-1]
-    known = _read_prompts(slow, texts[:batch_size]), _read_prompts(fast, texts[:batch_size])
-    while active:
-        room = max(ends[i] - len(texts[i]) for i in active)
-        # The last token of a text is always the target's own, so a draft never reaches beyond the limit.
-        drafts = _draft(
-            fast, [texts[i] for i in active], known[1], num_speculative_tokens, room - 1, sampling, generator
-        )
-        clock.drafted()
-        count = drafts.tokens_BG.shape[1]
-        drafted = drafts.tokens_BG.tolist()
-        fed = [texts[i][start:] + row for i, start, row in zip(active, known[0], drafted, strict=True)]
-        logits_BGV = slow.feed(fed, known[0], count + 1)
-        if sampling.temperature == 0:
-            accepted, own, chances = verify_greedy(drafted, logits_BGV.argmax(-1).tolist())
-        else:
-            q_BGV = warp(logits_BGV, sampling)
-            p_BGV = torch.stack(drafts.p_GBV, 1) if count else q_BGV[:, :0]
-            result = verify(drafts.tokens_BG, p_BGV, q_BGV, generator)
-            accepted, own, chances = (part.tolist() for part in result)
-        clock.verified()
-        going: list[int] = []
-        starts: tuple[list[int], list[int]] = ([], [])
-        for row, i in enumerate(list(active)):
-            before = len(texts[i])
-            block = settled(drafted[row], accepted[row], own[row], chances[row], ends[i] - before, stop_ids)
-            blocks[i].append(block)
-            texts[i] += block.emitted
-            if len(texts[i]) < ends[i] and block.emitted[-1] not in stop_ids:
-                going.append(row)
-                starts[0].append(len(texts[i]) - 1)
-                starts[1].append(min(len(texts[i]) - 1, before + max(count - 1, 0)))
-            elif waiting:
-                active[row] = i = waiting.pop()
-                for model, places in zip((slow, fast), starts, strict=True):
-                    model.seat(row, texts[i][:-1])
-                    places.append(len(texts[i]) - 1)
-                going.append(row)
-        if len(going) < len(active) and going:
-            slow.select(going)
-            fast.select(going)
-        active = [active[row] for row in going]
-        # One number of tokens is fed to all texts: what some lack, the others are told again.
-        lacking = max((len(texts[i]) - start for i, start in zip(active, starts[1], strict=True)), default=0)
-        known = starts[0], [len(texts[i]) - lacking for i in active]
-    seconds = clock.seconds(len(prompts))
-    return [Decoded(texts[i][len(prompt) :], blocks[i], seconds) for i, prompt in enumerate(prompts)]
-
-
-def _draft(
-    fast: Feeds,
-    texts: list[list[int]],
-    known: list[int],
-    num_speculative_tokens: int | Adaptive,
-    room: int,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-) -> Drafts:
-    """Draw up to gamma tokens for each text, or as long as the drafter is sure of those of any text."""
-    adaptive = num_speculative_tokens if isinstance(num_speculative_tokens, Adaptive) else None
-    greedy = sampling.temperature == 0
-    fed, starts = [text[start:] for text, start in zip(texts, known, strict=True)], known
-    tokens, probabilities, sure_B = [], [], torch.ones(len(texts))
-    for step in range(min(longest(num_speculative_tokens), room)):
-        logits_BV = fast.feed(fed, starts, 1)[:, -1]
-        if greedy:
-            chosen_B = logits_BV.argmax(-1)
-            p_BV = logits_BV.float().softmax(-1) if adaptive else None
-        else:
-            p_BV = warp(logits_BV, sampling)
-            probabilities.append(p_BV)
-            chosen_B = draw(p_BV, generator)
-        tokens.append(chosen_B)
-        if adaptive and p_BV is not None:
-            sure_B = sure_B.to(p_BV) * p_BV.gather(1, chosen_B[:, None])[:, 0]
-            if sure_B.max() < adaptive.threshold:
-                break
-        fed, starts = [[token] for token in chosen_B.tolist()], [len(text) + step for text in texts]
-    if not tokens:
-        return Drafts(torch.zeros(len(texts), 0, dtype=torch.long, device=fast.model.device), [])
-    return Drafts(torch.stack(tokens, 1), probabilities)
+    return _decode(
+        RaggedDecoder(target, capacity),
+        RaggedDecoder(drafter, capacity),
+        prompts,
+        batch_size or len(prompts),
+        num_speculative_tokens,
+        options,
+        generator,
+    )
 
 
 @torch.inference_mode()
 def autoregressive_decode(
     target: PreTrainedModel | Compiled,
     prompt: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: list[int],
+    options: DecodingOptions,
     generator: torch.Generator | None = None,
 ) -> Decoded:
-    """Continue a prompt one token a target call, with the same cache and the same sampling: the baseline."""
-    check_decoding(1, max_new_tokens, prompt)
-    model, text = decoder_of(target), list(prompt)
-    clock = _Clock(target.device)
+    """Continue a prompt by one token per target call: the baseline, with the same cache and the same sampling.
+
+    Raises:
+        ValueError: the prompt is empty, or the target cannot be decoded with (see capabilities.check_decodes).
+    """
+    check_prompt(prompt)
+    model, sequence = decoder_of(target), list(prompt)
+    clock = Clock(target.device)
     blocks: list[Block] = []
-    fed, start = text[:], 0
-    while len(blocks) < max_new_tokens and not (blocks and text[-1] in stop_ids):
-        logits_1V = model.feed([fed], [start], 1)[:, -1]
-        if sampling.temperature == 0:
+    new_tokens, cached_length = sequence[:], 0
+    while len(blocks) < options.max_new_tokens and not (blocks and sequence[-1] in options.stop_ids):
+        logits_1V = model.forward([new_tokens], [cached_length], 1)[:, -1]
+        if options.sampling.temperature == 0:
             token = int(logits_1V.argmax())
         else:
-            token = int(draw(warp(logits_1V, sampling), generator))
-        start += len(fed)
-        fed = [token]
-        text.append(token)
+            token = int(draw(warp(logits_1V, options.sampling), generator))
+        cached_length += len(new_tokens)
+        new_tokens = [token]
+        sequence.append(token)
         blocks.append(Block([], 0, [token]))
-    return Decoded(text[len(prompt) :], blocks, clock.seconds(1))
+    return Decoded(sequence[len(prompt) :], blocks, clock.seconds(1))
 
 
-def check_decoding(num_speculative_tokens: int | Adaptive, max_new_tokens: int, prompt: list[int]) -> None:
-    """Refuse what cannot be decoded, before any model is called."""
-    if longest(num_speculative_tokens) < 1:
-        raise ValueError(f"num_speculative_tokens (gamma) is {longest(num_speculative_tokens)}, must be at least 1")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, must be at least 1")
-    if not prompt:
-        raise ValueError("the prompt has no tokens")
+class _Drafts(NamedTuple):
+    """The drafted tokens (B, G), and the distribution that each was drawn from (none if greedy)."""
+
+    tokens_BG: torch.Tensor
+    p_GBV: list[torch.Tensor]
 
 
-class _Clock:
-    """Seconds in drafting, in verifying and in all; on a GPU it waits for what was asked to be done."""
+@torch.inference_mode()
+def _decode(
+    target: CachedModel,
+    drafter: CachedModel,
+    prompts: list[list[int]],
+    batch_size: int,
+    num_speculative_tokens: int | Adaptive,
+    options: DecodingOptions,
+    generator: torch.Generator | None,
+) -> list[Decoded]:
+    """Draft and verify blocks until every sequence has ended."""
+    clock = Clock(target.model.device)
+    generations = [Generation(list(prompt), len(prompt), len(prompt) + options.max_new_tokens) for prompt in prompts]
+    active, waiting = generations[:batch_size], generations[batch_size:][::-1]
+    lengths = _prefill(target, active), _prefill(drafter, active)
+    for generation, target_cached, drafter_cached in zip(active, *lengths, strict=True):
+        generation.target_cached, generation.drafter_cached = target_cached, drafter_cached
+    while active:
+        # The last token of a sequence is always a bonus token, so a draft never goes beyond the limit.
+        most = min(max_draft_length(num_speculative_tokens), max(one.remaining for one in active) - 1)
+        threshold = num_speculative_tokens.threshold if isinstance(num_speculative_tokens, Adaptive) else None
+        drafts = _draft(drafter, active, most, threshold, options.sampling, generator)
+        clock.add_drafting()
+        drafted = drafts.tokens_BG.tolist()
+        found = _verify(target, active, drafted, drafts, options.sampling, generator)
+        clock.add_verifying()
+        for generation, tokens, accepted, bonus, probabilities in zip(
+            active, drafted, found.accepted, found.bonus, found.acceptance_probabilities, strict=True
+        ):
+            block = truncate_block(tokens, accepted, bonus, probabilities, generation.remaining, options.stop_ids)
+            generation.append(block, len(tokens))
+        active = _replace_finished(target, drafter, active, waiting, options.stop_ids)
+        # A call has equally many tokens in each row, so some rows repeat tokens that are cached already.
+        missing = max((len(one.tokens) - one.drafter_cached for one in active), default=0)
+        for generation in active:
+            generation.drafter_cached = len(generation.tokens) - missing
+    seconds = clock.seconds(len(prompts))
+    return [Decoded(one.tokens[one.prompt_length :], one.blocks, seconds) for one in generations]
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.parts = [0.0, 0.0]
-        self.began = self.last = now(device)
 
-    def drafted(self) -> None:
-        self._add(0)
+def _prefill(model: CachedModel, active: list[Generation]) -> list[int]:
+    """Cache the prompts if their lengths differ, and return how many tokens of each are cached.
 
-    def verified(self) -> None:
-        self._add(1)
-
-    def _add(self, part: int) -> None:
-        before, self.last = self.last, now(self.device)
-        self.parts[part] += self.last - before
-
-    def seconds(self, texts: int) -> Seconds:
-        return Seconds(*(part / texts for part in (now(self.device) - self.began, *self.parts)))
-
-
-def _read_prompts(model: Feeds, texts: list[list[int]]) -> list[int]:
-    """Where each text's cache ends: prompts of one length wait for the first block, others are read up to their last
-    token, so that every text is fed as many tokens from then on.
+    All but the last token of each prompt are cached, so that the next call has one token per row. Prompts of equal
+    length need no such call: they are part of the first block's.
     """
-    lengths = [len(text) for text in texts]
+    lengths = [len(one.tokens) for one in active]
     if len(set(lengths)) <= 1:
-        return [0] * len(texts)
+        return [0] * len(active)
     width = max(lengths) - 1
-    model.feed([text[:-1] + [0] * (width - len(text) + 1) for text in texts], [0] * len(texts), 1)
+    model.forward([one.tokens[:-1] + [0] * (width - len(one.tokens) + 1) for one in active], [0] * len(active), 1)
     return [length - 1 for length in lengths]
+
+
+def _draft(
+    drafter: CachedModel,
+    active: list[Generation],
+    count: int,
+    threshold: float | None,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> _Drafts:
+    """Draft `count` tokens per sequence, or until no sequence's drafts have a probability of at least `threshold`."""
+    ids, starts = [one.tokens[one.drafter_cached :] for one in active], [one.drafter_cached for one in active]
+    tokens, probabilities, confidence_B = [], [], torch.ones(len(active))
+    for step in range(count):
+        logits_BV = drafter.forward(ids, starts, 1)[:, -1]
+        if sampling.temperature == 0:
+            drafted_B = logits_BV.argmax(-1)
+            p_BV = None if threshold is None else logits_BV.float().softmax(-1)
+        else:
+            p_BV = warp(logits_BV, sampling)
+            probabilities.append(p_BV)
+            drafted_B = draw(p_BV, generator)
+        tokens.append(drafted_B)
+        if threshold is not None and p_BV is not None:
+            confidence_B = confidence_B.to(p_BV) * p_BV.gather(1, drafted_B[:, None])[:, 0]
+            if confidence_B.max() < threshold:
+                break
+        ids, starts = [[token] for token in drafted_B.tolist()], [len(one.tokens) + step for one in active]
+    if not tokens:
+        return _Drafts(torch.zeros(len(active), 0, dtype=torch.long, device=drafter.model.device), [])
+    return _Drafts(torch.stack(tokens, 1), probabilities)
+
+
+def _verify(
+    target: CachedModel,
+    active: list[Generation],
+    drafted: list[list[int]],
+    drafts: _Drafts,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Verification:
+    """Score the drafts with one target call, and apply the acceptance rule."""
+    count = drafts.tokens_BG.shape[1]
+    ids = [one.tokens[one.target_cached :] + tokens for one, tokens in zip(active, drafted, strict=True)]
+    logits_BGV = target.forward(ids, [one.target_cached for one in active], count + 1)
+    if sampling.temperature == 0:
+        return verify_greedy(drafted, logits_BGV.argmax(-1).tolist())
+    q_BGV = warp(logits_BGV, sampling)
+    p_BGV = torch.stack(drafts.p_GBV, 1) if count else q_BGV[:, :0]
+    return verify(drafts.tokens_BG, p_BGV, q_BGV, generator).to_lists()
+
+
+def _replace_finished(
+    target: CachedModel,
+    drafter: CachedModel,
+    active: list[Generation],
+    waiting: list[Generation],
+    stop_ids: Sequence[int],
+) -> list[Generation]:
+    """Give the rows of finished sequences to waiting ones, drop the other such rows, and return the active ones."""
+    kept_rows, kept = [], []
+    for row, current in enumerate(active):
+        generation = current
+        if current.is_finished(stop_ids):
+            if not waiting:
+                continue
+            generation = waiting.pop()
+            for model in (target, drafter):
+                model.replace_row(row, generation.tokens[:-1])
+            generation.target_cached = generation.drafter_cached = len(generation.tokens) - 1
+        kept_rows.append(row)
+        kept.append(generation)
+    if len(kept_rows) < len(active) and kept_rows:
+        target.keep_rows(kept_rows)
+        drafter.keep_rows(kept_rows)
+    return kept

@@ -1,8 +1,9 @@
-"""What a call costs, and what follows from it: the speed-up of speculative decoding at each gamma.
+"""The time of model calls, and the speed-up of speculative decoding that follows from it for each gamma.
 
-With c the time of a drafter's call over a target's of one token, and v(gamma) that of a target's call of gamma + 1
-tokens over one of one, a block costs c gamma + v(gamma) target calls and gives tau(gamma) tokens: the speed-up is
-tau / (c gamma + v). (Leviathan et al., arXiv 2211.17192, theorem 3.8, has v = 1; MBSU has that and c by parameters.)
+Let c be the time of a drafter call and v(gamma) that of a target call with gamma + 1 tokens, both divided by the time
+of a target call with one token. A block then takes as long as c gamma + v(gamma) target calls and gives tau(gamma)
+tokens, so the speed-up is tau / (c gamma + v). Leviathan et al. (arXiv 2211.17192, theorem 3.8) assume v = 1; so does
+the memory-bound speed-up (MBSU), with c from the numbers of parameters.
 """
 
 import statistics
@@ -12,55 +13,69 @@ import torch
 from transformers import PreTrainedModel
 
 from drafter.decoding.capabilities import decoder_of
-from drafter.decoding.decoders import Compiled, now
+from drafter.decoding.clock import now
+from drafter.decoding.decoders import Compiled
 
 REPEATS = 15
+WARM_UP = 2
 
 
-class Costs(NamedTuple):
-    """Seconds of one drafter call, and of target calls of 1, 2 ... tokens."""
+class CallTimings(NamedTuple):
+    """The seconds of model calls.
+
+    Attributes:
+        drafter: of a drafter call with one token.
+        target: of target calls with 1, 2, … tokens.
+    """
 
     drafter: float
     target: list[float]
 
     @property
     def ratio(self) -> float:
-        """c: a drafter's call over the target's of one token."""
+        """The ratio c of a drafter call to a target call with one token."""
         return self.drafter / self.target[0]
 
     def verification(self, gamma: int) -> float:
-        """v(gamma): a target's call of gamma + 1 tokens over one of one."""
+        """Return v(gamma), the ratio of a target call with gamma + 1 tokens to one with one token."""
         return self.target[gamma] / self.target[0]
 
     def block(self, gamma: int) -> float:
-        """What a block costs, in target calls of one token."""
+        """Return the time of a block, c gamma + v(gamma), in target calls with one token."""
         return self.ratio * gamma + self.verification(gamma)
 
 
 @torch.inference_mode()
-def measure(
-    target: PreTrainedModel | Compiled, drafter: PreTrainedModel | Compiled, text: list[int], largest: int
-) -> Costs:
-    """The median wall-clock time of each kind of call behind a text, all kinds in turn.
+def measure_call_timings(
+    target: PreTrainedModel | Compiled, drafter: PreTrainedModel | Compiled, prompt: list[int], largest: int
+) -> CallTimings:
+    """Return the median wall-clock time of each kind of call, with a prompt in the cache.
+
+    The kinds of calls take turns, so that a change in the machine's speed affects all alike.
+
+    Args:
+        target: the target.
+        drafter: the drafter.
+        prompt: the tokens that are cached first; the timed calls repeat its beginning.
+        largest: the largest gamma; target calls with 1 to largest + 1 tokens are timed.
 
     Raises:
-        ValueError: the text is shorter than the longest call.
+        ValueError: the prompt is shorter than the longest call.
     """
-    if len(text) <= largest:
+    if len(prompt) <= largest:
         raise ValueError(
-            f"the text has {len(text)} tokens, and calls of up to gamma + 1 = {largest + 1} of them are timed: give a "
-            f"longer prompt, or a smaller gamma"
+            f"the prompt has {len(prompt)} tokens, and calls with up to gamma + 1 = {largest + 1} of them are timed: "
+            f"give a longer prompt or a smaller gamma"
         )
-    kinds = {("drafter", 1): decoder_of(drafter)}
-    slow = decoder_of(target)
-    for decoder in (slow, kinds["drafter", 1]):
-        decoder.feed([text], [0], 1)
-    kinds |= {("target", count): slow for count in range(1, largest + 2)}
-    seconds: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
-    for _ in range(REPEATS + 2):
-        for (model, count), decoder in kinds.items():
-            began = now(slow.model.device)
-            decoder.feed([text[:count]], [len(text)], count)
-            seconds[model, count].append(now(slow.model.device) - began)
-    medians = {kind: statistics.median(times[2:]) for kind, times in seconds.items()}  # the first ones warm up
-    return Costs(medians["drafter", 1], [medians["target", count] for count in range(1, largest + 2)])
+    drafter_decoder, target_decoder = decoder_of(drafter), decoder_of(target)
+    for decoder in (target_decoder, drafter_decoder):
+        decoder.forward([prompt], [0], 1)
+    calls = [(drafter_decoder, 1), *((target_decoder, count) for count in range(1, largest + 2))]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(WARM_UP + REPEATS):
+        for times, (decoder, count) in zip(seconds, calls, strict=True):
+            began = now(target_decoder.model.device)
+            decoder.forward([prompt[:count]], [len(prompt)], count)
+            times.append(now(target_decoder.model.device) - began)
+    of_drafter, *of_target = (statistics.median(times[WARM_UP:]) for times in seconds)
+    return CallTimings(of_drafter, of_target)

@@ -35,7 +35,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class Resuming(lightning.Callback):
     """Write the checkpoint after each validation, seed each step, and keep the curve when a run is resumed.
 
-    Within `interruptions.held`, this callback ends the run after a signal.
+    Within `interruptions.defer_signals`, this callback ends the run after a signal.
 
     Args:
         path: the checkpoint's path.
@@ -49,7 +49,7 @@ class Resuming(lightning.Callback):
         self._saved = 0  # the step at which the last checkpoint was written
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        interruptions.take_back()
+        interruptions.restore_handlers()
         self._saved = trainer.global_step
         if self._before and trainer.is_global_zero:
             for row in self._before:
@@ -62,7 +62,7 @@ class Resuming(lightning.Callback):
         torch.manual_seed(hash((self.seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)) % 2**63)
 
     def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        interruptions.take_back()
+        interruptions.restore_handlers()
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if (
@@ -89,7 +89,7 @@ class Resuming(lightning.Callback):
         """Raise the exception of a signal that has been received, with the number of steps that are lost."""
         done, lost = trainer.global_step, trainer.global_step - self._saved
         again = f"; the last {lost} will be repeated, from the last validation on" if lost else ""
-        interruptions.raise_asked(f"ended after {done} of {trainer.max_steps} steps{again}")
+        interruptions.raise_deferred(f"ended after {done} of {trainer.max_steps} steps{again}")
 
 
 def _number(text: str) -> float:

@@ -6,7 +6,7 @@ from drafter.metrics import Estimate
 from experiments.reporting.tabular import Table, with_interval
 
 if TYPE_CHECKING:
-    from drafter.decoding.timings import Costs
+    from drafter.decoding.timings import CallTimings
 
 
 class GammaRow(NamedTuple):
@@ -20,12 +20,12 @@ class GammaRow(NamedTuple):
     measured: Estimate
 
 
-def gamma_page(rows: list[GammaRow], costs: "Costs", drafter: str, compiled: bool) -> str:
+def gamma_page(rows: list[GammaRow], timings: "CallTimings", drafter: str, compiled: bool) -> str:
     """Return the page in Markdown.
 
     Args:
         rows: all tasks and gammas.
-        costs: the call timings that the predictions rest on.
+        timings: the call timings that the predictions rest on.
         drafter: what the drafter is called.
         compiled: whether both models were compiled.
     """
@@ -33,9 +33,9 @@ def gamma_page(rows: list[GammaRow], costs: "Costs", drafter: str, compiled: boo
     lines = [
         f"# Which γ for {drafter}",
         "",
-        f"On this machine ({how}) a drafter call takes {1e3 * costs.drafter:.2f} ms and a target call with one token "
-        f"{1e3 * costs.target[0]:.2f} ms: c = {costs.ratio:.2f}. A target call with γ + 1 tokens takes v(γ) times as "
-        f"long. A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the bonus token.",
+        f"On this machine ({how}) a drafter call takes {1e3 * timings.drafter:.2f} ms and a target call with one token "
+        f"{1e3 * timings.target[0]:.2f} ms: c = {timings.ratio:.2f}. A target call with γ + 1 tokens takes v(γ) times "
+        f"as long. A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the bonus token.",
         "",
     ]
     columns = ["γ", "τ", "v", "cγ + v", "predicted speed-up", "measured"]
@@ -45,7 +45,7 @@ def gamma_page(rows: list[GammaRow], costs: "Costs", drafter: str, compiled: boo
             [
                 str(row.gamma),
                 f"{row.block_efficiency:.2f}",
-                f"{costs.verification(row.gamma):.2f}",
+                f"{timings.verification(row.gamma):.2f}",
                 f"{row.cost:.2f}",
                 f"{row.predicted:.2f}",
                 with_interval(row.measured),
@@ -68,5 +68,5 @@ def verdict(rows: list[GammaRow]) -> str:
     return (
         f"No γ pays on this machine: at the best, γ = {best.gamma}, decoding is {speed}. A block there costs "
         f"{best.cost:.2f} target calls and gives {best.block_efficiency:.2f} tokens: to pay, it would have to give "
-        f"more than it costs."
+        f"more than it timings."
     )

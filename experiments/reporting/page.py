@@ -75,6 +75,6 @@ def by_prompt(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         for text in sorted(texts, key=lambda text: rank(text["gamma"])):
             row = chosen.setdefault(text["task"], {**text, "decodings": {}})
             if (text["prompt"], text["gamma"]) == (row["prompt"], row["gamma"]):
-                tokens = sum(len(block["accepted"]) + len(block["own"]) for block in text["blocks"])
+                tokens = sum(len(block["accepted"]) + len(block["bonus"]) for block in text["blocks"])
                 row["decodings"][drafter] = {"blocks": text["blocks"], "efficiency": tokens / len(text["blocks"])}
     return list(chosen.values())

@@ -19,7 +19,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from drafter.interruptions import Interrupted, caught
+from drafter.interruptions import Interrupted, catch_signals
 from experiments.running.composing import gather_stage_overrides, with_home
 from experiments.running.progress import announce, quiet
 
@@ -161,7 +161,7 @@ def exit_in_one_line(module: str) -> Iterator[None]:
     requested = os.environ.get("HYDRA_FULL_ERROR")
     try:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the traceback and exits itself
-        with caught():
+        with catch_signals():
             yield
     except Interrupted as interruption:
         if int(os.environ.get("RANK", 0)) == 0:

@@ -15,7 +15,8 @@ from experiments.running.inputs import plain
 from experiments.running.progress import Progress
 
 KINDS = ("docstrings", "files")
-DECODING = ("temperature", "top_p", "max_new_tokens", "in_domain")  # settings of a task that only evaluation reads
+# The settings of a task that only evaluation reads.
+DECODING = ("temperature", "top_p", "top_k", "max_new_tokens", "in_domain")
 
 
 class Data(NamedTuple):

@@ -100,7 +100,7 @@ def train(
         if not last.exists():
             trainer.validate(module, data, verbose=False)
         found = {"ckpt_path": last, "weights_only": True} if last.exists() else {}
-        with interruptions.held():
+        with interruptions.defer_signals():
             trainer.fit(module, data, **found)
         if settings.max_steps % interval:
             trainer.validate(module, data, verbose=False)

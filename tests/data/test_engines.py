@@ -22,7 +22,8 @@ from drafter.data.engines import (
     vllm_engine,
 )
 from drafter.data.responses import plan, shards
-from drafter.decoding.speculative import Sampling, autoregressive_decode
+from drafter.decoding.options import DecodingOptions
+from drafter.decoding.speculative import autoregressive_decode
 from drafter.models.loading import ModelSource
 from drafter.ranks import Ranks
 from experiments.running.responding import engine, log_ignored_settings
@@ -71,13 +72,13 @@ def of_temperature(greedy):
 def test_greedy_responses_in_a_padded_batch_equal_those_of_single_prompts(target):
     engine = transformers_engine(target, Limits(0.95, 12, [7]), batch_tokens=40, first_round=5)
     for request, tokens in zip(of_temperature(True), engine(of_temperature(True)), strict=True):
-        assert tokens == autoregressive_decode(target, request.prompt_ids, 12, Sampling(), [7]).tokens
+        assert tokens == autoregressive_decode(target, request.prompt_ids, DecodingOptions(12, stop_ids=[7])).tokens
 
 
 def test_samples_stay_in_the_top_p_set(target):
     engine = transformers_engine(target, Limits(1e-6, 8, [7]), batch_tokens=100)
     for request, tokens in zip(of_temperature(False), engine(of_temperature(False)), strict=True):
-        assert tokens == autoregressive_decode(target, request.prompt_ids, 8, Sampling(), [7]).tokens
+        assert tokens == autoregressive_decode(target, request.prompt_ids, DecodingOptions(8, stop_ids=[7])).tokens
 
 
 def test_temperatures_are_not_mixed_in_a_batch(target):
@@ -137,7 +138,8 @@ def test_no_field_of_the_checkpoints_generation_config_changes_greedy_responses(
     kept, asked = configured.generation_config, of_temperature(True)
     answers = transformers_engine(configured, Limits(0.95, 12, [7]), batch_tokens=40, first_round=5)(asked)
     for request, tokens in zip(asked, answers, strict=True):
-        assert tokens == autoregressive_decode(configured, request.prompt_ids, 12, Sampling(), [7]).tokens
+        options = DecodingOptions(12, stop_ids=[7])
+        assert tokens == autoregressive_decode(configured, request.prompt_ids, options).tokens
     assert configured.generation_config is kept
 
 

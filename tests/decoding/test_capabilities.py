@@ -1,28 +1,28 @@
-"""A model decodes exactly what it would without a cache, or is refused by name before anything is decoded."""
+"""A model decodes exactly what it would without a cache, or is refused by name before it decodes."""
 
 import pytest
 import torch
 
 from drafter.decoding.capabilities import check_can_decode, check_decodes, decoder_of
 from drafter.decoding.decoders import Compiled, Decoder
+from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
-from drafter.warping import Sampling
 from tests.conftest import small_model
 from tests.families import DECODE, REFUSED, family
 
-GREEDY, PROMPT = Sampling(), [3, 5, 7, 9, 11, 2, 4]
+PROMPT = [3, 5, 7, 9, 11, 2, 4]
 
 
 def uncached(model, prompt, count):
-    text = list(prompt)
+    tokens = list(prompt)
     with torch.no_grad():
         for _ in range(count):
-            text.append(int(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
-    return text[len(prompt) :]
+            tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
 
 
 def like(model):
-    """A drafter that is mostly right: the model, its output embedding a little changed."""
+    """Return a drafter that mostly agrees: the model with a slightly changed output embedding."""
     drafter = family(model.config.model_type)
     torch.manual_seed(1)
     weight = drafter.get_output_embeddings().weight
@@ -31,12 +31,12 @@ def like(model):
 
 
 @pytest.mark.parametrize("kind", DECODE)
-def test_a_family_decodes_its_own_uncached_text_beyond_its_window_too(kind):
+def test_a_family_decodes_as_without_a_cache_even_beyond_its_window(kind):
     target = family(kind)
     check_can_decode(target.config)
     expected = uncached(target, PROMPT, 20)
-    decoded = speculative_decode(target, like(target), PROMPT, 3, 20, GREEDY, [])
-    assert decoded.tokens == autoregressive_decode(target, PROMPT, 20, GREEDY, []).tokens == expected
+    decoded = speculative_decode(target, like(target), PROMPT, 3, DecodingOptions(20))
+    assert decoded.tokens == autoregressive_decode(target, PROMPT, DecodingOptions(20)).tokens == expected
     assert len(set(expected)) > 2
 
 
@@ -46,10 +46,10 @@ def test_a_family_that_keeps_a_state_is_refused_by_name_as_target_and_as_drafter
     named = f"{type(model).__name__} cannot be decoded with: .* finetuning and validation's expected block efficiency"
     for refused in (
         lambda: check_can_decode(model.config),
-        lambda: autoregressive_decode(model, PROMPT, 5, GREEDY, []),
-        lambda: speculative_decode(model, drafter, PROMPT, 3, 5, GREEDY, []),
-        lambda: speculative_decode(drafter, model, PROMPT, 3, 5, GREEDY, []),
-        lambda: speculative_decode_batch(model, drafter, [PROMPT], 3, 5, GREEDY, []),
+        lambda: autoregressive_decode(model, PROMPT, DecodingOptions(5)),
+        lambda: speculative_decode(model, drafter, PROMPT, 3, DecodingOptions(5)),
+        lambda: speculative_decode(drafter, model, PROMPT, 3, DecodingOptions(5)),
+        lambda: speculative_decode_batch(model, drafter, [PROMPT], 3, DecodingOptions(5)),
         lambda: Compiled(model, 40) and decoder_of(Compiled(model, 40)),
     ):
         with pytest.raises(ValueError, match=named):
@@ -57,7 +57,7 @@ def test_a_family_that_keeps_a_state_is_refused_by_name_as_target_and_as_drafter
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_no_reason_to_refuse_and_hides_no_state(dtype):
+def test_low_precision_neither_causes_a_refusal_nor_hides_a_state(dtype):
     for kind in ("llama", "qwen3_moe"):
         for seed in range(3):
             check_decodes(family(kind, seed).to(dtype))
@@ -65,7 +65,7 @@ def test_rounding_is_no_reason_to_refuse_and_hides_no_state(dtype):
         check_decodes(family("rwkv").to(dtype))
 
 
-def test_weights_as_they_are_initialized_are_judged_as_well():
+def test_models_with_initial_weights_are_checked_correctly():
     for kind, refused in (("llama", False), ("rwkv", True), ("recurrent_gemma", True)):
         model = family(kind)
         model.init_weights()
@@ -77,13 +77,17 @@ def test_weights_as_they_are_initialized_are_judged_as_well():
 
 
 @pytest.mark.parametrize("broken", ["crop", "ignored"])
-def test_a_cache_that_does_not_do_its_work_is_seen(broken, monkeypatch):
+def test_a_broken_cache_is_detected(broken, monkeypatch):
     model = small_model(1, 32, 2, sharpness=60.0)
     if broken == "crop":
         monkeypatch.setattr("transformers.cache_utils.DynamicLayer.crop", lambda *_: None)
     else:
-        feed = Decoder.feed
-        monkeypatch.setattr(Decoder, "feed", lambda self, ids, starts, keep: feed(Decoder(self.model), ids, [0], keep))
+        forward = Decoder.forward
+
+        def without_cache(self, ids, starts, keep):
+            return forward(Decoder(self.model), ids, [0], keep)
+
+        monkeypatch.setattr(Decoder, "forward", without_cache)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be decoded with"):
         check_decodes(model)
 
@@ -109,10 +113,10 @@ def test_a_compiled_decoder_is_right_beyond_a_window(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     target = family("mistral")
     pair = [Compiled(model, 48) for model in (target, like(target))]
-    assert speculative_decode(*pair, PROMPT, 3, 20, GREEDY, []).tokens == uncached(target, PROMPT, 20)  # type: ignore[call-arg]
+    assert speculative_decode(*pair, PROMPT, 3, DecodingOptions(20)).tokens == uncached(target, PROMPT, 20)  # type: ignore[call-arg]
 
 
-def test_memory_that_runs_out_is_no_verdict(monkeypatch):
+def test_running_out_of_memory_is_not_recorded_as_a_refusal(monkeypatch):
     model = small_model(1)
 
     def full(*_, **__):

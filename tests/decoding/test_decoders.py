@@ -1,33 +1,33 @@
-"""A compiled decoder keeps its cache as the plain one does; what a call costs, and what follows from it."""
+"""A compiled decoder agrees with the plain one, and the times of calls are measured and combined correctly."""
 
 import pytest
 import torch
 
 from drafter.decoding.decoders import Compiled
+from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
-from drafter.decoding.timings import Costs, measure
-from drafter.warping import Sampling
+from drafter.decoding.timings import REPEATS, WARM_UP, CallTimings, measure_call_timings
 from tests.conftest import VOCABULARY, small_model
 
-GREEDY = Sampling()
+STOP = DecodingOptions(30, stop_ids=[5])
 
 
 @pytest.fixture
 def _uncompiled(monkeypatch):
-    """What torch.compile makes of a function is its own affair, and needs a C++ compiler."""
+    """Leave functions as they are: torch.compile needs a C++ compiler, and is not what is tested."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 @pytest.mark.usefixtures("_uncompiled")
-def test_a_compiled_pair_decodes_text_after_text_as_the_plain_one_does(target, drafter):
+def test_a_compiled_pair_decodes_one_sequence_after_another_as_the_plain_one_does(target, drafter):
     compiled = [Compiled(model, 60) for model in (target, drafter)]
     for seed in range(4):
         prompt = torch.randint(0, VOCABULARY, (5 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
-        own = autoregressive_decode(target, prompt, 30, GREEDY, [5]).tokens
-        assert autoregressive_decode(compiled[0], prompt, 30, GREEDY, [5]).tokens == own
-        plain = speculative_decode(target, drafter, prompt, 3, 30, GREEDY, [5])
-        found = speculative_decode(*compiled, prompt, 3, 30, GREEDY, [5])  # type: ignore[call-arg]
-        assert (found.tokens, found.blocks) == (own, plain.blocks)
+        expected = autoregressive_decode(target, prompt, STOP).tokens
+        assert autoregressive_decode(compiled[0], prompt, STOP).tokens == expected
+        plain = speculative_decode(target, drafter, prompt, 3, STOP)
+        found = speculative_decode(*compiled, prompt, 3, STOP)  # type: ignore[call-arg]
+        assert (found.tokens, found.blocks) == (expected, plain.blocks)
 
 
 def test_only_short_calls_are_compiled(target, monkeypatch):
@@ -37,27 +37,49 @@ def test_only_short_calls_are_compiled(target, monkeypatch):
         return lambda ids: calls.append(ids.shape[1]) or function(ids)
 
     monkeypatch.setattr(torch, "compile", compiled)
-    speculative_decode(Compiled(target, 60, longest=4), small_model(2), [1, 2, 3, 4, 5, 6, 7], 3, 10, GREEDY, [])
+    speculative_decode(Compiled(target, 60, longest=4), small_model(2), [1, 2, 3, 4, 5, 6, 7], 3, DecodingOptions(10))
     assert calls
     assert max(calls) <= 4
 
 
 @pytest.mark.usefixtures("_uncompiled")
-def test_a_text_beyond_the_capacity_is_refused(target):
-    with pytest.raises(ValueError, match="a text of 9 tokens exceeds the compiled decoder's 8"):
-        autoregressive_decode(Compiled(target, 8), [1, 2, 3], 20, GREEDY, [])
+def test_a_sequence_beyond_the_capacity_is_refused(target):
+    with pytest.raises(ValueError, match="a sequence of 9 tokens exceeds the compiled decoder's capacity of 8"):
+        autoregressive_decode(Compiled(target, 8), [1, 2, 3], DecodingOptions(20))
 
 
-def test_the_cost_of_a_block_is_its_drafts_and_its_verification():
-    costs = Costs(drafter=0.2, target=[1.0, 1.1, 1.3])
-    assert costs.ratio == pytest.approx(0.2)
-    assert costs.verification(2) == pytest.approx(1.3)
-    assert costs.block(2) == pytest.approx(0.2 * 2 + 1.3)
+def test_a_block_takes_the_time_of_its_drafts_and_its_verification():
+    timings = CallTimings(drafter=0.2, target=[1.0, 1.1, 1.3])
+    assert timings.ratio == pytest.approx(0.2)
+    assert timings.verification(2) == pytest.approx(1.3)
+    assert timings.block(2) == pytest.approx(0.2 * 2 + 1.3)
 
 
-def test_calls_are_timed(target, drafter):
-    costs = measure(target, drafter, [1, 2, 3], 2)
-    with pytest.raises(ValueError, match=r"the text has 3 tokens, and calls of up to gamma \+ 1 = 4"):
-        measure(target, drafter, [1, 2, 3], 3)
-    assert len(costs.target) == 3
-    assert min(costs.drafter, *costs.target) > 0
+class TimedDecoder:
+    """A stub whose calls advance a clock: `base` seconds and one per token; the first and the last calls are slow."""
+
+    def __init__(self, clock, base, calls):
+        self.clock, self.base, self.calls, self.seen = clock, base, calls, 0
+        self.model = torch.nn.Identity()
+        self.model.device = torch.device("cpu")
+
+    def forward(self, ids, starts, keep):
+        assert keep == len(ids[0]) or self.seen == 0  # of the prompt only the last logits are needed
+        assert starts == ([0] if self.seen == 0 else [4])  # each timed call follows the cached prompt
+        slow = self.seen <= WARM_UP * self.calls or self.seen > (WARM_UP + REPEATS - 2) * self.calls
+        self.seen += 1
+        self.clock[0] += (100 if slow else 1) * (self.base + len(ids[0]))
+
+
+def test_timings_are_medians_after_the_warm_up(monkeypatch):
+    clock = [0.0]
+    decoders = {"target": TimedDecoder(clock, 10, calls=3), "drafter": TimedDecoder(clock, 1, calls=1)}
+    monkeypatch.setattr("drafter.decoding.timings.decoder_of", decoders.get)
+    monkeypatch.setattr("drafter.decoding.timings.now", lambda device: clock[0])
+    timings = measure_call_timings("target", "drafter", [1, 2, 3, 4], 2)
+    assert timings == CallTimings(drafter=2, target=[11, 12, 13])
+
+
+def test_a_prompt_shorter_than_the_longest_timed_call_is_refused(target, drafter):
+    with pytest.raises(ValueError, match=r"the prompt has 3 tokens, and calls with up to gamma \+ 1 = 4"):
+        measure_call_timings(target, drafter, [1, 2, 3], 3)

@@ -1,4 +1,4 @@
-"""Decoding is lossless, counts are exact, and a test of losslessness that can fail."""
+"""Decoding is lossless and counts are exact; wrong acceptance rules show that the statistical tests can fail."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,17 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from drafter.decoding.acceptance import Block, verify
-from drafter.decoding.speculative import Adaptive, autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.decoding.options import Adaptive, DecodingOptions
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
 from drafter.warping import Sampling, draw, in_nucleus, warp
 from tests.conftest import VOCABULARY, small_model
 
 GREEDY = Sampling()
+STOP, SHORT = DecodingOptions(30, stop_ids=[5]), DecodingOptions(20, stop_ids=[5])
 
 
 class Script:
-    """A stub model: at each position its favourite token is the script's next one (positions from 0)."""
+    """A stub model whose most likely token at each position (from 0) is the next one of the script."""
 
     device = torch.device("cpu")
 
@@ -22,7 +24,7 @@ class Script:
         self.script, self.seen, self.calls = script, 0, calls
 
     def forward(self, input_ids, past_key_values, use_cache, logits_to_keep):
-        # The cache is told nothing; positions are counted from its own length, which tests crop as the real one.
+        # The stub counts positions by the length of the stub cache, which the decoder crops like a real one.
         length = past_key_values.length = getattr(past_key_values, "length", 0) + input_ids.shape[1]
         if self.calls is not None:
             self.calls.append(input_ids.shape[1])
@@ -52,50 +54,54 @@ def script(*tokens):
 class TestStubs:
     def test_a_drafter_that_always_agrees_fills_every_block(self):
         calls = []
-        decoded = speculative_decode(Script(script(1, 2, 3), calls), Script(script(1, 2, 3)), [0, 0], 3, 12, GREEDY, [])
+        decoded = speculative_decode(
+            Script(script(1, 2, 3), calls), Script(script(1, 2, 3)), [0, 0], 3, DecodingOptions(12)
+        )
         assert decoded.tokens == (script(1, 2, 3)[1:])[:12]
         assert [len(block.emitted) for block in decoded.blocks] == [4, 4, 4]
         assert [block.accepted for block in decoded.blocks] == [3, 3, 3]
         assert calls == [5, 4, 4]  # the prompt and its drafts, then each block's added token and its drafts
 
-    def test_a_drafter_that_never_agrees_costs_one_call_a_token(self):
-        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(4, 5, 6)), [0], 3, 7, GREEDY, [])
+    def test_a_drafter_that_never_agrees_needs_one_call_per_token(self):
+        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(4, 5, 6)), [0], 3, DecodingOptions(7))
         assert decoded.tokens == script(1, 2, 3)[:7]
         assert [(block.accepted, len(block.emitted)) for block in decoded.blocks] == [(0, 1)] * 7
-        assert [block.tested for block in decoded.blocks] == [1] * 6 + [0]  # no room for a draft in the last
+        assert [block.tested for block in decoded.blocks] == [1] * 6 + [0]  # the last token is a bonus token
 
     def test_a_drafter_that_sometimes_agrees_keeps_the_agreeing_prefix(self):
-        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 9)), [0], 4, 9, GREEDY, [])
+        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 9)), [0], 4, DecodingOptions(9))
         assert decoded.tokens == script(1, 2, 3)[:9]
         assert [block.accepted for block in decoded.blocks] == [2, 2, 2]
         assert [block.tested for block in decoded.blocks] == [3, 3, 2]
 
-    def test_a_stop_token_inside_a_block_ends_the_text(self):
-        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 3)), [0], 5, 12, GREEDY, [3])
+    def test_a_stop_token_inside_a_block_ends_the_sequence(self):
+        decoded = speculative_decode(
+            Script(script(1, 2, 3)), Script(script(1, 2, 3)), [0], 5, DecodingOptions(12, stop_ids=[3])
+        )
         assert decoded.tokens == [1, 2, 3]
-        assert decoded.blocks == [Block([1, 2, 3, 1, 2], 3, [1, 2, 3], (1.0,) * 5, room=2)]
+        assert decoded.blocks == [Block([1, 2, 3, 1, 2], 3, [1, 2, 3], (1.0,) * 5, extendable=2)]
         assert decoded.blocks[0].tested == decoded.blocks[0].expected == 3
 
     @pytest.mark.parametrize("limit", range(1, 9))
     def test_the_length_limit_is_exact_and_no_draft_goes_beyond_it(self, limit):
-        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 3)), [0], 3, limit, GREEDY, [])
+        decoded = speculative_decode(Script(script(1, 2, 3)), Script(script(1, 2, 3)), [0], 3, DecodingOptions(limit))
         assert len(decoded.tokens) == limit
         assert sum(len(block.drafted) for block in decoded.blocks) <= limit
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 5])
-def test_greedy_output_is_the_targets_own(target, drafter, gamma):
+def test_greedy_output_equals_the_targets(target, drafter, gamma):
     for seed in range(5):
         prompt = torch.randint(0, VOCABULARY, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
-        own = autoregressive_decode(target, prompt, 40, GREEDY, [5])
-        decoded = speculative_decode(target, drafter, prompt, gamma, 40, GREEDY, [5])
-        assert decoded.tokens == own.tokens
+        expected = autoregressive_decode(target, prompt, DecodingOptions(40, stop_ids=[5]))
+        decoded = speculative_decode(target, drafter, prompt, gamma, DecodingOptions(40, stop_ids=[5]))
+        assert decoded.tokens == expected.tokens
         assert [token for block in decoded.blocks for token in block.emitted] == decoded.tokens
 
 
-def test_greedy_output_agrees_with_transformers_own_generation(target):
+def test_greedy_output_agrees_with_generation_by_transformers(target):
     prompt = [3, 1, 4, 1, 5]
-    ours = autoregressive_decode(target, prompt, 20, GREEDY, []).tokens
+    ours = autoregressive_decode(target, prompt, DecodingOptions(20)).tokens
     theirs = target.generate(
         torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -106,7 +112,9 @@ def test_greedy_output_agrees_with_transformers_own_generation(target):
 @pytest.mark.parametrize("gamma", [3, 5])
 def test_a_copy_of_the_target_is_always_accepted(target, gamma, sampling):
     generator = torch.Generator().manual_seed(0)
-    decoded = speculative_decode(target, target, [1, 2, 3], gamma, 6 * (gamma + 1), sampling, [], generator)
+    decoded = speculative_decode(
+        target, target, [1, 2, 3], gamma, DecodingOptions(6 * (gamma + 1), sampling), generator
+    )
     assert [block.accepted for block in decoded.blocks] == [gamma] * 6
     assert len(decoded.tokens) / len(decoded.blocks) == gamma + 1
 
@@ -118,50 +126,50 @@ SAMPLINGS = [Sampling(temperature, top_p) for temperature in (1.0, 0.6) for top_
 
 
 def chi_square_tail(statistic, freedom):
-    """P(X > statistic), X ~ chi-square, by the regularised incomplete gamma function."""
+    """Return P(X > statistic) for X ~ chi-square, by the regularised incomplete gamma function."""
     half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
 def p_value(counts, probabilities):
-    """Of the hypothesis that the counts come from the probabilities."""
+    """Return the p-value of the hypothesis that the counts come from the probabilities."""
     expected = probabilities * counts.sum()
-    pooled = expected >= 5  # the usual condition; the rare rest forms one cell
+    pooled = expected >= 5  # the usual condition; rarer tokens form one cell
     observed = np.append(counts[pooled], counts[~pooled].sum())
     expected = np.append(expected[pooled], expected[~pooled].sum())
     kept = expected > 0
-    assert observed[~kept].sum() == 0, "a token came out that the target never gives"
+    assert observed[~kept].sum() == 0, "a token was generated that has probability 0"
     if kept.sum() == 1:
-        return 1.0  # there is nothing else that could have come out, and it has
+        return 1.0  # only one outcome is possible
     statistic = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
     return chi_square_tail(statistic, kept.sum() - 1)
 
 
 def accept_all(drafted, p, q, generator):
-    accepted, _, chances = verify(drafted, p, q, generator)
-    own = torch.multinomial(q[:, -1], 1, generator=generator)[:, 0]
-    return torch.full_like(accepted, drafted.shape[1]), own, chances
+    found = verify(drafted, p, q, generator)
+    bonus = torch.multinomial(q[:, -1], 1, generator=generator)[:, 0]
+    return found._replace(accepted_B=torch.full_like(found.accepted_B, drafted.shape[1]), bonus_B=bonus)
 
 
 def resample_from_q(drafted, p, q, generator):
-    """The classic mistake: the right accept test, but a rejection draws from q and not from the residual."""
-    accepted, _, chances = verify(drafted, p, q, generator)
-    own = torch.multinomial(q[torch.arange(len(q)), accepted], 1, generator=generator)[:, 0]
-    return accepted, own, chances
+    """A common mistake: the right acceptance probabilities, but a bonus token from q rather than the residual."""
+    found = verify(drafted, p, q, generator)
+    bonus = torch.multinomial(q[torch.arange(len(q)), found.accepted_B], 1, generator=generator)[:, 0]
+    return found._replace(bonus_B=bonus)
 
 
 def pairs_from(rule, p, q, gamma, generator):
-    """Histogram over pairs of tokens of SAMPLES decodings from a first-order chain given by p and q, (V, V) each."""
+    """Return the histogram of SAMPLES decoded pairs of tokens, from first-order chains p and q, (V, V) each."""
 
     def block(last):
         states = [last]
         for _ in range(gamma):
             states.append(torch.multinomial(p[states[-1]], 1, generator=generator)[:, 0])
         states = torch.stack(states, 1)
-        accepted, own, _ = rule(states[:, 1:], p[states[:, :-1]], q[states], generator)
-        places = torch.arange(gamma + 1)
+        accepted, bonus, _ = rule(states[:, 1:], p[states[:, :-1]], q[states], generator)
+        positions = torch.arange(gamma + 1)
         return accepted, torch.where(
-            places < accepted[:, None], states[:, 1:][:, places.clamp_max(gamma - 1)], own[:, None]
+            positions < accepted[:, None], states[:, 1:][:, positions.clamp_max(gamma - 1)], bonus[:, None]
         )
 
     accepted, emitted = block(torch.zeros(SAMPLES, dtype=torch.long))
@@ -187,11 +195,11 @@ def test_pairs_of_sampled_tokens_have_the_targets_distribution(chain, sampling, 
 @pytest.mark.parametrize("gamma", [1, 3, 5])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("rule", [accept_all, resample_from_q])
-def test_a_wrong_accept_rule_is_seen(chain, rule, sampling, gamma):
+def test_a_wrong_acceptance_rule_is_detected(chain, rule, sampling, gamma):
     p, q = (warp(logits, sampling) for logits in chain)
     counts = pairs_from(rule, p, q, gamma, torch.Generator().manual_seed(0))
     expected = (q[0][:, None] * q).flatten().double().numpy()
-    # A token that the target never gives is seen at once, before any statistic.
+    # A token with probability 0 suffices, without any statistic.
     assert counts[expected == 0].sum() > 0 or p_value(counts, expected) < FALSE_ALARM
 
 
@@ -205,20 +213,22 @@ def distribution_of_pairs(target, prompt, sampling):
 
 @pytest.mark.parametrize("gamma", [1, 3, 5, Adaptive(5, 0.4)])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_the_whole_loop_samples_the_targets_distribution_for_texts_of_any_length_side_by_side(sampling, gamma):
+def test_batched_decoding_samples_the_targets_distribution_for_prompts_of_any_length(sampling, gamma):
     target, drafter = (small_model(seed, vocab=6, sharpness=20.0) for seed in (1, 2))
     generator, prompts = torch.Generator().manual_seed(0), ([0, 1], [3], [5, 2, 4])
-    decoded = speculative_decode_batch(target, drafter, list(prompts) * 1500, gamma, 2, sampling, [], generator, 4400)
+    decoded = speculative_decode_batch(
+        target, drafter, list(prompts) * 1500, gamma, DecodingOptions(2, sampling), generator, 4400
+    )
     for number, prompt in enumerate(prompts):
         counts = np.bincount([6 * one.tokens[0] + one.tokens[1] for one in decoded[number::3]], minlength=36)
         assert p_value(counts, distribution_of_pairs(target, prompt, sampling)) > FALSE_ALARM
 
 
-def test_one_text_by_itself_samples_the_targets_distribution():
+def test_decoding_one_prompt_samples_the_targets_distribution():
     target, drafter = (small_model(seed, vocab=6, sharpness=40.0) for seed in (1, 2))
     sampling, generator, counts = Sampling(0.8, 0.95), torch.Generator().manual_seed(0), np.zeros(36)
     for _ in range(800):
-        first, second = speculative_decode(target, drafter, [0, 1], 3, 2, sampling, [], generator).tokens
+        first, second = speculative_decode(target, drafter, [0, 1], 3, DecodingOptions(2, sampling), generator).tokens
         counts[first * 6 + second] += 1
     assert p_value(counts, distribution_of_pairs(target, [0, 1], sampling)) > FALSE_ALARM
 
@@ -229,13 +239,13 @@ PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2], [2, 3, 8, 
 @pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("gamma", [1, 4, Adaptive(6, 0.2)])
 @pytest.mark.parametrize("prompts", [PROMPTS, [[3, 1], [4, 1], [5, 9]], PROMPTS[:1]], ids=["ragged", "even", "one"])
-def test_texts_side_by_side_are_greedily_what_each_is_alone(target, drafter, prompts, gamma, batch_size):
-    batch = speculative_decode_batch(target, drafter, prompts, gamma, 30, GREEDY, [5], batch_size=batch_size)
+def test_greedy_sequences_of_a_batch_equal_those_decoded_alone(target, drafter, prompts, gamma, batch_size):
+    batch = speculative_decode_batch(target, drafter, prompts, gamma, STOP, batch_size=batch_size)
     for prompt, decoded in zip(prompts, batch, strict=True):
-        alone = speculative_decode(target, drafter, prompt, gamma, 30, GREEDY, [5])
-        assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, 30, GREEDY, [5]).tokens
+        alone = speculative_decode(target, drafter, prompt, gamma, STOP)
+        assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, STOP).tokens
         assert [token for block in decoded.blocks for token in block.emitted] == decoded.tokens
-        if not isinstance(gamma, Adaptive):  # whose drafts go on as long as any text's drafter is sure
+        if not isinstance(gamma, Adaptive):  # an adaptive batch drafts as long as any of its sequences would
             assert [(block.accepted, block.emitted) for block in decoded.blocks] == [
                 (block.accepted, block.emitted) for block in alone.blocks
             ]
@@ -243,14 +253,14 @@ def test_texts_side_by_side_are_greedily_what_each_is_alone(target, drafter, pro
 
 @pytest.mark.parametrize("prompts", [[[8], [1, 5, 9, 2, 6]], [[1, 5, 9, 2, 6], [8]], [[8], [3]]])
 @pytest.mark.parametrize("batch_size", [None, 1])
-def test_a_prompt_of_one_token_goes_side_by_side_too(target, drafter, prompts, batch_size):
-    batch = speculative_decode_batch(target, drafter, prompts, 3, 20, GREEDY, [], batch_size=batch_size)
+def test_a_batch_may_contain_a_prompt_of_one_token(target, drafter, prompts, batch_size):
+    batch = speculative_decode_batch(target, drafter, prompts, 3, DecodingOptions(20), batch_size=batch_size)
     for prompt, decoded in zip(prompts, batch, strict=True):
-        alone = speculative_decode(target, drafter, prompt, 3, 20, GREEDY, [])
-        assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, 20, GREEDY, []).tokens
+        alone = speculative_decode(target, drafter, prompt, 3, DecodingOptions(20))
+        assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, DecodingOptions(20)).tokens
 
 
-def test_models_with_learned_positions_go_side_by_side_too():
+def test_models_with_learned_positions_decode_in_batches():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     models = []
@@ -259,11 +269,12 @@ def test_models_with_learned_positions_go_side_by_side_too():
         config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=width, n_layer=2, n_head=2)
         models.append(GPT2LMHeadModel(config).eval())
         models[-1].transformer.wte.weight.data.mul_(20)
-    for prompt, decoded in zip(PROMPTS, speculative_decode_batch(*models, PROMPTS, 3, 20, GREEDY, [5]), strict=True):  # type: ignore[call-arg]
-        assert decoded.tokens == autoregressive_decode(models[0], prompt, 20, GREEDY, [5]).tokens
+    together = speculative_decode_batch(models[0], models[1], PROMPTS, 3, SHORT)
+    for prompt, decoded in zip(PROMPTS, together, strict=True):
+        assert decoded.tokens == autoregressive_decode(models[0], prompt, SHORT).tokens
 
 
-def test_a_model_whose_window_is_shorter_than_the_texts_is_refused_side_by_side(drafter):
+def test_a_model_with_a_window_shorter_than_the_sequences_is_refused_in_batches(drafter):
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -277,46 +288,47 @@ def test_a_model_whose_window_is_shorter_than_the_texts_is_refused_side_by_side(
         sliding_window=16,
     )
     windowed = MistralForCausalLM(config).eval()
-    with pytest.raises(ValueError, match=r"its last 16 tokens .* decode them one at a time"):
-        speculative_decode_batch(windowed, drafter, PROMPTS, 3, 20, GREEDY, [])
-    short = speculative_decode_batch(windowed, drafter, [[1], [2]], 3, 8, GREEDY, [])
-    assert short[1].tokens == autoregressive_decode(windowed, [2], 8, GREEDY, []).tokens
+    with pytest.raises(ValueError, match=r"the last 16 tokens .* decode them one at a time"):
+        speculative_decode_batch(windowed, drafter, PROMPTS, 3, DecodingOptions(20))
+    short = speculative_decode_batch(windowed, drafter, [[1], [2]], 3, DecodingOptions(8))
+    assert short[1].tokens == autoregressive_decode(windowed, [2], DecodingOptions(8)).tokens
 
 
-def test_a_model_that_counts_positions_from_its_own_mask_is_refused_side_by_side(drafter):
+def test_a_model_that_derives_positions_from_its_mask_is_refused_in_batches(drafter):
     from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
     alibi = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)).eval()
-    with pytest.raises(ValueError, match="BloomForCausalLM does not take masks and positions as they are given"):
-        speculative_decode_batch(alibi, drafter, PROMPTS, 3, 20, GREEDY, [])
-    assert speculative_decode(alibi, drafter, [1, 2], 3, 8, GREEDY, []).tokens == (
-        autoregressive_decode(alibi, [1, 2], 8, GREEDY, []).tokens
+    with pytest.raises(ValueError, match="BloomForCausalLM does not accept explicit masks and positions"):
+        speculative_decode_batch(alibi, drafter, PROMPTS, 3, DecodingOptions(20))
+    assert speculative_decode(alibi, drafter, [1, 2], 3, DecodingOptions(8)).tokens == (
+        autoregressive_decode(alibi, [1, 2], DecodingOptions(8)).tokens
     )
 
 
 def test_an_unsure_drafter_drafts_one_token_and_a_sure_one_all(target):
-    unsure = speculative_decode(target, small_model(2, sharpness=0.0), [1, 2], Adaptive(5, 0.5), 20, GREEDY, [])
+    unsure = speculative_decode(target, small_model(2, sharpness=0.0), [1, 2], Adaptive(5, 0.5), DecodingOptions(20))
     assert {len(block.drafted) for block in unsure.blocks[:-1]} == {1}
-    sure = speculative_decode(target, small_model(2, sharpness=1e4), [1, 2], Adaptive(5, 0.5), 20, GREEDY, [])
+    sure = speculative_decode(target, small_model(2, sharpness=1e4), [1, 2], Adaptive(5, 0.5), DecodingOptions(20))
     assert max(len(block.drafted) for block in sure.blocks) == 5
 
 
-def test_chances_are_those_of_the_accept_test(target, drafter):
-    sampling, generator = Sampling(0.8), torch.Generator().manual_seed(0)
-    blocks = [
-        block
-        for _ in range(150)
-        for block in speculative_decode(target, drafter, [1, 2], 3, 12, sampling, [], generator).blocks
-    ]
-    expected = sum(float(np.prod(block.chances[: j + 1])) for block in blocks for j in range(len(block.chances)))
+def test_acceptance_probabilities_predict_the_number_of_accepted_tokens(target, drafter):
+    options, generator = DecodingOptions(12, Sampling(0.8)), torch.Generator().manual_seed(0)
+    decoded = speculative_decode_batch(target, drafter, [[1, 2]] * 600, 3, options, generator)
+    blocks = [block for one in decoded for block in one.blocks]
+    expected = sum(
+        float(np.prod(block.acceptance_probabilities[: j + 1]))
+        for block in blocks
+        for j in range(len(block.acceptance_probabilities))
+    )
     accepted = sum(block.accepted for block in blocks)
-    # The coin flips' standard error: each block's accepted count has a variance of at most (3/2)^2 here.
+    # The standard error: each block's accepted count has a variance of at most (3/2)^2 here.
     assert abs(expected - accepted) < 5 * 1.5 * len(blocks) ** 0.5
-    assert all(0 <= chance <= 1 for block in blocks for chance in block.chances)
+    assert all(0 <= value <= 1 for block in blocks for value in block.acceptance_probabilities)
 
 
-def test_tokens_are_drawn_in_proportion_to_their_weights_and_none_of_weight_zero():
+def test_tokens_are_drawn_in_proportion_to_their_weights_and_never_with_weight_zero():
     weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.5, 0.0])
     drawn = draw(weights.expand(20_000, -1), torch.Generator().manual_seed(0))
     assert p_value(np.bincount(drawn, minlength=6)[[1, 3, 4]], np.array([3, 1, 0.5]) / 4.5) > FALSE_ALARM
@@ -324,7 +336,7 @@ def test_tokens_are_drawn_in_proportion_to_their_weights_and_none_of_weight_zero
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_unit_interval_draw_tokens_of_some_weight(monkeypatch, uniform):
+def test_the_bounds_of_the_unit_interval_draw_tokens_with_positive_weight(monkeypatch, uniform):
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
     assert draw(torch.tensor([[0.0, 0.1, 0.7, 0.0]])).tolist() == [2 if uniform else 1]
 
@@ -342,19 +354,19 @@ def test_greedy_warping_is_one_hot_at_the_first_maximum():
     assert probs.tolist() == [[0.0, 1.0, 0.0]]
 
 
-def test_what_cannot_be_decoded_is_refused_before_any_call(target):
+def test_wrong_settings_are_refused_before_any_call(target):
     for gamma, limit, prompt, message in [
         (0, 5, [1], "num_speculative_tokens .* is 0"),
         (3, 0, [1], "max_new_tokens is 0"),
         (3, 5, [], "no tokens"),
     ]:
         with pytest.raises(ValueError, match=message):
-            speculative_decode(None, None, prompt, gamma, limit, GREEDY, [])
+            speculative_decode(None, None, prompt, gamma, DecodingOptions(limit))
     with pytest.raises(ValueError, match="batch_size is 0"):
-        speculative_decode_batch(None, None, [[1]], 3, 5, GREEDY, [], batch_size=0)
+        speculative_decode_batch(None, None, [[1]], 3, DecodingOptions(5), batch_size=0)
 
 
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p_and_all_that_tie_with_its_last():
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p_and_all_ties_with_its_last():
     probs = torch.tensor([[0.1, 0.5, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]])
     assert in_nucleus(probs, 0.6).tolist() == [[False, True, True, True], [True] * 4, [False, True, False, False]]
     assert in_nucleus(probs, 0.5).tolist() == [[False, True, False, False], [True] * 4, [False, True, False, False]]

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drafter.artifacts.manifest import read_manifest
 from drafter.data.prompts import encode_prompt
+from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.models.compatibility import VocabularyError
 from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
-from drafter.warping import Sampling
 from experiments.exporting import to_gguf
 from experiments.exporting.card import gather, serving, sources
 from tests.conftest import WORDS, save_target
@@ -61,8 +61,8 @@ def test_transformers_assisted_generation_gives_the_targets_text_in_as_many_call
     total = ours = 0
     for word in WORDS[3:9]:
         prompt = encode_prompt(tokenizer, f"who saw the {word} ?")
-        alone = autoregressive_decode(target, prompt, 20, Sampling(), [0]).tokens
-        blocks = speculative_decode(target, drafter, prompt, gamma, 20, Sampling(), [0]).blocks
+        alone = autoregressive_decode(target, prompt, DecodingOptions(20, stop_ids=[0])).tokens
+        blocks = speculative_decode(target, drafter, prompt, gamma, DecodingOptions(20, stop_ids=[0])).blocks
         calls.clear()
         ids = torch.tensor([prompt])
         found = target.generate(

@@ -206,6 +206,8 @@ def test_the_gamma_report_names_the_best_gamma_of_each_task(world, tmp_path):
         ("finetune", "weighting=dpace weighting.smoothing=2", ValueError, "weighting.smoothing is 2"),
         ("evaluate", "+evaluate.sampling.topp=0.9", ValueError, "evaluate.sampling"),
         ("evaluate", "task.prompts.top_p=0", ValueError, "task.prompts: top_p is 0"),
+        ("evaluate", "task.prompts.top_k=-1", ValueError, "task.prompts: top_k is -1"),
+        ("evaluate", "+evaluate.sampling.top_k=2.5", ValueError, "top_k is 2.5"),
         ("evaluate", "+evaluate.sampling.temperature=-1", ValueError, "temperature is -1"),
     ],
 )

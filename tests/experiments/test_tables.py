@@ -46,8 +46,8 @@ def evaluation(root, name, loss, seed, tasks=TASKS, gammas=GAMMAS, accepted=None
                     {"task": task, "gamma": gamma, "prompt": f"{task}:{i}", **row, **baseline, **more, **places}
                 )
             blocks = [
-                {"accepted": ["drafted ", "<b>bold</b>"], "rejected": ["refused"], "own": [" added"]},
-                {"accepted": [], "rejected": [], "own": ["<|im_end|>"]},
+                {"accepted": ["drafted ", "<b>bold</b>"], "rejected": ["refused"], "bonus": [" added"]},
+                {"accepted": [], "rejected": [], "bonus": ["<|im_end|>"]},
             ]
             key = {"task": task, "gamma": gamma, "prompt": f"{task}:0"}
             samples.append({**key, "message": f"{NASTY} {task}", "blocks": blocks})
@@ -346,8 +346,8 @@ def test_the_report_leads_nowhere_outside_itself(html):
 
 def test_the_report_colours_tokens_by_who_wrote_them(html):
     page = Page(html)
-    assert {name for name, _ in page.spans} == {"accepted", "rejected", "own"}
-    for span in (("accepted", "drafted "), ("rejected", "refused"), ("own", " added"), ("own", "<|im_end|>")):
+    assert {name for name, _ in page.spans} == {"accepted", "rejected", "bonus"}
+    for span in (("accepted", "drafted "), ("rejected", "refused"), ("bonus", " added"), ("bonus", "<|im_end|>")):
         assert span in page.spans
 
 
@@ -375,7 +375,7 @@ def test_a_report_without_curves_has_no_plots(tmp_path):
 
 def test_the_report_shows_one_text_a_task_at_the_smallest_gamma_decoded_by_every_drafter():
     def text(gamma, prompt, accepted):
-        blocks = [{"accepted": ["x"] * accepted, "rejected": [], "own": ["y"]}] * 2
+        blocks = [{"accepted": ["x"] * accepted, "rejected": [], "bonus": ["y"]}] * 2
         return {"task": "code", "gamma": gamma, "prompt": prompt, "message": prompt, "blocks": blocks}
 
     (row,) = by_prompt({"one": [text(5, "p", 4), text(3, "p", 2), text(3, "q", 1)], "two": [text(3, "p", 3)]})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
 from drafter.models.compatibility import load_drafter
 from drafter.models.inspection import num_parameters, vocabulary_rows
@@ -49,15 +50,15 @@ def test_no_tokens_and_ids_outside_the_vocabulary_are_refused(kept):
 def test_a_trimmed_drafter_drafts_kept_tokens_alone_and_greedy_output_is_the_targets(target, drafter, sampling):
     kept = list(range(0, VOCABULARY, 3))
     trimmed = trim(copy.deepcopy(drafter), kept)
-    generator = torch.Generator().manual_seed(0)
+    options, generator = DecodingOptions(30, sampling), torch.Generator().manual_seed(0)
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    alone = [speculative_decode(target, trimmed, prompt, 3, 30, sampling, [], generator) for prompt in prompts]
-    together = speculative_decode_batch(target, trimmed, prompts, 3, 30, sampling, [], generator)
+    alone = [speculative_decode(target, trimmed, prompt, 3, options, generator) for prompt in prompts]
+    together = speculative_decode_batch(target, trimmed, prompts, 3, options, generator)
     drafted = {token for one in [*alone, *together] for block in one.blocks for token in block.drafted}
     assert drafted
     assert drafted <= set(kept)
     if sampling.temperature == 0:
-        wanted = [autoregressive_decode(target, prompt, 30, sampling, []).tokens for prompt in prompts]
+        wanted = [autoregressive_decode(target, prompt, options).tokens for prompt in prompts]
         assert [one.tokens for one in alone] == [one.tokens for one in together] == wanted
 
 
@@ -66,7 +67,7 @@ def test_sampled_tokens_have_the_targets_distribution_with_a_trimmed_drafter(tar
     count = 10_000
     trimmed = trim(copy.deepcopy(drafter), range(0, VOCABULARY, 2))
     sampling, generator = Sampling(temperature=3.0, top_p=1.0), torch.Generator().manual_seed(1)
-    decoded = speculative_decode_batch(target, trimmed, [[1, 2, 3]] * count, 2, 2, sampling, [], generator)
+    decoded = speculative_decode_batch(target, trimmed, [[1, 2, 3]] * count, 2, DecodingOptions(2, sampling), generator)
     assert all(one.blocks[0].tested for one in decoded)
     counts = np.bincount([one.tokens[0] for one in decoded], minlength=VOCABULARY)
     probabilities = warp(target(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1:], sampling)[0].double().numpy()

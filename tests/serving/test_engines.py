@@ -17,11 +17,11 @@ import torch
 
 from drafter.artifacts.manifest import read_jsonl
 from drafter.data.prompts import encode_prompt
+from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.models.compatibility import load_drafter
 from drafter.models.ends import end_of_turn_ids
 from drafter.models.loading import load_target, load_tokenizer
-from drafter.warping import Sampling
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
 TARGET = ROOT / "assets" / "tiny-target"
@@ -64,7 +64,8 @@ class Pair(NamedTuple):
                 found.append([])
                 continue
             start, length = prompt + text[:first], LIMIT - first
-            one = speculative_decode(self.target, self.drafter, start, gamma, length, Sampling(), self.stops)
+            options = DecodingOptions(length, stop_ids=self.stops)
+            one = speculative_decode(self.target, self.drafter, start, gamma, options)
             assert one.tokens == text[first:]
             found.append([block.accepted for block in one.blocks])
         return found
@@ -78,7 +79,7 @@ def pair():
     rows = read_jsonl(DRAFTER.parent.parent / "data" / "tasks.jsonl")
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     prompts = [prompt for prompt in prompts if len(prompt) + LIMIT + GAMMA < 512]
-    alone = [autoregressive_decode(target, prompt, LIMIT, Sampling(), stops).tokens for prompt in prompts]
+    alone = [autoregressive_decode(target, prompt, DecodingOptions(LIMIT, stop_ids=stops)).tokens for prompt in prompts]
     return Pair(target, drafter, prompts, stops, alone)
 
 

@@ -1,11 +1,11 @@
-"""Compare the expected block efficiency with that of decoding: how much they differ, and what each costs.
+"""Expected block efficiency against block efficiency by decoding: their difference, and the time of each.
 
-    python -m benchmarks.offline [ROOT] [--drafter DIR]        after `make demo`; ROOT is runs/tiny
+    python -m benchmarks.expected_efficiency [ROOT] [--drafter DIR]        after `make demo`; ROOT is runs/tiny
 
-The target answers the validation prompts DRAWS times. From these responses the drafter's block efficiency is computed
-as at each validation, with one batched forward of the drafter and the target's distributions from a cache. Then the
-same prompts are decoded with the drafter as many times. Seconds are process time of one thread; they leave out the
-responses and the cache, which a training run has anyway.
+The target responds to the validation prompts DRAWS times. From these responses the drafter's expected block efficiency
+is computed as at each validation: with one forward pass of the drafter, in batches, and the target's distributions from
+a cache. Then the same prompts are decoded with the drafter as often. Seconds are process time of one thread, without
+those of the responses and the cache, which a training run has anyway.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.data.responses import schema
 from drafter.data.target_cache import ExactFormat, restore, target_at, write_cache
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
+from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.ends import end_of_turn_ids
 from drafter.models.inspection import hidden_states
@@ -33,36 +34,39 @@ TARGET, PROMPTS, DRAWS, LENGTH = "assets/tiny-target", 100, {0.0: 1, 0.7: 6, 1.0
 
 
 def exact(logits_NV):
-    """Return the logits, which an exact cache always gives."""
+    """Return the logits that an exact cache gives, which are never drawn tokens."""
     assert isinstance(logits_NV, torch.Tensor)
     return logits_NV
 
 
 @torch.inference_mode()
-def without_decoding(target, drafter, cache, sampling, gamma):
-    """Return the tokens and the expected blocks of each response, shape (number of responses,)."""
+def count_expected_blocks(target, drafter, cache, sampling, gamma):
+    """Return the tokens and the expected blocks of each response."""
     tokens, blocks = np.zeros(len(cache)), np.zeros(len(cache))
     for batch in by_budget(cache.lengths.tolist(), 4096):
-        texts = collate([response_sequence(row, restore(row, cache.schema)) for row in cache.read(batch)])
-        mask = texts.target_mask_BT
-        hidden, head = hidden_states(drafter, texts.input_ids_BT, texts.attention_mask_BT)[mask], drafter.lm_head
-        written, lengths, q = next_tokens(texts)[mask], mask.sum(1), target_at(target, texts)
-        parts = [slice(start, start + 256) for start in range(0, len(written), 256)]
-        accept = torch.cat([acceptance_of_written(head(hidden[n]), exact(q(n)), written[n], sampling) for n in parts])
+        sequences = collate([response_sequence(row, restore(row, cache.schema)) for row in cache.read(batch)])
+        mask = sequences.target_mask_BT
+        hidden, head = (
+            hidden_states(drafter, sequences.input_ids_BT, sequences.attention_mask_BT)[mask],
+            drafter.lm_head,
+        )
+        generated, lengths, q = next_tokens(sequences)[mask], mask.sum(1), target_at(target, sequences)
+        parts = [slice(start, start + 256) for start in range(0, len(generated), 256)]
+        accept = torch.cat([acceptance_of_written(head(hidden[n]), exact(q(n)), generated[n], sampling) for n in parts])
         tokens[batch] = lengths
         blocks[batch] = expected_blocks(split_rows(accept, lengths), lengths, gamma)
     return tokens, blocks
 
 
 def cached(target, requests, answers, folder):
-    """Return a cache of the responses with the target's distributions."""
-    written = [
+    """Return the responses with a cache of the target's distributions."""
+    generated = [
         {**request._asdict(), "id": str(number), "response_ids": tokens, "truncated": False}
         for number, (request, tokens) in enumerate(zip(requests, answers, strict=True))
     ]
-    texts = Folder(f"{folder}/texts")
-    write_shard(texts, 0, written, schema(0.95), {})
-    rows = finished_rows(texts, finish(texts, 1, schema(0.95))[0], "respond")
+    responses = Folder(f"{folder}/responses")
+    write_shard(responses, 0, generated, schema(0.95), {})
+    rows = finished_rows(responses, finish(responses, 1, schema(0.95))[0], "respond")
     count, columns = write_cache(target, rows, Folder(folder), ExactFormat(), batch_tokens=4096, shard_size=256, seed=0)
     return finished_rows(Folder(folder), finish(Folder(folder), count, columns)[0], "cache")
 
@@ -74,7 +78,7 @@ def ratio(tokens, blocks):
 
 
 def main():
-    """Print one line per temperature and gamma."""
+    """Print a line per temperature and gamma."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="runs/tiny")
     parser.add_argument("--drafter", default="runs/tiny/finetune/kld-seed1")
@@ -87,25 +91,25 @@ def main():
     prompts = [row["prompt_ids"].tolist() for row in responses.read(held_out)]
     for temperature, draws in DRAWS.items():
         sampling, generator = Sampling(temperature, 0.95), torch.Generator().manual_seed(0)
+        options = DecodingOptions(LENGTH, sampling, stops)
         torch.manual_seed(0)
         engine = transformers_engine(target, Limits(0.95, LENGTH, stops), 16_384)
         requests = [Request("", "", "validation", temperature, prompt) for prompt in prompts * draws]
         cache = cached(target, requests, engine(requests), tempfile.mkdtemp())
         for gamma in (3, 5):
             began = time.process_time()
-            offline = ratio(*without_decoding(target, drafter, cache, sampling, gamma))
+            expected = ratio(*count_expected_blocks(target, drafter, cache, sampling, gamma))
             cheap = time.process_time() - began
             began = time.process_time()
             decoded = [
-                speculative_decode(target, drafter, prompt, gamma, LENGTH, sampling, stops, generator)
-                for prompt in prompts * draws
+                speculative_decode(target, drafter, prompt, gamma, options, generator) for prompt in prompts * draws
             ]
             dear = time.process_time() - began
             counts = np.array([(len(one.tokens), len(one.blocks)) for one in decoded], dtype=float)
-            online = ratio(*counts.T)
+            measured = ratio(*counts.T)
             print(
-                f"temperature {temperature}, gamma {gamma}: without decoding {offline[0]:.3f} ± {offline[1]:.3f}, "
-                f"decoded {online[0]:.3f} ± {online[1]:.3f}: {100 * (offline[0] / online[0] - 1):+.1f}%; "
+                f"temperature {temperature}, gamma {gamma}: expected {expected[0]:.3f} ± {expected[1]:.3f}, "
+                f"decoded {measured[0]:.3f} ± {measured[1]:.3f}: {100 * (expected[0] / measured[0] - 1):+.1f}%; "
                 f"{cheap:.1f} s against {dear:.1f} s, 1/{dear / cheap:.0f}"
             )
 

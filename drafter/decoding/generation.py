@@ -1,0 +1,55 @@
+"""A sequence while it is being generated, and the result."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from drafter.decoding.acceptance import Block
+from drafter.decoding.clock import Seconds
+
+
+class Decoded(NamedTuple):
+    """The generated tokens, the blocks that they came in, and the time that it took."""
+
+    tokens: list[int]
+    blocks: list[Block]
+    seconds: Seconds
+
+
+@dataclass
+class Generation:
+    """A sequence that is being generated.
+
+    Attributes:
+        tokens: the prompt and the tokens so far.
+        prompt_length: the number of tokens of the prompt.
+        max_length: the number of tokens at which it ends, the prompt included.
+        blocks: the blocks so far.
+        target_cached: the number of tokens, from the first on, that the target has cached.
+        drafter_cached: the number of tokens, from the first on, that the drafter has cached.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    max_length: int
+    blocks: list[Block] = field(default_factory=list)
+    target_cached: int = 0
+    drafter_cached: int = 0
+
+    @property
+    def remaining(self) -> int:
+        """The number of tokens that may still be generated."""
+        return self.max_length - len(self.tokens)
+
+    def append(self, block: Block, drafted: int) -> None:
+        """Append the tokens of a block for which `drafted` tokens were drafted, and update the cached lengths."""
+        length = len(self.tokens)
+        self.blocks.append(block)
+        self.tokens += block.emitted
+        self.target_cached = len(self.tokens) - 1
+        # The drafter has not read the last token that it drafted.
+        self.drafter_cached = min(len(self.tokens) - 1, length + max(drafted - 1, 0))
+
+    def is_finished(self, stop_ids: Sequence[int]) -> bool:
+        """Return whether the last block ended the sequence."""
+        return self.remaining <= 0 or self.blocks[-1].emitted[-1] in stop_ids
