@@ -1,7 +1,8 @@
 """Stage 5: make tables (Markdown and LaTeX), figures and the HTML report from counts. Config: conf/tables.yaml.
 
 Every number is computed from the counts of the evaluations, summed over prompts and seeds. Intervals are 95% bootstrap
-intervals over prompts. What was not run is left blank. runs.json describes the runs behind the numbers.
+intervals over prompts. What was not run is left blank. runs.json describes the runs behind the numbers, and
+counts.parquet has the counts themselves.
 """
 
 import json
@@ -17,6 +18,7 @@ from drafter.artifacts.manifest import MANIFEST, fingerprint, read_jsonl, read_m
 from drafter.artifacts.provenance import describe_machine
 from drafter.artifacts.storage import local_directory
 from experiments.reporting import paper
+from experiments.reporting.counts import write_counts
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
 from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.page import write_html
@@ -48,7 +50,7 @@ CONVENTION = (
 
 @command("tables")
 def main(cfg: DictConfig) -> None:
-    """Read every finished evaluation under the root; write results.md, tables/, figures/, report.html and runs.json."""
+    """Read every finished evaluation under the root, and write the tables, the figures, the report and the counts."""
     if cfg.dry_run:
         return log.info("tables reads what evaluate has written, so there is nothing to check")
     root, out = Path(cfg.root), Path(cfg.out)
@@ -82,6 +84,7 @@ def main(cfg: DictConfig) -> None:
     news = not (out / "results.md").exists() or (out / "results.md").read_text(encoding="utf-8") != text
     write_text(out / "results.md", text)
     write_json(out / "runs.json", runs(root))
+    write_counts(out / "counts.parquet", [*evaluations, *variants, *steps])
     samples = {
         one.directory.name: read_jsonl(one.directory / "samples.jsonl")
         for one in evaluations
@@ -167,7 +170,7 @@ def empty_of_generated(folder: Path) -> None:
 
 
 def publish(out: Path, folder: Path) -> None:
-    """Copy the results into a folder of a repository, without the report and the vector figures, which are large."""
+    """Copy the results into a folder of a repository, without the large files: report, counts and vector figures."""
     empty_of_generated(folder)
     for name in ("results.md", "runs.json"):
         folder.mkdir(parents=True, exist_ok=True)

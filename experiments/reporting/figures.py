@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Patch
 
 from drafter.metrics import Estimate
 from experiments.reporting.gamma_page import GammaRow
@@ -70,9 +71,9 @@ def draw_efficiency(rows: Sequence[Row], path: Path) -> str:
             axis.set_title(f"γ = {gamma}")
             axis.axhline(1, color="#333333", linewidth=0.8)
         axes[0][0].set_ylabel("block efficiency τ")
-        figure.legend(
-            *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False
-        )
+        # The handles are made here, because a series that was not run at the first gamma has no bar to copy.
+        handles = [Patch(facecolor=colour[series], label=series) for series in names]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(names), frameon=False)
         return _save(figure, path)
 
 

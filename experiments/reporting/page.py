@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs  # for plotly.js: the browser recomputes means and redraws at each switch
 
 from drafter.artifacts.manifest import write_text
 from experiments.reporting.figures import YARDSTICKS, colours
