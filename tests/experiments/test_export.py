@@ -149,7 +149,11 @@ def test_a_trimmed_drafter_is_exported_whole_with_its_list(exported, tmp_path):
             r"export.dtype is 'int8'; the format hf has \['bfloat16', 'float16', 'float32'\]",
         ),
         ("export.format=gguf", ValueError, "gguf.converter is 'None': give the path of convert_hf_to_gguf.py"),
-        ("export.format=openvino openvino.command=no-such-tool", ValueError, "'no-such-tool' is no command here"),
+        (
+            "export.format=openvino openvino.command=no-such-tool",
+            ValueError,
+            "'no-such-tool' is not an installed command",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error_and_writes_nothing(exported, tmp_path, change, error, message):

@@ -18,10 +18,17 @@ from drafter.metrics import Estimate
 from experiments import curves, tables
 from experiments.reporting.figures import colours, draw_curves, draw_efficiency
 from experiments.reporting.identity import DrafterIdentity
-from experiments.reporting.page import by_prompt, write_html
-from experiments.reporting.results import POOLED, check_evaluations, in_order, read_curves, read_evaluations, summarise
+from experiments.reporting.page import group_by_task, write_html
+from experiments.reporting.results import (
+    POOLED,
+    check_evaluations,
+    read_curves,
+    read_evaluations,
+    sorted_gammas,
+    summarise,
+)
 from experiments.reporting.tabular import Table, with_interval
-from experiments.tables import by_task
+from experiments.tables import task_table
 
 TASKS = {"open_ended": 6, "code": 4}  # prompts of each
 GAMMAS = (3, 5)
@@ -211,7 +218,7 @@ def test_without_a_pretrained_drafter_every_gain_is_blank(tmp_path):
 
 def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_the_pretrained(root):
     rows = [row for row in summarise(read_evaluations(root / "evaluate")) if row.gamma == 3]
-    header, rule, *lines = [cells(line) for line in by_task(rows, "n", "t").markdown().splitlines()]
+    header, rule, *lines = [cells(line) for line in task_table(rows, "n", "t").markdown().splitlines()]
     assert header == ["task", "drafter", "τ", "expected τ", "τ − pretrained", "MBSU", "token rate", "acceptance rate"]
     assert rule == ["---"] * len(header)
     named = [task.replace("_", " ") for task in TASKS]
@@ -224,7 +231,7 @@ def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_th
 
 
 def test_gammas_are_in_the_order_of_numbers_and_adaptive_comes_last():
-    assert in_order(["adaptive", 10, 3, 10]) == [3, 10, "adaptive"]
+    assert sorted_gammas(["adaptive", 10, 3, 10]) == [3, 10, "adaptive"]
 
 
 def test_an_interval_is_written_with_two_decimals_and_a_sign_on_demand():
@@ -418,7 +425,7 @@ def test_the_report_shows_one_text_a_task_at_the_smallest_gamma_decoded_by_every
         blocks = [{"accepted": ["x"] * accepted, "rejected": [], "own": ["y"]}] * 2
         return {"task": "code", "gamma": gamma, "prompt": prompt, "message": prompt, "blocks": blocks}
 
-    (row,) = by_prompt({"one": [text(5, "p", 4), text(3, "p", 2), text(3, "q", 1)], "two": [text(3, "p", 3)]})
+    (row,) = group_by_task({"one": [text(5, "p", 4), text(3, "p", 2), text(3, "q", 1)], "two": [text(3, "p", 3)]})
     assert (row["task"], row["gamma"], row["prompt"]) == ("code", 3, "p")
     efficiencies = {drafter: decoding["efficiency"] for drafter, decoding in row["decodings"].items()}
     assert efficiencies == {"one": 3.0, "two": 4.0}
@@ -475,9 +482,11 @@ def test_the_base_of_the_comparison_is_chosen_by_name(root):
     assert rows[0].series == "kld"
     gains = {row.series: row.gain and row.gain.value for row in rows if (row.task, row.gamma) == ("code", 3)}
     assert gains == {"kld": None, "pretrained": pytest.approx(-0.6), "tvd": pytest.approx(-0.2)}
-    assert "τ − kld" in by_task(rows, "n", "t", "kld").columns
+    assert "τ − kld" in task_table(rows, "n", "t", "kld").columns
     found = read_evaluations(root / "evaluate", "kl")
-    with pytest.raises(ArtifactError, match=r"base is 'kl', but what was evaluated .* \['kld', 'pretrained', 'tvd'\]"):
+    with pytest.raises(
+        ArtifactError, match=r"base is 'kl', but the series evaluated .* are \['kld', 'pretrained', 'tvd'\]"
+    ):
         check_evaluations(found, root, "kl")
 
 
