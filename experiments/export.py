@@ -1,8 +1,9 @@
 """Export a drafter in a format that serving engines load, with a model card. Config: conf/export.yaml.
 
-A drafter that is not compatible with its target is refused. The exported directory has the target's tokenizer, chat
-template and end-of-text ids, because engines compare them with the target's. The weights have the untrimmed head,
-because no engine supports a drafter whose head has fewer tokens; a trimmed drafter's list of tokens lies beside them.
+The command refuses a drafter that is not compatible with its target. The exported directory has the target's
+tokenizer, chat template and end-of-text ids, because engines compare them with the target's. The weights have the
+untrimmed head, because no engine supports a drafter whose head has fewer tokens; a trimmed drafter's list of tokens is
+exported beside them.
 """
 
 import shlex
@@ -38,10 +39,10 @@ DTYPES = {
 
 @command("export")
 def main(cfg: DictConfig) -> None:
-    """Check, save, convert and describe the drafter, and print how to serve it."""
+    """Export the drafter with its model card, and print the commands that serve it."""
     facts = gather(cfg.export.drafter)
-    cfg = resolved(cfg, facts.config)
-    check(cfg)
+    cfg = with_target(cfg, facts.config)
+    check_format(cfg)
     target = target_source(cfg)
     differences = check_pair(target, cfg.export.drafter, cfg.pad_vocabulary)
     inputs = {
@@ -63,15 +64,20 @@ def main(cfg: DictConfig) -> None:
         print(f"\n{engine}\n{lines}")
 
 
-def resolved(cfg: DictConfig, known: dict[str, Any]) -> DictConfig:
-    """Return the config with the target that the drafter was trained for, unless one is given, and the directory.
+def with_target(cfg: DictConfig, trained: dict[str, Any]) -> DictConfig:
+    """Return a copy of the config in which the target and the directory of the export are filled in.
+
+    Args:
+        cfg: the config; a target that it names is kept.
+        trained: the config of the stage that made the drafter, which names the target that it was trained for; {} for
+            a drafter from elsewhere.
 
     Raises:
-        ValueError: neither the config nor the drafter says which target it is.
+        ValueError: neither config names a target.
     """
     cfg = cfg.copy()
-    if cfg.target.path is None and known:
-        cfg.target.path, cfg.target.revision = known["target"]["path"], known["target"]["revision"]
+    if cfg.target.path is None and trained:
+        cfg.target.path, cfg.target.revision = trained["target"]["path"], trained["target"]["revision"]
     if cfg.target.path is None:
         raise ValueError(f"{cfg.export.drafter} does not say which target it was trained for: give target.path=…")
     rounded = "" if cfg.export.dtype == "float32" else f"-{cfg.export.dtype}"
@@ -79,11 +85,11 @@ def resolved(cfg: DictConfig, known: dict[str, Any]) -> DictConfig:
     return cfg
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuse an unknown format or dtype, and a converter that is not installed, before anything is loaded.
+def check_format(cfg: DictConfig) -> None:
+    """Check the format, the dtype and the converter before anything is loaded.
 
     Raises:
-        ValueError: names the value, and which values are allowed.
+        ValueError: the format or dtype is unknown, or the converter is not installed; the error names what is allowed.
     """
     kind, dtype, converter = cfg.export.format, cfg.export.dtype, cfg.gguf.converter
     if kind not in DTYPES:
@@ -97,7 +103,7 @@ def check(cfg: DictConfig) -> None:
         )
     tool = cfg.gguf.python if kind == "gguf" else cfg.openvino.command
     if kind != "hf" and not shutil.which(tool):
-        raise ValueError(f"'{tool}' is no command here: docs/SERVING.md says how to install what {kind} needs")
+        raise ValueError(f"'{tool}' is not an installed command: docs/SERVING.md says how to install what {kind} needs")
 
 
 def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Difference]) -> None:
@@ -158,10 +164,10 @@ def run(command: list[str]) -> None:
     Raises:
         RuntimeError: the program failed; the error has the last lines that it printed.
     """
-    found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-    if found.returncode:
-        told = "\n".join((found.stdout + found.stderr).strip().splitlines()[-12:])
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{told}")
+    finished = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    if finished.returncode:
+        output = "\n".join((finished.stdout + finished.stderr).strip().splitlines()[-12:])
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{output}")
 
 
 if __name__ == "__main__":

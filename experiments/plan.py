@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from drafter.metrics import memory_bound_speedup
 from drafter.models.initialization import build_drafter
 from drafter.models.loading import meta_model
-from experiments.planning.estimates import Stage, World, estimates
+from experiments.planning.estimates import StageEstimate, World, estimates
 from experiments.planning.roofline import Shape
 from experiments.reporting.tabular import Table, number
 from experiments.running.commands import pipeline_command
@@ -31,12 +31,12 @@ def main(settings: DictConfig) -> None:
     jobs = all_jobs(settings)
     world = world_of(settings, jobs)
     stages = [stage for job in jobs for stage in estimates(job, world)]
-    print(report(stages, world, settings))
-    refuse(stages, world, settings)
+    print(plan_text(stages, world, settings))
+    check_fits(stages, world, settings)
 
 
 def world_of(settings: DictConfig, jobs: list[Job]) -> World:
-    """Return the shapes of both models and the expected text lengths and block efficiency."""
+    """Return what all stages of the plan share, from the config of the first job."""
     cfg = jobs[0].cfg
     known: dict[str, Any] = plain(cfg.target_shape) if cfg.target_shape else {}
     shape = known if known.pop("of", None) == cfg.target.path else None
@@ -56,7 +56,7 @@ def world_of(settings: DictConfig, jobs: list[Job]) -> World:
     )
 
 
-def report(stages: list[Stage], world: World, settings: DictConfig) -> str:
+def plan_text(stages: list[StageEstimate], world: World, settings: DictConfig) -> str:
     """Return the plan as Markdown."""
     ratio, gammas = world.drafter.parameters / world.target.parameters, (3, 5)
     speedups = ", ".join(f"{memory_bound_speedup(world.block_efficiency, ratio, g):.2f} at γ = {g}" for g in gammas)
@@ -79,8 +79,8 @@ def report(stages: list[Stage], world: World, settings: DictConfig) -> str:
                 str(len(chosen)),
                 number(sum(stage.tokens for stage in chosen)),
                 f"{sum(stage.operations for stage in chosen):.1e}",
-                size(max(stage.total_memory for stage in chosen)),
-                size(sum(stage.disk for stage in chosen)),
+                format_bytes(max(stage.total_memory for stage in chosen)),
+                format_bytes(sum(stage.disk for stage in chosen)),
                 duration(sum(stage.seconds for stage in chosen)),
                 f"{hours:,.2f}",
                 *([f"{hours * price:,.2f}"] if price else []),
@@ -88,36 +88,39 @@ def report(stages: list[Stage], world: World, settings: DictConfig) -> str:
         )
     parts = list(dict.fromkeys(part for stage in stages for part in stage.memory))
     largest = [max((one for one in stages if one.name == name), key=lambda one: one.total_memory) for name in names]
-    rows = [[one.name, *(size(one.memory[part]) if part in one.memory else "" for part in parts)] for one in largest]
+    rows = [
+        [one.name, *(format_bytes(one.memory[part]) if part in one.memory else "" for part in parts)] for one in largest
+    ]
     memory = Table("memory", "Memory per device, by part", ["stage", *parts], rows)
     return f"{head}\n{Table('plan', 'Plan', columns, lines).markdown()}\n\n## {memory.title}\n\n{memory.markdown()}\n"
 
 
-def refuse(stages: list[Stage], world: World, settings: DictConfig) -> None:
-    """Refuse a plan whose memory or disk does not fit.
+def check_fits(stages: list[StageEstimate], world: World, settings: DictConfig) -> None:
+    """Check that every stage fits into the memory of a device, and all runs onto the disk.
 
     Raises:
-        ValueError: names the stage, its largest part and the setting to change.
+        ValueError: something does not fit; the error names the stage, its largest part and the setting to change.
     """
     for stage in stages:
         if stage.total_memory > world.hardware.memory:
             part = max(stage.memory, key=lambda name: stage.memory[name])
             raise ValueError(
-                f"{stage.name} takes {size(stage.total_memory)} on each device, {size(stage.memory[part])} of it "
-                f"{part}, and a {world.hardware.name} has {size(world.hardware.memory)}: {stage.knob}"
+                f"{stage.name} takes {format_bytes(stage.total_memory)} on each device, "
+                f"{format_bytes(stage.memory[part])} of it {part}, "
+                f"and a {world.hardware.name} has {format_bytes(world.hardware.memory)}: {stage.remedy}"
             )
     disk, limit = sum(stage.disk for stage in stages), settings.plan.disk
     if limit and disk > limit:
         largest = max(stages, key=lambda stage: stage.disk)
-        knob = "cache=sparse" if largest.name == "cache" else "fewer runs or tokens"
+        remedy = "cache=sparse" if largest.name == "cache" else "fewer runs or tokens"
         raise ValueError(
-            f"the runs take {size(disk)} on disk, {size(largest.disk)} of it {largest.name}, and plan.disk is "
-            f"{size(limit)}: {knob}"
+            f"the runs take {format_bytes(disk)} on disk, {format_bytes(largest.disk)} of it {largest.name}, "
+            f"and plan.disk is {format_bytes(limit)}: {remedy}"
         )
 
 
-def size(value: float) -> str:
-    """Return a number of bytes with its unit: "13.5 GB"; nothing for 0."""
+def format_bytes(value: float) -> str:
+    """Return a number of bytes with its unit: "13.5 GB"; "" for 0."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if value >= unit:
             return f"{value / unit:.3g} {name}"

@@ -1,7 +1,8 @@
 """Stage 5: make tables (Markdown and LaTeX), figures and the HTML report from counts. Config: conf/tables.yaml.
 
 Every number is computed from the counts of the evaluations, summed over prompts and seeds. Intervals are 95% bootstrap
-intervals over prompts. What was not run is left blank. runs.json describes the runs behind the numbers.
+intervals over prompts. What was not run is left blank. runs.json describes the runs behind the numbers, and
+counts.parquet has the counts themselves.
 """
 
 import json
@@ -17,17 +18,18 @@ from drafter.artifacts.manifest import MANIFEST, fingerprint, read_jsonl, read_m
 from drafter.artifacts.provenance import describe_machine
 from drafter.artifacts.storage import local_directory
 from experiments.reporting import paper
+from experiments.reporting.counts import write_counts
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
 from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.page import write_html
 from experiments.reporting.results import (
     Evaluation,
-    Row,
+    ResultRow,
     check_evaluations,
-    in_line,
-    in_order,
     read_curves,
     read_evaluations,
+    seed_and_step,
+    sorted_gammas,
     summarise,
 )
 from experiments.reporting.tabular import Table, with_interval
@@ -48,7 +50,7 @@ CONVENTION = (
 
 @command("tables")
 def main(cfg: DictConfig) -> None:
-    """Read every finished evaluation under the root; write results.md, tables/, figures/, report.html and runs.json."""
+    """Read every finished evaluation under the root, and write the tables, the figures, the report and the counts."""
     if cfg.dry_run:
         return log.info("tables reads what evaluate has written, so there is nothing to check")
     root, out = Path(cfg.root), Path(cfg.out)
@@ -58,20 +60,20 @@ def main(cfg: DictConfig) -> None:
     check_evaluations(evaluations, root / "evaluate", cfg.base)
     rows, curves = summarise(evaluations, cfg.base), read_curves(root / "finetune")
     last = max((row["step"] for seeds in curves.values() for lines in seeds.values() for row in lines), default=0)
-    empty_of_generated(out)
+    remove_generated(out)
     figures = {
         "block_efficiency": draw_efficiency(rows, out / "figures" / "block_efficiency"),
         "curves": draw_curves(curves, out / "figures" / "curves"),
     }
     if steps:
-        found = paper.along(steps, evaluations, int(last))
+        found = paper.efficiency_by_step(steps, evaluations, int(last))
         figures["checkpoints"] = draw_along(found, out / "figures" / "checkpoints")
-    tables = [*questions(cfg, evaluations, variants), *details(rows, evaluations, cfg.base)]
+    tables = [*question_tables(cfg, evaluations, variants), *detail_tables(rows, evaluations, cfg.base)]
     notes = [
         CONVENTION,
-        describe(evaluations),
-        where_the_time_goes(evaluations),
-        measured([*evaluations, *variants, *steps]),
+        describe_prompts(evaluations),
+        describe_time(evaluations),
+        describe_machines([*evaluations, *variants, *steps]),
     ]
     for table in tables:
         write_text(out / "tables" / f"{table.name}.md", f"### {table.title}\n\n{table.markdown()}\n")
@@ -81,11 +83,12 @@ def main(cfg: DictConfig) -> None:
     text = "\n".join([*sections, *(f"{note}\n" for note in [*notes, traced])])
     news = not (out / "results.md").exists() or (out / "results.md").read_text(encoding="utf-8") != text
     write_text(out / "results.md", text)
-    write_json(out / "runs.json", runs(root))
+    write_json(out / "runs.json", describe_runs(root))
+    write_counts(out / "counts.parquet", [*evaluations, *variants, *steps])
     samples = {
         one.directory.name: read_jsonl(one.directory / "samples.jsonl")
         for one in evaluations
-        if one is min(paper.of(evaluations, one.series), key=in_line)
+        if one is min(paper.of_series(evaluations, one.series), key=seed_and_step)
     }
     write_html(out / "report.html", tables, curves, figures, samples, notes)
     print("\n".join([*sections, *notes, f"report: {out / 'report.html'}"]))
@@ -97,10 +100,10 @@ def main(cfg: DictConfig) -> None:
         publish(out, Path(cfg.publish))
 
 
-def questions(cfg: DictConfig, evaluations: list[Evaluation], variants: list[Evaluation]) -> list[Table]:
+def question_tables(cfg: DictConfig, evaluations: list[Evaluation], variants: list[Evaluation]) -> list[Table]:
     """Return the tables that answer the paper's questions, if their experiments were run."""
-    gamma = in_order(gamma for one in evaluations for _, gamma, _ in one.counts)[0]
-    tables = [architectures(cfg, evaluations)]
+    gamma = sorted_gammas(gamma for one in evaluations for _, gamma, _ in one.counts)[0]
+    tables = [architecture_table(cfg, evaluations)]
     if len({one.series for one in evaluations} - {PRETRAINED}) > 1:
         tables.append(paper.losses(evaluations))
     tables.append(paper.out_of_domain(evaluations, gamma))
@@ -111,7 +114,7 @@ def questions(cfg: DictConfig, evaluations: list[Evaluation], variants: list[Eva
     return [table for table in tables if table.rows]
 
 
-def architectures(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
+def architecture_table(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
     """Return the table of the models of these evaluations whose configs are on this machine."""
     counts = read_manifest(evaluations[0].directory, "evaluate")["counts"]
     found = {name: (local_directory(path) or Path(path)) / "config.json" for name, path in cfg.models.items()}
@@ -119,16 +122,16 @@ def architectures(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
     return paper.models(configs, {name: counts[f"{name}_parameters"] for name in cfg.models})
 
 
-def details(rows: list[Row], evaluations: list[Evaluation], base: str) -> list[Table]:
+def detail_tables(rows: list[ResultRow], evaluations: list[Evaluation], base: str) -> list[Table]:
     """Return a table for each gamma with every task and drafter, and the table of acceptance rates by position."""
     tables = [
-        by_task([row for row in rows if row.gamma == gamma], f"gamma_{gamma}", f"γ = {gamma}", base)
-        for gamma in in_order(row.gamma for row in rows)
+        task_table([row for row in rows if row.gamma == gamma], f"gamma_{gamma}", f"γ = {gamma}", base)
+        for gamma in sorted_gammas(row.gamma for row in rows)
     ]
-    return [*tables, *positions_table(evaluations)]
+    return [*tables, *position_tables(evaluations)]
 
 
-def by_task(rows: list[Row], name: str, title: str, base: str = PRETRAINED) -> Table:
+def task_table(rows: list[ResultRow], name: str, title: str, base: str = PRETRAINED) -> Table:
     """Return a table with one line per task and series; the highest τ of each task is bold."""
     columns = ["task", "drafter", "τ", "expected τ", f"τ − {base}", "MBSU", "token rate", "acceptance rate"]
     lines = []
@@ -144,7 +147,7 @@ def by_task(rows: list[Row], name: str, title: str, base: str = PRETRAINED) -> T
     return Table(name, title, columns, lines)
 
 
-def runs(root: Path) -> dict[str, Any]:
+def describe_runs(root: Path) -> dict[str, Any]:
     """Return, for each finished directory under the root, its manifest without files and config, and its fingerprint.
 
     The fingerprint is what other manifests name the directory by among their inputs.
@@ -157,7 +160,7 @@ def runs(root: Path) -> dict[str, Any]:
     return found
 
 
-def empty_of_generated(folder: Path) -> None:
+def remove_generated(folder: Path) -> None:
     """Create tables/ and figures/ in a folder, and remove the files that an earlier run of this stage left there."""
     for name, kinds in GENERATED.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -167,8 +170,8 @@ def empty_of_generated(folder: Path) -> None:
 
 
 def publish(out: Path, folder: Path) -> None:
-    """Copy the results into a folder of a repository, without the report and the vector figures, which are large."""
-    empty_of_generated(folder)
+    """Copy the results into a folder of a repository, without the large files: report, counts and vector figures."""
+    remove_generated(folder)
     for name in ("results.md", "runs.json"):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(out / name, folder / name)
@@ -176,7 +179,7 @@ def publish(out: Path, folder: Path) -> None:
         shutil.copytree(out / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.svg"))
 
 
-def describe(evaluations: list[Evaluation]) -> str:
+def describe_prompts(evaluations: list[Evaluation]) -> str:
     """Return a note on the numbers of prompts and seeds, c, and how often greedy text was the target's own."""
     manifests = [read_manifest(evaluation.directory, "evaluate")["counts"] for evaluation in evaluations]
     unlike = sum(counts["greedy_outputs_unlike_the_target"] for counts in manifests)
@@ -190,10 +193,10 @@ def describe(evaluations: list[Evaluation]) -> str:
     return described
 
 
-def where_the_time_goes(evaluations: list[Evaluation]) -> str:
+def describe_time(evaluations: list[Evaluation]) -> str:
     """Return a note on the shares of drafting, verification and the rest in decoding's time, at each gamma."""
     shares = []
-    for gamma in in_order(gamma for one in evaluations for _, gamma, _ in one.counts):
+    for gamma in sorted_gammas(gamma for one in evaluations for _, gamma, _ in one.counts):
         counts = [counts for one in evaluations for (_, of_gamma, _), counts in one.counts.items() if of_gamma == gamma]
         total, drafting, verifying = (
             sum(getattr(row, name) for row in counts) for name in ("seconds", "drafting_seconds", "verifying_seconds")
@@ -204,7 +207,7 @@ def where_the_time_goes(evaluations: list[Evaluation]) -> str:
     return f"Decoding's time: {'; '.join(shares)}."
 
 
-def measured(evaluations: list[Evaluation]) -> str:
+def describe_machines(evaluations: list[Evaluation]) -> str:
     """Return a note on the machines and commits of this project that the evaluations' manifests name."""
     environments = [read_manifest(evaluation.directory, "evaluate")["environment"] for evaluation in evaluations]
     machines = "; ".join(sorted({describe_machine(recorded) for recorded in environments}))
@@ -212,7 +215,7 @@ def measured(evaluations: list[Evaluation]) -> str:
     return f"Measured on {machines}, commit {commits}."
 
 
-def positions_table(evaluations: list[Evaluation]) -> list[Table]:
+def position_tables(evaluations: list[Evaluation]) -> list[Table]:
     """Return the table of acceptance rates at each position of a block, over all tasks and seeds.
 
     It is made for the largest fixed gamma; there is no table if only the adaptive length was run.

@@ -1,7 +1,7 @@
 """Make assets/tiny-target, the chat model of the embedded default, with this project's own Pretraining module.
 
 `python -m experiments.tiny_target` or `make tiny-target`. When it is interrupted, the same command continues from the
-last checkpoint. Nothing else in the project depends on this command: the model that it makes is in the repository.
+last checkpoint. The model that it makes is in the repository, so no other command needs this one to have run.
 """
 
 import logging
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         texts = list(pretraining_texts(parts["train"], cfg.data.code_share))
         train_tokenizer(texts, cfg.vocab_size, cfg.context).save_pretrained(work / "base")
     tokenizer = load_tokenizer(str(work / "base"))
-    text, heldout = packed(parts, tokenizer, cfg)
+    text, heldout = pack_parts(parts, tokenizer, cfg)
     if not (work / "base" / "model.safetensors").exists():
         lightning.seed_everything(cfg.seed)
         fields = plain(cfg.model)
@@ -85,8 +85,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrain
     )
 
 
-def packed(parts: dict[str, list[Doc]], tokenizer: PreTrainedTokenizerFast, cfg: DictConfig) -> list[PackedText]:
-    """Return the packed pretraining text, shuffled once, so that the texts of a package do not lie side by side."""
+def pack_parts(parts: dict[str, list[Doc]], tokenizer: PreTrainedTokenizerFast, cfg: DictConfig) -> list[PackedText]:
+    """Pack the pretraining text of each part, in an order shuffled once, so that texts of a package are spread out."""
     result = []
     for part, docs in parts.items():
         path = Path(cfg.work) / f"{part}.npy"
@@ -103,14 +103,14 @@ def chat_sequences(
     docs: list[Doc], tokenizer: PreTrainedTokenizerFast, per_kind: int, cfg: DictConfig
 ) -> list[Sequence]:
     """Return prompts with reference answers, shuffled, at most `per_kind` per kind; only answers are predicted."""
-    every = [instruction for doc in docs for instruction in derive(doc)]
-    taken: Counter[str] = Counter()
+    instructions = [instruction for doc in docs for instruction in derive(doc)]
+    chosen: Counter[str] = Counter()
     sequences = []
-    for index in np.random.default_rng(cfg.seed).permutation(len(every)):
-        row = every[index]
-        if taken[row.kind] >= per_kind:
+    for index in np.random.default_rng(cfg.seed).permutation(len(instructions)):
+        row = instructions[index]
+        if chosen[row.kind] >= per_kind:
             continue
-        taken[row.kind] += 1
+        chosen[row.kind] += 1
         prompt = encode_prompt(tokenizer, row.prompt)
         answer = tokenizer(row.reference, add_special_tokens=False)["input_ids"]
         ids = np.array([*prompt, *answer, tokenizer.eos_token_id])
@@ -142,7 +142,7 @@ def train(model: PreTrainedModel, data: SequenceData, stage: str, cfg: DictConfi
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, cfg: DictConfig) -> None:
-    """Write bfloat16 safetensors with everything that an engine reads."""
+    """Write the model in bfloat16 with its tokenizer and generation config, and the logs of its training."""
     out = Path(cfg.out)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

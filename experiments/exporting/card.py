@@ -16,7 +16,7 @@ from drafter.models.fingerprints import model_fingerprint
 from drafter.models.loading import load_config, load_tokenizer
 from drafter.models.trimming import read_kept
 from experiments.reporting.identity import identity_of, read_record
-from experiments.reporting.results import POOLED, Row, read_evaluations, summarise
+from experiments.reporting.results import POOLED, ResultRow, read_evaluations, summarise
 from experiments.reporting.tabular import Table, with_interval
 from experiments.running.inputs import target_source
 
@@ -35,11 +35,11 @@ class Facts(NamedTuple):
 
     manifest: dict[str, Any]
     config: dict[str, Any]
-    rows: list[Row]
+    rows: list[ResultRow]
     size_ratio: float | None
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> ResultRow | None:
         """The result with the highest MBSU over the tasks in the domain; None if nothing was measured."""
         fixed = [row for row in self.rows if isinstance(row.gamma, int)]
         pooled = [row for row in fixed if row.task == POOLED] or fixed
@@ -58,7 +58,7 @@ def manifest_of(folder: str) -> dict[str, Any]:
 
 
 def gather(drafter: str) -> Facts:
-    """Return what is known of a drafter: little, if no stage of this project made it.
+    """Return what is known of a drafter. If no stage of this project made it, that is only its manifest, if any.
 
     Raises:
         ArtifactError: an earlier version of this project made it.
@@ -138,8 +138,8 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         header=OmegaConf.to_yaml(OmegaConf.create(header)).strip(),
         cfg=cfg,
         facts=facts,
-        made=architecture(cfg.export.drafter) | making(facts.manifest) if facts.manifest else {},
-        worth=worth(facts.rows).markdown() if facts.rows else "",
+        training=training_table(cfg.export.drafter, facts.manifest).markdown() if facts.manifest else "",
+        results=results_table(facts.rows).markdown() if facts.rows else "",
         best=facts.best,
         interval=with_interval,
         commands=serving(cfg.export.format, cfg.target.path, str(folder), facts.gamma),
@@ -151,17 +151,23 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
     write_text(folder / "README.md", text)
 
 
-def worth(rows: list[Row]) -> Table:
+def results_table(rows: list[ResultRow]) -> Table:
     """Return the table of results: one line per task and gamma."""
     columns = ["task", "γ", "prompts", "τ", "MBSU", "acceptance rate", "token rate"]
     lines = []
     for row in rows:
         figures: list[Estimate] = [row.block_efficiency, row.speedup, row.acceptance_rate, row.token_rate_ratio]
         lines.append([row.task.replace("_", " "), str(row.gamma), str(row.prompts), *map(with_interval, figures)])
-    return Table("worth", "What it is worth", columns, lines)
+    return Table("results", "Results", columns, lines)
 
 
-def architecture(drafter: str) -> dict[str, str]:
+def training_table(drafter: str, manifest: dict[str, Any]) -> Table:
+    """Return the table of how the drafter was made: its architecture, training, data and code."""
+    described = describe_architecture(drafter) | describe_training(manifest)
+    return Table("training", "How it was made", ["", ""], [list(row) for row in described.items()])
+
+
+def describe_architecture(drafter: str) -> dict[str, str]:
     """Return a line that describes the drafter's architecture."""
     config = load_config(drafter)
     shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads"
@@ -169,8 +175,8 @@ def architecture(drafter: str) -> dict[str, str]:
     return {"architecture": f"{config.model_type}: {shape}, {config.vocab_size:,} rows of embedding, {tied}"}
 
 
-def making(manifest: dict[str, Any]) -> dict[str, str]:
-    """Return how the drafter was made, from its manifest and those of its inputs that are on this machine.
+def describe_training(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return lines on how the drafter was made, from its manifest and those of its inputs that are on this machine.
 
     Raises:
         ArtifactError: an earlier version of this project made the drafter.
@@ -180,27 +186,27 @@ def making(manifest: dict[str, Any]) -> dict[str, str]:
         return {}
     if manifest["stage"] == "trim":
         head = f"{manifest['counts']['kept']} of {manifest['counts']['vocabulary']} tokens kept"
-        return {"head": head} | making(manifest_of(config["trim"]["drafter"]))
-    told = {"seed": str(config["seed"]), "command": f"`{manifest['command']}`"}
+        return {"head": head} | describe_training(manifest_of(config["trim"]["drafter"]))
+    rows = {"seed": str(config["seed"]), "command": f"`{manifest['command']}`"}
     if manifest["stage"] == "finetune":
         settings, drafter = manifest["settings"], read_record(manifest, config["out"])
         values = {key: value for key, value in settings["loss_settings"].items() if key != "name"}
-        told["distillation loss"] = ", ".join([str(drafter.loss), *(f"{key} {one}" for key, one in values.items())])
-        told["distillation"] = (
+        rows["distillation loss"] = ", ".join([str(drafter.loss), *(f"{key} {one}" for key, one in values.items())])
+        rows["distillation"] = (
             f"{settings['max_steps']} steps of {settings['batch_size']} samples, "
             f"{settings['text_share']:.0%} of them text; {manifest['seconds']:.0f} s"
         )
-        told |= written(config)
-        told |= pretrained(config["inputs"].get("drafter", ""))
+        rows |= describe_responses(config)
+        rows |= describe_pretraining(config["inputs"].get("drafter", ""))
     else:
-        told |= pretrained(str(config["out"]))
-    told["data"] = ", ".join(sources(config["data"]))
+        rows |= describe_pretraining(str(config["out"]))
+    rows["data"] = ", ".join(data_names(config["data"]))
     environment = manifest["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return told | {"code": f"commit {environment['commit']}; {versions}"}
+    return rows | {"code": f"commit {environment['commit']}; {versions}"}
 
 
-def written(config: dict[str, Any]) -> dict[str, str]:
+def describe_responses(config: dict[str, Any]) -> dict[str, str]:
     """Return a line on the responses that the drafter was trained on."""
     folder = config["inputs"].get("cache") or config["inputs"].get("responses") or ""
     if not (manifest := manifest_of(folder)):
@@ -213,7 +219,7 @@ def written(config: dict[str, Any]) -> dict[str, str]:
     return {"responses": f"{size}, written by: {how['by']}, at temperatures {how['temperatures']}"}
 
 
-def pretrained(folder: str) -> dict[str, str]:
+def describe_pretraining(folder: str) -> dict[str, str]:
     """Return a line on the pretraining that the drafter started from."""
     manifest = manifest_of(folder)
     if manifest.get("stage") != "pretrain":
@@ -223,7 +229,7 @@ def pretrained(folder: str) -> dict[str, str]:
     return {"pretraining": f"{settings['max_steps']} steps, {tokens:,} tokens, {manifest['seconds']:.0f} s"}
 
 
-def sources(data: dict[str, Any]) -> list[str]:
+def data_names(data: dict[str, Any]) -> list[str]:
     """Return the names of the data sets, with the revision if one is given."""
     if data["kind"] == "docstrings":
         return ["docstrings and code of " + ", ".join(data["packages"])]

@@ -1,1 +1,1 @@
-"""What a run will take: a roofline and the estimates made with it."""
+"""A roofline model, and estimates of the time, memory and disk of a run that rest on it."""

@@ -61,7 +61,7 @@ class World(NamedTuple):
         return (self.gpus, 1) if cfg.target.parallel == "tensor" else (1, self.gpus)
 
 
-class Stage(NamedTuple):
+class StageEstimate(NamedTuple):
     """The estimate of one run: bytes of memory per device by part, bytes on disk, seconds on all devices."""
 
     name: str
@@ -70,7 +70,7 @@ class Stage(NamedTuple):
     memory: dict[str, float]
     disk: float
     seconds: float
-    knob: str  # what to change if it does not fit
+    remedy: str  # what to change if it does not fit
 
     @property
     def total_memory(self) -> float:
@@ -78,27 +78,27 @@ class Stage(NamedTuple):
         return sum(self.memory.values())
 
 
-def estimates(job: Job, world: World) -> Iterator[Stage]:
+def estimates(job: Job, world: World) -> Iterator[StageEstimate]:
     """Yield the estimate of a stage, if the stage computes with a model."""
     how = {
-        "pretrain": of_pretrain,
-        "respond": of_respond,
-        "cache": of_cache,
-        "finetune": of_finetune,
-        "evaluate": of_evaluate,
+        "pretrain": estimate_pretrain,
+        "respond": estimate_respond,
+        "cache": estimate_cache,
+        "finetune": estimate_finetune,
+        "evaluate": estimate_evaluate,
     }
     if job.stage in how:
         yield how[job.stage](job.cfg, world)
 
 
-def of_pretrain(cfg: DictConfig, world: World) -> Stage:
+def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
     """Estimate pretraining: next-token prediction on packed text."""
     settings, shape = cfg.pretrain, world.drafter
     tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
-    seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, tokens)
-    heldout = cfg.scale.heldout_tokens * passes(settings)
+    seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, tokens)
+    heldout = cfg.scale.heldout_tokens * num_validations(settings)
     judged = validation_seconds(cfg, world, heldout, settings.sequence_length, heldout)
-    return Stage(
+    return StageEstimate(
         "pretrain",
         tokens * settings.max_steps,
         3 * operations(shape, tokens, settings.sequence_length / 2) * settings.max_steps,
@@ -109,10 +109,10 @@ def of_pretrain(cfg: DictConfig, world: World) -> Stage:
     )
 
 
-def of_respond(cfg: DictConfig, world: World) -> Stage:
+def estimate_respond(cfg: DictConfig, world: World) -> StageEstimate:
     """Estimate batched generation, in rounds: a forward pass over the texts so far, then one per next token."""
     settings, width, shape = cfg.respond, BYTES[cfg.target.dtype], world.target
-    device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
+    device, number, (split, shares) = world.device(width < 4), num_responses(cfg), world.shares(cfg)
     sequences = max(1, settings.batch_tokens / (world.length + world.response))
     batches, seconds, begun, round_ = number / sequences / shares, 0.0, 0.0, FIRST_ROUND
     while begun < settings.max_new_tokens:
@@ -122,61 +122,61 @@ def of_respond(cfg: DictConfig, world: World) -> Stage:
         seconds += alive * forward_seconds(device, shape, sequences * text, text / 2, 0, width, split)
         one = forward_seconds(device, shape, sequences, text + steps / 2, sequences, width, split)
         seconds, begun, round_ = seconds + alive * steps * one, begun + steps, 2 * round_
-    return Stage(
+    return StageEstimate(
         "respond",
         number * world.response,
         operations(shape, number * world.length, world.length / 2),
-        generation_memory(shape, sequences, world.length + world.response, width, split) | process(world),
+        generation_memory(shape, sequences, world.length + world.response, width, split) | process_memory(world),
         number * world.length * 4,
         0.0 if settings.by == "reference" else batches * seconds,
         "target.parallel=tensor, or lower respond.batch_tokens",
     )
 
 
-def of_cache(cfg: DictConfig, world: World) -> Stage:
+def estimate_cache(cfg: DictConfig, world: World) -> StageEstimate:
     """Estimate one forward pass of the target per response; only the sparse format needs the output embedding."""
     width, shape, tokens = BYTES[cfg.target.dtype], world.target, cfg.cache.batch_tokens
-    device, number, (split, shares) = world.device(width < 4), responses(cfg), world.shares(cfg)
+    device, number, (split, shares) = world.device(width < 4), num_responses(cfg), world.shares(cfg)
     scored = world.response / world.length if cfg.cache.format.kind == "sparse" else 0.0
     one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored)
     memory = generation_memory(shape, 0, 0, width, split)
     memory["activations"] = ACTIVATIONS * tokens * shape.hidden * width
-    return Stage(
+    return StageEstimate(
         "cache",
         number * world.length,
         operations(shape, number * world.length, world.length / 2, number * world.length * scored),
-        memory | process(world),
+        memory | process_memory(world),
         number * world.response * cached_bytes(cfg, shape),
         number * world.length / tokens / shares * one,
         "target.parallel=tensor, or lower cache.batch_tokens",
     )
 
 
-def of_finetune(cfg: DictConfig, world: World) -> Stage:
+def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
     """Estimate finetuning: the drafter's steps, and the target's forward passes or its cached output embedding."""
     settings, share = cfg.finetune, cfg.finetune.text_share
     samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
     tokens = samples * ((1 - share) * world.length + share * settings.sequence_length)
     scored = samples * ((1 - share) * world.response + share * settings.sequence_length)
-    seconds, memory = trained(cfg, settings, world, tokens, settings.sequence_length, scored, samples)
-    answered, judged = samples * (1 - share) * settings.max_steps, validated(cfg, settings)
-    seconds = seconds * settings.max_steps + of_target(cfg, world, answered + judged)
+    seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, scored, samples)
+    answered, judged = samples * (1 - share) * settings.max_steps, num_validated(cfg, settings)
+    seconds = seconds * settings.max_steps + target_seconds(cfg, world, answered + judged)
     seconds += validation_seconds(cfg, world, judged * world.length, world.length, judged * world.response)
     done = operations(world.target, (answered + judged) * world.length, world.length / 2) if not cfg.inputs.cache else 0
     done += 3 * operations(world.drafter, tokens, settings.sequence_length / 2, scored) * settings.max_steps
-    return Stage(
+    return StageEstimate(
         "finetune",
         tokens * settings.max_steps,
         done,
         memory | target_memory(cfg, world, samples / cfg.trainer.accumulate_grad_batches),
-        4 * world.drafter.parameters * (2 + kept_steps(cfg)),
+        4 * world.drafter.parameters * (2 + num_kept_steps(cfg)),
         seconds,
         "cache the target (inputs.cache), or target.parallel=fsdp; lower finetune.batch_size and raise "
         "trainer.accumulate_grad_batches, or finetune.gradient_checkpointing=true",
     )
 
 
-def of_target(cfg: DictConfig, world: World, samples: float) -> float:
+def target_seconds(cfg: DictConfig, world: World, samples: float) -> float:
     """Return the seconds, on all devices, for the target's logits of so many responses."""
     width, shape = BYTES[cfg.target.dtype], world.target
     device = world.device(width < 4)
@@ -199,36 +199,38 @@ def target_memory(cfg: DictConfig, world: World, samples: float) -> dict[str, fl
     return {"target": (embeddings + held + activations) * width}
 
 
-def of_evaluate(cfg: DictConfig, world: World) -> Stage:
+def estimate_evaluate(cfg: DictConfig, world: World) -> StageEstimate:
     """Estimate decoding each prompt with the target alone, and with each drafter at each γ."""
     width, gammas = BYTES[cfg.target.dtype], cfg.evaluate.num_speculative_tokens
     drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
     split, shares = world.shares(cfg)
 
-    def call(shape: Shape, tokens: int, bytes_: int, of: int = 1) -> float:
-        return forward_seconds(world.device(bytes_ < 4), shape, tokens, world.length, 1, bytes_, of)
+    def call_seconds(shape: Shape, tokens: int, width: int, split: int = 1) -> float:
+        return forward_seconds(world.device(width < 4), shape, tokens, world.length, 1, width, split)
 
     prompts = len(cfg.task) * cfg.evaluate.prompts_per_task
-    seconds = world.response * call(world.target, 1, width, split)
+    seconds = world.response * call_seconds(world.target, 1, width, split)
     for gamma in gammas:
         drafted = gamma if isinstance(gamma, int) else 3
         blocks = drafters * world.response / world.block_efficiency
-        seconds += blocks * (drafted * call(world.drafter, 1, 4) + call(world.target, drafted + 1, width, split))
+        seconds += blocks * (
+            drafted * call_seconds(world.drafter, 1, 4) + call_seconds(world.target, drafted + 1, width, split)
+        )
     memory = generation_memory(world.target, 1, world.length, width, split)
     memory["drafters"] = 4 * drafters * world.drafter.parameters
     tokens = prompts * world.response * (1 + drafters * len(gammas))
-    return Stage(
+    return StageEstimate(
         "evaluate",
         tokens,
         operations(world.target, tokens, world.length),
-        memory | process(world),
+        memory | process_memory(world),
         0.0,
         prompts * seconds / shares,
         "target.parallel=tensor, or fewer drafters at once",
     )
 
 
-def trained(
+def training_cost(
     cfg: DictConfig,
     settings: DictConfig,
     world: World,
@@ -244,7 +246,7 @@ def trained(
     widest = (samples * longest if samples else tokens) / world.gpus / pieces
     memory = training_memory(shape, widest, width, CHUNK_ENTRIES[device.kind], shards, checkpointing)
     seconds = training_seconds(device, shape, tokens / world.gpus, longest, scored / world.gpus, checkpointing)
-    return seconds + (pieces - 1) * update_seconds(device, shape), memory | process(world)
+    return seconds + (pieces - 1) * update_seconds(device, shape), memory | process_memory(world)
 
 
 def validation_seconds(cfg: DictConfig, world: World, tokens: float, length: float, scored: float) -> float:
@@ -254,23 +256,23 @@ def validation_seconds(cfg: DictConfig, world: World, tokens: float, length: flo
     return (done / (device.flops * device.efficiency) + loss_seconds(device, world.drafter, scored)) / world.gpus
 
 
-def passes(settings: DictConfig) -> int:
-    """Return how often a training run validates: at its start, at each interval and after its last step."""
+def num_validations(settings: DictConfig) -> int:
+    """Return how many times a training run validates: at its start, at each interval and after its last step."""
     return int(1 + math.ceil(settings.max_steps / min(settings.validate_every, settings.max_steps)))
 
 
-def validated(cfg: DictConfig, settings: DictConfig) -> float:
+def num_validated(cfg: DictConfig, settings: DictConfig) -> float:
     """Return the number of responses in all validations of a finetuning."""
-    return float(cfg.scale.num_responses / 10 * passes(settings))
+    return float(cfg.scale.num_responses / 10 * num_validations(settings))
 
 
-def responses(cfg: DictConfig) -> float:
+def num_responses(cfg: DictConfig) -> float:
     """Return how many responses are generated, including those for validation."""
     number = cfg.scale.num_responses
     return float(number * (1.1 if "validation" in cfg.distillation.splits else 1))
 
 
-def kept_steps(cfg: DictConfig) -> int:
+def num_kept_steps(cfg: DictConfig) -> int:
     """Return how many drafters are kept during finetuning."""
     every = cfg.finetune.keep_every
     return (cfg.finetune.max_steps - 1) // every if every else 0
@@ -286,6 +288,6 @@ def cached_bytes(cfg: DictConfig, shape: Shape) -> float:
     return shape.hidden * BYTES[how.dtype] + 16
 
 
-def process(world: World) -> dict[str, float]:
+def process_memory(world: World) -> dict[str, float]:
     """Return the memory of a process without a model."""
     return {"process": world.hardware.process_memory}

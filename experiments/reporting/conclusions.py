@@ -1,20 +1,22 @@
-"""The end of a pipeline in three lines: which drafter is best, whether it pays here, and what to do next."""
+"""Summarise a pipeline's results in three lines: the best drafter, whether it pays on this machine, what to do next."""
 
 from drafter.metrics import estimate
 from experiments.reporting.identity import PRETRAINED
-from experiments.reporting.results import POOLED, Evaluation, cell, cells, in_order
+from experiments.reporting.results import POOLED, Evaluation, counts_by_prompt, sorted_gammas, tasks_and_gammas
 from experiments.reporting.tabular import with_interval
 
 
 def conclusions(evaluations: list[Evaluation], report: str) -> list[str]:
     """Return three lines about the finetuned drafters at the smallest γ, on the tasks in the domain together."""
-    measured = cells(evaluations[0])
-    gamma = in_order(gamma for _, gamma in measured)[0]
+    measured = tasks_and_gammas(evaluations[0])
+    gamma = sorted_gammas(gamma for _, gamma in measured)[0]
     tasks = [task for task, its_gamma in measured if its_gamma == gamma]
     inside = [task for task in tasks if task in evaluations[0].in_domain]
     task = POOLED if POOLED in tasks else (inside or tasks)[0]
     names = dict.fromkeys(one.series for one in evaluations)
-    counts = {series: cell([one for one in evaluations if one.series == series], task, gamma) for series in names}
+    counts = {
+        series: counts_by_prompt([one for one in evaluations if one.series == series], task, gamma) for series in names
+    }
     efficiency = {series: estimate(found, "block_efficiency") for series, found in counts.items()}
     finetuned = [series for series in names if series != PRETRAINED]
     best = max(finetuned or names, key=lambda series: efficiency[series].value)

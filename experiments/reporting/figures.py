@@ -11,11 +11,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Patch
 
 from drafter.metrics import Estimate
 from experiments.reporting.gamma_page import GammaRow
 from experiments.reporting.identity import PRETRAINED
-from experiments.reporting.results import Row, in_order
+from experiments.reporting.results import ResultRow, sorted_gammas
 from experiments.reporting.trim_page import TrimRow
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, which is faint on white.
@@ -47,10 +48,10 @@ def colours(series: Sequence[str]) -> dict[str, str]:
     return KNOWN | {PRETRAINED: "#999999"} | {one: free[i % len(free)] for i, one in enumerate(others)}
 
 
-def draw_efficiency(rows: Sequence[Row], path: Path) -> str:
+def draw_efficiency(rows: Sequence[ResultRow], path: Path) -> str:
     """Draw bars of block efficiency with 95% intervals, one panel per gamma. Returns the SVG's text."""
     names, tasks = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("series", "task"))
-    gammas = in_order(row.gamma for row in rows)
+    gammas = sorted_gammas(row.gamma for row in rows)
     colour, width = colours(names), 0.8 / len(names)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -70,9 +71,9 @@ def draw_efficiency(rows: Sequence[Row], path: Path) -> str:
             axis.set_title(f"γ = {gamma}")
             axis.axhline(1, color="#333333", linewidth=0.8)
         axes[0][0].set_ylabel("block efficiency τ")
-        figure.legend(
-            *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False
-        )
+        # The handles are made here, because a series that was not run at the first gamma has no bar to copy.
+        handles = [Patch(facecolor=colour[series], label=series) for series in names]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(names), frameon=False)
         return _save(figure, path)
 
 
@@ -105,7 +106,7 @@ def draw_curves(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path
 
 
 def draw_along(found: dict[str, dict[str, list[tuple[int, Estimate]]]], path: Path) -> str:
-    """Draw block efficiency along finetuning (see paper.along), a panel per task. Returns the SVG's text."""
+    """Draw block efficiency along finetuning, a panel per task (paper.efficiency_by_step). Returns the SVG's text."""
     colour = colours(list(found))
     tasks = list(dict.fromkeys(task for lines in found.values() for task in lines))
     with plt.rc_context(STYLE):
@@ -170,6 +171,7 @@ def draw_trimming(rows: Sequence[TrimRow], path: Path) -> str:
 
 
 def _save(figure: plt.Figure, path: Path) -> str:
+    """Save a figure as PNG and SVG, and close it. Returns the SVG's text without the XML declaration."""
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"))
     text = StringIO()

@@ -1,4 +1,4 @@
-"""The page that says which gamma pays: a row for each task and gamma, and a verdict for each task."""
+"""Write the page on which gamma pays: a row for each task and gamma, and a verdict for each task."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +26,7 @@ def gamma_page(rows: list[GammaRow], timings: "CallTimings", drafter: str, compi
     Args:
         rows: all tasks and gammas.
         timings: the call timings that the predictions rest on.
-        drafter: what the drafter is called.
+        drafter: the name of the drafter.
         compiled: whether both models were compiled.
     """
     how = "both models compiled" if compiled else "no model compiled"

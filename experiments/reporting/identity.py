@@ -1,4 +1,4 @@
-"""Which drafter a number belongs to, as fields that manifests carry: nobody reads them off a directory's name."""
+"""Identify the drafter that a number belongs to, by fields that manifests carry and never by a directory's name."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ PRETRAINED = "pretrained"
 
 
 class DrafterIdentity(NamedTuple):
-    """What the tables know of a drafter. Settings are given by their config names; None means "does not apply".
+    """The identity of a drafter in tables. Settings are given by their config names; None means "does not apply".
 
     Attributes:
         series: the name in tables and figures; the seeds of one series are summed.

@@ -1,4 +1,4 @@
-"""Write one self-contained HTML page: sortable tables, validation curves, and responses coloured by who wrote them."""
+"""Write the report as one self-contained HTML page: sortable tables, validation curves, and coloured responses."""
 
 import json
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs  # for plotly.js: the browser recomputes means and redraws at each switch
 
 from drafter.artifacts.manifest import write_text
 from experiments.reporting.figures import YARDSTICKS, colours
-from experiments.reporting.results import rank
+from experiments.reporting.results import gamma_sort_key
 from experiments.reporting.tabular import Table
 
 Curves = dict[str, dict[int, list[dict[str, float]]]]
@@ -31,7 +31,7 @@ def write_html(
     """Render report.html.jinja.
 
     Args:
-        path: of the page.
+        path: the file to write.
         tables: the tables of results.md.
         curves: series -> seed -> validation rows (see results.read_curves).
         figures: name -> SVG text.
@@ -42,16 +42,16 @@ def write_html(
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.jinja").render(
         tables=tables,
-        lines=lines(curves),
+        lines=curves_json(curves),
         plotly=get_plotlyjs() if curves else "",
         figures={CAPTIONS[name]: figure for name, figure in figures.items() if name in CAPTIONS},
-        samples=by_prompt(samples),
+        samples=group_by_task(samples),
         notes=notes,
     )
     write_text(path, page)
 
 
-def lines(curves: Curves) -> str:
+def curves_json(curves: Curves) -> str:
     """Return the data of the page's plots as JSON, escaped for a script element."""
     colour = colours(list(curves))
     data = {
@@ -68,11 +68,11 @@ def lines(curves: Curves) -> str:
     return json.dumps(data).replace("<", "\\u003c")
 
 
-def by_prompt(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def group_by_task(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the first prompt of each task at the smallest gamma, with every drafter's decoding of it."""
     chosen: dict[str, dict[str, Any]] = {}
     for drafter, texts in samples.items():
-        for text in sorted(texts, key=lambda text: rank(text["gamma"])):
+        for text in sorted(texts, key=lambda text: gamma_sort_key(text["gamma"])):
             row = chosen.setdefault(text["task"], {**text, "decodings": {}})
             if (text["prompt"], text["gamma"]) == (row["prompt"], row["gamma"]):
                 tokens = sum(len(block["accepted"]) + len(block["bonus"]) for block in text["blocks"])

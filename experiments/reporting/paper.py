@@ -1,6 +1,6 @@
-"""Tables that answer the paper's questions: which loss is best, how much the data matter, does alignment carry over.
+"""Make the tables that answer the paper's questions: which loss is best, how much the data matter, what transfers.
 
-Each is made from the evaluations at hand. What was not run is left blank.
+Each table is made from the evaluations that were run. The cells of the others are blank.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ import numpy as np
 
 from drafter.metrics import Estimate, block_efficiency, estimate, paired_difference
 from experiments.reporting.identity import PRETRAINED
-from experiments.reporting.results import POOLED, Evaluation, Gamma, cell, cells, in_order
+from experiments.reporting.results import POOLED, Evaluation, Gamma, counts_by_prompt, sorted_gammas, tasks_and_gammas
 from experiments.reporting.tabular import Table, number, with_interval
 
-# What the paper publishes as numbers (abstract and tables of architectures); its other results are figures.
+# The numbers that the paper prints, in its abstract and tables of architectures. Its other results are figures.
 PAPER_MODELS = [
     ("Llama 2 7B Chat (paper's target)", 32, 4096, 11008, 32, 32000, 6.74e9, ""),
     ("Llama 2 Chat Drafter (paper's)", 4, 1024, 2816, 8, 32000, 115e6, "1.64%"),
 ]
 PAPER_CLAIM = "The paper, with Llama 2 7B Chat and a drafter of 115M: τ up to 2.3, MBSU up to 2.4."
 
-# The variants of conf/variant in the order of the table, and what each changes.
+# The variants of conf/variant in the order of the table, with what each changes.
 DATA = {
     "": "the whole set: the target's responses at four temperatures, 10% text",
     "responses_33": "a third of the responses",
@@ -68,7 +68,7 @@ def losses(evaluations: Sequence[Evaluation], yardstick: str = "kld") -> Table:
         yardstick: the series that is compared with, beside the pretrained drafter.
     """
     names = list(dict.fromkeys(one.series for one in evaluations))
-    gammas = in_order(gamma for one in evaluations for _, gamma, _ in one.counts)
+    gammas = sorted_gammas(gamma for one in evaluations for _, gamma, _ in one.counts)
     compared = [name for name in (PRETRAINED, yardstick) if name in names]
     columns = ["drafter"]
     for gamma in gammas:
@@ -77,10 +77,10 @@ def losses(evaluations: Sequence[Evaluation], yardstick: str = "kld") -> Table:
     for name in names:
         row = [name]
         for gamma in gammas:
-            found = of(evaluations, name)
-            row += [efficiency(found, in_domain(found), gamma), by_seed(found, in_domain(found), gamma)]
+            found = of_series(evaluations, name)
+            row += [efficiency(found, domain_task(found), gamma), by_seed(found, domain_task(found), gamma)]
             row += [
-                with_interval(difference(evaluations, name, other, in_domain(found), gamma), signed=True)
+                with_interval(difference(evaluations, name, other, domain_task(found), gamma), signed=True)
                 for other in compared
             ]
         rows.append(row)
@@ -91,11 +91,15 @@ def losses(evaluations: Sequence[Evaluation], yardstick: str = "kld") -> Table:
 def out_of_domain(evaluations: Sequence[Evaluation], gamma: Gamma) -> Table:
     """Return the table of gains over the pretrained drafter, inside the domain and outside of it."""
     names = [name for name in dict.fromkeys(one.series for one in evaluations) if name != PRETRAINED]
-    outside = [task for task, of_gamma in cells(evaluations[0]) if of_gamma == gamma and is_outside(evaluations, task)]
+    outside = [
+        task
+        for task, of_gamma in tasks_and_gammas(evaluations[0])
+        if of_gamma == gamma and is_outside(evaluations, task)
+    ]
     columns = ["drafter", "in domain: τ − pretrained", *(f"{task}: τ − pretrained" for task in outside)]
     rows = []
     for name in names:
-        tasks = [in_domain(of(evaluations, name)), *outside]
+        tasks = [domain_task(of_series(evaluations, name)), *outside]
         gains = (difference(evaluations, name, PRETRAINED, task, gamma) for task in tasks)
         rows.append([name, *(with_interval(gain, signed=True) for gain in gains)])
     note = "The paper: on WMT18 De-En, which was not distilled, every finetuned drafter was behind the pretrained one."
@@ -105,15 +109,14 @@ def out_of_domain(evaluations: Sequence[Evaluation], gamma: Gamma) -> Table:
 def data(evaluations: Sequence[Evaluation], variants: Sequence[Evaluation]) -> Table:
     """Return the table of variants of the distillation set, each compared with the whole set and the same loss."""
     base = variant_base(variants)
-    rows, every = [], [*of(evaluations, base), *variants]
-    gamma = in_order(gamma for one in variants for _, gamma, _ in one.counts)[0] if variants else 3
-    outside = (
-        [task for task, of_gamma in cells(every[0]) if is_outside(every, task) and of_gamma == gamma] if every else []
-    )
+    rows, every = [], [*of_series(evaluations, base), *variants]
+    gamma = sorted_gammas(gamma for one in variants for _, gamma, _ in one.counts)[0] if variants else 3
+    measured = tasks_and_gammas(every[0]) if every else []
+    outside = [task for task, of_gamma in measured if is_outside(every, task) and of_gamma == gamma]
     for label, what in DATA.items():
         name = series_of(variants, base, label) if label else base
-        found, row = of(every, name), [what]
-        for task in [in_domain(found), *outside] if found else []:
+        found, row = of_series(every, name), [what]
+        for task in [domain_task(found), *outside] if found else []:
             row += [efficiency(found, task, gamma), by_seed(found, task, gamma)]
             row.append(with_interval(difference(every, name, base, task, gamma), signed=True) if label else "")
         rows.append(row + [""] * (1 + 3 * (1 + len(outside)) - len(row)))
@@ -129,19 +132,19 @@ def transfer(evaluations: Sequence[Evaluation], variants: Sequence[Evaluation]) 
     They are compared with drafters finetuned on as many responses to all kinds of instructions.
     """
     base = variant_base(variants)
-    every = [*of(evaluations, PRETRAINED), *of(evaluations, base), *variants]
+    every = [*of_series(evaluations, PRETRAINED), *of_series(evaluations, base), *variants]
     reference = series_of(variants, base, "responses_33")
     only = {one.series: f"{' and '.join(one.drafter.kinds)} alone" for one in variants if one.drafter.kinds}
-    gamma = in_order(gamma for one in variants for _, gamma, _ in one.counts)[0] if variants else 3
-    tasks = list(dict.fromkeys(task for task, of_gamma in cells(every[0]) if of_gamma == gamma)) if every else []
-    tasks = [task for task in tasks if task != POOLED]
+    gamma = sorted_gammas(gamma for one in variants for _, gamma, _ in one.counts)[0] if variants else 3
+    measured = tasks_and_gammas(every[0]) if every else []
+    tasks = list(dict.fromkeys(task for task, of_gamma in measured if of_gamma == gamma and task != POOLED))
     named = {PRETRAINED: "nothing (pretrained)", **only}
     named |= {reference: "as many of all kinds", base: "all responses"}
     rows = []
     for name, what in named.items():
         row = [what.replace("_", " ")]
         for task in tasks:
-            value = efficiency(of(every, name), task, gamma)
+            value = efficiency(of_series(every, name), task, gamma)
             gain = difference(every, name, reference, task, gamma) if name in only else None
             row.append(f"{value} ({with_interval(gain, signed=True)})" if gain else value)
         rows.append(row)
@@ -165,13 +168,13 @@ def series_of(variants: Sequence[Evaluation], loss: str, variant: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def of(evaluations: Sequence[Evaluation], series: str) -> list[Evaluation]:
+def of_series(evaluations: Sequence[Evaluation], series: str) -> list[Evaluation]:
     """Return the evaluations of one series: its seeds."""
     return [one for one in evaluations if one.series == series]
 
 
-def in_domain(evaluations: Sequence[Evaluation]) -> str:
-    """Return the name of all tasks in the domain together, or of the only one."""
+def domain_task(evaluations: Sequence[Evaluation]) -> str:
+    """Return the task over which results in the domain are summed: the only task in the domain, or POOLED."""
     inside = {task for one in evaluations for task, *_ in one.counts if task in one.in_domain}
     return POOLED if len(inside) > 1 else next(iter(inside), POOLED)
 
@@ -183,13 +186,13 @@ def is_outside(evaluations: Sequence[Evaluation], task: str) -> bool:
 
 def efficiency(evaluations: Sequence[Evaluation], task: str, gamma: Gamma) -> str:
     """Return τ with its interval; "" if it was not run."""
-    counts = cell(evaluations, task, gamma)
+    counts = counts_by_prompt(evaluations, task, gamma)
     return with_interval(estimate(counts, "block_efficiency")) if counts else ""
 
 
 def by_seed(evaluations: Sequence[Evaluation], task: str, gamma: Gamma) -> str:
     """Return τ of each seed; "" if there is only one."""
-    rows = [list(cell([one], task, gamma).values()) for one in evaluations]
+    rows = [list(counts_by_prompt([one], task, gamma).values()) for one in evaluations]
     return (
         " ".join(f"{float(block_efficiency(np.sum(counts, 0))):.2f}" for counts in rows if counts)
         if len(rows) > 1
@@ -199,20 +202,20 @@ def by_seed(evaluations: Sequence[Evaluation], task: str, gamma: Gamma) -> str:
 
 def difference(evaluations: Sequence[Evaluation], name: str, other: str, task: str, gamma: Gamma) -> Estimate | None:
     """Return how much higher τ of one series is than of another; None if they are the same, or differ in prompts."""
-    ours, theirs = (cell(of(evaluations, series), task, gamma) for series in (name, other))
+    ours, theirs = (counts_by_prompt(of_series(evaluations, series), task, gamma) for series in (name, other))
     if name == other or not ours or ours.keys() != theirs.keys():
         return None
     return paired_difference(ours, theirs, "block_efficiency")
 
 
-def along(
-    steps: Sequence[Evaluation], whole: Sequence[Evaluation], last_step: int
+def efficiency_by_step(
+    steps: Sequence[Evaluation], finished: Sequence[Evaluation], last_step: int
 ) -> dict[str, dict[str, list[tuple[int, Estimate]]]]:
     """Return τ along finetuning: at the pretrained drafter (step 0), at each kept step and at the end.
 
     Args:
         steps: evaluations of the kept steps' drafters.
-        whole: evaluations of the pretrained and the finished drafters, of which the seeds in `steps` are used.
+        finished: evaluations of the pretrained and the finished drafters, of which the seeds in `steps` are used.
         last_step: the step at the end.
 
     Returns:
@@ -220,17 +223,17 @@ def along(
     """
     found: dict[str, dict[str, list[tuple[int, Estimate]]]] = {}
     for series in dict.fromkeys(one.series for one in steps):
-        kept = of(steps, series)
+        kept = of_series(steps, series)
         seeds, gamma = {one.drafter.seed for one in kept}, next(gamma for _, gamma, _ in kept[0].counts)
-        points = [(0, of(whole, PRETRAINED))]
+        points = [(0, of_series(finished, PRETRAINED))]
         for step in sorted({one.drafter.step or 0 for one in kept}):
             points.append((step, [one for one in kept if one.drafter.step == step]))
-        points.append((last_step, [one for one in of(whole, series) if one.drafter.seed in seeds]))
+        points.append((last_step, [one for one in of_series(finished, series) if one.drafter.seed in seeds]))
         found[series] = {
             task: [
                 (step, estimate(counts, "block_efficiency"))
                 for step, evaluations in points
-                if (counts := cell(evaluations, task, gamma))
+                if (counts := counts_by_prompt(evaluations, task, gamma))
             ]
             for task in dict.fromkeys(task for task, *_ in kept[0].counts)
         }

@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
         in_domain: the tasks whose kind of prompts the drafters are finetuned on.
         counts: (task, gamma, prompt) -> counts.
         positions: for each row of counts, its gamma, and the accepted and tested drafts at each position of a block.
-        directory: where it lies.
+        directory: the directory that it was read from.
     """
 
     drafter: DrafterIdentity
@@ -38,11 +38,11 @@ class Evaluation(NamedTuple):
 
     @property
     def series(self) -> str:
-        """The name in tables and figures."""
+        """Return the drafter's name in tables and figures."""
         return self.drafter.series
 
 
-class Row(NamedTuple):
+class ResultRow(NamedTuple):
     """One line of the results: a series on a task at a gamma, over all its seeds."""
 
     series: str
@@ -82,58 +82,58 @@ def read_evaluations(folder: Path, base: str = PRETRAINED) -> list[Evaluation]:
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         drafter = read_fields(summary, path.parent)
         found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent))
-    return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *in_line(one)))
+    return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
 
 
-def in_line(evaluation: Evaluation) -> tuple[int, int]:
-    """Return the seed and the step as a sort key; a drafter without a seed comes first."""
+def seed_and_step(evaluation: Evaluation) -> tuple[int, int]:
+    """Return a sort key: the seed, then the step. A drafter without a seed comes first."""
     seed, step = evaluation.drafter.seed, evaluation.drafter.step
     return -1 if seed is None else seed, step or 0
 
 
 def _with_distinct_series(found: list[Evaluation]) -> list[Evaluation]:
-    """Add the directory's name to a series where it would sum different drafters as if they were seeds of one.
+    """Append the directory's name to a series wherever different drafters would be summed as if they were its seeds.
 
-    These are drafters with the same series, seed and step, and drafters from elsewhere that are called like a series
-    that was trained here.
+    This concerns drafters that share series, seed and step, and drafters from elsewhere whose name is also that of a
+    series that was trained here.
     """
-    times = Counter((one.series, *in_line(one)) for one in found)
+    times = Counter((one.series, *seed_and_step(one)) for one in found)
     trained = {one.series for one in found if one.drafter.loss}
     return [
         one._replace(drafter=one.drafter._replace(series=f"{one.series} ({one.directory.name})"))
-        if times[one.series, *in_line(one)] > 1 or (one.drafter.loss is None and one.series in trained)
+        if times[one.series, *seed_and_step(one)] > 1 or (one.drafter.loss is None and one.series in trained)
         else one
         for one in found
     ]
 
 
 def check_evaluations(found: list[Evaluation], folder: Path, base: str) -> None:
-    """Refuse to make tables without evaluations.
+    """Check that there are evaluations to make tables from.
 
     Raises:
-        ArtifactError: there is no evaluation, or none of the series `base`, unless that is the pretrained drafter.
+        ArtifactError: there is no evaluation, or none of the series `base`. The pretrained drafter may be missing.
     """
     if not found:
         raise ArtifactError(f"no finished evaluation under {folder}: run `python -m experiments.evaluate` first")
     if base not in (names := {one.series for one in found} | {PRETRAINED}):
-        raise ArtifactError(f"base is '{base}', but what was evaluated under {folder} is {sorted(names)}")
+        raise ArtifactError(f"base is '{base}', but the series evaluated under {folder} are {sorted(names)}")
 
 
-def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Row]:
+def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[ResultRow]:
     """Return a row for each series, task and gamma that was run, and one for all tasks in the domain together."""
     rows = []
     for series in dict.fromkeys(one.series for one in evaluations):
         of_series = [one for one in evaluations if one.series == series]
-        for task, gamma in cells(of_series[0]):
-            counts = cell(of_series, task, gamma)
-            reference = cell([one for one in evaluations if one.series == base], task, gamma)
+        for task, gamma in tasks_and_gammas(of_series[0]):
+            counts = counts_by_prompt(of_series, task, gamma)
+            reference = counts_by_prompt([one for one in evaluations if one.series == base], task, gamma)
             efficiency = estimate(counts, "block_efficiency")
             sums = Counts(*np.sum(list(counts.values()), axis=0))
             drafts = gamma if isinstance(gamma, int) else sums.drafted / sums.target_calls
             speedup = [memory_bound_speedup(value, of_series[0].size_ratio, drafts) for value in efficiency]
             comparable = series != base and reference.keys() == counts.keys()
             rows.append(
-                Row(
+                ResultRow(
                     series,
                     task,
                     gamma,
@@ -150,15 +150,15 @@ def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Row
     return rows
 
 
-def cells(evaluation: Evaluation) -> list[tuple[str, Gamma]]:
+def tasks_and_gammas(evaluation: Evaluation) -> list[tuple[str, Gamma]]:
     """Return the tasks and gammas of an evaluation; if several tasks are in the domain, also POOLED for all of them."""
     run = list(dict.fromkeys((task, gamma) for task, gamma, _ in evaluation.counts))
     pooled = {gamma for task, gamma in run if task in evaluation.in_domain}
     several = len({task for task, _ in run if task in evaluation.in_domain}) > 1
-    return run + [(POOLED, gamma) for gamma in in_order(pooled) if several]
+    return run + [(POOLED, gamma) for gamma in sorted_gammas(pooled) if several]
 
 
-def cell(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str, np.ndarray]:
+def counts_by_prompt(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str, np.ndarray]:
     """Return the counts by prompt of one task (or POOLED) and gamma, summed over the evaluations (seeds)."""
     picked = [
         (prompt, counts)
@@ -169,12 +169,12 @@ def cell(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str
     return by_prompt([prompt for prompt, _ in picked], [counts for _, counts in picked])
 
 
-def in_order(gammas: Iterable[Gamma]) -> list[Gamma]:
-    """Return each gamma once, sorted by `rank`."""
-    return sorted(set(gammas), key=rank)
+def sorted_gammas(gammas: Iterable[Gamma]) -> list[Gamma]:
+    """Return each gamma once, sorted by `gamma_sort_key`."""
+    return sorted(set(gammas), key=gamma_sort_key)
 
 
-def rank(gamma: Gamma) -> tuple[bool, Gamma]:
+def gamma_sort_key(gamma: Gamma) -> tuple[bool, Gamma]:
     """Return a sort key that puts numbers in ascending order, and "adaptive" after them."""
     return isinstance(gamma, str), gamma
 

@@ -16,11 +16,11 @@ class Table(NamedTuple):
     """A table.
 
     Attributes:
-        name: of its files, and its label in LaTeX.
+        name: the name of its files, and its label in LaTeX.
         title: the caption.
         columns: the names of the columns.
         rows: the cells; a blank cell was not run.
-        note: what a reader has to know.
+        note: a sentence under the table.
     """
 
     name: str

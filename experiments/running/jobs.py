@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.reporting.identity import STEPS
-from experiments.running.composing import cells, concerning, configured, first_key, input_key, override
+from experiments.running.composing import cells, concerning, config_keys, configured, first_key, input_key, override
 
 STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "tables")
 
@@ -33,39 +32,39 @@ def all_jobs(plan: DictConfig) -> list[Job]:
         ValueError: an override belongs to no stage.
     """
     others = list(plan.stage_overrides)
-    check_known(others, plan)
-    return list(planned(plan, others))
+    check_overrides(others, plan)
+    return list(iterate_jobs(plan, others))
 
 
-def planned(plan: DictConfig, others: list[str]) -> Iterator[Job]:
-    """Yield every run of every stage, in order; `others` are the overrides of the stages."""
-    yield job("prepare", others)
-    yield job("pretrain", others)
-    finetunings = [job("finetune", others, cell) for cell in finetuned(plan)]
-    written = [one.choice("distillation") for one in finetunings if not one.cfg.distillation.rounds]
-    for name in dict.fromkeys(["target", *written]):  # each set once, however many finetunings read it
-        yield job("respond", others, [f"distillation={name}"])
-        yield job("cache", others, [f"distillation={name}"])
+def iterate_jobs(plan: DictConfig, others: list[str]) -> Iterator[Job]:
+    """Yield every run of every stage, in order. Each stage receives those of the overrides `others` that it knows."""
+    yield compose_job("prepare", others)
+    yield compose_job("pretrain", others)
+    finetunings = [compose_job("finetune", others, cell) for cell in finetuning_overrides(plan)]
+    distillations = [one.choice("distillation") for one in finetunings if not one.cfg.distillation.rounds]
+    for name in dict.fromkeys(["target", *distillations]):  # each set once, however many finetunings read it
+        yield compose_job("respond", others, [f"distillation={name}"])
+        yield compose_job("cache", others, [f"distillation={name}"])
     yield from finetunings
     variants = [one for one in finetunings if one.choice("variant")]
     if variants:
-        yield evaluated(variants, others, "evaluate_variants", plan.of_variants)
-    whole = [one for one in finetunings if one not in variants]
+        yield evaluation_job(variants, others, "evaluate_variants", plan.of_variants)
+    unvaried = [one for one in finetunings if not one.choice("variant")]
     kept = [
         one
-        for one in whole
+        for one in unvaried
         if one.choice("loss") in plan.along.losses
         and one.cfg.seed in plan.along.seeds
         and 0 < one.cfg.finetune.keep_every < one.cfg.finetune.max_steps
     ]
     if kept:
-        yield evaluated(kept, others, "evaluate_steps", plan.of_variants, f"/{STEPS}/*")
-    yield job("evaluate", others)
-    yield job("tables", others)
+        yield evaluation_job(kept, others, "evaluate_steps", plan.of_variants, f"/{STEPS}/*")
+    yield compose_job("evaluate", others)
+    yield compose_job("tables", others)
 
 
-def finetuned(plan: DictConfig) -> list[list[str]]:
-    """Return the overrides of each finetuning."""
+def finetuning_overrides(plan: DictConfig) -> list[list[str]]:
+    """Return the overrides of each finetuning: every loss with every seed, and the cells of the experiments' sweeps."""
     found = [[f"loss={loss}", f"seed={seed}"] for seed in plan.seeds or [] for loss in plan.losses]
     for experiment in plan.experiments:
         for cell in cells("finetune", experiment):
@@ -75,29 +74,39 @@ def finetuned(plan: DictConfig) -> list[list[str]]:
     return found
 
 
-def job(stage: str, others: list[str], overrides: list[str] | None = None) -> Job:
-    """Compose a stage with the overrides of the command line and its own."""
+def compose_job(stage: str, others: list[str], overrides: list[str] | None = None) -> Job:
+    """Compose a stage with those of the overrides `others` that it knows, and with `overrides`, which are its own."""
     cfg = configured(stage, [*concerning(stage, others), *(overrides or [])])
     return Job(stage, cfg, HydraConfig.instance().cfg)
 
 
-def evaluated(trained: list[Job], others: list[str], out: str, how: DictConfig, below: str = "") -> Job:
-    """Return an evaluation of the drafters of these finetunings, in a directory of its own."""
-    drafters = override("drafters", [f"{one.cfg.out}{below}" for one in trained])
+def evaluation_job(finetunings: list[Job], others: list[str], out: str, how: DictConfig, below: str = "") -> Job:
+    """Return the job that evaluates the drafters of these finetunings.
+
+    Args:
+        finetunings: the jobs that make the drafters.
+        others: the overrides of the command line.
+        out: the name of the evaluation's directory under the root.
+        how: has `num_speculative_tokens`, the γ to evaluate at.
+        below: what follows the directory of a finetuning in the path of its drafters.
+    """
+    drafters = override("drafters", [f"{one.cfg.out}{below}" for one in finetunings])
     gammas = ",".join(map(str, how.num_speculative_tokens))
     overrides = [f"out=${{root}}/{out}", drafters, f"evaluate.num_speculative_tokens=[{gammas}]"]
-    return job("evaluate", others, overrides)
+    return compose_job("evaluate", others, overrides)
 
 
-def check_known(arguments: list[str], plan: DictConfig) -> None:
-    """Refuse an override that belongs to no stage.
+def check_overrides(arguments: list[str], plan: DictConfig) -> None:
+    """Check that each override belongs to a stage or to the pipeline.
 
     Raises:
-        ValueError: names the override and the keys that there are.
+        ValueError: an override belongs to none; the error names it and the known keys.
     """
-    stages = [compose(name) for name in STAGES]
-    known = sorted(set(map(str, plan)).union(*stages) - {"stage_overrides"})
-    inputs = sorted({name for cfg in stages for name in cfg.inputs})
+    if not arguments:
+        return
+    stages = [config_keys(name) for name in STAGES]
+    known = sorted(set(map(str, plan)).union(*(keys.settings for keys in stages)) - {"stage_overrides"})
+    inputs = sorted(frozenset().union(*(keys.inputs for keys in stages)))
     for argument in arguments:
         if first_key(argument) not in known:
             raise ValueError(f"'{argument}' is a setting of no stage: '{first_key(argument)}' is none of {known}")

@@ -19,7 +19,7 @@ from drafter.models.compatibility import VocabularyError
 from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import gather, serving, sources
+from experiments.exporting.card import data_names, gather, serving
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -149,7 +149,11 @@ def test_a_trimmed_drafter_is_exported_whole_with_its_list(exported, tmp_path):
             r"export.dtype is 'int8'; the format hf has \['bfloat16', 'float16', 'float32'\]",
         ),
         ("export.format=gguf", ValueError, "gguf.converter is 'None': give the path of convert_hf_to_gguf.py"),
-        ("export.format=openvino openvino.command=no-such-tool", ValueError, "'no-such-tool' is no command here"),
+        (
+            "export.format=openvino openvino.command=no-such-tool",
+            ValueError,
+            "'no-such-tool' is not an installed command",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error_and_writes_nothing(exported, tmp_path, change, error, message):
@@ -248,6 +252,6 @@ def test_commands_name_the_arguments_that_the_engines_document():
 
 
 def test_the_card_names_the_data_by_their_kind():
-    assert sources({"kind": "docstrings", "packages": ["numpy", "torch"]}) == ["docstrings and code of numpy, torch"]
+    assert data_names({"kind": "docstrings", "packages": ["numpy", "torch"]}) == ["docstrings and code of numpy, torch"]
     text, asked = {"path": "org/text", "revision": "abc"}, {"mine": {"path": "mine.jsonl", "revision": None}}
-    assert sources({"kind": "files", "pretraining": text, "instructions": asked}) == ["org/text (abc)", "mine.jsonl"]
+    assert data_names({"kind": "files", "pretraining": text, "instructions": asked}) == ["org/text (abc)", "mine.jsonl"]

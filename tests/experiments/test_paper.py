@@ -78,7 +78,7 @@ def test_the_line_along_finetuning_goes_from_the_pretrained_drafter_to_the_end(w
         one._replace(drafter=one.drafter._replace(step=50 * one.drafter.seed, seed=1))
         for one in made(tmp_path, "steps", [("kld", None, 7)])
     ]
-    found = paper.along(steps, whole, 150)
+    found = paper.efficiency_by_step(steps, whole, 150)
     assert list(found) == ["kld"]
     assert list(found["kld"]) == list(TASKS)
     values = {step: value.value for step, value in found["kld"]["code"]}

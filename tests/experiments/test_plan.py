@@ -1,9 +1,11 @@
-"""The plan of a pipeline, and dry runs of its stages: before anything runs, and with nothing at hand but configs."""
+"""The plan of a pipeline and dry runs of its stages, which need only configs and compute nothing."""
 
+import contextlib
+import functools
+import io
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,29 +13,31 @@ import torch
 from omegaconf import OmegaConf
 
 from drafter.data.target_cache import SparseFormat
-from experiments import pipeline, plan
+from experiments import pipeline, plan, pretrain
 from experiments.planning.estimates import cached_bytes
 from experiments.planning.roofline import Shape
 from tests.conftest import save_target, small_model, write_jsonl
 from tests.experiments.test_pipeline import snapshot, stage
-from tests.training.test_ddp import run
 
 
-def planned(capsys, *overrides):
-    plan.main(list(overrides))
-    return capsys.readouterr().out
+@functools.cache
+def plan_page(*overrides):
+    """Return what `python -m experiments.plan` prints. Cached, because several tests read the same page."""
+    with contextlib.redirect_stdout(io.StringIO()) as page:
+        plan.main(list(overrides))
+    return page.getvalue()
 
 
 def rows(page):
-    """The first table of a page: stage -> column -> cell."""
+    """Return the first table of a page: stage -> column -> cell."""
     lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
     header, body = lines[0], [line for line in lines[2:] if len(line) == len(lines[0])]
     return {line[0]: dict(zip(header, line, strict=True)) for line in body}
 
 
 @pytest.mark.parametrize("scale", ["gpu", "llama2", "llama2_13b", "llama3", "qwen3"])
-def test_every_scale_is_planned_without_a_hub(capsys, scale):
-    page = planned(capsys, f"scale={scale}")
+def test_every_scale_is_planned_without_a_hub(scale):
+    page = plan_page(f"scale={scale}")
     found = rows(page)
     assert list(found) == ["pretrain", "respond", "cache", "finetune", "evaluate", "all"]
     assert found["pretrain"]["tokens"] == ("98.3M" if scale == "gpu" else "600B")
@@ -41,26 +45,23 @@ def test_every_scale_is_planned_without_a_hub(capsys, scale):
     assert re.search(r"c = [012]\.\d\d%", page)
 
 
-def test_another_target_is_planned_with_its_own_shape(capsys):
-    page = planned(capsys, "scale=llama2", "target.path=assets/tiny-target", "drafter=tiny")
+def test_another_target_is_planned_with_its_own_shape():
+    page = plan_page("scale=llama2", "target.path=assets/tiny-target", "drafter=tiny")
     assert "Target 3.44M parameters" in page
 
 
-def test_the_papers_setting_has_the_papers_ratio_and_speed_up(capsys):
-    page = planned(capsys, "scale=llama2")
+def test_the_papers_scale_has_the_papers_size_ratio_and_speedup():
+    page = plan_page("scale=llama2")
     assert "c = 1.74%" in page
     assert "2.19 at γ = 3" in page  # 2.3 / (0.0174 · 3 + 1)
 
 
-def test_more_finetunings_take_more_and_the_shared_stages_once(capsys):
-    one, nine = (
-        rows(planned(capsys, "scale=llama2", "losses=[kld,tvd,tvdpp]", f"seeds={seeds}"))
-        for seeds in ("[1]", "[1,2,3]")
-    )
-    assert (one["finetune"]["runs"], nine["finetune"]["runs"]) == ("3", "9")
-    hours = [float(table["finetune"]["device-hours"]) for table in (one, nine)]
-    assert hours[1] == pytest.approx(3 * hours[0], rel=0.01)
-    assert one["pretrain"] == nine["pretrain"]
+def test_finetuning_grows_with_the_number_of_runs_and_shared_stages_do_not():
+    one_seed, two_seeds = (rows(plan_page("scale=llama2", "losses=[kld,tvd]", f"seeds={s}")) for s in ("[1]", "[1,2]"))
+    assert (one_seed["finetune"]["runs"], two_seeds["finetune"]["runs"]) == ("2", "4")
+    hours = [float(table["finetune"]["device-hours"]) for table in (one_seed, two_seeds)]
+    assert hours[1] == pytest.approx(2 * hours[0], rel=0.01)
+    assert one_seed["pretrain"] == two_seeds["pretrain"]
 
 
 @pytest.mark.parametrize(
@@ -77,13 +78,13 @@ def test_more_finetunings_take_more_and_the_shared_stages_once(capsys):
         (["plan.disk=1e12"], r"the runs take .* of it cache, and plan\.disk is 1 TB: cache=sparse"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_what_would_help(capsys, overrides, message):
+def test_a_plan_that_cannot_fit_is_refused_and_the_error_names_a_remedy(overrides, message):
     with pytest.raises(ValueError, match=message):
-        planned(capsys, "scale=llama2", *overrides)
+        plan_page("scale=llama2", *overrides)
 
 
 @pytest.mark.parametrize(
-    "help_",
+    "remedy",
     [
         ["hardware=rtx4090", "plan.gpus=8", "scale=llama2_13b", "target.parallel=tensor"],
         ["plan.disk=1e12", "cache=sparse"],
@@ -92,56 +93,55 @@ def test_what_cannot_fit_is_refused_with_what_would_help(capsys, overrides, mess
          "respond.batch_tokens=8192"],
     ],
 )  # fmt: skip
-def test_what_the_refusal_names_does_help(capsys, help_):
-    assert "device-hours" in planned(capsys, "scale=llama2", *help_)
+def test_the_remedies_that_the_errors_name_make_the_plan_fit(remedy):
+    assert "device-hours" in plan_page("scale=llama2", *remedy)
 
 
-def test_a_price_and_a_sparse_cache_show(capsys):
-    exact, sparse = (
-        rows(planned(capsys, "scale=llama2", "plan.price=2.5", *cache)) for cache in ([], ["cache=sparse"])
-    )
+def test_the_plan_shows_the_price_and_the_smaller_disk_of_a_sparse_cache():
+    exact, sparse = (rows(plan_page("scale=llama2", "plan.price=2.5", *cache)) for cache in ([], ["cache=sparse"]))
     assert float(exact["all"]["price"].replace(",", "")) > 100
     assert exact["cache"]["disk"] == "1.3 TB"
     assert sparse["cache"]["disk"].endswith(" GB")
 
 
 @pytest.mark.parametrize("override", ["pretrian.batch_size=3", "inputs.cahce=null"])
-def test_an_unknown_setting_is_refused(capsys, override):
+def test_an_unknown_setting_is_refused(override):
     with pytest.raises(ValueError, match="setting of no stage"):
-        planned(capsys, override)
+        plan_page(override)
 
 
-def test_a_live_target_is_held_beside_the_drafter_and_split_if_asked(capsys):
-    def held(*how):
-        page = planned(capsys, "scale=llama2", *how)
+def test_finetuning_without_a_cache_holds_the_target_and_fsdp_splits_it():
+    def target_bytes(*overrides):
+        page = plan_page("scale=llama2", *overrides)
         lines = [line for line in page.splitlines() if line.startswith("|")]
         header = next(line for line in lines if "weights" in line).split(" | ")
         row = next(line for line in reversed(lines) if line.startswith("| finetune")).split(" | ")
         number, unit = dict(zip(header, row, strict=True))["target"].strip("| ").split()
         return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
 
-    cached, whole, split = held(), held("inputs.cache=null"), held("inputs.cache=null", "target.parallel=fsdp")
-    assert cached == pytest.approx(32_000 * 4096 * 2, rel=0.01)
-    assert whole > 6.7e9 * 2
-    assert whole / 4 < split < whole / 2  # an eighth, the embeddings whole, layers in use, activations
+    full, split = target_bytes("inputs.cache=null"), target_bytes("inputs.cache=null", "target.parallel=fsdp")
+    assert target_bytes() == pytest.approx(32_000 * 4096 * 2, rel=0.01)  # the output embedding
+    assert full > 6.7e9 * 2
+    # An eighth of the layers, and in full: the embeddings, the layers in use and the activations.
+    assert full / 4 < split < full / 2
 
 
 STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate")
 
 
-def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothing(world, capsys, tmp_path):
+def test_a_dry_run_of_the_pipeline_shows_models_rows_and_batches_and_writes_nothing(world, capsys, tmp_path):
     overrides, root = world
     before = snapshot(root)
     pipeline.main([*overrides, "losses=[kld]", "dry_run=true"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert snapshot(root) == before
-    assert all(f"dry run of {name} -> {root}" in told for name in STAGES)
-    assert "GPT2LMHeadModel" in told
-    assert "24 rows, ends at [0], no chat template" in told
-    assert "text.jsonl: rows of [" in told
-    assert "task prompts" in told
-    assert f"cache: {root}/cache exists" in told
-    assert re.search(r"batches of \d+ samples over 1 ranks", told)
+    assert all(f"dry run of {name} -> {root}" in printed for name in STAGES)
+    assert "GPT2LMHeadModel" in printed
+    assert "24 rows, ends at [0], no chat template" in printed
+    assert "text.jsonl: rows of [" in printed
+    assert "task prompts" in printed
+    assert f"cache: {root}/cache exists" in printed
+    assert re.search(r"batches of \d+ samples over 1 ranks", printed)
     elsewhere = tmp_path / "none"
     pipeline.main([*overrides, "losses=[kld]", "dry_run=true", f"root={elsewhere}"])
     assert "cache does not exist yet: an earlier stage makes it" in capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothin
 
 
 @pytest.mark.parametrize("name", ["gamma", "trim"])
-def test_the_stages_beside_the_pipeline_dry_run_too(world, capsys, name):
+def test_a_dry_run_of_a_command_outside_the_pipeline_writes_nothing(world, capsys, name):
     overrides, root = world
     before = snapshot(root)
     stage(name, [*overrides, f"{name}.drafter={root}/drafter", "dry_run=true"])
@@ -157,9 +157,11 @@ def test_the_stages_beside_the_pipeline_dry_run_too(world, capsys, name):
     assert snapshot(root) == before
 
 
-def test_the_flag_is_the_setting(world, tmp_path):
+def test_the_flag_dry_run_has_the_effect_of_the_setting(world, tmp_path, monkeypatch, capsys):
     overrides, _ = world
-    run(sys.executable, "-m", "experiments.pretrain", *overrides, f"root={tmp_path}/root", "--dry-run")
+    monkeypatch.setattr("sys.argv", ["pretrain", *overrides, f"root={tmp_path}/root", "--dry-run"])
+    pretrain.main()
+    assert f"dry run of pretrain -> {tmp_path}/root" in capsys.readouterr().out
     assert not list((tmp_path / "root").rglob("manifest.json"))
 
 
@@ -172,13 +174,14 @@ def test_the_flag_is_the_setting(world, tmp_path):
         ("++data.instructions.questions.where.lang=xx", ValueError, "has no row that its settings choose"),
     ],
 )
-def test_what_would_fail_after_hours_fails_in_the_dry_run(world, override, error, message):
+def test_a_wrong_path_field_or_filter_fails_in_the_dry_run(world, override, error, message):
     overrides, _ = world
     with pytest.raises(error, match=message):
         pipeline.main([*overrides, "losses=[kld]", "dry_run=true", override])
 
 
-ROWS = {  # the fields of the hub's data sets, as their cards and files have them; the texts are made up
+# Rows with the fields of the hub's data sets, as their cards document them. The texts are made up.
+ROWS = {
     "pretraining": {"text": "The water boils at 100 degrees. " * 40, "id": "a", "url": "https://x", "score": 3.1},
     "oig": {"user": "The water boils. How?", "chip2": "It is heated until its vapour pressure is that of the air."},
     "oasst": {"message_id": "m", "parent_id": None, "text": "Why is the sky blue?", "role": "prompter", "lang": "en"},
@@ -191,7 +194,7 @@ ROWS = {  # the fields of the hub's data sets, as their cards and files have the
 
 @pytest.fixture(scope="module")
 def mirror(world, tmp_path_factory):
-    """The paper's data sets as local files, and a small model with a tokenizer: the overrides."""
+    """Return the overrides that read the paper's data sets from local files, with a small model as the target."""
     overrides, folder = world[0], tmp_path_factory.mktemp("mirror")
     save_target(folder / "target", positions=4096)
     for name, row in ROWS.items():
@@ -212,42 +215,42 @@ def mirror(world, tmp_path_factory):
     ]
 
 
-def test_the_papers_data_are_read_from_mirrors_with_the_hubs_fields(mirror, tmp_path, capsys):
+def test_the_papers_data_sets_are_read_from_local_files_with_the_hubs_fields(mirror, tmp_path, capsys):
     command = ["scale=llama2", *mirror, "scale.pretraining_tokens=1000", "scale.heldout_tokens=1000"]
     command += ["data.heldout_percent=25", f"root={tmp_path}/run"]
     pipeline.main([*command, "losses=[tvdpp]", "dry_run=true"])
-    told = capsys.readouterr().out
-    assert "the first begins 'Summarize the following article in one sentence." in told
-    assert "the first begins 'Translate the following German text to English." in told
-    assert "the first begins 'Who wrote it?" in told
-    run(sys.executable, "-m", "experiments.prepare", *command)
+    printed = capsys.readouterr().out
+    assert "the first begins 'Summarize the following article in one sentence." in printed
+    assert "the first begins 'Translate the following German text to English." in printed
+    assert "the first begins 'Who wrote it?" in printed
+    stage("prepare", command)
     found = [json.loads(line) for line in (tmp_path / "run" / "data" / "instructions.jsonl").read_text().splitlines()]
     assert {row["kind"] for row in found} == {"oig", "oasst"}
-    assert sum(row["kind"] == "oasst" for row in found) == 40  # first turns of English conversations alone
+    assert sum(row["kind"] == "oasst" for row in found) == 40  # only first turns of English conversations
     assert {row["split"] for row in found} == {"train", "validation"}
     tasks = [json.loads(line) for line in (tmp_path / "run" / "data" / "tasks.jsonl").read_text().splitlines()]
     assert len(tasks) == 160
 
 
 def commands():
-    """Every command of docs/SCALE.md: a launcher, a module's name, and overrides."""
+    """Return every command of docs/SCALE.md as words: a launcher, a module's name, and overrides."""
     page = (Path(__file__).parents[2] / "docs" / "SCALE.md").read_text()
     lines = [line for block in page.split("```")[1::2] for line in block.strip().splitlines()]
     return [shlex.split(line, comments=True) for line in lines if re.match("make|python|torchrun", line)]
 
 
-def test_the_page_has_commands_of_every_kind():
+def test_the_scale_page_has_commands_with_each_launcher():
     assert {words[0] for words in commands()} == {"make", "python", "torchrun"}
     assert len(commands()) > 15
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_of_the_page_composes_and_dry_runs(words, mirror, tmp_path, capsys, monkeypatch):
+def test_every_command_of_the_scale_page_runs_dry(words, mirror, tmp_path, capsys, monkeypatch):
     if words[0] == "make":
         words = ["python", "-m", {"plan": "experiments.plan", "demo": "experiments.pipeline"}[words[1]], *words[2:]]
         words = [word.lower() if word.startswith("SCALE") else word for word in words]
-    place = next(place for place, word in enumerate(words) if word.startswith("experiments."))
-    name, given = words[place].partition(".")[2], [one for one in words[place + 1 :] if one not in ("-m", "--dry-run")]
+    index = next(i for i, word in enumerate(words) if word.startswith("experiments."))
+    name, given = words[index].partition(".")[2], [one for one in words[index + 1 :] if one not in ("-m", "--dry-run")]
     given = [one.split(",")[0] if one.startswith(("loss=", "seed=")) else one for one in given]
     if words[0] == "torchrun":
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "page")

@@ -4,11 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
@@ -17,10 +18,17 @@ from drafter.metrics import Estimate
 from experiments import curves, tables
 from experiments.reporting.figures import colours, draw_curves, draw_efficiency
 from experiments.reporting.identity import DrafterIdentity
-from experiments.reporting.page import by_prompt, write_html
-from experiments.reporting.results import POOLED, check_evaluations, in_order, read_curves, read_evaluations, summarise
+from experiments.reporting.page import group_by_task, write_html
+from experiments.reporting.results import (
+    POOLED,
+    check_evaluations,
+    read_curves,
+    read_evaluations,
+    sorted_gammas,
+    summarise,
+)
 from experiments.reporting.tabular import Table, with_interval
-from experiments.tables import by_task
+from experiments.tables import task_table
 
 TASKS = {"open_ended": 6, "code": 4}  # prompts of each
 GAMMAS = (3, 5)
@@ -210,7 +218,7 @@ def test_without_a_pretrained_drafter_every_gain_is_blank(tmp_path):
 
 def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_the_pretrained(root):
     rows = [row for row in summarise(read_evaluations(root / "evaluate")) if row.gamma == 3]
-    header, rule, *lines = [cells(line) for line in by_task(rows, "n", "t").markdown().splitlines()]
+    header, rule, *lines = [cells(line) for line in task_table(rows, "n", "t").markdown().splitlines()]
     assert header == ["task", "drafter", "τ", "expected τ", "τ − pretrained", "MBSU", "token rate", "acceptance rate"]
     assert rule == ["---"] * len(header)
     named = [task.replace("_", " ") for task in TASKS]
@@ -223,7 +231,7 @@ def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_th
 
 
 def test_gammas_are_in_the_order_of_numbers_and_adaptive_comes_last():
-    assert in_order(["adaptive", 10, 3, 10]) == [3, 10, "adaptive"]
+    assert sorted_gammas(["adaptive", 10, 3, 10]) == [3, 10, "adaptive"]
 
 
 def test_an_interval_is_written_with_two_decimals_and_a_sign_on_demand():
@@ -261,7 +269,7 @@ def test_the_command_writes_results_figures_and_report(root, capsys):
     figures = {f"figures/{name}.{kind}" for name in ("block_efficiency", "curves") for kind in ("png", "svg")}
     names = ("models", "losses", "ood", "gamma_3", "gamma_5", "positions")
     made = {f"tables/{name}.{kind}" for name in names for kind in ("md", "tex")}
-    assert written == {"results.md", "report.html", "runs.json"} | figures | made
+    assert written == {"results.md", "report.html", "runs.json", "counts.parquet"} | figures | made
     results = (report / "results.md").read_text()
     titles = ["Architectures", "Which loss?", "Out of the domain, γ = 3", "γ = 3", "γ = 5"]
     assert re.findall(r"### (.*)", results)[:5] == titles
@@ -275,8 +283,25 @@ def test_what_is_published_is_what_was_made_without_the_large_files(root):
     tables.main(OmegaConf.create(settings(root, root / "report", publish=str(root / "results" / "here"))))
     published = {str(path.relative_to(root / "results" / "here")) for path in (root / "results").rglob("*.*")}
     made = {str(path.relative_to(root / "report")) for path in (root / "report").rglob("*.*")}
-    assert published == {name for name in made if not name.endswith((".svg", ".html"))}
+    assert published == {name for name in made if not name.endswith((".svg", ".html", ".parquet"))}
     assert (root / "results" / "here" / "results.md").read_text() == (root / "report" / "results.md").read_text()
+
+
+def test_the_values_of_the_tables_follow_from_the_file_of_counts(root):
+    counts = pyarrow.parquet.read_table(run_tables(root) / "counts.parquet")
+    assert counts.num_rows == 4 * len(GAMMAS) * sum(TASKS.values())  # four evaluations
+    sums = counts.group_by(["series", "task", "gamma"]).aggregate([("tokens", "sum"), ("target_calls", "sum")])
+    found = {
+        (row["series"], row["task"], row["gamma"]): row["tokens_sum"] / row["target_calls_sum"]
+        for row in sums.to_pylist()
+    }
+    rows = summarise(read_evaluations(root / "evaluate"))
+    expected = {(row.series, row.task, str(row.gamma)): row.block_efficiency.value for row in rows}
+    assert found == pytest.approx(expected)
+    (first, *_) = (row for row in counts.to_pylist() if (row["series"], row["seed"], row["task"]) == ("kld", 2, "code"))
+    identity = {"loss": "kld", "variant": None, "weighting": None, "step": None, "size_ratio": 0.04, "in_domain": False}
+    assert identity.items() <= first.items()
+    assert (first["gamma"], first["prompt"], first["accepted"], first["seconds"]) == ("3", "code:0", 12, 1.0)
 
 
 def test_each_run_behind_the_numbers_is_traced(root):
@@ -295,29 +320,51 @@ def test_the_pretrained_drafter_alone_makes_a_report_as_well(tmp_path):
     assert (report / "report.html").stat().st_size > 0
 
 
-def test_figures_are_written_as_png_and_svg_with_something_in_them(root):
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg):
+    """Return the texts of a figure."""
+    return ["".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def count_paths(svg, style):
+    """Return how many paths of a figure have this in their style, such as "fill: #0072b2"."""
+    return sum(
+        style.lower() in path.get("style", "").lower() for path in ElementTree.fromstring(svg).iter(f"{SVG}path")
+    )
+
+
+def test_figures_are_written_as_png_and_svg_and_name_every_series(root):
     rows, curves = summarise(read_evaluations(root / "evaluate")), read_curves(root / "finetune")
     for name, svg in (("bars", draw_efficiency(rows, root / "bars")), ("lines", draw_curves(curves, root / "lines"))):
         png = (root / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG")
         assert len(png) > 5000  # an empty panel of this size takes about 3 kB
-        assert xml.etree.ElementTree.parse(root / f"{name}.svg").getroot().tag.endswith("svg")
-        assert svg.startswith("<svg")
-        for loss in ("kld", "tvd"):
-            assert f">{loss}</text>" in svg
+        for text in (svg, (root / f"{name}.svg").read_text()):
+            assert {"kld", "tvd"} <= set(texts(text))
+
+
+def test_the_curves_have_a_line_per_series_in_each_panel_and_one_in_the_legend(root):
+    svg = draw_curves(read_curves(root / "finetune"), root / "lines")
+    panels = 3  # the logs have an acceptance rate, KLD and argmax agreement
+    for loss in ("kld", "tvd"):
+        assert count_paths(svg, f"stroke: {colours(['kld', 'tvd'])[loss]}; stroke-width: 1.8") == panels + 1
 
 
 def test_the_figure_of_efficiency_has_a_panel_for_each_gamma_and_names_every_task(root):
-    svg = draw_efficiency(summarise(read_evaluations(root / "evaluate")), root / "bars")
-    assert [f"γ = {gamma}" in svg for gamma in GAMMAS] == [True, True]
-    assert svg.count("open ended") == len(GAMMAS)
+    found = texts(draw_efficiency(summarise(read_evaluations(root / "evaluate")), root / "bars"))
+    assert [text for text in found if text.startswith("γ")] == [f"γ = {gamma}" for gamma in GAMMAS]
+    assert found.count("open ended") == found.count("code") == len(GAMMAS)
 
 
 @pytest.mark.parametrize("gammas", [(3,), (5,)], ids=["last-panel", "first-panel"])
 def test_a_cell_that_was_not_run_is_left_blank_in_the_figure(tmp_path, gammas):
     evaluation(tmp_path, "drafter", "pretrained", 0, gammas=(3, 5))
     evaluation(tmp_path, "kld-seed1", "kld", 1, gammas=gammas)
-    assert draw_efficiency(summarise(read_evaluations(tmp_path / "evaluate")), tmp_path / "bars").startswith("<svg")
+    svg = draw_efficiency(summarise(read_evaluations(tmp_path / "evaluate")), tmp_path / "bars")
+    bars = {series: count_paths(svg, f"fill: {colour}") - 1 for series, colour in colours(["kld"]).items()}  # 1: legend
+    assert (bars["pretrained"], bars["kld"]) == (2 * len(TASKS), len(TASKS))
 
 
 def test_each_loss_has_one_colour_whatever_the_order_and_the_pretrained_is_grey():
@@ -378,7 +425,7 @@ def test_the_report_shows_one_text_a_task_at_the_smallest_gamma_decoded_by_every
         blocks = [{"accepted": ["x"] * accepted, "rejected": [], "bonus": ["y"]}] * 2
         return {"task": "code", "gamma": gamma, "prompt": prompt, "message": prompt, "blocks": blocks}
 
-    (row,) = by_prompt({"one": [text(5, "p", 4), text(3, "p", 2), text(3, "q", 1)], "two": [text(3, "p", 3)]})
+    (row,) = group_by_task({"one": [text(5, "p", 4), text(3, "p", 2), text(3, "q", 1)], "two": [text(3, "p", 3)]})
     assert (row["task"], row["gamma"], row["prompt"]) == ("code", 3, "p")
     efficiencies = {drafter: decoding["efficiency"] for drafter, decoding in row["decodings"].items()}
     assert efficiencies == {"one": 3.0, "two": 4.0}
@@ -435,9 +482,11 @@ def test_the_base_of_the_comparison_is_chosen_by_name(root):
     assert rows[0].series == "kld"
     gains = {row.series: row.gain and row.gain.value for row in rows if (row.task, row.gamma) == ("code", 3)}
     assert gains == {"kld": None, "pretrained": pytest.approx(-0.6), "tvd": pytest.approx(-0.2)}
-    assert "τ − kld" in by_task(rows, "n", "t", "kld").columns
+    assert "τ − kld" in task_table(rows, "n", "t", "kld").columns
     found = read_evaluations(root / "evaluate", "kl")
-    with pytest.raises(ArtifactError, match=r"base is 'kl', but what was evaluated .* \['kld', 'pretrained', 'tvd'\]"):
+    with pytest.raises(
+        ArtifactError, match=r"base is 'kl', but the series evaluated .* are \['kld', 'pretrained', 'tvd'\]"
+    ):
         check_evaluations(found, root, "kl")
 
 
