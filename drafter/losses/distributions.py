@@ -54,8 +54,8 @@ class Drawn(NamedTuple):
         """Take the top_k most likely tokens, `num_samples` draws from the others, and `tokens_N`.
 
         The sampling is systematic: the others' probability mass is divided into `num_samples` equal parts, and all
-        parts are sampled at the same random offset. Each draw has the distribution of the others, so the estimate is
-        unbiased, and its variance is lower than with independent draws.
+        parts are sampled at the same random offset. The expected number of draws of a token is proportional to its
+        probability, so the estimate is unbiased, and its variance is lower than with independent draws.
         """
         log_q_NV = F.log_softmax(_at_least_float32(logits_NV), dim=-1)
         top_NK = log_q_NV.topk(top_k, dim=-1).indices

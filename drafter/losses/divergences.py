@@ -15,7 +15,7 @@ To add a loss, write such a function here and one line in conf/loss/, whose file
 Source: arXiv 2403.00858, section 2.3, unless a function says otherwise. On a tie p(x) = q(x) the reward
 r(x) = 1 if q(x) > p(x) else 0 is 0, and the tie contributes nothing to the gradient.
 
-Shapes: N positions, V vocabulary, S samples a position.
+Shapes: N positions, V vocabulary, S samples per position.
 """
 
 import math
