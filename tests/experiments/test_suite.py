@@ -168,7 +168,10 @@ def test_a_multirun_names_its_failed_cell_and_finishes_the_rest(suite, tmp_path)
     assert {path.parent.name for path in folder.glob("*/manifest.json")} == {"kld-seed1", "nla-seed1"}
 
 
-@pytest.mark.skipif(find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason="needs drafter[joblib]")
+@pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_joblib_launcher") is None,
+    reason="needs the extra joblib: pip install -e '.[joblib]'",
+)
 def test_joblib_runs_cells_side_by_side_and_names_the_one_that_failed(suite, tmp_path):
     command, _ = suite
     overrides = [
