@@ -137,7 +137,7 @@ def test_a_dry_run_of_everything_shows_models_rows_and_batches_and_writes_nothin
     assert snapshot(root) == before
     assert all(f"dry run of {name} -> {root}" in told for name in STAGES)
     assert "GPT2LMHeadModel" in told
-    assert "24 rows, ends at [0], no chat template" in told
+    assert "24 rows, ends at [0], without a chat template" in told
     assert "text.jsonl: rows of [" in told
     assert "task prompts" in told
     assert f"cache: {root}/cache exists" in told
