@@ -108,7 +108,7 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def plan_requests(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:
-    """Return the requests, and the number of skipped ones by reason, such as a prompt that leaves too little room.
+    """Return the requests, and the number of skipped ones by reason, such as a prompt that is too long for the context.
 
     Raises:
         ValueError: a split has no instruction, or no prompt of a split fits into the context.

@@ -137,7 +137,7 @@ def test_a_dry_run_of_the_pipeline_shows_models_rows_and_batches_and_writes_noth
     assert snapshot(root) == before
     assert all(f"dry run of {name} -> {root}" in printed for name in STAGES)
     assert "GPT2LMHeadModel" in printed
-    assert "24 rows, ends at [0], no chat template" in printed
+    assert "24 rows, ends at [0], without a chat template" in printed
     assert "text.jsonl: rows of [" in printed
     assert "task prompts" in printed
     assert f"cache: {root}/cache exists" in printed
