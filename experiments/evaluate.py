@@ -120,7 +120,7 @@ def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
     """
     if isinstance(gamma, str):
         if gamma != "adaptive":
-            raise ValueError(f"evaluate.num_speculative_tokens has '{gamma}', it takes numbers and 'adaptive'")
+            raise ValueError(f"evaluate.num_speculative_tokens has '{gamma}': numbers and 'adaptive' are allowed")
         return Adaptive(**plain(cfg.evaluate.adaptive))
     return gamma
 
