@@ -34,7 +34,7 @@ def exported(world, tmp_path_factory):
     return command, drafter, out / "hf"
 
 
-def test_the_drafter_knows_its_target_and_is_written_with_the_targets_files(world, exported):
+def test_the_export_finds_the_drafters_target_and_has_the_targets_tokenizer_and_end_of_text(world, exported):
     overrides, _ = world
     _, drafter, out = exported
     target = next(one.split("=", 1)[1] for one in overrides if one.startswith("target.path"))
@@ -102,14 +102,14 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
     assert "None" not in card
 
 
-def test_what_is_exported_again_is_left_alone(exported):
+def test_a_second_export_changes_nothing(exported):
     command, _, out = exported
     before = snapshot(out)
     stage("export", [*command, f"out={out}"])
     assert snapshot(out) == before
 
 
-def test_a_license_is_written_where_one_is_chosen(exported, tmp_path):
+def test_the_card_has_the_license_that_was_chosen(exported, tmp_path):
     command, _, _ = exported
     stage(
         "export", [*command, f"out={tmp_path}/out", "export.license=apache-2.0", "target.path=" + target_of(exported)]
@@ -121,7 +121,7 @@ def target_of(exported):
     return read_manifest(exported[2], "export")["config"]["target"]["path"]
 
 
-def test_weights_come_in_the_dtype_that_is_asked_for(exported, tmp_path):
+def test_weights_have_the_dtype_of_the_config(exported, tmp_path):
     command, _, _ = exported
     stage("export", [*command, f"out={tmp_path}/out", "export.dtype=bfloat16"])
     assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
@@ -164,7 +164,7 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(exported, tmp_path, cha
     assert not (tmp_path / "out").exists()
 
 
-def test_a_drafter_that_does_not_say_its_target_has_to_be_told(exported, tmp_path):
+def test_a_drafter_without_a_manifest_needs_target_path(exported, tmp_path):
     command, drafter, _ = exported
     shutil.copytree(drafter, tmp_path / "hub")
     (tmp_path / "hub" / "manifest.json").unlink()
@@ -201,7 +201,7 @@ def test_gguf_is_made_by_the_converter_from_the_exported_directory(exported, tmp
     )
 
 
-def test_a_converter_that_fails_is_heard(exported, tmp_path):
+def test_the_error_of_a_converter_that_fails_has_its_output(exported, tmp_path):
     tool = tmp_path / "optimum-cli"
     tool.write_text("#!/bin/sh\necho no such architecture >&2\nexit 3\n")
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)

@@ -1,4 +1,4 @@
-"""The tables of the paper's questions, from counts that are known; and the same as LaTeX."""
+"""The tables of the paper's questions, made from known counts, and the conversion of tables to LaTeX."""
 
 import pytest
 
@@ -11,9 +11,9 @@ TASKS = {"open_ended": 6, "summary": 2, "code": 4}
 
 
 def made(root, folder, drafters):
-    """Evaluations of (loss, variant, accepted drafts in ten blocks) with two seeds, the second a little better.
+    """Return evaluations of each (loss, variant, accepted drafts in ten blocks) with two seeds; the second is better.
 
-    The names of variants say nothing of that, so that the tables have to use the fields.
+    The names of the directories do not contain the variants, so that the tables have to read the fields.
     """
     for index, (loss, variant, accepted) in enumerate(drafters):
         for seed in (1, 2):
@@ -45,14 +45,14 @@ def test_losses_are_compared_with_the_pretrained_drafter_and_with_kld(whole):
     assert column(table, "τ, γ = 3")["kld"].startswith("2.19 [")
 
 
-def test_what_lies_outside_of_the_domain_is_a_column_of_its_own(whole, tmp_path):
+def test_each_task_outside_of_the_domain_has_a_column(whole, tmp_path):
     table = paper.out_of_domain(whole, 3)
     assert table.columns == ["drafter", "in domain: τ − pretrained", "code: τ − pretrained"]
     assert [row[0] for row in table.rows] == ["kld", "tvdpp"]
     assert column(table, "code: τ − pretrained")["kld"] == "+0.50 [+0.50, +0.50]"
 
 
-def test_variants_of_the_data_stand_against_the_whole_set_and_those_not_run_are_blank(whole, tmp_path):
+def test_variants_of_the_data_are_compared_with_the_full_set_and_those_not_run_are_blank(whole, tmp_path):
     table = paper.data(whole, made(tmp_path, "variants", [("tvdpp", "greedy", 11), ("tvdpp", "text_50", 9)]))
     gains = {row[0]: row[3] for row in table.rows}
     assert len(gains) == len(paper.DATA)
@@ -112,5 +112,5 @@ def test_parameters_are_written_short(value, text):
     assert number(value) == text
 
 
-def test_no_letter_that_latex_would_stop_at_is_left():
+def test_latex_has_no_character_that_it_cannot_typeset():
     assert not set(escaped("τ γ α − · × … – & % # _ ~ ^")) & set("τγα−·×…–")

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from drafter.data.target_cache import SparseFormat
 from experiments import pipeline, plan, pretrain
 from experiments.planning.estimates import cached_bytes
 from experiments.planning.roofline import Shape
+from experiments.running.composing import cells, gather_stage_overrides
+from experiments.running.jobs import all_jobs
 from tests.conftest import save_target, small_model, write_jsonl
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -124,6 +127,33 @@ def test_finetuning_without_a_cache_holds_the_target_and_fsdp_splits_it():
     assert full > 6.7e9 * 2
     # An eighth of the layers, and in full: the embeddings, the layers in use and the activations.
     assert full / 4 < split < full / 2
+
+
+@pytest.mark.parametrize(
+    ("experiment", "count"), [("losses", 24), ("data", 24), ("transfer", 12), ("transfer_paper", 9)]
+)
+def test_each_experiment_is_a_sweep_with_as_many_cells_as_it_should_have(experiment, count):
+    with initialize_config_module("conf", version_base="1.3"):
+        found = cells("finetune", experiment)
+    assert len({tuple(cell) for cell in found}) == len(found) == count
+    assert json.dumps(found).count("seed=") == count
+
+
+def test_the_pipeline_runs_each_stage_once_and_each_finetuning_of_its_losses_and_experiments():
+    overrides = ["losses=[kld]", "seeds=[1]", "experiments=[transfer]", "along.losses=[kld]", "respond.top_p=0.9"]
+    with initialize_config_module("conf", version_base="1.3"):
+        jobs = all_jobs(compose("pipeline", gather_stage_overrides("pipeline", overrides)))
+    assert [job.stage for job in jobs] == [
+        "prepare", "pretrain", "respond", "cache", *["finetune"] * 5, *["evaluate"] * 3, "tables"
+    ]  # fmt: skip
+    finetunings = [job.cfg.name for job in jobs if job.stage == "finetune"]
+    assert finetunings[:2] == ["kld-seed1", "tvdpp-responses_33-seed1"]
+    variants, steps, finished = (job.cfg for job in jobs if job.stage == "evaluate")
+    assert list(variants.drafters) == [f"runs/tiny/variants/{name}" for name in finetunings[1:]]
+    assert list(steps.drafters) == ["runs/tiny/finetune/kld-seed1/steps/*"]
+    assert variants.out == "runs/tiny/evaluate_variants"
+    assert finished.out == "runs/tiny/evaluate"
+    assert [job.cfg.respond.top_p for job in jobs if "respond" in job.cfg] == [0.9]
 
 
 STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate")

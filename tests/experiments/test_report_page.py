@@ -38,7 +38,7 @@ window.addEventListener("load", () => setTimeout(() => {
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    """What the page did, in Chromium, when it was clicked."""
+    """Return what the page shows in Chromium after each click."""
     root = tmp_path_factory.mktemp("page")
     report = run_tables(pipeline_root(root))
     page = (report / "report.html").read_text()

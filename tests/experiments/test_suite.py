@@ -1,6 +1,8 @@
-"""The sweeps of conf/experiment: through the pipeline, and as Hydra multiruns with a cell that fails."""
+"""The sweeps of conf/experiment, run by the pipeline and as Hydra multiruns, some with a cell that fails.
 
-import json
+tests/experiments/test_plan.py has the fast tests of which cells a sweep has.
+"""
+
 import os
 import shlex
 import shutil
@@ -10,13 +12,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from hydra import initialize_config_module
 from transformers import AutoModelForCausalLM
 
 from drafter.artifacts.manifest import read_jsonl, read_manifest
 from drafter.artifacts.rows import Rows
 from experiments.pipeline import main
-from experiments.running.composing import cells
 from tests.experiments.test_pipeline import snapshot
 
 pytestmark = pytest.mark.end_to_end
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.end_to_end
 
 @pytest.fixture(scope="module")
 def suite(world, tmp_path_factory):
-    """All cells of the paper's losses and of the data's variants, one seed, beside a finished run."""
+    """Run all cells of two losses and of experiment=data with one seed, in a copy of a finished run's root."""
     overrides, finished = world
     root = tmp_path_factory.mktemp("suite") / "run"
     shutil.copytree(finished, root)
@@ -58,7 +58,7 @@ def test_every_variant_is_trained_and_evaluated_once(suite):
         assert any(not torch.equal(found[key], base[key]) for key in base), name
 
 
-def test_the_sets_are_what_they_are_called(suite):
+def test_each_distillation_set_has_the_splits_temperatures_and_lengths_of_its_config(suite):
     _, root = suite
     assert set(Rows(root / "responses-greedy", "respond").splits) == {"train"}
     assert {row["temperature"] for row in Rows(root / "responses-greedy", "respond")} == {0}
@@ -66,20 +66,20 @@ def test_the_sets_are_what_they_are_called(suite):
     assert set(target.splits) == {"train", "validation"}
     assert all(3 <= len(row["response_ids"]) <= 8 for row in reference)
     assert not any(row["truncated"] for row in reference if len(row["response_ids"]) < 8)
-    assert not (root / "responses-drafter").exists()  # each finetuning has its own
+    assert not (root / "responses-drafter").exists()  # each finetuning writes its own
 
 
-def test_each_round_is_answered_by_the_drafter_of_the_round_before(suite):
+def test_the_responses_of_each_round_are_written_by_the_drafter_of_the_round_before(suite):
     _, root = suite
     for name in ("tvdpp-drafter-seed1", "tvdpp-mixture-seed1"):
         rounds, drafters = root / "rounds" / name, []
         for number in (1, 2, 3):
-            answered = read_manifest(rounds / str(number) / "responses", "respond")
+            responses = read_manifest(rounds / str(number) / "responses", "respond")
             trained = rounds / str(number) / "drafter" if number < 3 else root / "variants" / name
             found = read_manifest(trained, "finetune")
-            assert answered["inputs"]["drafter"] == found["inputs"]["drafter"]
+            assert responses["inputs"]["drafter"] == found["inputs"]["drafter"]
             assert found["settings"]["max_steps"] == 2
-            drafters.append(answered["inputs"]["drafter"])
+            drafters.append(responses["inputs"]["drafter"])
         assert len(set(drafters)) == 3
 
 
@@ -106,7 +106,7 @@ def test_a_second_run_repeats_nothing(suite):
         ("evaluate_variants/tvdpp-greedy-seed1", "evaluate", "samples.jsonl"),
     ],
 )
-def test_any_run_is_made_again_by_the_one_command_in_its_manifest(suite, tmp_path, made, stage, content):
+def test_the_command_in_a_manifest_makes_its_run_again(suite, tmp_path, made, stage, content):
     _, root = suite
     before = read_manifest(root / made, stage)
     assert before["config"]["root"] == str(root)
@@ -187,13 +187,3 @@ def test_joblib_runs_cells_side_by_side_and_names_the_one_that_failed(suite, tmp
     assert done.returncode == 1
     assert "loss=tvd seed=1" in done.stderr.split("1 cells of the sweep failed")[1]
     assert {path.parent.name for path in tmp_path.glob("*/manifest.json")} == {"kld-seed1", "nla-seed1"}
-
-
-@pytest.mark.parametrize(
-    ("experiment", "count"), [("losses", 24), ("data", 24), ("transfer", 12), ("transfer_paper", 9)]
-)
-def test_experiments_are_sweeps_that_hydra_knows(experiment, count):
-    with initialize_config_module("conf", version_base="1.3"):
-        found = cells("finetune", experiment)
-    assert len({tuple(cell) for cell in found}) == len(found) == count
-    assert json.dumps(found).count("seed=") == count

@@ -128,7 +128,7 @@ def settings(root, out, **more):
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags, the addresses that its attributes lead to, and text by class."""
+    """A parsed page: its tags, the addresses in its attributes, and the text of each span by class."""
 
     def __init__(self, text):
         super().__init__()
@@ -279,7 +279,7 @@ def test_the_command_writes_results_figures_and_report(root, capsys):
     assert str(report / "report.html") in capsys.readouterr().out
 
 
-def test_what_is_published_is_what_was_made_without_the_large_files(root):
+def test_everything_but_the_large_files_is_published(root):
     tables.main(OmegaConf.create(settings(root, root / "report", publish=str(root / "results" / "here"))))
     published = {str(path.relative_to(root / "results" / "here")) for path in (root / "results").rglob("*.*")}
     made = {str(path.relative_to(root / "report")) for path in (root / "report").rglob("*.*")}
@@ -503,7 +503,7 @@ def test_the_commits_and_machines_named_are_those_of_the_evaluations(root):
     assert "Measured on 8 CPU cores (M3); NVIDIA A100, 64 CPU cores (EPYC), commit abc, def." in page
 
 
-def test_what_an_earlier_run_left_is_not_published_and_what_is_not_ours_stays(root, tmp_path):
+def test_files_of_an_earlier_run_are_removed_and_other_files_stay(root, tmp_path):
     for folder in (root / "report", tmp_path / "published"):
         for name in ("tables/old.md", "tables/old.tex", "figures/old.png", "figures/old.svg", "tables/mine.ods"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -515,7 +515,7 @@ def test_what_an_earlier_run_left_is_not_published_and_what_is_not_ours_stays(ro
         assert (folder / "tables" / "losses.md").exists()
 
 
-def test_two_drafters_of_one_loss_and_seed_are_no_two_seeds(root):
+def test_two_drafters_of_one_loss_and_seed_are_separate_series(root):
     evaluation(root, "b-kld-seed1", "kld", 1)
     assert [one.series for one in read_evaluations(root / "evaluate")] == [
         "pretrained",

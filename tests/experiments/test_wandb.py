@@ -1,4 +1,4 @@
-"""What an offline run tells Weights & Biases, read back by its own tool."""
+"""Read back what an offline run records in Weights & Biases, with the tool `wandb leet inspect`."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ WANDB = Path(sys.executable).parent / "wandb"
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
-    """Two seeds of a loss, with everything that was recorded of them: name -> the lines of `wandb leet inspect`."""
+    """Finetune with two seeds, and return what each recorded: seed -> the lines of `wandb leet inspect`."""
     overrides, root = world
     folder = tmp_path_factory.mktemp("wandb")
     found = {}
@@ -41,13 +41,13 @@ def runs(world, tmp_path_factory):
 
 
 def records(log):
-    """What an offline run has recorded, in order."""
+    """Return what an offline run has recorded, in order."""
     read = subprocess.run([WANDB, "leet", "inspect", "--json", str(log)], capture_output=True, text=True)
     assert read.returncode == 0, read.stderr
     return [json.loads(line) for line in read.stdout.splitlines()]
 
 
-def test_a_run_that_goes_on_is_one_run_that_has_each_step_once(world, tmp_path, monkeypatch):
+def test_a_resumed_stage_is_one_run_in_which_each_step_is_logged_once(world, tmp_path, monkeypatch):
     overrides, root = world
     monkeypatch.setenv("WANDB_MODE", "offline")
 
@@ -58,7 +58,7 @@ def test_a_run_that_goes_on_is_one_run_that_has_each_step_once(world, tmp_path, 
     kept = [part for part in overrides if part != "logger=csv" and not part.startswith("root=")]
     inputs = [f"inputs.{name}={root}/{name}" for name in ("data", "drafter", "responses", "cache")]
     command = [*kept, *inputs, f"root={tmp_path}", f"out={tmp_path}/out", "loss=kld", "finetune.max_steps=25"]
-    command.append("finetune.validate_every=8")  # step 9, of the loss, is done again
+    command.append("finetune.validate_every=8")  # so that step 9, which logs the loss, is repeated
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power failed"):  # noqa: PT012
         patch.setattr(Resuming, "on_train_batch_end", fail, raising=False)
         stage("finetune", command)
@@ -77,13 +77,13 @@ def test_a_run_that_goes_on_is_one_run_that_has_each_step_once(world, tmp_path, 
     assert not [name for name in manifest["files"] if "wandb" in name]
 
 
-def test_the_seeds_of_a_loss_share_a_group_and_losses_can_be_told_apart(runs):
+def test_each_seed_records_its_name_its_loss_and_its_stage(runs):
     for seed, text in runs.items():
         assert f"kld-seed{seed}" in text
         run = next(json.loads(line) for line in text.splitlines() if '"run_group"' in line or '"runGroup"' in line)
-        told = json.dumps(run)
+        recorded = json.dumps(run)
         for part in ('"kld"', '"finetune"', '"smoke"'):
-            assert part in told
+            assert part in recorded
 
 
 def test_the_common_yardsticks_are_recorded(runs):
