@@ -6,6 +6,8 @@ import socket
 import time
 from pathlib import Path
 
+import pytest
+
 from drafter.ranks import deal, join, wait_for_all
 from tests.training.test_faults import FORKED
 
@@ -26,6 +28,7 @@ def take(rank, port, folder):
     wait_for_all()
 
 
+@pytest.mark.end_to_end
 def test_a_slow_rank_takes_fewer_numbers_and_each_number_is_taken_once(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -212,9 +212,10 @@ def describe_responses(config: dict[str, Any]) -> dict[str, str]:
     if not (manifest := manifest_of(folder)):
         return {}
     counts = manifest["counts"]
-    size = f"{counts['written']} responses"
     if manifest["stage"] == "cache":
         size = f"{counts['rows']} responses of {counts['tokens']} tokens"
+    else:
+        size = f"{counts['written']} responses"
     how = config["distillation"]
     return {"responses": f"{size}, written by: {how['by']}, at temperatures {how['temperatures']}"}
 

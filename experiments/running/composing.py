@@ -78,8 +78,8 @@ def concerning(name: str, arguments: list[str]) -> list[str]:
 def override(key: str, value: Any) -> str:
     r"""Return an override that gives a key this value, quoted for Hydra's grammar.
 
-    >>> override("out", "runs/it's [1]")
-    "out='runs/it\\\\'s [1]'"
+    >>> print(override("out", "runs/it's [1]"))
+    out='runs/it\'s [1]'
     """
     return f"{key}={in_grammar(value)}"
 
@@ -106,15 +106,14 @@ def quoted(value: str) -> str:
 
 
 def input_key(argument: str) -> str:
-    """`inputs.cache=null` -> cache"""
+    """Return the name of the input that an override sets: "cache" of `inputs.cache=null`."""
     return re.split(r"[.=]", argument.lstrip("+~"))[1]
 
 
 def gather_stage_overrides(name: str, overrides: list[str]) -> list[str]:
     """Return the overrides of conf/<name>.yaml, with all others, those of the stages, as the value of stage_overrides.
 
-    >>> gather_stage_overrides("pipeline", ["seeds=[1]", "respond.top_p=0.9"])  # doctest: +SKIP
-    ['seeds=[1]', "stage_overrides=['respond.top_p=0.9']"]
+    Of the pipeline's `seeds=[1] respond.top_p=0.9`, it makes `seeds=[1] stage_overrides=['respond.top_p=0.9']`.
     """
     known = {"hydra", *config_keys(name).settings}
     own = [argument for argument in overrides if first_key(argument) in known]

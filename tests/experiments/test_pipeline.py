@@ -311,6 +311,7 @@ def test_the_check_of_pretrain_refuses_drafters_that_cannot_be_trained(tmp_path,
         import_module("experiments.pretrain").check(cfg)
 
 
+@pytest.mark.end_to_end
 def test_a_refusal_is_one_line_on_the_command_line(tmp_path):
     command = [sys.executable, "-m", "experiments.pipeline", f"root={tmp_path}", "scale=smoke", "respond.top_p=2"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -319,6 +320,7 @@ def test_a_refusal_is_one_line_on_the_command_line(tmp_path):
     assert result.stderr.startswith("error: respond.top_p is 2, must be above 0, at most 1")
 
 
+@pytest.mark.end_to_end
 def test_two_processes_that_share_an_evaluation_give_the_counts_of_one_process(world, tmp_path):
     overrides, root = world
     shutil.copytree(root, tmp_path / "root")

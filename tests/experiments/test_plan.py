@@ -274,6 +274,7 @@ def test_the_scale_page_has_commands_with_each_launcher():
     assert len(commands()) > 15
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_of_the_scale_page_runs_dry(words, mirror, tmp_path, capsys, monkeypatch):
     if words[0] == "make":

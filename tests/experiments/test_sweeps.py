@@ -119,6 +119,7 @@ def test_a_sweep_over_any_key_has_one_directory_per_cell(sweep, params, names):
     assert one != two  # the swept values are part of a cell's identity
 
 
+@pytest.mark.end_to_end
 def test_a_sweep_over_two_keys_has_a_directory_and_a_wandb_run_per_cell_and_repeats_none(sweep, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     runs, settings = [], recording.run_settings
