@@ -19,7 +19,7 @@ from drafter.data.prompts import encode_prompt
 from drafter.decoding.decoders import Compiled
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import load_target, load_tokenizer
 from drafter.warping import Sampling
 

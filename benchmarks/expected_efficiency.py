@@ -24,7 +24,7 @@ from drafter.data.target_cache import ExactFormat, restore, target_at, write_cac
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import speculative_decode
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import hidden_states
 from drafter.models.loading import load_target, load_tokenizer
 from drafter.warping import Sampling

@@ -13,7 +13,7 @@ import torch
 from drafter.artifacts.manifest import read_jsonl
 from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.data.prompts import encode_prompt
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import load_target, load_tokenizer
 
 TARGET, DATA, COUNT, LENGTH, REPEATS = "assets/tiny-target", "runs/tiny/data", 256, 64, 3

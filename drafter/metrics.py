@@ -126,9 +126,9 @@ def memory_bound_speedup(block_efficiency: float, size_ratio: float, num_specula
     2.19
 
     Args:
-        block_efficiency: tau.
+        block_efficiency: tau, the mean number of tokens per call of the target.
         size_ratio: c, the drafter's number of parameters divided by the target's.
-        num_speculative_tokens: gamma, or its mean where it differs by block.
+        num_speculative_tokens: gamma, or its mean if it varies from block to block.
     """
     return block_efficiency / (size_ratio * num_speculative_tokens + 1)
 

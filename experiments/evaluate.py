@@ -19,7 +19,7 @@ from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.evaluation import as_text, decode
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length
 from drafter.decoding.speculative import speculative_decode
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.inspection import num_parameters
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer

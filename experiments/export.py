@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from drafter.artifacts.manifest import Stage, is_record, sha256
 from drafter.models.compatibility import Difference, check_pair, drafter_source, resize_vocabulary
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.initialization import special_ids
 from drafter.models.loading import load_model, load_tokenizer, vocabulary_width

@@ -22,7 +22,7 @@ from drafter.decoding.expected_efficiency import acceptance_of_written, expected
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.decoding.timings import measure_call_timings
 from drafter.metrics import Counts, count, estimate
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from experiments.reporting.figures import draw_gammas
 from experiments.reporting.gamma_page import GammaRow, gamma_page

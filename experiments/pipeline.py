@@ -85,7 +85,10 @@ def check(jobs: list[Job]) -> None:
 
 
 def run(job: Job, evaluate_ranks: int = 1) -> None:
-    """Run one stage as its own command line would; with `evaluate_ranks` above 1, evaluate in that many processes."""
+    """Run one stage exactly as its own command would.
+
+    If `evaluate_ranks` is above 1, an evaluation runs in that many processes.
+    """
     HydraConfig.instance().cfg = job.hydra
     if job.stage == "evaluate" and evaluate_ranks > 1 and not job.cfg.dry_run and evaluate.is_pending(job.cfg):
         overrides = [*job.hydra.hydra.overrides.task, override("drafters", list(job.cfg.drafters))]

@@ -20,7 +20,7 @@ from drafter.artifacts.rows import Rows
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.evaluation import Task, decode
 from drafter.metrics import Counts, Estimate, estimate, memory_bound_speedup, paired_difference
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_parameters, vocabulary_rows
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from drafter.models.trimming import most_used, read_kept, trim, write_kept

@@ -34,7 +34,7 @@ def process() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of the checkout that contains this file; "unknown" without git or outside a repository."""
+    """Return the commit hash of the checkout that contains this file; "unknown" without git or outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)

@@ -31,7 +31,10 @@ def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that no text may produce. The id of unknown words is not among them: plain text has it too."""
+    """Return the ids of the control tokens, which the encoding of plain text must never contain.
+
+    The id of unknown words is excluded, because plain text can be encoded to it too.
+    """
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
 

@@ -87,11 +87,11 @@ def check_can_decode(config: Any) -> None:
 
 
 def check_side_by_side(model: PreTrainedModel, capacity: int) -> None:
-    """Refuse a model that a RaggedDecoder cannot decode sequences of up to `capacity` tokens with.
+    """Check that a RaggedDecoder can use the model to decode several sequences of up to `capacity` tokens side by side.
 
     Raises:
-        ValueError: its cache cannot discard a rejected draft; it has a sliding window shorter than the capacity; or it
-            computes other logits from explicit masks and positions than from its default ones (ALiBi, for example).
+        ValueError: its cache cannot discard a rejected draft; it has a sliding window shorter than the capacity; or its
+            logits change when masks and positions are passed explicitly (with ALiBi, for example).
     """
     check_decodes(model)
     if not _accepts_positions(model):

@@ -91,7 +91,7 @@ Target = torch.Tensor | Sparse  # logits (N, V), or a sparse distribution
 
 
 def most_likely(target: Target) -> torch.Tensor:
-    """Return the target's argmax, shape (N,)."""
+    """Return the target's most likely token at each of the N positions, shape (N,)."""
     return target.ids_NK[:, 0] if isinstance(target, Sparse) else target.argmax(-1)
 
 

@@ -154,7 +154,13 @@ def check_seed(cfg: DictConfig) -> None:
 
 @contextlib.contextmanager
 def exit_in_one_line(module: str) -> Iterator[None]:
-    """Exit with one line after an interruption or an error that the user can correct. Bugs keep their traceback."""
+    """Turn an interruption, or an error that the user can correct, into one line of output and an exit.
+
+    Every other exception is a bug and keeps its traceback.
+
+    Args:
+        module: the command's module, for the line that says how to continue after an interruption.
+    """
     for stream in (sys.stdout, sys.stderr):  # independent of the locale; the bytes of a path may not be UTF-8
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ from drafter.data.files import find_files
 from drafter.data.prompts import check_embedding, encode_prompt
 from drafter.data.selection import read_instructions
 from drafter.data.sources import Source, entries
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_parameters
 from drafter.models.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
 from experiments.running.choosing import choose_instructions, choose_prompts

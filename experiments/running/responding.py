@@ -21,7 +21,7 @@ from drafter.data.engines import (
 from drafter.data.prompts import encode_prompt, encode_text
 from drafter.data.responses import plan, schema, shards, write_responses
 from drafter.data.selection import read_instructions
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.loading import Model, ModelSource, context_limit, load_target, load_tokenizer, vocabulary_width
 from drafter.models.sharding import check_parallel

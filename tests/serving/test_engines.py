@@ -20,7 +20,7 @@ from drafter.data.prompts import encode_prompt
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.models.compatibility import load_drafter
-from drafter.models.ends import end_of_turn_ids
+from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import load_target, load_tokenizer
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent

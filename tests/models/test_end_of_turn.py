@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from drafter.models.ends import end_of_turn_ids, template_end
+from drafter.models.end_of_turn import end_of_turn_ids, template_end
 from drafter.models.loading import load_tokenizer
 from experiments.tiny_target import train_tokenizer
 from tests.conftest import save_target
@@ -103,5 +103,5 @@ def test_a_model_without_an_end_gets_one_warning(tmp_path, caplog):
     tokenizer = load_tokenizer(str(tmp_path))
     tokenizer.eos_token = None
     assert end_of_turn_ids(str(tmp_path), tokenizer) == []
-    assert [record.levelname for record in caplog.records if record.name == "drafter.models.ends"] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if record.name == "drafter.models.end_of_turn"] == ["WARNING"]
     assert f"nothing ends a response of {tmp_path}" in caplog.text
