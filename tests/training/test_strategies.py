@@ -57,7 +57,7 @@ def alone(world, tmp_path_factory):
         key = tuple(extra)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("alone") / "out"
-            run(sys.executable, "-m", "experiments.finetune", *overrides, *STEPS, *extra, f"out={made[key]}")
+            stage("finetune", [*overrides, *STEPS, *extra, f"out={made[key]}"])
         return made[key]
 
     return run_of
@@ -126,9 +126,9 @@ def test_two_ranks_share_one_target_and_generate_as_one_process(world, tmp_path)
     overrides = [*overrides, f"target.path={tmp_path}/target", f"++inputs.data={root}/data"]
     steps = {"respond": [], "cache": [f"inputs.responses={tmp_path}/respond-one"]}
     for name, extra in steps.items():
-        command = ["-m", f"experiments.{name}", *overrides, *extra]
-        run(sys.executable, *command, f"out={tmp_path}/{name}-one")
-        run(*TORCHRUN, *command, f"out={tmp_path}/{name}-two", "target.parallel=tensor")
+        stage(name, [*overrides, *extra, f"out={tmp_path}/{name}-one"])
+        split = [f"out={tmp_path}/{name}-two", "target.parallel=tensor"]
+        run(*TORCHRUN, "-m", f"experiments.{name}", *overrides, *extra, *split)
     one, two = (Rows(tmp_path / f"respond-{name}", "respond") for name in ("one", "two"))
     assert [row["response_ids"].tolist() for row in two] == [row["response_ids"].tolist() for row in one]
     counts = (read_manifest(tmp_path / f"cache-{name}", "cache")["counts"] for name in ("one", "two"))
@@ -137,16 +137,15 @@ def test_two_ranks_share_one_target_and_generate_as_one_process(world, tmp_path)
     for expected, found in zip(one, two, strict=True):
         expected, found = (restore(row, rows.schema).float() for row, rows in ((expected, one), (found, two)))
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)  # stored in bfloat16
-    sparse = ["-m", "experiments.cache", *overrides, *steps["cache"], "cache=sparse", "cache.format.num_samples=8"]
-    sparse += ["cache.format.top_k=4"]
-    run(sys.executable, *sparse, f"out={tmp_path}/sparse-one")
-    run(*TORCHRUN, *sparse, f"out={tmp_path}/sparse-two", "target.parallel=tensor")
+    sparse = [*overrides, *steps["cache"], "cache=sparse", "cache.format.num_samples=8", "cache.format.top_k=4"]
+    stage("cache", [*sparse, f"out={tmp_path}/sparse-one"])
+    run(*TORCHRUN, "-m", "experiments.cache", *sparse, f"out={tmp_path}/sparse-two", "target.parallel=tensor")
     one, two = (Rows(tmp_path / f"sparse-{name}", "cache") for name in ("one", "two"))
     for expected, found in zip(one, two, strict=True):
         assert found["ids"].tolist() == expected["ids"].tolist()
-    evaluate = ["-m", "experiments.evaluate", *overrides, f"drafters=[{root}/drafter]"]
-    run(sys.executable, *evaluate, f"out={tmp_path}/evaluate-one")
-    run(*TORCHRUN, *evaluate, f"out={tmp_path}/evaluate-two", "target.parallel=tensor")
+    evaluate = [*overrides, f"drafters=[{root}/drafter]"]
+    stage("evaluate", [*evaluate, f"out={tmp_path}/evaluate-one"])
+    run(*TORCHRUN, "-m", "experiments.evaluate", *evaluate, f"out={tmp_path}/evaluate-two", "target.parallel=tensor")
     one, two = (read_jsonl(tmp_path / f"evaluate-{name}" / "drafter" / "counts.jsonl") for name in ("one", "two"))
     for field in ("tokens", "target_calls", "accepted"):
         assert [row[field] for row in two] == [row[field] for row in one]
