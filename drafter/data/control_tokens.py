@@ -7,16 +7,18 @@ tokenizer does not mark as special (in some, <think>) are ordinary tokens and ar
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-MARK = "\ue000message\ue000"  # replaces the message in a rendered template; no real text has private-use characters
+from drafter.data.conversations import UnusableConversation
+
+MARK = "\ue000{}\ue000"  # stands for a message's content in a rendered template; no text has private-use characters
 NEUTRAL = "What is it?"  # a message without control tokens
 ANCHORS = ("", "\n", ".", "a")  # texts to put before a piece, so that it is not encoded as the beginning of a text
 
 
-class ControlTokenError(ValueError):
+class ControlTokenError(UnusableConversation):
     """A text spells out a control token that the tokenizer cannot encode as text."""
 
 
@@ -50,27 +52,36 @@ def encode_as_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_to
     return _require_controls(tokenizer, text, list(encoded["input_ids"]), added)
 
 
-def encode_in_template(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """Encode the chat template around a message that spells out control tokens.
+def encode_in_template(
+    tokenizer: PreTrainedTokenizerBase, contents: list[str], render: Callable[[list[str]], str]
+) -> list[int]:
+    """Encode the chat template around contents of messages that spell out control tokens.
 
     The rendered text is split at the control tokens of the template, as the tokenizer splits it, and the pieces between
     them are encoded as text. Some tokenizers encode the beginning of a text differently, so a piece may need an anchor
-    before it. The anchor is the first one with which a neutral message gets the ids of the plain call.
+    before it. The anchor is the first one with which neutral contents get the ids of the plain call.
+
+    Args:
+        tokenizer: the tokenizer.
+        contents: the contents that spell out control tokens.
+        render: contents -> the text of the chat template with them.
 
     Raises:
-        ControlTokenError: the template changes the message, or no anchor reproduces the ids of the plain call.
+        ControlTokenError: the template changes a content, or no anchor reproduces the ids of the plain call.
     """
-    neutral = list(tokenizer(_render(tokenizer, NEUTRAL), add_special_tokens=False)["input_ids"])
+    neutral = [NEUTRAL] * len(contents)
+    plain = list(tokenizer(render(neutral), add_special_tokens=False)["input_ids"])
     for anchor in ANCHORS:
-        if _encode_pieces(tokenizer, NEUTRAL, anchor) == neutral:
-            return _require_controls(tokenizer, message, _encode_pieces(tokenizer, message, anchor), neutral)
-    raise ControlTokenError(f"the tokenizer cannot encode the template and the message apart: {message[:80]!r}")
+        if _encode_pieces(tokenizer, _pieces(tokenizer, neutral, render), anchor) == plain:
+            ids = _encode_pieces(tokenizer, _pieces(tokenizer, contents, render), anchor)
+            return _require_controls(tokenizer, contents[0], ids, plain)
+    raise ControlTokenError(f"the tokenizer cannot encode the template and the message apart: {contents[0][:80]!r}")
 
 
-def _encode_pieces(tokenizer: PreTrainedTokenizerBase, message: str, anchor: str) -> list[int]:
+def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]], anchor: str) -> list[int]:
     """Return the ids of the template's control tokens and of the pieces of text between them."""
     ids: list[int] = []
-    for piece, is_control in _pieces(tokenizer, message):
+    for piece, is_control in pieces:
         if is_control:
             ids.append(int(tokenizer.convert_tokens_to_ids(piece.strip())))
         elif piece:
@@ -87,27 +98,29 @@ def _encode_after(tokenizer: PreTrainedTokenizerBase, text: str, anchor: str) ->
     return list(joined[len(head) :]) if joined[: len(head)] == head else []
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, message: str) -> list[tuple[str, bool]]:
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, contents: list[str], render: Callable[[list[str]], str]
+) -> list[tuple[str, bool]]:
     """Split the rendered template into pieces: (text, False) or (a control token of the template, True)."""
-    frame, full_text = _render(tokenizer, MARK).split(MARK), _render(tokenizer, message)
-    content = next((one for one in (message, message.strip()) if one.join(frame) == full_text), None)
-    if content is None:
-        raise ControlTokenError(f"the chat template changes the message that it is given: {message[:80]!r}")
+    frame = re.split(MARK.format(r"(\d+)"), render([MARK.format(number) for number in range(len(contents))]))
+    full_text, end = render(contents), 0
     pattern, text, pieces = control_pattern(tokenizer), "", []
     for number, part in enumerate(frame):
-        text += content if number else ""
-        for position, piece in enumerate(pattern.split(part)):
+        if number % 2:  # the number of a content, which the template may have stripped
+            content = contents[int(part)]
+            part = content if full_text.startswith(content + frame[number + 1], end) else content.strip()
+        if not full_text.startswith(part, end):
+            raise ControlTokenError(f"the chat template changes the message that it is given: {contents[0][:80]!r}")
+        end += len(part)
+        for position, piece in enumerate([part] if number % 2 else pattern.split(part)):
             if position % 2:
                 pieces += [(text, False), (piece, True)]
                 text = ""
             else:
                 text += piece
+    if end != len(full_text):
+        raise ControlTokenError(f"the chat template changes the message that it is given: {contents[0][:80]!r}")
     return [*pieces, (text, False)]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
-    turns = [{"role": "user", "content": message}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def _require_controls(

@@ -15,7 +15,8 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from drafter.data.batches import by_budget
-from drafter.models.loading import Model, ModelSource, load_generation_config
+from drafter.models.loading import load_generation_config
+from drafter.models.source import Model, ModelSource
 
 # Fields of a generation config that do not affect sampling. `end_of_turn_ids` decides where a response ends.
 NEUTRAL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "transformers_version"}

@@ -1,12 +1,17 @@
-"""Encode user messages as token ids in the target's chat template.
+"""Encode conversations as token ids in the target's chat template, as engines send them to it.
 
 Everything downstream derives the response mask from the number of these ids and never tokenizes the text again: the
 tokens of a response are the ones that the target generated after them.
 """
 
+from collections.abc import Mapping
+
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from drafter.data.control_tokens import NEUTRAL, control_ids, control_pattern, encode_as_text, encode_in_template
+from drafter.data.conversations import Conversation, UnusableConversation
+from drafter.models.source import TemplateSettings
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -15,24 +20,98 @@ CHATML = (
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """Return the ids that the target continues: its chat template with the message as the user's turn.
+    """Return the ids that the target continues after a single message of the user; see `encode_conversation`."""
+    return encode_conversation(tokenizer, Conversation([{"role": "user", "content": message}]))
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_generation_prompt: bool = True
+) -> list[int]:
+    """Return the ids of a conversation in the target's chat template.
 
     A tokenizer without a chat template belongs to a base model, whose prompt is the message itself. Control tokens that
-    the message spells out are encoded as text.
+    a message spells out are encoded as text.
+
+    Args:
+        tokenizer: the target's, as `loading.load_tokenizer` returns it: with the settings of its template.
+        conversation: the messages and tools.
+        add_generation_prompt: end with the beginning of the assistant's answer.
 
     Raises:
-        ControlTokenError: the tokenizer cannot encode them as text.
+        ControlTokenError: the tokenizer cannot encode the control tokens as text.
+        UnusableConversation: the template refuses the conversation, or leaves out a part of it.
     """
-    has_control_tokens = control_pattern(tokenizer).search(message) is not None
+    pattern, contents = control_pattern(tokenizer), [message["content"] for message in conversation.messages]
+    spelling = [number for number, content in enumerate(contents) if pattern.search(content)]
     if tokenizer.chat_template is None:
-        if has_control_tokens:
-            return encode_as_text(tokenizer, message, add_special_tokens=True)
-        return list(tokenizer(message)["input_ids"])
-    if has_control_tokens:
-        return encode_in_template(tokenizer, message)
-    turns = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(conversation.messages) > 1 or conversation.tools:
+            raise UnusableConversation("more than one message, and the tokenizer has no chat template")
+        if spelling:
+            return encode_as_text(tokenizer, contents[0], add_special_tokens=True)
+        return list(tokenizer(contents[0])["input_ids"])
+    text = render(tokenizer, conversation, add_generation_prompt)
+    check_rendered(tokenizer, conversation, add_generation_prompt, text)
+    if not spelling:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def render_with(given: list[str]) -> str:
+        return render(tokenizer, conversation, add_generation_prompt, dict(zip(spelling, given, strict=True)))
+
+    return encode_in_template(tokenizer, [contents[number] for number in spelling], render_with)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    add_generation_prompt: bool = True,
+    contents: Mapping[int, str] | None = None,
+) -> str:
+    """Return the text of the chat template.
+
+    Args:
+        tokenizer: the target's.
+        conversation: the messages and tools.
+        add_generation_prompt: end with the beginning of the assistant's answer.
+        contents: number of a message -> the content that takes the place of its own.
+
+    Raises:
+        UnusableConversation: the template refuses the conversation.
+    """
+    replaced = contents or {}
+    messages = [
+        {**message, "content": replaced[number]} if number in replaced else message
+        for number, message in enumerate(conversation.messages)
+    ]
+    settings: TemplateSettings = getattr(tokenizer, "template_settings", TemplateSettings())
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=conversation.tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=settings.strftime,
+            **settings.arguments(),
+        )
+    except (TemplateError, TypeError, ValueError) as problem:
+        raise UnusableConversation(f"the chat template refuses the conversation: {problem}") from None
+    return str(text)
+
+
+def check_rendered(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_generation_prompt: bool, text: str
+) -> None:
+    """Refuse a conversation of which the rendered text lacks a message or the tools.
+
+    An assistant's message is not looked for, because templates rewrite it, for example without its thinking.
+
+    Raises:
+        UnusableConversation: the template leaves something out.
+    """
+    for message in conversation.messages:
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            raise UnusableConversation(f"the chat template leaves out a message of the {message['role']}")
+    if conversation.tools and text == render(tokenizer, conversation._replace(tools=None), add_generation_prompt):
+        raise UnusableConversation("the chat template has no place for tools")
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.models.inspection import vocabulary_rows
-from drafter.models.loading import Model, ModelSource, context_limit, load_model, load_tokenizer, vocabulary_width
+from drafter.models.loading import context_limit, load_model, load_tokenizer, vocabulary_width
+from drafter.models.source import Model, ModelSource
 from drafter.models.trimming import read_kept, trim
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import logging
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from drafter.models.loading import Model, ModelSource, load_config, load_generation_config, vocabulary_width
+from drafter.models.loading import load_config, load_generation_config, vocabulary_width
+from drafter.models.source import Model, ModelSource
 
 log = logging.getLogger(__name__)
 CONTENT = "QXZ content QXZ"  # the content of a turn, which no template contains itself

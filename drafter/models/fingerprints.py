@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from drafter.artifacts.manifest import MANIFEST, STARTED, digest, sha256
 from drafter.artifacts.storage import local_directory, write_file
-from drafter.models.loading import Model, ModelSource, hub_commit
+from drafter.models.source import Model, ModelSource, TemplateSettings, hub_commit
 
 # All files that loading a model may read: weights in any format, configs, tokenizers, templates, and code.
 CONTENT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
@@ -32,9 +32,12 @@ def model_fingerprint(model: Model) -> str:
 
 
 def tokenizer_fingerprint(model: Model) -> str:
-    """Return 16 hexadecimal digits that identify a model's tokenizer and chat template; see `model_fingerprint`."""
-    kinds = {".jinja", ".tiktoken"}
-    return _files_digest(model, lambda file: file.name in TOKENIZER or file.suffix in kinds or _is_tokenizer_code(file))
+    """Return 16 hexadecimal digits that identify a model's tokenizer, its chat template and how that is rendered."""
+    kinds, template = {".jinja", ".tiktoken"}, ModelSource.from_model(model).template
+    files = _files_digest(
+        model, lambda file: file.name in TOKENIZER or file.suffix in kinds or _is_tokenizer_code(file)
+    )
+    return files if template == TemplateSettings() else digest({"files": files, "template": list(template)})
 
 
 def file_checksum(path: Path) -> str:

@@ -1,17 +1,9 @@
-"""Load a model's tokenizer, config and weights from a local directory or from the hub.
-
-A `ModelSource` says where a model is and how it is loaded. Each function here takes a `ModelSource`, or a path or hub
-name, which is a source with default settings.
-"""
+"""Load a model's tokenizer, config and weights from a local directory or from the hub."""
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,89 +20,33 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
-from drafter.artifacts.storage import local_directory
+from drafter.models.source import Model, ModelSource, existing, named
 
 CHECKSUM_ROWS = 4096  # rows of an embedding that are converted to float32 at once
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the types of unquantised weights
 
 
-class ModelSource(NamedTuple):
-    """The location of a model, and how it is loaded.
-
-    Attributes:
-        path: a local directory, or a name on the hub.
-        revision: branch, tag or commit of a hub model. None means its main branch.
-        dtype: the type of the loaded weights, e.g. "float32".
-        trust_remote_code: whether code that comes with the model may be run.
-        parallel: how the weights are split over ranks: "tensor", "fsdp" or None.
-    """
-
-    path: str
-    revision: str | None = None
-    dtype: str = "float32"
-    trust_remote_code: bool = False
-    parallel: str | None = None
-
-    @classmethod
-    def from_model(cls, model: "str | Path | ModelSource") -> "ModelSource":
-        """Return a source as it is, or a path as a source with default settings."""
-        return model if isinstance(model, ModelSource) else cls(str(model))
-
-    def where(self) -> dict[str, Any]:
-        """Return the arguments that every `from_pretrained` of transformers takes.
-
-        Raises:
-            OSError: the path looks like a local one, and the directory does not exist.
-        """
-        return {
-            "pretrained_model_name_or_path": _existing(self.path),
-            "revision": hub_commit(self),
-            "trust_remote_code": self.trust_remote_code,
-        }
-
-
-Model = str | Path | ModelSource
-
-
-@lru_cache
-def hub_commit(source: ModelSource) -> str | None:
-    """Return the commit of a hub model's revision, or None for a local model.
-
-    The result is cached for the lifetime of the process, so that all files are read at the same commit.
-
-    Raises:
-        OSError: the hub cannot be reached, and the model is not in the local cache either.
-    """
-    if local_directory(source.path):
-        return None
-    if re.fullmatch("[0-9a-f]{40}", source.revision or ""):
-        return source.revision
-    with _named(source.path):
-        file = cached_file(_existing(source.path), "config.json", revision=source.revision)
-    commit: str | None = extract_commit_hash(file, None)
-    return commit or source.revision
-
-
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model."""
+    """Load the tokenizer of a model. Its attribute `template_settings` says how its chat template is rendered."""
     source = ModelSource.from_model(model)
-    with _named(source.path):
-        return AutoTokenizer.from_pretrained(**source.where())
+    with named(source.path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source.where())
+    tokenizer.template_settings = source.template
+    return tokenizer
 
 
 def load_config(model: Model) -> Any:
     """Load the config of a model."""
     source = ModelSource.from_model(model)
-    with _named(source.path):
+    with named(source.path):
         return AutoConfig.from_pretrained(**source.where())
 
 
 def load_model(model: Model, **options: Any) -> PreTrainedModel:
     """Load a causal LM with trainable weights."""
     source = ModelSource.from_model(model)
-    with _named(source.path):
+    with named(source.path):
         loaded = AutoModelForCausalLM.from_pretrained(**source.where(), dtype=getattr(torch, source.dtype), **options)
     return loaded.train()
 
@@ -202,7 +138,7 @@ def load_generation_config(model: Model) -> GenerationConfig | None:
     """Load a model's generation_config.json. Return None if it has none."""
     source = ModelSource.from_model(model)
     try:
-        return GenerationConfig.from_pretrained(_existing(source.path), revision=source.revision)
+        return GenerationConfig.from_pretrained(existing(source.path), revision=source.revision)
     except OSError:
         return None
 
@@ -236,7 +172,7 @@ def _stored(source: ModelSource, names: list[str]) -> dict[str, torch.Tensor]:
 
     def local_file(name: str) -> str | None:
         path: str | None = cached_file(
-            _existing(source.path),
+            existing(source.path),
             name,
             revision=source.revision,
             _raise_exceptions_for_missing_entries=False,
@@ -259,21 +195,3 @@ def _stored(source: ModelSource, names: list[str]) -> dict[str, torch.Tensor]:
             if name in weights.keys():  # noqa: SIM118, it is not a dictionary
                 tensors[name] = weights.get_tensor(name)
     return tensors
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Add the model's name to an OSError of transformers or of the hub's client."""
-    try:
-        yield
-    except OSError as problem:
-        raise OSError(f"cannot load '{path}', as a local directory or from the hub: {problem}") from problem
-
-
-def _existing(path: str) -> str:
-    """Return a local directory or a hub name. Raise on a path that looks local but does not exist."""
-    if local := local_directory(path):
-        return str(local)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise OSError("the directory does not exist")
-    return path

@@ -1,5 +1,6 @@
 """Turn config sections into objects of the library, claim output directories and check inputs."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from drafter.artifacts.manifest import Stage, fingerprint, read_manifest, requir
 from drafter.models.compatibility import load_drafter
 from drafter.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from drafter.models.initialization import build_drafter, special_ids
-from drafter.models.loading import ModelSource, vocabulary_width
+from drafter.models.loading import vocabulary_width
+from drafter.models.source import ModelSource, TemplateSettings
 
 
 def plain(section: Any) -> Any:
@@ -22,7 +24,9 @@ def plain(section: Any) -> Any:
 
 def target_source(cfg: DictConfig) -> ModelSource:
     """Return where the target is and how it is loaded."""
-    return ModelSource(**plain(cfg.target))
+    settings = plain(cfg.target)
+    kwargs, date = settings.pop("template_kwargs"), settings.pop("template_date")
+    return ModelSource(**settings, template=TemplateSettings(json.dumps(kwargs, sort_keys=True), date))
 
 
 def claim(

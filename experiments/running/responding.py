@@ -23,8 +23,9 @@ from drafter.data.responses import plan, schema, shards, write_responses
 from drafter.data.selection import read_instructions
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
-from drafter.models.loading import Model, ModelSource, context_limit, load_target, load_tokenizer, vocabulary_width
+from drafter.models.loading import context_limit, load_target, load_tokenizer, vocabulary_width
 from drafter.models.sharding import check_parallel
+from drafter.models.source import Model, ModelSource
 from drafter.ranks import Ranks, join, wait_for_all
 from experiments.running.inputs import (
     claim,

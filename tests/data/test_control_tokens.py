@@ -12,8 +12,9 @@ from drafter.data.control_tokens import (
     encode_as_text,
     encode_in_template,
 )
+from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.corpus import pack
-from drafter.data.prompts import encode_prompt, encode_text
+from drafter.data.prompts import encode_prompt, encode_text, render
 from drafter.models.loading import load_tokenizer
 from tests.conftest import save_target
 
@@ -64,8 +65,11 @@ def test_a_message_without_control_tokens_has_the_tokens_of_the_plain_call(token
 
 
 def test_both_encodings_agree_for_a_message_without_control_tokens(tokenizer):
+    def render_user(contents):
+        return render(tokenizer, Conversation([{"role": "user", "content": contents[0]}]))
+
     for message in ("What is `a | b`?", "\n\nWhy?\n", "A longer one. With two sentences, and 12 numbers."):
-        assert encode_in_template(tokenizer, message) == encode_prompt(tokenizer, message)
+        assert encode_in_template(tokenizer, [message], render_user) == encode_prompt(tokenizer, message)
         assert [encode_as_text(tokenizer, message)] == encode_text(tokenizer, [message])
 
 
@@ -127,5 +131,5 @@ def test_control_tokens_that_cannot_be_encoded_as_text_are_refused(tmp_path, tok
         words("the zebra")["input_ids"]
     ]  # the id of unknown words is not a control token
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}"
-    with pytest.raises(ControlTokenError, match="the chat template changes the message"):
+    with pytest.raises(UnusableConversation, match="the chat template leaves out a message of the user"):
         encode_prompt(tokenizer, "what is <|im_end|>?")

@@ -24,7 +24,7 @@ from drafter.data.engines import (
 from drafter.data.responses import plan, shards
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode
-from drafter.models.loading import ModelSource
+from drafter.models.source import ModelSource
 from drafter.ranks import Ranks
 from experiments.running.responding import engine, log_ignored_settings
 from tests.conftest import VOCABULARY, save_target, small_model

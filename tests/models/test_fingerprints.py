@@ -5,9 +5,9 @@ import os
 import pytest
 
 from drafter.artifacts.manifest import MANIFEST, STARTED
-from drafter.models import fingerprints, loading
+from drafter.models import fingerprints, source
 from drafter.models.fingerprints import file_checksum, model_fingerprint, tokenizer_fingerprint
-from drafter.models.loading import ModelSource
+from drafter.models.source import ModelSource
 
 
 def model_directory(path, weights=b"w", tokenizer="{}", template="chat"):
@@ -65,11 +65,11 @@ def hub(monkeypatch, tmp_path):
     """Replace the hub by one with a moving branch, and return the list of its commits, the head last."""
     commits = ["a" * 40]
     monkeypatch.setattr(
-        loading, "cached_file", lambda path, name, revision: f"{tmp_path}/{path}/snapshots/{commits[-1]}/{name}"
+        source, "cached_file", lambda path, name, revision: f"{tmp_path}/{path}/snapshots/{commits[-1]}/{name}"
     )
-    loading.hub_commit.cache_clear()
+    source.hub_commit.cache_clear()
     yield commits
-    loading.hub_commit.cache_clear()
+    source.hub_commit.cache_clear()
 
 
 def test_a_hub_model_is_identified_by_name_and_commit(hub):
@@ -77,27 +77,27 @@ def test_a_hub_model_is_identified_by_name_and_commit(hub):
     assert model_fingerprint(ModelSource("owner/model", "a" * 40)) == before  # the same commit, given explicitly
     assert model_fingerprint("owner/other") != before
     assert tokenizer_fingerprint("owner/model") == before
-    loading.hub_commit.cache_clear()  # as in another process, after the branch has moved
+    source.hub_commit.cache_clear()  # as in another process, after the branch has moved
     hub.append("b" * 40)
     assert model_fingerprint("owner/model") != before
 
 
 def test_all_files_of_a_hub_model_are_read_at_one_commit_even_if_its_branch_moves(hub):
-    source = ModelSource("owner/model", "main", trust_remote_code=True)
-    assert source.where() == {
+    model = ModelSource("owner/model", "main", trust_remote_code=True)
+    assert model.where() == {
         "pretrained_model_name_or_path": "owner/model",
         "revision": "a" * 40,
         "trust_remote_code": True,
     }
     hub.append("b" * 40)
-    assert source.where()["revision"] == "a" * 40
+    assert model.where()["revision"] == "a" * 40
 
 
 def test_a_hub_model_that_cannot_be_reached_is_named(monkeypatch):
     def offline(path, name, revision):
         raise OSError("no connection")
 
-    monkeypatch.setattr(loading, "cached_file", offline)
+    monkeypatch.setattr(source, "cached_file", offline)
     with pytest.raises(OSError, match="cannot load 'no/such-model'") as refusal:
         model_fingerprint("no/such-model")
     assert "no connection" in str(refusal.value)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PhiConf
 from drafter.models.initialization import build_drafter, special_ids
 from drafter.models.inspection import check_positions, hidden_states, num_parameters
 from drafter.models.loading import (
-    ModelSource,
     context_length,
     embedding_checksum,
     load_model,
@@ -23,6 +22,7 @@ from drafter.models.loading import (
     meta_model,
     vocabulary_width,
 )
+from drafter.models.source import ModelSource
 from experiments.tiny_target import train_tokenizer
 from tests.families import family
 
