@@ -11,6 +11,7 @@ those of the responses and the cache, which a training run has anyway.
 import argparse
 import tempfile
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 from drafter.artifacts.rows import Rows, finish, write_shard
 from drafter.artifacts.storage import Folder
 from drafter.data.batches import by_budget, collate, next_tokens, response_sequence
+from drafter.data.dialogues import Answered, Turn, rows_of
 from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.data.responses import schema
 from drafter.data.target_cache import ExactFormat, restore, target_at, write_cache
@@ -61,8 +63,11 @@ def count_expected_blocks(target, drafter, cache, sampling, gamma):
 def cached(target, requests, answers, folder):
     """Return the responses with a cache of the target's distributions."""
     generated = [
-        {**request._asdict(), "id": str(number), "response_ids": tokens, "truncated": False}
+        row
         for number, (request, tokens) in enumerate(zip(requests, answers, strict=True))
+        for row in rows_of(
+            Answered(request._replace(id=str(number)), [Turn(request.prompt_ids, tokens)], None, Counter()), []
+        )
     ]
     responses = Folder(f"{folder}/responses")
     write_shard(responses, 0, generated, schema(0.95), {})

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens of the longest one, N predicted positions of the batch, H the target's hidden size.
 """
 
+import itertools
 import math
 from collections.abc import Sequence as Sequences
 from typing import Any, NamedTuple
@@ -35,26 +36,48 @@ class Batch(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """One sample. Its first `num_context` tokens are context and are not predicted."""
+    """One sample.
+
+    Attributes:
+        ids_T: the tokens.
+        num_context: the number of tokens at the beginning that are given and not predicted.
+        is_text: whether it is packed text.
+        cached_N: what is cached of the target at the N predicted tokens.
+        temperature: at which the responses were drawn.
+        turns: in a conversation, the numbers of tokens of its parts: given, predicted, given, predicted, … None means
+            that all tokens after the context are predicted.
+    """
 
     ids_T: np.ndarray
     num_context: int
     is_text: bool
     cached_N: torch.Tensor | Drawn | None = None
     temperature: float = math.nan
+    turns: Sequences[int] | None = None
+
+    def predicted(self) -> list[tuple[int, int]]:
+        """Return the start and end of each part that is predicted.
+
+        >>> Sequence(np.arange(9), 2, False, turns=[2, 3, 1, 3]).predicted()
+        [(2, 5), (6, 9)]
+        """
+        if self.turns is None:
+            return [(self.num_context, len(self.ids_T))]
+        ends = list(itertools.accumulate(self.turns))
+        return list(zip(ends[0::2], ends[1::2], strict=True))
 
 
 def collate(samples: list[Sequence]) -> Batch:
     """Pad samples to the longest one. Padding has the id 0, and the masks exclude it from attention and loss."""
-    length = max(len(sample.ids_T) for sample in samples)
-    input_ids = torch.zeros(len(samples), length, dtype=torch.long)
-    attention = torch.zeros(len(samples), length, dtype=torch.long)
-    mask = torch.zeros(len(samples), length, dtype=torch.bool)
+    shape = len(samples), max(len(sample.ids_T) for sample in samples)
+    input_ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
     for row, sample in enumerate(samples):
-        end = len(sample.ids_T)
-        input_ids[row, :end] = torch.from_numpy(sample.ids_T.astype(np.int64))
-        attention[row, :end] = 1
-        mask[row, sample.num_context - 1 : end - 1] = True
+        length = len(sample.ids_T)
+        input_ids[row, :length] = torch.from_numpy(sample.ids_T.astype(np.int64))
+        attention[row, :length] = 1
+        for start, end in sample.predicted():
+            mask[row, start - 1 : end - 1] = True
     is_text = torch.tensor([sample.is_text for sample in samples])
     millionths = [round(1e6 * sample.temperature) if sample.temperature >= 0 else -1 for sample in samples]
     return Batch(
@@ -106,9 +129,29 @@ def next_tokens(batch: Batch) -> torch.Tensor:
 
 
 def response_sequence(row: dict[str, Any], cached_N: torch.Tensor | Drawn | None = None) -> Sequence:
-    """Return a sample from a row of responses (see responses.COLUMNS), with the prompt as its context."""
-    ids = np.concatenate([row["prompt_ids"], row["response_ids"]])
-    return Sequence(ids, len(row["prompt_ids"]), False, cached_N, row["temperature"])
+    """Return a sample from a row of responses (see responses.COLUMNS), whose responses are predicted.
+
+    Rows that an earlier version wrote have no `turns`: they are a prompt and one response.
+    """
+    prompt_ids, response_ids = row["prompt_ids"], row["response_ids"]
+    turns = [int(length) for length in row.get("turns", (len(prompt_ids), len(response_ids)))]
+    given = np.split(prompt_ids, np.cumsum(turns[0::2])[:-1])
+    generated = np.split(response_ids, np.cumsum(turns[1::2])[:-1])
+    ids = np.concatenate([part for turn in zip(given, generated, strict=True) for part in turn])
+    return Sequence(ids, turns[0], False, cached_N, row["temperature"], turns)
+
+
+def responses_of(mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the row and the number of positions of each response, shapes (R,) and (R,), in row-major order.
+
+    The positions of a response are consecutive. Between two responses of a row there is at least one other position.
+
+    >>> [values.tolist() for values in responses_of(torch.tensor([[0, 1, 1, 0, 1], [0, 0, 1, 0, 0]]).bool())]
+    [[0, 0, 1], [2, 1, 1]]
+    """
+    change_BT = torch.nn.functional.pad(mask_BT.int(), (1, 1)).diff(dim=1)
+    starts_R2, ends_R2 = change_BT.eq(1).nonzero(), change_BT.eq(-1).nonzero()
+    return starts_R2[:, 0], ends_R2[:, 1] - starts_R2[:, 1]
 
 
 def _join_cached(parts: list[torch.Tensor | Drawn | None]) -> torch.Tensor | Sparse | None:

@@ -83,6 +83,11 @@ def read_conversation(row: Mapping[str, Any]) -> Conversation:
     return Conversation(messages, _tools(row.get("tools")))
 
 
+def opening(row: Mapping[str, Any]) -> str:
+    """Return the first message of the user in a row of prepared data, whose conversation has been read before."""
+    return next(str(one["content"]) for one in read_conversation(row).messages if one["role"] == "user")
+
+
 def _turns(row: Mapping[str, Any]) -> list[Any]:
     for name in ("messages", "conversations", "conversation"):
         if row.get(name) is not None:

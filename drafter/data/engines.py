@@ -5,7 +5,7 @@ token, or at the limit.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -23,7 +23,18 @@ NEUTRAL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "
 
 
 class Request(NamedTuple):
-    """A response to be generated. `split` is "train" or "validation"; `repetition` counts an instruction's requests."""
+    """A response to be generated.
+
+    Attributes:
+        id: the instruction's.
+        kind: the instruction's.
+        split: "train" or "validation".
+        temperature: of the sampling; 0 is greedy.
+        prompt_ids: the tokens that the response follows.
+        repetition: the number of earlier requests for the same instruction.
+        dialogue: the conversation, if it has more turns (see dialogues.Dialogue).
+        turn: the number of earlier turns that were answered.
+    """
 
     id: str
     kind: str
@@ -31,9 +42,17 @@ class Request(NamedTuple):
     temperature: float
     prompt_ids: list[int]
     repetition: int = 0
+    dialogue: Any = None
+    turn: int = 0
 
 
-Engine = Callable[[list[Request]], list[list[int]]]
+class Failure(NamedTuple):
+    """Stands in the place of a response that could not be had. The reason is counted."""
+
+    reason: str
+
+
+Engine = Callable[[list[Request]], Sequence[list[int] | Failure]]
 
 
 class Limits(NamedTuple):
@@ -143,8 +162,8 @@ def references_engine(tokens: dict[str, list[int]]) -> Engine:
 def mixed_engine(engines: list[Engine]) -> Engine:
     """Return an engine that divides the requests evenly over several engines, by the id of the instruction alone."""
 
-    def generate(requests: list[Request]) -> list[list[int]]:
-        responses: list[list[int]] = [[] for _ in requests]
+    def generate(requests: list[Request]) -> list[list[int] | Failure]:
+        responses: list[list[int] | Failure] = [[] for _ in requests]
         for number, engine in enumerate(engines):
             share = [i for i, request in enumerate(requests) if crc32(request.id.encode()) % len(engines) == number]
             for i, tokens in zip(share, engine([requests[i] for i in share]) if share else [], strict=True):
@@ -224,5 +243,5 @@ def _vllm_sampling(request: Request, limits: Limits, seed: int) -> dict[str, Any
 
 def request_seed(seed: int, request: Request) -> int:
     """Return a seed of 63 bits for a request, which does not depend on its shard, its rank or the other requests."""
-    key = repr((seed, request.id, request.temperature, request.repetition))
+    key = repr((seed, request.id, request.temperature, request.repetition, *([request.turn] if request.turn else [])))
     return int.from_bytes(sha256(key.encode()).digest()[:8]) >> 1

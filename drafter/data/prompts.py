@@ -5,6 +5,7 @@ tokens of a response are the ones that the target generated after them.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,13 @@ from drafter.models.source import TemplateSettings
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# transformers passes plain data to templates, so the function that prints the date has to be written in their language.
+PINNED_DATE = (
+    "{%- macro strftime_now(format) -%}{%- set text = namespace(of=format) -%}"
+    "{%- for directive, part in date_parts.items() -%}{%- set text.of = text.of.replace(directive, part) -%}"
+    "{%- endfor -%}"
+    "{{- text.of -}}{%- endmacro -%}"
 )
 
 
@@ -87,14 +95,21 @@ def render(
         text = tokenizer.apply_chat_template(
             messages,
             tools=conversation.tools,
+            chat_template=pinned_template(tokenizer, conversation.tools),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            strftime_now=settings.strftime,
+            date_parts=settings.date_parts(),
             **settings.arguments(),
         )
     except (TemplateError, TypeError, ValueError) as problem:
         raise UnusableConversation(f"the chat template refuses the conversation: {problem}") from None
     return str(text)
+
+
+def pinned_template(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None) -> str:
+    """Return the chat template. If it prints today's date, a macro that prints the pinned date shadows the function."""
+    template: str = tokenizer.get_chat_template(None, tools)
+    return PINNED_DATE + template if "strftime_now" in template else template
 
 
 def check_rendered(

@@ -7,13 +7,14 @@ the missing shards, and any number of ranks writes the same files.
 
 from collections import Counter
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 
 from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
+from drafter.data.dialogues import Continuation, Dialogue, answer, rows_of
 from drafter.data.engines import Engine, Request
 from drafter.progress import Report, silent
 from drafter.ranks import deal
@@ -26,6 +27,7 @@ COLUMNS = pa.schema(
         ("temperature", pa.float32()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("response_ids", pa.list_(pa.int32())),
+        ("turns", pa.list_(pa.int32())),
         ("truncated", pa.bool_()),
     ]
 )
@@ -36,9 +38,15 @@ def schema(top_p: float) -> pa.Schema:
     return COLUMNS.with_metadata({b"top_p": str(top_p).encode()})
 
 
-def plan(
-    instructions: list[dict[str, Any]], prompts: list[list[int]], temperatures: list[float], num_responses: int
-) -> list[Request]:
+class Instruction(NamedTuple):
+    """An instruction to be answered: its row, the conversation to be answered at its points, and the first prompt."""
+
+    row: dict[str, Any]
+    dialogue: Dialogue
+    prompt_ids: list[int]
+
+
+def plan(instructions: list[Instruction], temperatures: list[float], num_responses: int) -> list[Request]:
     """Return `num_responses` requests, with the temperature of each.
 
     Instructions are taken in order, and the temperatures cycle. After all instructions have been used, the next round
@@ -47,8 +55,9 @@ def plan(
     requests = []
     for number in range(num_responses):
         index, round_ = number % len(instructions), number // len(instructions)
-        row, temperature = instructions[index], temperatures[(index + round_) % len(temperatures)]
-        requests.append(Request(row["id"], row["kind"], row["split"], float(temperature), prompts[index], round_))
+        row, dialogue, prompt_ids = instructions[index]
+        temperature = float(temperatures[(index + round_) % len(temperatures)])
+        requests.append(Request(row["id"], row["kind"], row["split"], temperature, prompt_ids, round_, dialogue))
     return requests
 
 
@@ -64,7 +73,7 @@ def write_responses(
     folder: Folder,
     schema: pa.Schema,
     *,
-    stop_ids: list[int],
+    following: Continuation,
     known_ids: set[int],
     seed: int,
     rank: int = 0,
@@ -74,23 +83,20 @@ def write_responses(
 ) -> None:
     """Generate and write the shards that are not complete yet, each on the next free rank.
 
-    An empty response is left out and counted as failed. So is a response with an id outside `known_ids`, the ids that
-    both the tokenizer and the target have.
+    Responses that fail, and turns that are left out, are counted by reason; see `dialogues.answer`.
     """
     missing = rows.missing_shards(folder, len(parts))
     ends = list(accumulate((len(parts[number]) for number in missing), initial=0))
     for index, number in deal(missing, world_size):
         torch.manual_seed(seed * 1_000_003 + number)
-        written, failed = [], Counter[str]()
-        for request, tokens in zip(parts[number], engine(parts[number]), strict=True):
-            if not tokens:
-                failed["an empty response"] += 1
-            elif not known_ids.issuperset(tokens):
-                failed["an id that the tokenizer or the target does not have"] += 1
-            else:
-                ended = tokens[-1] in stop_ids
-                written.append({**request._asdict(), "response_ids": tokens, "truncated": not ended})
-        notes = {"failed": failed, "truncated": sum(row["truncated"] for row in written)}
+        answered = answer(engine, parts[number], following, known_ids)
+        written = [row for one in answered for row in rows_of(one, following.stop_ids)]
+        notes = {
+            "failed": Counter(one.failure for one in answered if one.failure),
+            "truncated": sum(row["truncated"] for row in written),
+            "answers": sum(len(one.turns) for one in answered),
+            "turns_left_out": sum((one.left_out for one in answered), Counter[str]()),
+        }
         if writes:
             rows.write_shard(folder, number, written, schema, notes)
         report(ends[index + 1], ends[-1], sum(len(row["response_ids"]) for row in written))

@@ -60,7 +60,7 @@ class Selection:
         streams: source -> its candidates.
         quotas: split -> the number of rows to choose, or None for all.
         limit: the largest number of tokens that a row may have.
-        length: returns the number of tokens of a row, or None if the row cannot be encoded.
+        length: returns the number of tokens of a row, or the reason why the row cannot be encoded.
         weights: source -> how often it is drawn from, relative to the others. By default all have the same weight.
     """
 
@@ -69,7 +69,7 @@ class Selection:
         streams: Mapping[str, Iterator[Candidate]],
         quotas: Mapping[str, int | None],
         limit: int,
-        length: Callable[[Row], int | None],
+        length: Callable[[Row], int | str],
         weights: Mapping[str, float] | None = None,
     ):
         self.streams, self.quotas, self.limit, self.length = streams, quotas, limit, length
@@ -119,8 +119,8 @@ class Selection:
     def _reason_against(self, row: Row, tally: Tally) -> str | None:
         """Return why a row cannot be used, or None."""
         tokens = self.length(row)
-        if tokens is None:
-            return "with control tokens that cannot be encoded as text"
+        if isinstance(tokens, str):
+            return tokens
         if tokens > self.limit:
             tally.shortest = min(tokens, tally.shortest or tokens)
             return "too long"

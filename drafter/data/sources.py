@@ -6,6 +6,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from drafter.artifacts.manifest import digest, sha256
+from drafter.data.conversations import Conversation, UnusableConversation, read_conversation
 from drafter.data.files import LocatedRow, find_files, is_local, read_file
 from drafter.data.templates import USERS, AbsentField, absent, matches, parse, render
 
@@ -25,16 +26,19 @@ class Source:
         where: field -> the value that a row must have to be used.
         reference: a template that makes the reference answer of a row.
         weight: how often the source is drawn from, relative to the other sources.
+        kind: "files" if templates make the text of a row; "conversations" if a row has messages, which are instructions
+            as they are (see conversations.read_conversation).
     """
 
     path: str
-    template: str
+    template: str = ""
     split: str = "train"
     name: str | None = None
     revision: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
     weight: float = 1.0
+    kind: str = "files"
 
     @property
     def is_local(self) -> bool:
@@ -51,7 +55,8 @@ class Source:
             "reference": self.reference,
             "weight": float(self.weight),
         }
-        return {"label": name, **hub, **templates}
+        kind = {} if self.kind == "files" else {"kind": self.kind}
+        return {"label": name, **hub, **templates, **kind}
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that change with the content of the local files."""
@@ -81,9 +86,12 @@ def source_of(settings: Mapping[str, Any], owner: str) -> Source:
     known = [one.name for one in fields(Source)]
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"{owner} has {unknown}; a source has {known}")
-    if missing := [name for name in ("path", "template") if name not in settings]:
+    needed = ("path",) if settings.get("kind") == "conversations" else ("path", "template")
+    if missing := [name for name in needed if name not in settings]:
         raise ValueError(f"{owner} has no {missing[0]}: give it as {owner}.{missing[0]}=...")
     source = Source(**settings)
+    if source.kind not in ("files", "conversations"):
+        raise ValueError(f"{owner}.kind is '{source.kind}', must be files or conversations")
     if source.weight <= 0:
         raise ValueError(f"{owner}.weight is {source.weight}, must be above 0")
     for template in filter(None, (source.template, source.reference)):
@@ -142,6 +150,19 @@ def entries(source: Source, speakers: Collection[str] | None = USERS) -> Iterato
         except ValueError as problem:
             raise type(problem)(f"{location}: {problem}") from None
         yield Entry(number, text, reference, None if text else "empty", lacking)
+
+
+def conversations(source: Source) -> Iterator[tuple[int, Conversation | str]]:
+    """Yield the number of each row with its conversation, or with the reason why it is left out, in order.
+
+    Raises:
+        ValueError: a row cannot be read; the error names its location.
+    """
+    for number, (_, row) in enumerate(located_rows(source.path, source.split, source.name, source.revision)):
+        try:
+            yield number, read_conversation(row) if matches(row, source.where) else "filtered by where"
+        except UnusableConversation as problem:
+            yield number, str(problem)
 
 
 def _require_fields(template: str, rows: list[LocatedRow]) -> set[str]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +34,10 @@ class TemplateSettings(NamedTuple):
         found: dict[str, Any] = json.loads(self.kwargs)
         return found
 
-    def strftime(self, form: str) -> str:
-        """Return the date in a format of `strftime`, in the place of the function that templates call for today."""
-        return date.fromisoformat(self.date).strftime(form)
+    def date_parts(self) -> dict[str, str]:
+        """Return the text of each directive of `strftime` for the date, e.g. {"%Y": "2024", "%d": "26", ...}."""
+        pinned = datetime.fromisoformat(self.date)
+        return {f"%{letter}": pinned.strftime(f"%{letter}") for letter in "aAbBdHIjmMpSuUVwWxXyY"}
 
 
 class ModelSource(NamedTuple):

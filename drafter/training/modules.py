@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from drafter.data.batches import Batch, next_tokens, response_mask
+from drafter.data.batches import Batch, next_tokens, response_mask, responses_of
 from drafter.data.target_cache import target_at
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
 from drafter.losses.chunked import Head, Predicted, chunked_sum, chunked_values
@@ -138,9 +138,9 @@ class Distillation(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         predicted = self._predicted(batch, hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT))
-        responses_B = ~batch.is_text_B
-        lengths_B, temperature_B = response_mask(batch).sum(1)[responses_B], batch.temperature_B[responses_B]
-        temperature_N = temperature_B.repeat_interleave(lengths_B)
+        rows_R, lengths_R = responses_of(response_mask(batch))
+        temperature_R = batch.temperature_B[rows_R]
+        temperature_N = temperature_R.repeat_interleave(lengths_R)
 
         def measures(logits_p_NV: torch.Tensor, rows: slice) -> torch.Tensor:
             target, tokens_N = predicted.target(rows), predicted.positions.tokens_N[rows]
@@ -150,11 +150,11 @@ class Distillation(lightning.LightningModule):
             return torch.stack([torch.ones_like(agreement_N), *distances, agreement_N, accept_N], dim=-1)
 
         measured_NM = chunked_values(measures, predicted.hidden_NH, predicted.head)
-        blocks_B = expected_blocks(split_rows(measured_NM[:, -1], lengths_B), lengths_B, self.num_speculative_tokens)
+        blocks_R = expected_blocks(split_rows(measured_NM[:, -1], lengths_R), lengths_R, self.num_speculative_tokens)
         sums = [double(measured_NM[:, :-1]).sum(0)]
-        for selected_B in (temperature_B == 0, temperature_B > 0):
-            known_B = selected_B & blocks_B.isfinite().to(selected_B.device)
-            sums.append(torch.stack([double(lengths_B[known_B].sum()), blocks_B[known_B.to(blocks_B.device)].sum()]))
+        for selected_R in (temperature_R == 0, temperature_R > 0):
+            known_R = selected_R & blocks_R.isfinite().to(selected_R.device)
+            sums.append(torch.stack([double(lengths_R[known_R].sum()), blocks_R[known_R.to(blocks_R.device)].sum()]))
         self._yardsticks.append(torch.cat(sums))
 
     def _acceptance(
@@ -200,8 +200,10 @@ class Distillation(lightning.LightningModule):
     def _predicted(self, batch: Batch, hidden_BTH: torch.Tensor) -> Predicted:
         """Return the response positions of a batch, in the form that the losses take."""
         mask_BT = response_mask(batch)
-        following_BT = mask_BT.flip(1).cumsum(1).flip(1) - 1
-        positions = Positions(next_tokens(batch)[mask_BT], following_BT[mask_BT])
+        lengths_R = responses_of(mask_BT)[1]
+        last_N = (lengths_R.cumsum(0) - 1).repeat_interleave(lengths_R)  # the last position of each one's response
+        following_N = last_N - torch.arange(len(last_N), device=last_N.device)
+        positions = Positions(next_tokens(batch)[mask_BT], following_N)
         head = Head.from_module(self.drafter.get_output_embeddings())
         return Predicted(
             hidden_BTH[mask_BT], head, target_at(self.target, batch, self._target_has_plain_head), positions

@@ -8,10 +8,12 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter.data.control_tokens import ControlTokenError, control_pattern
-from drafter.data.prompts import encode_prompt, encode_text
+from drafter.data.conversations import UnusableConversation, opening, read_conversation
+from drafter.data.prompts import encode_conversation, encode_text
 from drafter.data.selection import Candidate, Row, Selection, Tally, check_ids
 
 log = logging.getLogger(__name__)
+CONTROL_TOKENS = "with control tokens that cannot be encoded as text"
 
 
 def encodes_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
@@ -29,15 +31,25 @@ def encodes_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
     return encodes
 
 
-def prompt_length(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], int | None]:
-    """Return a function from a row to its number of prompt tokens, or None if the row cannot be encoded."""
+def prompt_length(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], int | str]:
+    """Return a function from a row to the number of tokens of its first prompt, or the reason why it has none.
+
+    A conversation is encoded as a whole as well, because the template may refuse a later turn.
+    """
     encodes = encodes_text(tokenizer)
 
-    def length(row: Row) -> int | None:
+    def length(row: Row) -> int | str:
         try:
-            return len(encode_prompt(tokenizer, row["prompt"])) if encodes(row.get("reference", "")) else None
+            if not encodes(row.get("reference", "")):
+                return CONTROL_TOKENS
+            conversation = read_conversation(row)
+            prompts = [conversation.messages[:point] for point in conversation.answer_points()]
+            lengths = [len(encode_conversation(tokenizer, conversation._replace(messages=one))) for one in prompts]
+            return lengths[0]
         except ControlTokenError:
-            return None
+            return CONTROL_TOKENS
+        except UnusableConversation as problem:
+            return str(problem)
 
     return length
 
@@ -77,7 +89,7 @@ def choose_instructions(
 def _hold_out(selection: Selection, number: float) -> None:
     """Move about `number` rows, at least one and at most half, to validation, in the order of their prompts' hashes."""
     train = selection.rows["train"]
-    by_hash = sorted(train, key=lambda row: hashlib.sha256(f"validation:{row['prompt']}".encode()).digest())
+    by_hash = sorted(train, key=lambda row: hashlib.sha256(f"validation:{opening(row)}".encode()).digest())
     held = {row["id"]: row["kind"] for row in by_hash[: max(1, min(round(number), len(train) // 2))]}
     selection.rows["train"] = [row for row in train if row["id"] not in held]
     selection.rows["validation"] = [row for row in train if row["id"] in held]

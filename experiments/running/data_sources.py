@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import DictConfig
 
+from drafter.data.conversations import opening
 from drafter.data.corpus import Doc, extract, is_heldout, pretraining_texts
 from drafter.data.instructions import IN_DOMAIN, derive
 from drafter.data.selection import Candidate, Tally
-from drafter.data.sources import Source, entries, source_of
+from drafter.data.sources import Source, conversations, entries, source_of
 from experiments.running.inputs import plain
 from experiments.running.progress import Progress
 
@@ -174,6 +175,9 @@ def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
             yield from count_texts([entry.text], part, tallies[part], encodes, left_out)
 
     def of_source(name: str) -> Iterator[Candidate]:
+        if asked[name].kind == "conversations":
+            yield from conversation_candidates(asked[name], name, percent)
+            return
         for entry in entries(asked[name]):
             split = "validation" if is_heldout(entry.text, percent) else "train"
             row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text, "reference": entry.reference}
@@ -184,8 +188,30 @@ def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
     return Data({part: text(part) for part in tallies}, tallies, streams, weights, {})
 
 
+def conversation_candidates(source: Source, name: str, percent: float, split: str | None = None) -> Iterator[Candidate]:
+    """Yield the candidates of a source of conversations.
+
+    Args:
+        source: the source.
+        name: its name, which is the kind of its rows.
+        percent: the share of conversations for validation, by a hash of the user's first message.
+        split: the split of all rows, in the place of the one by the hash.
+    """
+    for number, found in conversations(source):
+        row: dict[str, Any] = {"id": f"{name}:{number}", "kind": name}
+        if isinstance(found, str):
+            yield Candidate(row, split or "train", found)
+            continue
+        row |= {"messages": found.messages} | ({"tools": found.tools} if found.tools else {})
+        by_hash = "validation" if is_heldout(opening(row), percent) else "train"
+        yield Candidate(row, split or by_hash)
+
+
 def task_candidates(source: Source, name: str) -> Iterator[Candidate]:
     """Yield the candidate prompts of a task."""
+    if source.kind == "conversations":
+        yield from conversation_candidates(source, name, 0, name)
+        return
     for entry in entries(source):
         row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text}
         yield Candidate(row, name, entry.left_out, tuple(entry.absent))

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts.manifest import MANIFEST
+from drafter.data.conversations import opening
 from drafter.data.corpus import source_files
 from drafter.data.files import find_files
 from drafter.data.prompts import check_embedding, encode_prompt
@@ -93,15 +94,15 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
             limited = {name: first_rows(streams[name], _rows(one)) for name, one in sources.items()}
             selection = choose_instructions(cfg, limited, weights, tokenizer)
             for name, one in sources.items():
-                rows = [row["prompt"] for split in selection.rows.values() for row in split if row["kind"] == name]
+                rows = [opening(row) for split in selection.rows.values() for row in split if row["kind"] == name]
                 yield f"{describe(one.path, rows, as_prompts=True)} ({selection.tallies[name]})"
         tasks = task_sources(cfg)
         prompts = {name: first_rows(task_candidates(one, name), _rows(one)) for name, one in tasks.items()}
         for name, chosen in (choose_prompts(cfg, prompts, tokenizer) if prompts else {}).items():
-            rows = [row["prompt"] for row in chosen.rows[name]]
+            rows = [opening(row) for row in chosen.rows[name]]
             yield f"{describe(f'task {name}, {tasks[name].path}', rows, as_prompts=True)} ({chosen.tallies[name]})"
     elif "data" in cfg.inputs and (prepared := Path(cfg.inputs.data) / "instructions.jsonl").exists():
-        yield describe(str(prepared), [row["prompt"] for row in read_instructions(prepared)], as_prompts=True)
+        yield describe(str(prepared), [opening(row) for row in read_instructions(prepared)], as_prompts=True)
 
 
 def _rows(source: Source) -> int:

@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts import rows
+from drafter.data.conversations import UnusableConversation, read_conversation
+from drafter.data.dialogues import TURNS, Continuation, Dialogue, choose_points, log_engine
 from drafter.data.engines import (
     Engine,
     Limits,
@@ -18,8 +20,8 @@ from drafter.data.engines import (
     transformers_engine,
     vllm_engine,
 )
-from drafter.data.prompts import encode_prompt, encode_text
-from drafter.data.responses import plan, schema, shards, write_responses
+from drafter.data.prompts import encode_conversation, encode_text
+from drafter.data.responses import Instruction, plan, schema, shards, write_responses
 from drafter.data.selection import read_instructions
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
@@ -39,6 +41,7 @@ from experiments.running.inputs import (
 from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
+BY = ("target", "drafter", "mixture", "reference", "log")
 # Arguments of vllm.LLM that set memory and devices, and do not change the distribution of the responses.
 VLLM_RESOURCES = {
     "gpu_memory_utilization",
@@ -68,13 +71,16 @@ def respond(cfg: DictConfig) -> None:
     requests, skipped = plan_requests(cfg, tokenizer)
     parts = shards(requests, settings.shard_size)
     limits = Limits(settings.top_p, settings.max_new_tokens, end_of_turn_ids(target_source(cfg), tokenizer))
+    following = Continuation(
+        tokenizer, limits.stop_ids, context_limit(target_source(cfg)) - limits.max_new_tokens, settings.by == "log"
+    )
     with Progress("respond", "row", ranks.world_size) as progress:
         write_responses(
             engine(cfg, limits, ranks, tokenizer),
             parts,
             stage.folder,
             schema(settings.top_p),
-            stop_ids=limits.stop_ids,
+            following=following,
             known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
             seed=cfg.seed,
             rank=ranks.rank,
@@ -91,6 +97,8 @@ def respond(cfg: DictConfig) -> None:
             "written": len(requests) - failed.total(),
             "skipped": skipped,
             "failed": failed,
+            "answers": sum(note["answers"] for note in notes),
+            "turns_left_out": sum((Counter(note["turns_left_out"]) for note in notes), Counter[str]()),
             "truncated": sum(note["truncated"] for note in notes),
             "stop_ids": limits.stop_ids,
             "target": target_named(cfg),
@@ -123,10 +131,16 @@ def plan_requests(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         if settings.by == "reference":
             skipped["no reference answer"] += sum(not row.get("reference") for row in chosen)
             chosen = [row for row in chosen if row.get("reference")]
-        if not chosen:
-            raise ValueError(f"{cfg.inputs.data} has no {split} instructions" + f" for respond.by={settings.by}")
-        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in chosen]
-        wanted = plan(chosen, prompts, list(settings.temperatures), number)
+        encoded = [encode_instruction(row, tokenizer, settings.turns, settings.by == "log") for row in chosen]
+        usable = [one for one in encoded if isinstance(one, Instruction)]
+        skipped.update(one for one in encoded if isinstance(one, str))
+        if not usable:
+            raise ValueError(
+                f"{cfg.inputs.data} has no {split} instructions for respond.by={settings.by}: {dict(skipped)}"
+            )
+        if settings.by == "log":
+            number = min(number, len(usable))  # a logged answer is taken once
+        wanted = plan(usable, list(settings.temperatures), number)
         fitting = [request for request in wanted if len(request.prompt_ids) + settings.max_new_tokens <= context]
         if not fitting:
             raise ValueError(
@@ -136,6 +150,21 @@ def plan_requests(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         skipped[f"prompt and max_new_tokens exceed the context of {context}"] += len(wanted) - len(fitting)
         requests += fitting
     return requests, +skipped
+
+
+def encode_instruction(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, turns: str, from_log: bool
+) -> Instruction | str:
+    """Return an instruction with its first prompt, or the reason why it cannot be answered."""
+    try:
+        conversation = read_conversation(row)
+        points = choose_points(conversation, turns, only_logged=from_log)
+        if not points:
+            return "no logged answer" if from_log else "no message to answer"
+        dialogue = Dialogue(conversation, points)
+        return Instruction(row, dialogue, encode_conversation(tokenizer, dialogue.before()))
+    except UnusableConversation as problem:
+        return str(problem)
 
 
 def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -169,6 +198,7 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
         "drafter": drafter,
         "reference": reference,
         "mixture": lambda: mixed_engine([target(), drafter()]),
+        "log": lambda: log_engine(tokenizer, limits.stop_ids),
     }
     return by[cfg.respond.by]()
 
@@ -197,7 +227,8 @@ def check(cfg: DictConfig) -> None:
         ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
         ("num_responses", settings.num_responses >= 10, "at least 10 (validation gets a tenth in addition)"),
         ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
-        ("by", settings.by in ("target", "drafter", "mixture", "reference"), "target, drafter, mixture or reference"),
+        ("by", settings.by in BY, f"one of {', '.join(BY)}"),
+        ("turns", settings.turns in TURNS, f"one of {', '.join(TURNS)}"),
         ("engine", settings.engine in ("transformers", "vllm"), "transformers or vllm"),
     ):
         if not allowed:

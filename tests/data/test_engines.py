@@ -21,7 +21,7 @@ from drafter.data.engines import (
     transformers_engine,
     vllm_engine,
 )
-from drafter.data.responses import plan, shards
+from drafter.data.responses import Instruction, plan, shards
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode
 from drafter.models.source import ModelSource
@@ -232,8 +232,8 @@ def test_vllm_gets_the_arguments_of_its_documentation(fake_vllm):
 
 
 def test_each_request_has_a_seed_that_does_not_depend_on_its_shard():
-    instructions = [{"id": f"source-{i}", "kind": "k", "split": "train"} for i in range(500)]
-    asked = plan(instructions, [[1]] * 500, [0.3, 0.7], 3000)
+    rows = [{"id": f"source-{i}", "kind": "k", "split": "train"} for i in range(500)]
+    asked = plan([Instruction(row, None, [1]) for row in rows], [0.3, 0.7], 3000)
     seeds = [request_seed(seed, request) for seed in (0, 1) for part in shards(asked, 64) for request in part]
     assert len(set(seeds)) == len(seeds) == 6000
     assert all(0 <= one < 2**63 for one in seeds)

@@ -6,15 +6,18 @@ import torch
 from drafter.artifacts.rows import finish
 from drafter.artifacts.storage import Folder
 from drafter.data import responses
+from drafter.data.dialogues import Continuation
 from drafter.data.engines import Limits, Request, transformers_engine
-from drafter.data.responses import plan, schema, shards, write_responses
+from drafter.data.responses import Instruction, plan, schema, shards, write_responses
 from tests.conftest import VOCABULARY, finished_rows
 
-INSTRUCTIONS = [{"id": str(i), "kind": "k", "split": "train"} for i in range(3)]
 PROMPTS = [[1, 2], [3, 4, 5], [6]]
+INSTRUCTIONS = [
+    Instruction({"id": str(i), "kind": "k", "split": "train"}, None, prompt) for i, prompt in enumerate(PROMPTS)
+]
 LIMITS = Limits(top_p=0.95, max_new_tokens=12, stop_ids=[7])
 SCHEMA = schema(0.95)
-HOW = {"stop_ids": [7], "known_ids": set(range(VOCABULARY)), "seed": 3}
+HOW = {"following": Continuation(None, [7], 100), "known_ids": set(range(VOCABULARY)), "seed": 3}
 
 
 def requests(count=7):
@@ -25,7 +28,7 @@ def requests(count=7):
 
 
 def test_temperatures_cycle_and_the_next_round_gives_another_one():
-    rows = plan(INSTRUCTIONS, PROMPTS, [0.0, 0.5], 6)
+    rows = plan(INSTRUCTIONS, [0.0, 0.5], 6)
     assert [row.id for row in rows] == ["0", "1", "2", "0", "1", "2"]
     assert [row.temperature for row in rows] == [0.0, 0.5, 0.0, 0.5, 0.0, 0.5]
     assert rows[4].prompt_ids == [3, 4, 5]

@@ -34,6 +34,7 @@ ROWS = [
         "temperature": 1.0,
         "prompt_ids": [1] * (1 + number % 3),
         "response_ids": list(range(2, 4 + number % 4)),
+        "turns": [1 + number % 3, 2 + number % 4],
         "truncated": False,
     }
     for number in range(7)

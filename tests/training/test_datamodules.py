@@ -21,6 +21,7 @@ ROWS = [
         "temperature": 1.0,
         "prompt_ids": [1, 2],
         "response_ids": [number % 60 + 3] * (number % 7 + 1),
+        "turns": [2, number % 7 + 1],
         "truncated": False,
     }
     for number in range(100)
