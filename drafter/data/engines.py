@@ -33,6 +33,14 @@ class Request(NamedTuple):
     repetition: int = 0
 
 
+class NoResponse(list[int]):
+    """The tokens of a response that is left out: none, and the reason, under which it is counted."""
+
+    def __init__(self, reason: str):
+        super().__init__()
+        self.reason = reason
+
+
 Engine = Callable[[list[Request]], list[list[int]]]
 
 
