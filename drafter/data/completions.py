@@ -127,7 +127,13 @@ def read_completion(found: Any) -> Answer:
 
     Raises:
         UnreadableAnswer: something is missing.
+        ServerError: the server is Ollama, which changes the prompt and the distribution.
     """
+    if isinstance(found, dict) and found.get("system_fingerprint") == "fp_ollama":
+        raise ServerError(
+            "Ollama's /v1/completions wraps every prompt in a template, and has a top-k and a repetition penalty that "
+            "no request can switch off: serve its GGUF file with llama-server"
+        )
     try:
         choice, usage = found["choices"][0], found["usage"]
         ids, reason = choice.get("token_ids"), choice["finish_reason"]

@@ -114,7 +114,8 @@ class HttpClient:
             except _Failed as problem:
                 reason, pause, waited = str(problem), problem.pause, waited + problem.silent
             lost = tries > limits.retries and waited >= limits.patience
-            if lost or unreadable > limits.retries or waited + pause > max(limits.patience, LONGEST_PAUSE):
+            too_long = pause > max(limits.patience - waited, LONGEST_PAUSE)
+            if lost or too_long or unreadable > limits.retries:
                 asked = f". It asks to wait {pause:.0f} s" if pause else ""
                 raise ServerError(f"{self.url} failed {tries} times in a row, the last time with {reason}{asked}")
             backoff = min(LONGEST_PAUSE, 0.5 * 2 ** min(tries - 1, 10)) * self._random.uniform(0.5, 1.0)

@@ -138,8 +138,9 @@ def check_server(
     sent, come = ("text" if as_text else "token ids" for as_text in (server.text_prompts, answer.ids is None))
     if answer.prompt_tokens != len(probe_ids):
         raise ServerError(
-            f"{client.url} reads a prompt of {len(probe_ids)} tokens, sent as {sent}, as {answer.prompt_tokens}: it adds a token or a template of its own, or has another tokenizer than the "
-            f"target. Serve {model} with llama-server or vLLM, which take the prompt as it is"
+            f"{client.url} reads a prompt of {len(probe_ids)} tokens, sent as {sent}, as {answer.prompt_tokens}: it "
+            f"adds a token or a template of its own, or has another tokenizer than the target. Serve {model} with "
+            f"llama-server or vLLM, which take the prompt as it is"
         )
     if answer.ids is not None:
         _check_vocabulary(client, tokenizer, answer, limits)
@@ -165,13 +166,7 @@ def _find_model(client: HttpClient, model: str) -> Server:
     names = [row["id"] for row in rows]
     if model not in names:
         raise ServerError(f"{client.url} serves {', '.join(names) or 'nothing'}, not {model}: set respond.openai.model")
-    owner = rows[names.index(model)].get("owned_by")
-    if owner in ("library", "ollama"):
-        raise ServerError(
-            f"{client.url} is Ollama, whose /v1/completions wraps every prompt in a template and sets top-k and a "
-            f"repetition penalty of its own: serve its GGUF file with llama-server"
-        )
-    return Server(model, native=owner == "llamacpp")
+    return Server(model, native=rows[names.index(model)].get("owned_by") == "llamacpp")
 
 
 def _check_vocabulary(client: HttpClient, tokenizer: PreTrainedTokenizerBase, answer: Answer, limits: Limits) -> None:
