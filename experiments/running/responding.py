@@ -211,8 +211,10 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ValueError: a setting is out of range; names the setting and the range.
     """
-    check_parallel(cfg.target.parallel, "tensor", "respond")
     settings = cfg.respond
+    if settings.engine == "openai":
+        check_openai(cfg)
+    check_parallel(cfg.target.parallel, "tensor", "respond")
     for name, allowed, wanted in (
         ("temperatures", settings.temperatures and min(settings.temperatures) >= 0, "0 (greedy) or above, one or more"),
         ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
@@ -223,8 +225,6 @@ def check(cfg: DictConfig) -> None:
     ):
         if not allowed:
             raise ValueError(f"respond.{name} is {settings[name]}, must be {wanted}")
-    if settings.engine == "openai":
-        check_openai(cfg)
 
 
 def check_openai(cfg: DictConfig) -> None:

@@ -1,6 +1,5 @@
 """A served target: what is sent, what is made of the answers, and what happens when the server misbehaves."""
 
-import json
 import logging
 import threading
 from datetime import UTC, datetime, timedelta
@@ -17,11 +16,8 @@ from drafter.data.prompts import encode_prompt
 from drafter.data.responses import schema, shards, write_responses
 from drafter.data.served import OTHER_END, PROMPT_DIFFERS, TEXT_DIFFERS, served_engine
 from drafter.models.loading import load_tokenizer
-from experiments.running.composing import configured
-from experiments.running.responding import check, settings_of
 from tests.conftest import finished_rows
 from tests.data.stub_server import MODEL, Stub, answer_text, changed, cut_body, cut_json, hang_up, silence, status
-from tests.experiments.test_pipeline import stage
 
 TARGET = Path(__file__).parent.parent.parent / "assets" / "tiny-target"
 SCHEMA = schema(0.95)
@@ -385,50 +381,3 @@ def test_an_address_that_is_none_or_has_a_secret_in_it_is_refused_without_the_se
     with pytest.raises(ValueError, match="address of") as refusal:
         HttpClient(url)
     assert "secret" not in str(refusal.value)
-
-
-SERVED = ["respond.engine=openai", "respond.openai.url=http://127.0.0.1:9/v1", f"respond.openai.model={MODEL}"]
-
-
-def test_where_the_server_is_and_how_it_is_asked_does_not_identify_a_run(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    how = ["url=http://elsewhere:1/v1", "concurrency=99", "patience=1", "timeout=1", "retries=0"]
-    one = settings_of(configured("respond", SERVED))
-    assert one == settings_of(configured("respond", [*SERVED, *(f"respond.openai.{value}" for value in how)]))
-    assert one["openai"] == {"model": MODEL}
-    assert KEY not in str(one)
-    assert "openai" not in settings_of(configured("respond", []))  # runs with other engines are what they were
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("respond.openai.url=null", r"respond\.openai\.url is None, must be the address"),
-        ("respond.openai.model=null", r"respond\.openai\.model is None, must be the name"),
-        ("respond.openai.concurrency=0", "must be at least 1"),
-        ("respond.openai.timeout=0", "must be above 0 seconds"),
-        ("respond.openai.retries=-1", "must be at least 0"),
-        ("respond.openai.patience=-1", "must be at least 0 seconds"),
-        ("target.parallel=tensor", r"target\.parallel=tensor, must be null"),
-    ],
-)
-def test_settings_are_checked_before_anything_is_loaded(change, message):
-    check(configured("respond", SERVED))
-    with pytest.raises(ValueError, match=message):
-        check(configured("respond", [*SERVED, change]))
-
-
-def test_the_command_writes_the_responses_of_a_served_target(world, tmp_path, monkeypatch):
-    overrides, root = world
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    tokenizer = load_tokenizer(str(root.parent / "target"))
-    with Stub(tokenizer, 0) as stub:
-        stub.answer_text = lambda ids, seed: "the cat saw a bird ."
-        served = [*SERVED, f"respond.openai.url={stub.url}", f"out={tmp_path}/out"]
-        stage("respond", [*overrides, *served])
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["settings"]["openai"] == {"model": MODEL}
-    assert manifest["counts"]["written"] == manifest["counts"]["asked"] > 0
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert KEY.encode() not in written
-    assert str(stub.port).encode() not in (tmp_path / "out" / "manifest.json").read_bytes()
