@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 MODEL = "tiny"
 
@@ -136,7 +137,7 @@ def handler_of(stub):
     return Handler
 
 
-Fault = Callable[[BaseHTTPRequestHandler, dict], None]
+Fault = Callable[[Any, dict], None]
 
 
 def status(code, message="no", headers=()) -> Fault:

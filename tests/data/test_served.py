@@ -49,22 +49,25 @@ def serve(tokenizer, stop):
         stub.close()
 
 
-@pytest.fixture
-def engine(tokenizer, stop):
-    """Return a function that makes the engine of a stub. Its pauses take no time, and are in `engine.pauses`."""
+class Engines:
+    """Make the engine of a stub. Its pauses take no time, and are written down."""
 
-    def make(stub, faults=(), max_new_tokens=40, key=None, sleep=None, concurrency=4, **how):
-        make.pauses = []
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop, self.pauses = tokenizer, stop, []
+
+    def __call__(self, stub, faults=(), max_new_tokens=40, key=None, sleep=None, concurrency=4, **how):
         retries = Retries(**({"timeout": 5.0, "retries": 3, "patience": 60.0} | how))
-        make.client = HttpClient(stub.url, key, retries, sleep or make.pauses.append)
-        limits = Limits(0.95, max_new_tokens, [stop])
-        probe = encode_prompt(tokenizer, "Hello?")
-        made = served_engine(make.client, MODEL, tokenizer, limits, 5, probe, concurrency)
+        client = HttpClient(stub.url, key, retries, sleep or self.pauses.append)
+        limits, probe = Limits(0.95, max_new_tokens, [self.stop]), encode_prompt(self.tokenizer, "Hello?")
+        made = served_engine(client, MODEL, self.tokenizer, limits, 5, probe, concurrency)
         stub.faults += faults  # after the check
         stub.bodies.clear()
         return made
 
-    return make
+
+@pytest.fixture
+def engine(tokenizer, stop):
+    return Engines(tokenizer, stop)
 
 
 def asked(tokenizer, count=6):
