@@ -48,7 +48,8 @@ def ask(
 
     def read(found: Any) -> Answer:
         answer = read_native(found) if server.native else read_completion(found)
-        if answer.ids is not None and not answer.completion_tokens - 1 <= len(answer.ids) <= answer.completion_tokens:
+        counted = answer.completion_tokens, answer.completion_tokens - answer.ended  # the stop token may be omitted
+        if answer.ids is not None and len(answer.ids) not in counted:
             raise UnreadableAnswer(f"{len(answer.ids)} token ids, where it counts {answer.completion_tokens} tokens")
         short = not answer.ended and answer.completion_tokens < limits.max_new_tokens
         if short and not answer.context_full:
