@@ -1,6 +1,7 @@
 """Generate the responses of a distillation set from the config of a stage; see conf/respond.yaml."""
 
 import logging
+import os
 from collections import Counter
 from typing import Any
 
@@ -20,9 +21,11 @@ from drafter.data.engines import (
     transformers_engine,
     vllm_engine,
 )
-from drafter.data.prompts import encode_conversation, encode_text
+from drafter.data.http_client import HttpClient, Retries
+from drafter.data.prompts import encode_conversation, encode_prompt, encode_text
 from drafter.data.responses import Instruction, plan, schema, shards, write_responses
 from drafter.data.selection import read_instructions
+from drafter.data.served import served_engine
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.loading import context_limit, load_target, load_tokenizer, vocabulary_width
@@ -113,6 +116,9 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
     settings: dict[str, Any] = plain(cfg.respond)
     del settings["batch_tokens"]
     settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_RESOURCES}
+    served = settings.pop("openai")
+    if settings["engine"] == "openai":  # where the server is, and how it is asked, does not change the responses
+        settings["openai"] = {"model": served["model"]}
     return {**settings, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
 
 
@@ -175,6 +181,8 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
             log_ignored_settings(target_source(cfg))
         if cfg.respond.engine == "vllm":
             return vllm_engine(target_source(cfg), limits, cfg.seed, **plain(cfg.respond.vllm))
+        if cfg.respond.engine == "openai":
+            return openai_engine(cfg, limits, tokenizer)
         return transformers_engine(load_target(target_source(cfg)).to(ranks.device), limits, cfg.respond.batch_tokens)
 
     def drafter() -> Engine:
@@ -203,6 +211,19 @@ def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedT
     return by[cfg.respond.by]()
 
 
+def openai_engine(cfg: DictConfig, limits: Limits, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """Build the engine that asks the server of `respond.openai`, whose key is in the environment.
+
+    Raises:
+        ServerError: the server cannot be used; says why.
+    """
+    how = cfg.respond.openai
+    key = os.environ.get(how.api_key_variable, "").strip()
+    client = HttpClient(how.url, key, Retries(how.timeout, how.retries, how.patience))
+    probe = encode_prompt(tokenizer, "Name three colours of the rainbow.")
+    return served_engine(client, how.model, tokenizer, limits, cfg.seed, probe, how.concurrency)
+
+
 def log_ignored_settings(model: Model) -> None:
     """Log the settings of a model's generation config that are not applied to its responses."""
     if found := ignored_settings(model):
@@ -220,8 +241,10 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ValueError: a setting is out of range; names the setting and the range.
     """
-    check_parallel(cfg.target.parallel, "tensor", "respond")
     settings = cfg.respond
+    if settings.engine == "openai":
+        check_openai(cfg)
+    check_parallel(cfg.target.parallel, "tensor", "respond")
     for name, allowed, wanted in (
         ("temperatures", settings.temperatures and min(settings.temperatures) >= 0, "0 (greedy) or above, one or more"),
         ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
@@ -229,7 +252,28 @@ def check(cfg: DictConfig) -> None:
         ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
         ("by", settings.by in BY, f"one of {', '.join(BY)}"),
         ("turns", settings.turns in TURNS, f"one of {', '.join(TURNS)}"),
-        ("engine", settings.engine in ("transformers", "vllm"), "transformers or vllm"),
+        ("engine", settings.engine in ("transformers", "vllm", "openai"), "transformers, vllm or openai"),
     ):
         if not allowed:
             raise ValueError(f"respond.{name} is {settings[name]}, must be {wanted}")
+
+
+def check_openai(cfg: DictConfig) -> None:
+    """Check the settings of a served target.
+
+    Raises:
+        ValueError: a setting is missing or out of range; names the setting and the range.
+    """
+    how = cfg.respond.openai
+    for name, allowed, wanted in (
+        ("url", how.url, "the address of the server, such as http://127.0.0.1:8080/v1"),
+        ("model", how.model, "the name under which the server has the target (its /v1/models lists it)"),
+        ("concurrency", how.concurrency >= 1, "at least 1"),
+        ("timeout", how.timeout > 0, "above 0 seconds"),
+        ("retries", how.retries >= 0, "at least 0"),
+        ("patience", how.patience >= 0, "at least 0 seconds"),
+    ):
+        if not allowed:
+            raise ValueError(f"respond.openai.{name} is {how[name]}, must be {wanted}")
+    if cfg.target.parallel:
+        raise ValueError(f"target.parallel={cfg.target.parallel}, must be null with respond.engine=openai")
