@@ -29,8 +29,8 @@ class SeenTexts:
 
     def __init__(self) -> None:
         generator = np.random.default_rng(0)
-        self._factors = generator.integers(1, 2**32, (BANDS * ROWS, 1), dtype=np.uint64) | np.uint64(1)
-        self._offsets = generator.integers(0, 2**32, (BANDS * ROWS, 1), dtype=np.uint64)
+        self._factors = generator.integers(0, 2**64, (BANDS * ROWS, 1), dtype=np.uint64) | np.uint64(1)
+        self._offsets = generator.integers(0, 2**64, (BANDS * ROWS, 1), dtype=np.uint64)
         self._texts: set[str] = set()
         self._grams: list[np.ndarray] = []
         self._buckets: dict[bytes, list[int]] = {}
@@ -56,6 +56,7 @@ class SeenTexts:
 
     def _keys(self, grams: np.ndarray) -> list[bytes]:
         """Return the key of each band of the signature: its number, and the minima of its hash functions."""
+        # Multiplication modulo 2**64: the upper bits then come in another order for each factor.
         hashes = (grams.astype(np.uint64) * self._factors + self._offsets) >> np.uint64(32)
         minima = hashes.min(axis=1).astype(np.uint32).reshape(BANDS, ROWS)
         return [bytes([number]) + band.tobytes() for number, band in enumerate(minima)]

@@ -4,6 +4,7 @@ The method is Magpie's (arXiv 2406.08464): a chat model that is given its templa
 message begins continues with a message that a user could have written.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,7 @@ def begin_user_turn(tokenizer: PreTrainedTokenizerBase, before: list[Message]) -
         )
     try:
         parts = [_around(tokenizer, before, marker) for marker in MARKERS]
-        encoded = [encode_conversation(tokenizer, _with_user(before, text), False) for text in OPENINGS]
+        encoded = [encode_conversation(tokenizer, _with_user(before, text), False) for text in _openings(tokenizer)]
     except UnusableConversation as problem:
         raise ValueError(f"the target cannot write a user's message: {problem}") from None
     if parts[0] != parts[1]:
@@ -66,6 +67,19 @@ def begin_user_turn(tokenizer: PreTrainedTokenizerBase, before: list[Message]) -
     end = leading_control(tokenizer, parts[0][1])
     text = "" if end is not None else parts[0][1].strip().split("\n")[0]
     return UserTurn(encoded[0][:length], end, text)
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return messages whose first ids differ; words of the vocabulary if the tokenizer knows only whole words."""
+    found: dict[int, str] = {}
+    words = (word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha())
+    for text in chain(OPENINGS, words):
+        first = tokenizer(text, add_special_tokens=False)["input_ids"][0]
+        if first != tokenizer.unk_token_id:
+            found.setdefault(first, text)
+        if len(found) == len(OPENINGS):
+            break
+    return list(found.values())
 
 
 def _with_user(before: list[Message], text: str) -> Conversation:
