@@ -59,8 +59,8 @@ def write_source(cfg: DictConfig, source: SelfSource, stage: Stage) -> None:
     writer = make_writer(cfg, source, ranks, tokenizer)
     size = cfg.generation.shard_size
     if source.part == INSTRUCTIONS:
-        size = min(size, math.ceil(MARGIN * amount))
-        collection, first = Collection(amount), math.ceil(MARGIN * amount / size)
+        size = min(size, _up(MARGIN * amount))
+        collection, first = Collection(amount), _up(MARGIN * amount / size)
     else:
         collection, first = Collection(amount, lambda row: row["tokens"]), 1
     with Progress(f"{source.part} {source.name}", "row", ranks.world_size) as progress:
@@ -138,12 +138,17 @@ def wanted(cfg: DictConfig, source: SelfSource) -> int:
             raise ValueError(
                 f"{source.owner}: prepare.pretraining_tokens is null, and the target writes without end: give a number"
             )
-        return math.ceil(MARGIN * share * max(limit / (1 - heldout), cfg.prepare.heldout_tokens / heldout))
+        return _up(MARGIN * share * max(limit / (1 - heldout), cfg.prepare.heldout_tokens / heldout))
     if source.settings.number is not None:
         return source.settings.number
     if cfg.prepare.instructions is None:
         raise ValueError(f"{source.owner}.number and prepare.instructions are null: give a number to one of them")
-    return math.ceil(MARGIN * share * cfg.prepare.instructions / (1 - heldout))
+    return _up(MARGIN * share * cfg.prepare.instructions / (1 - heldout))
+
+
+def _up(number: float) -> int:
+    """Return the number rounded up, where 44.00000001 is 44."""
+    return math.ceil(round(number, 6))
 
 
 def _weights(cfg: DictConfig, part: str) -> dict[str, float]:
