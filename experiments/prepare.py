@@ -14,7 +14,8 @@ from drafter.ranks import wait_for_all
 from experiments.running import dry_run
 from experiments.running.choosing import choose_instructions, choose_prompts, encodes_text
 from experiments.running.commands import command
-from experiments.running.data_sources import gather, identity
+from experiments.running.data_settings import check_kinds, identity
+from experiments.running.data_sources import gather
 from experiments.running.inputs import claim, target_source
 from experiments.running.progress import Progress
 from experiments.running.self_writing import check_sources, write_sources
@@ -77,14 +78,16 @@ def prepare(cfg: DictConfig, stage: Stage) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Check the target's tokenizer, and the sources that the target is to write.
+    """Check the target's tokenizer, and the settings of the data before the target writes any of them.
 
     Raises:
-        ValueError: the tokenizer produces ids outside of the embedding, or the target cannot write instructions.
+        ValueError: the tokenizer produces ids outside of the embedding, a setting of the data is wrong, or the target
+            cannot write instructions.
     """
     source = target_source(cfg)
     tokenizer = load_tokenizer(source)
     check_embedding(tokenizer, vocabulary_width(source), source.path)
+    check_kinds(cfg)
     check_sources(cfg, tokenizer)
 
 

@@ -25,17 +25,15 @@ from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_parameters
 from drafter.models.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
 from experiments.running.choosing import choose_instructions, choose_prompts
-from experiments.running.data_sources import (
+from experiments.running.data_settings import (
     Docstrings,
-    datasets,
-    first_rows,
     has_docstrings,
     instruction_sources,
     pretraining_sources,
     self_tasks,
-    task_candidates,
     task_sources,
 )
+from experiments.running.data_sources import datasets, first_rows, task_candidates
 from experiments.running.inputs import new_drafter, target_source
 from experiments.running.recipes import self_sources
 from experiments.running.self_writing import describe as describe_sources

@@ -17,7 +17,7 @@ from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_limit, load_target, load_tokenizer, vocabulary_width
 from drafter.models.sharding import check_parallel
 from drafter.ranks import Ranks, join, wait_for_all
-from experiments.running.data_sources import SELF_WRITTEN
+from experiments.running.data_settings import SELF_WRITTEN
 from experiments.running.inputs import claim, plain, target_inputs, target_named, target_source
 from experiments.running.progress import Progress
 from experiments.running.recipes import INSTRUCTIONS, TEXT, SelfSource, pretraining_settings, self_sources

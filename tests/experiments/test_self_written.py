@@ -15,7 +15,8 @@ from tests.experiments.test_pipeline import snapshot, stage
 def overrides(folder, target):
     return [
         "scale=smoke", "data=self", "task=self", "logger=csv", f"root={folder}/run", f"target.path={target}",
-        "scale.instructions=24", "scale.pretraining_tokens=300", "scale.heldout_tokens=40", "scale.max_prompt_tokens=40",
+        "scale.instructions=24", "scale.pretraining_tokens=300", "scale.heldout_tokens=40",
+        "scale.max_prompt_tokens=40",
         "scale.max_new_tokens=8", "scale.sequence_length=16", "scale.prompts_per_task=2", "data.heldout_percent=40",
         "drafter.max_position_embeddings=64", "data.pretraining.max_new_tokens=30",
     ]  # fmt: skip
@@ -120,7 +121,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("+data.instructions.self.steer=x", r"data.instructions.self has \['steer'\]; a source of kind self has"),
         ("data.instructions.self.number=0", "data.instructions.self.number is 0, must be at least 1"),
         ("data.instructions.self.system=[1]", "data.instructions.self.system is"),
-        ("data.instructions.self.examples=[1]", "data.instructions.self.examples is .*must be a list of texts or the path"),
+        ("data.instructions.self.examples=[1]", "data.instructions.self.examples is .*must be a list of texts or"),
         ("data.instructions.self.examples=nowhere", "examples is 'nowhere', which is neither"),
         ("data.instructions.self.max_new_tokens=300", "together they exceed the target's context of 128"),
         ("data.pretraining.max_answer_tokens=300", "may exceed the target's context of 128"),
@@ -143,7 +144,7 @@ def test_wrong_settings_are_refused_before_the_target_is_loaded(prepared, tmp_pa
 
 
 def test_the_target_is_steered_by_examples_from_a_file_beside_ones_own_questions(prepared, tmp_path):
-    folder, command = prepared
+    _, command = prepared
     write_jsonl(tmp_path / "examples.jsonl", [{"prompt": f"who saw the {word} ?"} for word in ("cat", "dog")])
     write_jsonl(tmp_path / "asked.jsonl", [{"prompt": f"{'why ' * i}who ran ?"} for i in range(1, 30)])
     write_jsonl(tmp_path / "text.jsonl", [{"text": f"the {word} ran . " * 9} for word in VOCABULARY[4:18] * 5])
@@ -151,17 +152,22 @@ def test_the_target_is_steered_by_examples_from_a_file_beside_ones_own_questions
         f"+data.instructions.mine.path={tmp_path}/asked.jsonl",
         "data.instructions.self.number=20",
         f"data.instructions.self.examples={tmp_path}/examples.jsonl",
-        "data.pretraining={own: {kind: self, max_new_tokens: 30, max_answer_tokens: 8}, "
-        f"files: {{path: {tmp_path}/text.jsonl, weight: 3}}, "
-        "docs: {kind: docstrings, packages: [fsspec], weight: 1}}",
+        "~data.pretraining",
+        "+data.pretraining.own={kind: self, max_new_tokens: 30, max_answer_tokens: 8}",
+        f"+data.pretraining.files={{path: {tmp_path}/text.jsonl, weight: 3}}",
+        "+data.pretraining.docs={kind: docstrings, packages: [fsspec], weight: 1}",
     ]
     command = [one for one in command if not one.startswith("data.pretraining")]
     stage("prepare", [*command, *change, f"root={tmp_path}/run"])
     counts = manifest(tmp_path / "run" / "instructions" / "self")["counts"]
-    assert (
-        counts["begins_with"]
-        == "<|user|> who saw the cat ? <|stop|> <|reply|> <unk> <|stop|> <|user|> who saw the dog ? <|stop|> <|reply|> <unk> <|stop|> <|user|>"
-    )
+    turns = [
+        "<|user|> who saw the cat ?",
+        "<|reply|> <unk>",
+        "<|user|> who saw the dog ?",
+        "<|reply|> <unk>",
+        "<|user|>",
+    ]
+    assert counts["begins_with"] == " <|stop|> ".join(turns)
     kinds = [row["kind"] for row in read_jsonl(tmp_path / "run" / "data" / "instructions.jsonl")]
     assert {"mine", "self"} == set(kinds)
     made = manifest(tmp_path / "run" / "data")
