@@ -139,7 +139,8 @@ def task_sources(cfg: DictConfig) -> dict[str, Source]:
             found[name] = source_of(_without_kind(fields, f"task.{name}"), f"task.{name}")
         elif not has_docstrings(cfg):
             raise ValueError(
-                f"task.{name}.path is null, and data={cfg.data.name} has no docstrings to ask about: task=files"
+                f"task.{name}.path is null, and data={cfg.data.name} has no docstrings to ask about: "
+                f"task={'self' if by_name(cfg, INSTRUCTIONS) else 'files'}"
             )
     return found
 

@@ -129,6 +129,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("scale.pretraining_tokens=null", "prepare.pretraining_tokens is null"),
         ("scale.instructions=null", "data.instructions.self.number and prepare.instructions are null"),
         ("generation.engine=magic", "generation.engine is 'magic', must be transformers or vllm"),
+        ("task=docstrings", "task.open_ended.path is null, and data=self has no docstrings to ask about: task=self"),
         ("task.prompts.source=mine", "task.prompts.source is 'mine', must be a source .*: self"),
         ("data.instructions.self.kind=other", "data.instructions.self.kind is 'other', must be files or self"),
         ("target.path={base}", "has no chat template: a base model cannot write a user's messages"),
