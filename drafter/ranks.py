@@ -89,6 +89,15 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def from_first(value: Any) -> Any:
+    """Return the first rank's value on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def leave_at_exit() -> None:
     """Destroy the process group at exit, as gloo's threads otherwise abort about one exit in ten."""
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)

@@ -65,6 +65,12 @@ def missing_shards(folder: Folder, count: int) -> list[int]:
     return [number for number in range(count) if _note(number) not in names or _shard(number) not in names]
 
 
+def read_shard(folder: Folder, number: int) -> list[Row]:
+    """Read all rows of a shard, whose stage need not be finished. A list column becomes a flat numpy array."""
+    with pa.ipc.open_stream(folder.read(_shard(number))) as stream:
+        return [_row(batch) for batch in stream]
+
+
 def finish(folder: Folder, count: int, schema: pa.Schema) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Write index.parquet. Return the checksum of each file, and the notes of each shard.
 

@@ -48,10 +48,15 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except (TemplateError, ValueError):
         return None
     _, found, after = str(text).rpartition(CONTENT)
+    return leading_control(tokenizer, after) if found else None
+
+
+def leading_control(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the id of the control token with which a text begins after white space, or None."""
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     control = {**tokenizer.get_added_vocab(), **special}
-    matches = [piece for piece in control if piece and after.lstrip().startswith(piece)]
-    return control[max(matches, key=len)] if found and matches else None
+    matches = [piece for piece in control if piece and text.lstrip().startswith(piece)]
+    return control[max(matches, key=len)] if matches else None
 
 
 def config_ends(model: Model) -> list[int]:

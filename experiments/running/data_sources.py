@@ -1,6 +1,7 @@
 """Read the data to prepare: docstrings of installed packages, or local files and hub datasets."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,17 +12,25 @@ from drafter.data.conversations import opening
 from drafter.data.corpus import Doc, extract, is_heldout, pretraining_texts
 from drafter.data.instructions import IN_DOMAIN, derive
 from drafter.data.selection import Candidate, Tally
-from drafter.data.sources import Source, conversations, entries, source_of
-from experiments.running.inputs import plain
+from drafter.data.sources import Entry, Source, conversations, entries
+from experiments.running.data_settings import (
+    Docstrings,
+    by_name,
+    has_docstrings,
+    instruction_sources,
+    pretraining_sources,
+    self_tasks,
+    task_sources,
+)
 from experiments.running.progress import Progress
-
-KINDS = ("docstrings", "files")
-# The settings of a task that only evaluation reads.
-DECODING = ("temperature", "top_p", "top_k", "max_new_tokens", "in_domain")
+from experiments.running.recipes import INSTRUCTIONS
 
 
 class Data(NamedTuple):
-    """The texts by part with their tallies, the candidate instructions by source and the candidate prompts by task."""
+    """The texts by part with their tallies, the candidate instructions by source and the candidate prompts by task.
+
+    The name of a tally is the part, followed by the name of the source if there are several.
+    """
 
     texts: dict[str, Iterator[str]]
     text_tallies: dict[str, Tally]
@@ -30,89 +39,12 @@ class Data(NamedTuple):
     tasks: dict[str, Iterator[Candidate]]
 
 
-def has_docstrings(cfg: DictConfig) -> bool:
-    """Return whether the data are docstrings of installed packages, rather than files and hub datasets.
-
-    Raises:
-        ValueError: data.kind is neither "docstrings" nor "files".
-    """
-    if cfg.data.kind not in KINDS:
-        raise ValueError(f"data.kind is '{cfg.data.kind}', must be one of {', '.join(KINDS)}")
-    return bool(cfg.data.kind == "docstrings")
-
-
-def instruction_sources(cfg: DictConfig) -> dict[str, Source]:
-    """Return the sources of instructions by name; the name is also the `kind` of each row.
-
-    Raises:
-        ValueError: there is no source, or a setting is wrong.
-    """
-    sources = {
-        name: source_of({"template": "{prompt}", **settings}, f"data.instructions.{name}")
-        for name, settings in plain(cfg.data.instructions).items()
-    }
-    if not sources:
-        raise ValueError("data.instructions is empty: give it one source or more")
-    return sources
-
-
-def pretraining_source(cfg: DictConfig) -> Source:
-    """Return the source of the pretraining text."""
-    return source_of(plain(cfg.data.pretraining), "data.pretraining")
-
-
-def task_sources(cfg: DictConfig) -> dict[str, Source]:
-    """Return the sources of the tasks that have one. A task on docstrings has none; its path is null.
-
-    Raises:
-        ValueError: a task has no path although the data are not docstrings, or a setting is wrong.
-    """
-    found = {}
-    for name, settings in plain(cfg.task).items():
-        if "path" not in settings:
-            raise ValueError(
-                f"task.{name} has no path: give it as task.{name}.path=..., or null to ask about docstrings"
-            )
-        if settings["path"] is not None:
-            fields = {key: value for key, value in settings.items() if key not in DECODING}
-            found[name] = source_of(fields, f"task.{name}")
-        elif not has_docstrings(cfg):
-            raise ValueError(
-                f"task.{name}.path is null, and data={cfg.data.name} has no docstrings to ask about: task=files"
-            )
-    return found
-
-
-def identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the settings that determine the prepared data, and the fingerprints of local files by their purpose.
-
-    How a task is decoded belongs to evaluation. The content of a local file counts, not its path.
-    """
-    tasks, sources = task_sources(cfg), {}
-    settings: dict[str, Any] = {"prepare": plain(cfg.prepare), "seed": cfg.seed}
-    settings["task"] = {name: tasks[name].identity(name) if name in tasks else {} for name in cfg.task}
-    if has_docstrings(cfg):
-        settings["data"] = plain(cfg.data)
-    else:
-        text, asked = pretraining_source(cfg), instruction_sources(cfg)
-        settings["data"] = {
-            "kind": cfg.data.kind,
-            "name": cfg.data.name,
-            "heldout_percent": cfg.data.heldout_percent,
-            "pretraining": text.identity("pretraining"),
-            "instructions": [source.identity(name) for name, source in asked.items()],
-        }
-        sources = {"pretraining": text} | {f"instructions {name}": source for name, source in asked.items()}
-    sources |= {f"task {name}": source for name, source in tasks.items()}
-    return settings, {name: source.fingerprint() for name, source in sources.items() if source.is_local}
-
-
 def gather(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
     """Return the data that the config names, without the texts that `encodes` refuses."""
     data = docstrings(cfg, encodes) if has_docstrings(cfg) else datasets(cfg, encodes)
-    return data._replace(
-        tasks={**data.tasks, **{name: task_candidates(one, name) for name, one in task_sources(cfg).items()}}
-    )
+    own = {name: task_candidates(one, name) for name, one in task_sources(cfg).items()}
+    heldout = {name: heldout_prompts(cfg, source, name) for name, source in self_tasks(cfg).items()}
+    return data._replace(tasks={**data.tasks, **own, **heldout})
 
 
 def docstrings(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
@@ -164,28 +96,93 @@ def interleave(train: Iterator[Candidate], validation: Iterator[Candidate]) -> I
 
 def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
     """Return text and instructions from sources. A hash of its text decides the split of a row."""
-    percent, source, asked = cfg.data.heldout_percent, pretraining_source(cfg), instruction_sources(cfg)
-    tallies = {"train": Tally(), "heldout": Tally()}
+    percent, sources, asked = cfg.data.heldout_percent, pretraining_sources(cfg), instruction_sources(cfg)
+    written = by_name(cfg, INSTRUCTIONS)
+    parts = {part: {name: _tally(part, name) for name in sources} for part in ("train", "heldout")}
+    tallies = {tally: Tally() for named in parts.values() for tally in named.values()}
 
-    def text(part: str) -> Iterator[str]:
-        for entry in entries(source, speakers=None):
-            tallies[part].absent.update(entry.absent)
+    def text(name: str, part: str) -> Iterator[str]:
+        tally = tallies[parts[part][name]]
+        for entry in texts_of(sources[name], cfg.seed):
+            tally.absent.update(entry.absent)
             other = not entry.left_out and is_heldout(entry.text, percent) != (part == "heldout")
             left_out = entry.left_out or ("of the other part" if other else None)
-            yield from count_texts([entry.text], part, tallies[part], encodes, left_out)
+            yield from count_texts([entry.text], part, tally, encodes, left_out)
 
     def of_source(name: str) -> Iterator[Candidate]:
         if asked[name].kind == "conversations":
             yield from conversation_candidates(asked[name], name, percent)
             return
         for entry in entries(asked[name]):
-            split = "validation" if is_heldout(entry.text, percent) else "train"
+            split = self_split(entry.text, percent) if name in written else ordinary_split(entry.text, percent)
             row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text, "reference": entry.reference}
-            yield Candidate(row, split, entry.left_out, tuple(entry.absent))
+            left_out = entry.left_out or ("held out for tasks" if split == "task" else None)
+            yield Candidate(row, split, left_out, tuple(entry.absent))
 
-    streams = {name: of_source(name) for name in asked}
+    of_texts = {name: one.weight for name, one in sources.items()}
+    texts = {part: mix({name: text(name, part) for name in sources}, of_texts) for part in parts}
     weights = {name: one.weight for name, one in asked.items()}
-    return Data({part: text(part) for part in tallies}, tallies, streams, weights, {})
+    return Data(texts, tallies, {name: of_source(name) for name in asked}, weights, {})
+
+
+def _tally(part: str, name: str) -> str:
+    return part if name == "pretraining" else f"{part} {name}"
+
+
+def mix(streams: Mapping[str, Iterator[str]], weights: Mapping[str, float]) -> Iterator[str]:
+    """Yield texts from several sources, next from the one with the fewest characters so far relative to its weight.
+
+    The others go on when a source ends.
+
+    >>> list(mix({"a": iter(["a"] * 3), "b": iter(["b"] * 9)}, {"a": 1.0, "b": 2.0}))
+    ['a', 'b', 'b', 'a', 'b', 'b', 'a', 'b', 'b', 'b', 'b', 'b']
+    """
+    characters = dict.fromkeys(streams, 0)
+    while characters:
+        name = min(characters, key=lambda name: characters[name] / weights[name])
+        text = next(streams[name], None)
+        if text is None:
+            del characters[name]
+        else:
+            characters[name] += len(text)
+            yield text
+
+
+def texts_of(source: Source | Docstrings, seed: int) -> Iterator[Entry]:
+    """Yield the texts of a source of pretraining text."""
+    if isinstance(source, Source):
+        yield from entries(source, speakers=None)
+        return
+    docs = _docs_of_packages(source.packages)
+    order = np.random.default_rng(seed).permutation(len(docs))
+    for number, text in enumerate(pretraining_texts([docs[index] for index in order], source.code_share)):
+        yield Entry(number, text, "", None, [])
+
+
+@cache
+def _docs_of_packages(packages: tuple[str, ...]) -> list[Doc]:
+    with Progress("prepare docstrings", "file") as progress:
+        return extract(list(packages), workers=2, report=progress)
+
+
+def ordinary_split(text: str, percent: float) -> str:
+    """Return the split of an instruction: "train" or "validation"."""
+    return "validation" if is_heldout(text, percent) else "train"
+
+
+def self_split(text: str, percent: float) -> str:
+    """Return the split of an instruction that the target wrote; a half of the held-out ones is for tasks."""
+    if not is_heldout(text, percent):
+        return "train"
+    return ordinary_split(f"validation:{text}", 50).replace("train", "task")
+
+
+def heldout_prompts(cfg: DictConfig, source: str, task: str) -> Iterator[Candidate]:
+    """Yield the instructions that the target wrote and that are in neither the training nor the validation split."""
+    for entry in entries(instruction_sources(cfg)[source]):
+        row = {"id": f"{task}:{entry.number}", "kind": task, "prompt": entry.text}
+        is_for_tasks = self_split(entry.text, cfg.data.heldout_percent) == "task"
+        yield Candidate(row, task, entry.left_out if is_for_tasks else "for training or validation")
 
 
 def conversation_candidates(source: Source, name: str, percent: float, split: str | None = None) -> Iterator[Candidate]:

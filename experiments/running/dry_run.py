@@ -26,16 +26,18 @@ from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_parameters
 from drafter.models.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
 from experiments.running.choosing import choose_instructions, choose_prompts
-from experiments.running.data_sources import (
-    datasets,
-    first_rows,
+from experiments.running.data_settings import (
+    Docstrings,
     has_docstrings,
     instruction_sources,
-    pretraining_source,
-    task_candidates,
+    pretraining_sources,
+    self_tasks,
     task_sources,
 )
+from experiments.running.data_sources import datasets, first_rows, task_candidates
 from experiments.running.inputs import new_drafter, target_source
+from experiments.running.recipes import self_sources
+from experiments.running.self_writing import describe as describe_sources
 
 ROWS = 2000  # the number of rows read from each source
 SMALL = 10_000_000  # local files with fewer bytes are read completely
@@ -86,16 +88,25 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
         if has_docstrings(cfg):
             yield f"data: {len(source_files(list(cfg.data.packages))):,} files of {len(cfg.data.packages)} packages"
         else:
-            source = pretraining_source(cfg)
-            yield describe(source.path, first_texts(source), as_prompts=False)
-            sources = instruction_sources(cfg)
-            streams = datasets(cfg, lambda text: True).instructions
-            weights = {name: one.weight for name, one in sources.items()}
-            limited = {name: first_rows(streams[name], _rows(one)) for name, one in sources.items()}
-            selection = choose_instructions(cfg, limited, weights, tokenizer)
+            written = {(one.part, one.name) for one in self_sources(cfg)}
+            for name, text in pretraining_sources(cfg).items():
+                if isinstance(text, Docstrings):
+                    yield f"text {name}: {len(source_files(list(text.packages))):,} files of {text.packages}"
+                elif ("text", name) not in written:
+                    yield describe(text.path, first_texts(text), as_prompts=False)
+            yield from describe_sources(cfg, tokenizer)
+            every = instruction_sources(cfg)
+            sources = {name: one for name, one in every.items() if ("instructions", name) not in written}
+            if sources:
+                streams = datasets(cfg, lambda text: True).instructions
+                weights = {name: one.weight for name, one in sources.items()}
+                limited = {name: first_rows(streams[name], _rows(one)) for name, one in sources.items()}
+                selection = choose_instructions(cfg, limited, weights, tokenizer)
             for name, one in sources.items():
                 rows = [opening(row) for split in selection.rows.values() for row in split if row["kind"] == name]
                 yield f"{describe(one.path, rows, as_prompts=True)} ({selection.tallies[name]})"
+        for name, asked in self_tasks(cfg).items():
+            yield f"task {name}: held-out instructions of {asked}"
         tasks = task_sources(cfg)
         prompts = {name: first_rows(task_candidates(one, name), _rows(one)) for name, one in tasks.items()}
         for name, chosen in (choose_prompts(cfg, prompts, tokenizer) if prompts else {}).items():

@@ -34,8 +34,9 @@ def claim(
     name: str,
     settings: dict[str, Any],
     inputs: dict[str, str],
-    directory: Path | None = None,
+    directory: Path | str | None = None,
     instead: tuple[str, ...] = (),
+    module: str | None = None,
 ) -> Stage:
     """Claim a directory (default: cfg.out) for a stage, and record its config and the command that makes it again.
 
@@ -46,12 +47,13 @@ def claim(
         inputs: name -> fingerprint of each upstream artifact.
         directory: the directory to claim.
         instead: overrides for the recorded command, in place of the given ones of the same keys.
+        module: the command that makes it, if it is not named like the stage.
     """
     hydra_config, replaced = HydraConfig.get(), {override.partition("=")[0] for override in instead}
     overrides = [one for one in hydra_config.overrides.task if one.partition("=")[0] not in replaced]
     if hydra_config.runtime.choices.get("experiment"):
         overrides.append("hydra.mode=RUN")  # only this cell of the sweep
-    command = shlex.join(["python", "-m", f"experiments.{name}", *overrides, *instead])
+    command = shlex.join(["python", "-m", f"experiments.{module or name}", *overrides, *instead])
     return Stage(directory or cfg.out, name, settings, inputs, {"command": command, "config": plain(cfg)})
 
 
