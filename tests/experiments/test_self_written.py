@@ -131,7 +131,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("generation.engine=magic", "generation.engine is 'magic', must be transformers or vllm"),
         ("task=docstrings", "task.open_ended.path is null, and data=self has no docstrings to ask about: task=self"),
         ("task.prompts.source=mine", "task.prompts.source is 'mine', must be a source .*: self"),
-        ("data.instructions.self.kind=other", "data.instructions.self.kind is 'other', must be files or self"),
+        ("data.instructions.self.kind=other", "must be files, conversations or self"),
         ("target.path={base}", "has no chat template: a base model cannot write a user's messages"),
     ],
 )  # fmt: skip
