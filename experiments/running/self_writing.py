@@ -63,6 +63,8 @@ def write_source(cfg: DictConfig, source: SelfSource, stage: Stage) -> None:
         collection, first = Collection(amount), _up(MARGIN * amount / size)
     else:
         collection, first = Collection(amount, lambda row: row["tokens"]), 1
+    for example in source.settings.read_examples:
+        collection.seen.reason_against(example)  # a message that repeats an example is a duplicate
     with Progress(f"{source.part} {source.name}", "row", ranks.world_size) as progress:
         count = write_until_enough(
             writer, stage.folder, collection, first=first, size=size, ranks=ranks, report=progress

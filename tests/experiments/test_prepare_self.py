@@ -144,6 +144,17 @@ def test_wrong_settings_are_refused_before_the_target_is_loaded(prepared, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_message_that_repeats_an_example_is_a_duplicate(prepared, tmp_path):
+    folder, command = prepared
+    written = read_jsonl(folder / "run" / "instructions" / "self" / "instructions.jsonl")
+    write_jsonl(tmp_path / "examples.jsonl", written)
+    change = [f"data.instructions.self.examples={tmp_path}/examples.jsonl", "data.instructions.self.examples_shown=1"]
+    stage("prepare", [*command, *change, f"root={tmp_path}/run"])
+    rows = read_jsonl(tmp_path / "run" / "instructions" / "self" / "instructions.jsonl")
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in written}
+    assert manifest(tmp_path / "run" / "instructions" / "self")["counts"]["left_out"]["duplicate"]
+
+
 def test_the_target_is_steered_by_examples_from_a_file_beside_ones_own_questions(prepared, tmp_path):
     _, command = prepared
     write_jsonl(tmp_path / "examples.jsonl", [{"prompt": f"who saw the {word} ?"} for word in ("cat", "dog")])
