@@ -208,7 +208,6 @@ def _pause(value: str | None) -> float:
     except ValueError:
         pass
     try:
-        then = parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # no date, or one without a time zone
         return 0.0
-    return max(0.0, (then - datetime.now(UTC)).total_seconds())

@@ -125,8 +125,8 @@ def requests(tokenizer, temperature=0.0):
     return [Request(str(i), "k", "train", temperature, prompt) for i, prompt in enumerate(fitting)]
 
 
-def served(server, tokenizer, stops, limit=LIMIT, **retries):
-    client = HttpClient(server.url, None, Retries(**({"timeout": 60.0} | retries)))
+def served(server, tokenizer, stops, limit=LIMIT, patience=60.0, sleep=time.sleep):
+    client = HttpClient(server.url, None, Retries(timeout=60.0, patience=patience), sleep)
     return served_engine(client, MODEL, tokenizer, Limits(0.95, limit, stops), 5, encode_prompt(tokenizer, "Hello?"), 4)
 
 
@@ -170,8 +170,13 @@ def test_a_server_that_is_killed_and_started_again_loses_and_doubles_nothing(
 ):
     asked = requests(tokenizer)
     parts, folder = shards(asked, 16), Folder(tmp_path)
-    generate = served(server, tokenizer, stops, patience=60.0)
-    killed = threading.Event()
+    pauses, killed = [], threading.Event()
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        time.sleep(seconds)
+
+    generate = served(server, tokenizer, stops, sleep=sleep)
 
     def restart():
         server.kill()
@@ -190,6 +195,7 @@ def test_a_server_that_is_killed_and_started_again_loses_and_doubles_nothing(
     files, notes = finish(folder, len(parts), schema(0.95))
     rows = finished_rows(folder, files, "respond")
     assert killed.is_set()
+    assert pauses  # some requests failed, and were sent again
     assert all(note["failed"] == {} for note in notes)
     assert sorted(row["id"] for row in rows) == sorted(request.id for request in asked)
     alone = dict(zip((request.id for request in asked), served(server, tokenizer, stops)(asked), strict=True))
