@@ -39,7 +39,7 @@ def test_a_text_is_compared_by_its_letters(text, reason):
 
 def test_the_index_finds_what_a_comparison_of_all_pairs_finds():
     generator, texts = random.Random(0), []
-    for _ in range(600):
+    for _ in range(250):
         words = generator.choice(texts).split() if texts and generator.random() < 0.5 else generator.sample(WORDS, 12)
         words[generator.randrange(len(words))] = generator.choice(WORDS)
         texts.append(" ".join(words))
@@ -54,5 +54,5 @@ def test_the_index_finds_what_a_comparison_of_all_pairs_finds():
         near += reason == "near duplicate"
         if reason is None:
             kept.append(text)
-    assert near > 100
-    assert len(kept) > 200
+    assert near > 40
+    assert len(kept) > 80

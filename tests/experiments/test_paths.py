@@ -89,6 +89,7 @@ def test_a_path_that_begins_with_a_tilde_is_expanded_in_every_section(tmp_path, 
     assert (cfg.root, cfg.data.template) == (f"{tmp_path}/runs/x", "~{text}")
 
 
+@pytest.mark.end_to_end
 def test_a_root_below_home_is_one_directory_for_all_artifacts(world, tmp_path):
     overrides, root = world
     home, here = tmp_path / "home", tmp_path / "here"

@@ -38,6 +38,7 @@ def rows(page):
     return {line[0]: dict(zip(header, line, strict=True)) for line in body}
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("scale", ["gpu", "llama2", "llama2_13b", "llama3", "qwen3"])
 def test_every_scale_is_planned_without_a_hub(scale):
     page = plan_page(f"scale={scale}")
@@ -59,6 +60,7 @@ def test_the_papers_scale_has_the_papers_size_ratio_and_speedup():
     assert "2.19 at γ = 3" in page  # 2.3 / (0.0174 · 3 + 1)
 
 
+@pytest.mark.end_to_end
 def test_finetuning_grows_with_the_number_of_runs_and_shared_stages_do_not():
     one_seed, two_seeds = (rows(plan_page("scale=llama2", "losses=[kld,tvd]", f"seeds={s}")) for s in ("[1]", "[1,2]"))
     assert (one_seed["finetune"]["runs"], two_seeds["finetune"]["runs"]) == ("2", "4")
@@ -113,6 +115,7 @@ def test_an_unknown_setting_is_refused(override):
         plan_page(override)
 
 
+@pytest.mark.end_to_end
 def test_finetuning_without_a_cache_holds_the_target_and_fsdp_splits_it():
     def target_bytes(*overrides):
         page = plan_page("scale=llama2", *overrides)

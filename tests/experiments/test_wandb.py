@@ -47,6 +47,7 @@ def records(log):
     return [json.loads(line) for line in read.stdout.splitlines()]
 
 
+@pytest.mark.end_to_end
 def test_a_resumed_stage_is_one_run_in_which_each_step_is_logged_once(world, tmp_path, monkeypatch):
     overrides, root = world
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -92,6 +93,7 @@ def test_the_common_yardsticks_are_recorded(runs):
             assert name in text
 
 
+@pytest.mark.end_to_end
 def test_the_tables_are_recorded_once_with_all_that_was_written(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     root = pipeline_root(tmp_path)
