@@ -24,6 +24,14 @@ from drafter.artifacts.storage import Folder
 INDEX = "index.parquet"
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the end of an Arrow stream
 Row = dict[str, Any]
+# The columns that the index of a shard is made from. A schema may have others, and in any order.
+REQUIRED = [
+    ("id", pa.string()),
+    ("kind", pa.string()),
+    ("split", pa.string()),
+    ("prompt_ids", pa.list_(pa.int32())),
+    ("response_ids", pa.list_(pa.int32())),
+]
 
 
 def write_shard(folder: Folder, number: int, rows: list[Row], schema: pa.Schema, notes: dict[str, Any]) -> None:

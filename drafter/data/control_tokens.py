@@ -19,7 +19,9 @@ ANCHORS = ("", "\n", ".", "a")  # texts to put before a piece, so that it is not
 
 
 class ControlTokenError(UnusableConversation):
-    """A text spells out a control token that the tokenizer cannot encode as text."""
+    """A text spells out a control token that the tokenizer cannot encode as text. The message quotes the text."""
+
+    reason = "with control tokens that cannot be encoded as text"
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

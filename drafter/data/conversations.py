@@ -37,7 +37,12 @@ KEPT = ("name", "tool_call_id", "reasoning_content")  # fields of a message that
 
 
 class UnusableConversation(ValueError):
-    """A row has no conversation that can be answered. The message is the reason, the same for all rows of its kind."""
+    """A row has no conversation that can be answered."""
+
+    @property
+    def reason(self) -> str:
+        """Return the reason under which the row is counted."""
+        return str(self)
 
 
 class Conversation(NamedTuple):
@@ -49,6 +54,10 @@ class Conversation(NamedTuple):
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+
+    def opening(self) -> str:
+        """Return the first message of the user."""
+        return next(str(message["content"]) for message in self.messages if message["role"] == "user")
 
     def answer_points(self) -> list[int]:
         """Return at which numbers of messages the assistant is to answer.
@@ -84,8 +93,8 @@ def read_conversation(row: Mapping[str, Any]) -> Conversation:
 
 
 def opening(row: Mapping[str, Any]) -> str:
-    """Return the first message of the user in a row of prepared data, whose conversation has been read before."""
-    return next(str(one["content"]) for one in read_conversation(row).messages if one["role"] == "user")
+    """Return the first message of the user in a row of prepared data."""
+    return read_conversation(row).opening()
 
 
 def _turns(row: Mapping[str, Any]) -> list[Any]:

@@ -99,9 +99,8 @@ class Continuation:
         if not self.from_log:
             if tokens[-1] not in self.stop_ids:
                 return "after an answer that was cut off"
-            text = self.tokenizer.decode(
-                tokens[:-1]
-            ).strip()  # a template that begins answers with a space adds it again
+            # A template that begins answers with a space adds it again.
+            text = self.tokenizer.decode(tokens[:-1]).strip()
             if control_pattern(self.tokenizer).search(text):
                 return "after an answer that contains control tokens"
             conversation = replace_answer(conversation, dialogue.points[0], text)
@@ -109,7 +108,7 @@ class Continuation:
         try:
             prompt_ids = encode_conversation(self.tokenizer, rest.before())
         except UnusableConversation as problem:
-            return str(problem)
+            return problem.reason
         if len(prompt_ids) > self.room:
             return "too long for the context"
         return request._replace(prompt_ids=prompt_ids, dialogue=rest, turn=request.turn + 1)
@@ -210,7 +209,7 @@ def _logged_tokens(tokenizer: PreTrainedTokenizerBase, request: Request, stop_id
         answered = before._replace(messages=[*before.messages, message])
         ids = encode_conversation(tokenizer, answered, add_generation_prompt=False)
     except UnusableConversation as problem:
-        return Failure(str(problem))
+        return Failure(problem.reason)
     start = len(request.prompt_ids)
     if ids[:start] != request.prompt_ids:
         return Failure("a logged answer that the chat template begins differently")

@@ -243,5 +243,10 @@ def _vllm_sampling(request: Request, limits: Limits, seed: int) -> dict[str, Any
 
 def request_seed(seed: int, request: Request) -> int:
     """Return a seed of 63 bits for a request, which does not depend on its shard, its rank or the other requests."""
-    key = repr((seed, request.id, request.temperature, request.repetition, *([request.turn] if request.turn else [])))
-    return int.from_bytes(sha256(key.encode()).digest()[:8]) >> 1
+    turn = (request.turn,) if request.turn else ()
+    return hashed_seed(seed, request.id, request.temperature, request.repetition, *turn)
+
+
+def hashed_seed(*parts: Any) -> int:
+    """Return a seed of 63 bits that is determined by the parts."""
+    return int.from_bytes(sha256(repr(parts).encode()).digest()[:8]) >> 1

@@ -5,7 +5,6 @@ tokens of a response are the ones that the target generated after them.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +17,8 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# transformers passes plain data to templates, so the function that prints the date has to be written in their language.
+# A macro that prints the pinned date, in the place of the function that prints today's. transformers passes only plain
+# data to templates, so the macro is written in their language.
 PINNED_DATE = (
     "{%- macro strftime_now(format) -%}{%- set text = namespace(of=format) -%}"
     "{%- for directive, part in date_parts.items() -%}{%- set text.of = text.of.replace(directive, part) -%}"
@@ -91,25 +91,21 @@ def render(
         for number, message in enumerate(conversation.messages)
     ]
     settings: TemplateSettings = getattr(tokenizer, "template_settings", TemplateSettings())
+    template, arguments = tokenizer.get_chat_template(None, conversation.tools), settings.arguments()
+    if "strftime_now" in template:
+        template, arguments = PINNED_DATE + template, {**arguments, "date_parts": settings.date_parts()}
     try:
         text = tokenizer.apply_chat_template(
             messages,
             tools=conversation.tools,
-            chat_template=pinned_template(tokenizer, conversation.tools),
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            date_parts=settings.date_parts(),
-            **settings.arguments(),
+            **arguments,
         )
     except (TemplateError, TypeError, ValueError) as problem:
         raise UnusableConversation(f"the chat template refuses the conversation: {problem}") from None
     return str(text)
-
-
-def pinned_template(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None) -> str:
-    """Return the chat template. If it prints today's date, a macro that prints the pinned date shadows the function."""
-    template: str = tokenizer.get_chat_template(None, tools)
-    return PINNED_DATE + template if "strftime_now" in template else template
 
 
 def check_rendered(
@@ -168,6 +164,11 @@ def encode_prompts(
             f"{messages[longest][:80]!r}"
         )
     return prompts
+
+
+def known_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> set[int]:
+    """Return the ids that both a tokenizer and a model whose embedding has so many rows have."""
+    return set(tokenizer.get_vocab().values()) & set(range(rows))
 
 
 def check_embedding(tokenizer: PreTrainedTokenizerBase, rows: int, model: str) -> None:

@@ -9,7 +9,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
-from hashlib import sha256
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -20,7 +19,7 @@ from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
 from drafter.data.control_tokens import ControlTokenError, control_ids, control_pattern
 from drafter.data.conversations import Message
-from drafter.data.engines import Engine, Failure, Request
+from drafter.data.engines import Engine, Failure, Request, hashed_seed
 from drafter.data.near_duplicates import SeenTexts
 from drafter.data.prompts import encode_prompt
 from drafter.data.user_turn import UserTurn, begin_user_turn
@@ -31,11 +30,7 @@ from drafter.ranks import deal as deal_shards
 log = logging.getLogger(__name__)
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),
-        ("kind", pa.string()),
-        ("split", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("response_ids", pa.list_(pa.int32())),
+        *rows.REQUIRED,
         ("text", pa.string()),
         ("answer", pa.string()),
         ("tokens", pa.int32()),
@@ -172,8 +167,7 @@ class Writer:
 
 def seed_of(recipe: Recipe, shard: int) -> int:
     """Return the seed of a shard, which differs between sources and from the seeds of responses."""
-    key = repr(("self-written", recipe.name, recipe.seed, shard))
-    return int.from_bytes(sha256(key.encode()).digest()[:8]) >> 1
+    return hashed_seed("self-written", recipe.name, recipe.seed, shard)
 
 
 def is_degenerate(text: str) -> bool:

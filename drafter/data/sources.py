@@ -162,7 +162,7 @@ def conversations(source: Source) -> Iterator[tuple[int, Conversation | str]]:
         try:
             yield number, read_conversation(row) if matches(row, source.where) else "filtered by where"
         except UnusableConversation as problem:
-            yield number, str(problem)
+            yield number, problem.reason
 
 
 def _require_fields(template: str, rows: list[LocatedRow]) -> set[str]:

@@ -13,7 +13,6 @@ from drafter.data.prompts import encode_conversation, encode_text
 from drafter.data.selection import Candidate, Row, Selection, Tally, check_ids
 
 log = logging.getLogger(__name__)
-CONTROL_TOKENS = "with control tokens that cannot be encoded as text"
 
 
 def encodes_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
@@ -41,15 +40,13 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], int | s
     def length(row: Row) -> int | str:
         try:
             if not encodes(row.get("reference", "")):
-                return CONTROL_TOKENS
+                return ControlTokenError.reason
             conversation = read_conversation(row)
             prompts = [conversation.messages[:point] for point in conversation.answer_points()]
             lengths = [len(encode_conversation(tokenizer, conversation._replace(messages=one))) for one in prompts]
             return lengths[0]
-        except ControlTokenError:
-            return CONTROL_TOKENS
         except UnusableConversation as problem:
-            return str(problem)
+            return problem.reason
 
     return length
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import DictConfig
 
-from drafter.data.conversations import opening
+from drafter.data.control_tokens import ControlTokenError
 from drafter.data.corpus import Doc, extract, is_heldout, pretraining_texts
 from drafter.data.instructions import IN_DOMAIN, derive
 from drafter.data.selection import Candidate, Tally
@@ -185,30 +185,19 @@ def heldout_prompts(cfg: DictConfig, source: str, task: str) -> Iterator[Candida
         yield Candidate(row, task, entry.left_out if is_for_tasks else "for training or validation")
 
 
-def conversation_candidates(source: Source, name: str, percent: float, split: str | None = None) -> Iterator[Candidate]:
-    """Yield the candidates of a source of conversations.
-
-    Args:
-        source: the source.
-        name: its name, which is the kind of its rows.
-        percent: the share of conversations for validation, by a hash of the user's first message.
-        split: the split of all rows, in the place of the one by the hash.
-    """
+def conversation_candidates(source: Source, name: str, percent: float) -> Iterator[Candidate]:
+    """Yield the candidates of a source of conversations. A hash of the user's first message decides the split."""
     for number, found in conversations(source):
         row: dict[str, Any] = {"id": f"{name}:{number}", "kind": name}
         if isinstance(found, str):
-            yield Candidate(row, split or "train", found)
+            yield Candidate(row, "train", found)
             continue
         row |= {"messages": found.messages} | ({"tools": found.tools} if found.tools else {})
-        by_hash = "validation" if is_heldout(opening(row), percent) else "train"
-        yield Candidate(row, split or by_hash)
+        yield Candidate(row, ordinary_split(found.opening(), percent))
 
 
 def task_candidates(source: Source, name: str) -> Iterator[Candidate]:
     """Yield the candidate prompts of a task."""
-    if source.kind == "conversations":
-        yield from conversation_candidates(source, name, 0, name)
-        return
     for entry in entries(source):
         row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text}
         yield Candidate(row, name, entry.left_out, tuple(entry.absent))
@@ -224,7 +213,7 @@ def count_texts(
     """Yield the texts that are used, and count all texts in the tally."""
     for text in texts:
         tally.read += 1
-        reason = left_out or (None if encodes(text) else "with control tokens that cannot be encoded as text")
+        reason = left_out or (None if encodes(text) else ControlTokenError.reason)
         if reason:
             tally.left_out[reason] += 1
         else:

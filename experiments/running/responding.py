@@ -22,7 +22,7 @@ from drafter.data.engines import (
     vllm_engine,
 )
 from drafter.data.http_client import HttpClient, Retries
-from drafter.data.prompts import encode_conversation, encode_prompt, encode_text
+from drafter.data.prompts import encode_conversation, encode_prompt, encode_text, known_ids
 from drafter.data.responses import Instruction, plan, schema, shards, write_responses
 from drafter.data.selection import read_instructions
 from drafter.data.served import served_engine
@@ -84,7 +84,7 @@ def respond(cfg: DictConfig) -> None:
             stage.folder,
             schema(settings.top_p),
             following=following,
-            known_ids=set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(target_source(cfg)))),
+            known_ids=known_ids(tokenizer, vocabulary_width(target_source(cfg))),
             seed=cfg.seed,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -170,7 +170,7 @@ def encode_instruction(
         dialogue = Dialogue(conversation, points)
         return Instruction(row, dialogue, encode_conversation(tokenizer, dialogue.before()))
     except UnusableConversation as problem:
-        return str(problem)
+        return problem.reason
 
 
 def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> Engine:

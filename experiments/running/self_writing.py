@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import Stage, sha256, write_jsonl
 from drafter.data.engines import Engine, Limits, transformers_engine, vllm_engine
+from drafter.data.prompts import known_ids
 from drafter.data.self_written import SCHEMA, Collection, Recipe, Writer, write_until_enough
 from drafter.data.user_turn import UserTurn, begin_user_turn
 from drafter.models.end_of_turn import end_of_turn_ids
@@ -94,8 +95,8 @@ def make_writer(cfg: DictConfig, source: SelfSource, ranks: Ranks, tokenizer: Pr
     limits = [Limits(settings.top_p, message_limit(cfg, source), stop_ids)]
     limits += [Limits(settings.top_p, settings.max_answer_tokens, stop_ids)] if source.part == TEXT else []
     message, *answers = engines(cfg, limits, ranks)
-    known_ids = set(tokenizer.get_vocab().values()) & set(range(vocabulary_width(where)))
-    return Writer(recipe_of(cfg, source), tokenizer, message, stop_ids, known_ids, *answers)
+    known = known_ids(tokenizer, vocabulary_width(where))
+    return Writer(recipe_of(cfg, source), tokenizer, message, stop_ids, known, *answers)
 
 
 def engines(cfg: DictConfig, limits: list[Limits], ranks: Ranks) -> Iterator[Engine]:

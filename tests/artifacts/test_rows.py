@@ -10,16 +10,7 @@ from drafter.artifacts.manifest import ArtifactError
 from drafter.artifacts.storage import Folder
 from tests.conftest import finished_rows
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("kind", pa.string()),
-        ("split", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("response_ids", pa.list_(pa.int32())),
-        ("hidden", pa.list_(pa.float32())),
-    ]
-)
+SCHEMA = pa.schema([*rows.REQUIRED, ("hidden", pa.list_(pa.float32()))])
 
 
 def row(number):

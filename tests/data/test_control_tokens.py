@@ -125,8 +125,13 @@ def test_control_tokens_that_cannot_be_encoded_as_text_are_refused(tmp_path, tok
     save_target(tmp_path)
     words = load_tokenizer(str(tmp_path))  # its vocabulary has "<end>" as an ordinary word
     for attempt in (lambda: encode_prompt(words, "the <end> cat"), lambda: encode_text(words, ["a", "the <end> cat"])):
-        with pytest.raises(ControlTokenError, match=r"no other way to write the control tokens in 'the <end> cat'"):
+        with pytest.raises(
+            ControlTokenError, match=r"no other way to write the control tokens in 'the <end> cat'"
+        ) as it:
             attempt()
+        assert (
+            it.value.reason == "with control tokens that cannot be encoded as text"
+        )  # it is counted, without the text
     assert encode_text(words, ["the zebra"]) == [
         words("the zebra")["input_ids"]
     ]  # the id of unknown words is not a control token
