@@ -12,7 +12,6 @@ takes the measured c, the time of a drafter call over that of a target call.
 """
 
 import argparse
-import time
 
 import torch
 import yaml
@@ -21,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from drafter.data.batches import Batch
 from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.decoding.capabilities import decoder_of
+from drafter.decoding.clock import now
 from drafter.decoding.decoders import Compiled
 from drafter.decoding.generation import Decoded
 from drafter.decoding.options import DecodingOptions
@@ -33,13 +33,6 @@ from drafter.models.initialization import build_drafter
 from drafter.models.loading import OutputEmbedding
 from drafter.training.modules import Distillation
 from experiments.planning.roofline import Shape, operations
-
-
-def now(device):
-    """Return the time in seconds, after waiting for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def seconds(work, device, repeats=5):
