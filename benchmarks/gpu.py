@@ -18,7 +18,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafter.data.batches import Batch
-from drafter.data.engines import Limits, Request, transformers_engine
+from drafter.data.engines import Limits, Request, rounds_engine
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.clock import now
 from drafter.decoding.decoders import Compiled
@@ -186,7 +186,7 @@ def main():
 def responding(target, shapes, bandwidth, device):
     """Time a batch of responses, relative to reading the weights and the cache of the tokens so far."""
     count, tokens, prompt = shapes["answers"], shapes["tokens"], list(range(16))
-    engine = transformers_engine(target, Limits(0.95, tokens, []), 10**9, first_round=tokens)
+    engine = rounds_engine(target, Limits(0.95, tokens, []), 10**9, first_round=tokens)
     asked = [Request(str(number), "", "train", 1.0, prompt) for number in range(count)]
     took = seconds(lambda: engine(asked), device, repeats=2)
     shape, width = Shape.of(target), target.dtype.itemsize

@@ -85,6 +85,42 @@ def draw(weights_BV: torch.Tensor, generator: torch.Generator | None = None) -> 
     return torch.searchsorted(cumulative_BV, below_B1, right=True)[:, 0].to(weights_BV.device)
 
 
+ATTEMPTS = 4  # of `sample`, before it sorts
+
+
+def sample(logits_BV: torch.Tensor, temperature_B: torch.Tensor, top_p: float = 1.0) -> torch.Tensor:
+    """Draw one token per row from its logits after temperature and top-p, shape (B,), without sorting them.
+
+    A token is drawn from all tokens, and drawn again if the tokens that are more likely than it already add up to
+    top_p: it is then not in the nucleus (see `in_nucleus`). Such a draw has a probability of at most 1 - top_p. With a
+    small top_p, rows that are still without a token after a few attempts are sorted.
+
+    >>> logits_BV = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
+    >>> sample(logits_BV, torch.tensor([0.0, 1.0]), top_p=0.5)
+    tensor([0, 2])
+
+    Args:
+        logits_BV: the logits.
+        temperature_B: the temperature of each row; 0 for the most likely token.
+        top_p: as in `Sampling`.
+    """
+    tokens_B = logits_BV.argmax(-1)
+    pending_B = temperature_B.nonzero()[:, 0]
+    if not len(pending_B):
+        return tokens_B
+    probs_BV = (logits_BV[pending_B].float() / temperature_B[pending_B, None]).softmax(-1)
+    for _ in range(ATTEMPTS if top_p < 1 else 0):
+        drawn_B = draw(probs_BV)
+        tokens_B[pending_B] = drawn_B
+        likelier_BV = probs_BV > probs_BV.gather(1, drawn_B[:, None])
+        outside_B = (probs_BV * likelier_BV).sum(-1) >= top_p
+        pending_B, probs_BV = pending_B[outside_B], probs_BV[outside_B]
+        if not len(pending_B):
+            return tokens_B
+    tokens_B[pending_B] = draw(probs_BV * in_nucleus(probs_BV, top_p) if top_p < 1 else probs_BV)
+    return tokens_B
+
+
 def double(values: torch.Tensor, device_type: str | None = None) -> torch.Tensor:
     """Return the values in float64, on their device, or on the CPU if it is Apple's ("mps"), which has no float64.
 

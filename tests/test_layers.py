@@ -18,8 +18,8 @@ ARROWS = {
     "drafter.models": {"drafter.artifacts"},
     "drafter.decoding": {"drafter.models", "drafter.warping", "drafter.metrics"},
     "drafter.data": {
-        *("drafter.losses", "drafter.models", "drafter.artifacts", "drafter.warping", "drafter.ranks"),
-        "drafter.progress",
+        *("drafter.decoding", "drafter.losses", "drafter.models", "drafter.artifacts", "drafter.warping"),
+        *("drafter.ranks", "drafter.progress"),
     },
     "drafter.training": {
         *("drafter.data", "drafter.decoding", "drafter.losses", "drafter.models"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drafter import warping
-from drafter.warping import Sampling, check_sampling, double, draw
+from drafter.warping import Sampling, check_sampling, double, draw, sample, warp
 
 DRAFTER = Path(__file__).parent.parent / "drafter"
 # What may name float64: `double`, `_uniform`, the types of stored weights and the check of a loss, both on the CPU.
@@ -84,3 +84,15 @@ def test_wrong_sampling_settings_are_refused(sampling, message):
     with pytest.raises(ValueError, match=message):
         check_sampling(sampling)
     check_sampling(Sampling(0.6, 0.95, 20))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.0, 0.9), (0.5, 0.6), (2.0, 0.05)])
+def test_samples_have_the_distribution_of_warp_without_sorting(temperature, top_p):
+    """The counts of 40,000 draws are within five standard deviations of what `warp` expects, and never outside."""
+    torch.manual_seed(1)
+    logits_V, count = torch.randn(12), 40_000
+    drawn = sample(logits_V.expand(count, -1), torch.full((count,), temperature), top_p)
+    expected_V = warp(logits_V, Sampling(temperature, top_p))
+    found_V = torch.bincount(drawn, minlength=12)
+    deviation_V = (count * expected_V * (1 - expected_V)).sqrt()
+    assert ((found_V - count * expected_V).abs() <= 5 * deviation_V + 1e-3).all()

@@ -1,4 +1,4 @@
-"""Generate responses with the target, by transformers' generation or by vLLM.
+"""Generate responses with the target, in this process or by vLLM.
 
 An engine is a function from a list of requests to a list of responses. The tokens of a response end with its first stop
 token, or at the limit.
@@ -15,6 +15,8 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from drafter.data.batches import by_budget
+from drafter.decoding import side_by_side
+from drafter.decoding.capabilities import check_side_by_side
 from drafter.models.loading import load_generation_config
 from drafter.models.source import Model, ModelSource
 
@@ -74,12 +76,40 @@ def ignored_settings(model: Model) -> dict[str, Any]:
     return {name: fields[name] for name in settings if fields[name]}
 
 
-def transformers_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int, first_round: int = 16) -> Engine:
-    """Return an engine that generates in rounds of 16, 32, 64 … tokens, in batches of at most `batch_tokens` tokens.
+def transformers_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int) -> Engine:
+    """Return an engine that generates side by side, or in rounds if the target does not support the former.
+
+    `decoding.side_by_side` keeps a batch full by giving the row of a finished response to the next prompt. Some
+    architectures do not accept the masks that this takes, or have a sliding window shorter than the sequences (see
+    `capabilities.check_side_by_side`); for these there is `rounds_engine`. Random numbers come from torch's global
+    generator. Padding counts towards `batch_tokens`.
+    """
+    in_rounds = rounds_engine(target, limits, batch_tokens)
+
+    def generate(requests: list[Request]) -> Sequence[list[int] | Failure]:
+        longest = max((len(request.prompt_ids) for request in requests), default=0) + limits.max_new_tokens
+        try:
+            check_side_by_side(target, longest)
+        except ValueError:
+            return in_rounds(requests)
+        return side_by_side.generate(
+            target,
+            [request.prompt_ids for request in requests],
+            [request.temperature for request in requests],
+            top_p=limits.top_p,
+            max_new_tokens=limits.max_new_tokens,
+            stop_ids=set(limits.stop_ids),
+            batch_tokens=batch_tokens,
+        )
+
+    return generate
+
+
+def rounds_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int, first_round: int = 16) -> Engine:
+    """Return an engine that generates with transformers, in rounds of 16, 32, 64 … tokens.
 
     A batch runs until its longest response ends, and most responses are short. After each round, the unfinished ones
-    are gathered into new, full batches, at the cost of another forward pass over their tokens. Random numbers come from
-    torch's global generator. Padding counts towards `batch_tokens`.
+    are gathered into new, full batches, at the cost of another forward pass over their tokens.
     """
 
     def generate(requests: list[Request]) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Write the responses of the distillation set: the target answers the instructions (paper, section 2.2).
 
-Requests are sorted by temperature and length and divided into shards, one file each. A shard is written completely or
+Requests are sorted by length and divided into shards, one file each. A shard is written completely or
 not at all, and its random numbers depend only on its number and the seed. An interrupted run therefore continues with
 the missing shards, and any number of ranks writes the same files.
 """
@@ -62,8 +62,8 @@ def plan(instructions: list[Instruction], temperatures: list[float], num_respons
 
 
 def shards(requests: list[Request], shard_size: int) -> list[list[Request]]:
-    """Sort requests by temperature and length, and divide them into shards."""
-    ordered = sorted(requests, key=lambda request: (request.temperature, len(request.prompt_ids), request.id))
+    """Sort requests by length, and divide them into shards. Those of one prompt follow each other: it is read once."""
+    ordered = sorted(requests, key=lambda request: (len(request.prompt_ids), request.id, request.repetition))
     return [ordered[start : start + shard_size] for start in range(0, len(ordered), shard_size)]
 
 

@@ -1,9 +1,8 @@
 """A decoder for several sequences of different lengths in one batch, with one key-value cache.
 
-`speculative.speculative_decode_batch` uses it. The commands decode one sequence at a time, as the paper does: a token
-rate is then that of a single user. Batched decoding serves those who use the library, `benchmarks/decoding.py`, and the
-tests of losslessness, which need thousands of samples. `capabilities` also uses the decoder, to find out whether a
-model accepts explicit masks and positions.
+`side_by_side.generate` uses it for responses, and `speculative.speculative_decode_batch` for several users. Evaluation
+decodes one sequence at a time, as the paper does: a token rate is then that of a single user. `capabilities` also uses
+the decoder, to find out whether a model accepts explicit masks and positions.
 
 Shapes: B rows, T tokens of a call, C the cache's capacity in tokens, V vocabulary.
 """
@@ -81,7 +80,7 @@ class RaggedDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int):
-        self.model, self.positions = model, _Positions(capacity)
+        self.model, self.positions, self.number = model, _Positions(capacity), 0
         layers = model.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[_RaggedLayer(self.positions) for _ in range(layers)])
         self.call = logits_of(model)
@@ -98,12 +97,50 @@ class RaggedDecoder:
         if ids:
             single = Decoder(self.model)
             single.forward([ids], [0], 1)
-            for layer, source in zip(self.cache.layers, single.cache.layers, strict=True):
-                for stored, states in ((layer.keys, source.keys), (layer.values, source.values)):
-                    stored[row, :, : len(ids)] = states[0]
+            self._store([row], single.cache, [0])
+
+    def replace_rows(self, rows: list[int], sequences: list[list[int]]) -> None:
+        """Give rows to other sequences, and cache their tokens with one call. Equal sequences are computed once."""
+        distinct = {tuple(ids): number for number, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
+        width = max(map(len, distinct), default=0)
+        if width:
+            together = RaggedDecoder(self.model, width)
+            together.forward([[*ids, *[0] * (width - len(ids))] for ids in distinct], [0] * len(distinct), 1)
+            self._store(rows, together.cache, [distinct[tuple(ids)] for ids in sequences])
+
+    def _store(self, rows: list[int], cache: Cache, sources: list[int]) -> None:
+        """Copy the rows `sources` of another cache to the rows `rows` of this one."""
+        device = self.model.device
+        to, of = torch.tensor(rows, device=device), torch.tensor(sources, device=device)
+        for layer, source in zip(self.cache.layers, cache.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(
+                    *(states[:1].expand(self.number, -1, -1, -1) for states in (source.keys, source.values))
+                )
+            for stored, states in ((layer.keys, source.keys), (layer.values, source.values)):
+                stored[to, :, : states.shape[2]] = states[of]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Drop all other rows."""
         kept = torch.tensor(rows, device=self.model.device)
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+
+    def resize(self, rows: list[int], number: int, capacity: int) -> None:
+        """Keep the rows `rows` as the first of `number` rows, with room for `capacity` tokens each."""
+        kept, shared = (
+            torch.tensor(rows, dtype=torch.long, device=self.model.device),
+            min(capacity, self.positions.capacity),
+        )
+        self.positions.capacity, self.number = capacity, number
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (
+                    _resized(states, kept, shared, number, capacity) for states in (layer.keys, layer.values)
+                )
+
+
+def _resized(states: torch.Tensor, kept: torch.Tensor, shared: int, number: int, capacity: int) -> torch.Tensor:
+    made = states.new_zeros((number, states.shape[1], capacity, states.shape[3]))
+    made[: len(kept), :, :shared] = states[kept, :, :shared]
+    return made

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
+from drafter.decoding.side_by_side import FREE_SHARE
 from drafter.losses.chunked import CHUNK_ENTRIES
 from experiments.planning.roofline import (
     Hardware,
@@ -25,7 +26,6 @@ from experiments.planning.roofline import (
 from experiments.running.jobs import Job
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-FIRST_ROUND = 16  # tokens; see engines.transformers_engine
 ACTIVATIONS = 12  # numbers per token and hidden unit that a forward pass without gradients holds at once
 
 
@@ -110,25 +110,21 @@ def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
 
 
 def estimate_respond(cfg: DictConfig, world: World) -> StageEstimate:
-    """Estimate batched generation, in rounds: a forward pass over the texts so far, then one per next token."""
+    """Estimate generation side by side: a step per next token, and a forward pass whenever prompts are added."""
     settings, width, shape = cfg.respond, BYTES[cfg.target.dtype], world.target
     device, number, (split, shares) = world.device(width < 4), num_responses(cfg), world.shares(cfg)
     sequences = max(1, settings.batch_tokens / (world.length + world.response))
-    batches, seconds, begun, round_ = number / sequences / shares, 0.0, 0.0, FIRST_ROUND
-    while begun < settings.max_new_tokens:
-        alive = math.exp(-begun / world.response)  # assumes exponentially distributed lengths
-        steps = min(round_, settings.max_new_tokens - begun)
-        text = world.prompt + begun
-        seconds += alive * forward_seconds(device, shape, sequences * text, text / 2, 0, width, split)
-        one = forward_seconds(device, shape, sequences, text + steps / 2, sequences, width, split)
-        seconds, begun, round_ = seconds + alive * steps * one, begun + steps, 2 * round_
+    steps = number * world.response / sequences / shares  # a finished sequence's row is given to the next one
+    together = max(1, sequences / FREE_SHARE)
+    one_prompt = forward_seconds(device, shape, together * world.prompt, world.prompt / 2, 0, width, split) / together
+    one = forward_seconds(device, shape, sequences, world.prompt + world.response / 2, sequences, width, split)
     return StageEstimate(
         "respond",
         number * world.response,
         operations(shape, number * world.length, world.length / 2),
         generation_memory(shape, sequences, world.length + world.response, width, split) | process_memory(world),
         number * world.length * 4,
-        0.0 if settings.by == "reference" else batches * seconds,
+        0.0 if settings.by == "reference" else number / shares * one_prompt + steps * one,
         "target.parallel=tensor, or lower respond.batch_tokens",
     )
 

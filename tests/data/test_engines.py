@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from drafter.data.engines import (
     ignored_settings,
     mixed_engine,
     request_seed,
+    rounds_engine,
     transformers_engine,
     vllm_engine,
 )
@@ -65,32 +67,41 @@ VALUES = {
 SKIPPED = {"continuous_batching_config", "transformers_version", "_from_model_config"}
 
 
+ENGINES = pytest.mark.parametrize(
+    "make", [transformers_engine, partial(rounds_engine, first_round=5)], ids=["beside", "rounds"]
+)
+
+
 def of_temperature(greedy):
     return [request for request in requests() if (request.temperature == 0) == greedy]
 
 
-def test_greedy_responses_in_a_padded_batch_equal_those_of_single_prompts(target):
-    engine = transformers_engine(target, Limits(0.95, 12, [7]), batch_tokens=40, first_round=5)
+@ENGINES
+def test_greedy_responses_in_a_padded_batch_equal_those_of_single_prompts(target, make):
+    engine = make(target, Limits(0.95, 12, [7]), 40)
     for request, tokens in zip(of_temperature(True), engine(of_temperature(True)), strict=True):
         assert tokens == autoregressive_decode(target, request.prompt_ids, DecodingOptions(12, stop_ids=[7])).tokens
 
 
-def test_samples_stay_in_the_top_p_set(target):
-    engine = transformers_engine(target, Limits(1e-6, 8, [7]), batch_tokens=100)
+@ENGINES
+def test_samples_stay_in_the_top_p_set(target, make):
+    engine = make(target, Limits(1e-6, 8, [7]), 100)
     for request, tokens in zip(of_temperature(False), engine(of_temperature(False)), strict=True):
         assert tokens == autoregressive_decode(target, request.prompt_ids, DecodingOptions(8, stop_ids=[7])).tokens
 
 
-def test_temperatures_are_not_mixed_in_a_batch(target):
-    mixed = transformers_engine(target, Limits(0.95, 8, [7]), batch_tokens=1000)(requests())
-    alone = transformers_engine(target, Limits(0.95, 8, [7]), batch_tokens=1000)(of_temperature(True))
+@ENGINES
+def test_each_response_has_the_temperature_of_its_request(target, make):
+    mixed = make(target, Limits(0.95, 8, [7]), 1000)(requests())
+    alone = make(target, Limits(0.95, 8, [7]), 1000)(of_temperature(True))
     greedy = [tokens for request, tokens in zip(requests(), mixed, strict=True) if request.temperature == 0]
     assert greedy == alone
 
 
-def test_a_response_ends_with_its_first_stop_token(target):
+@ENGINES
+def test_a_response_ends_with_its_first_stop_token(target, make):
     stops = list(range(0, VOCABULARY, 3))  # so many that most responses reach one
-    for tokens in transformers_engine(target, Limits(0.95, 12, stops), 100)(requests()):
+    for tokens in make(target, Limits(0.95, 12, stops), 100)(requests()):
         assert all(token not in stops for token in tokens[:-1])
         assert tokens[-1] in stops or len(tokens) == 12
 
@@ -108,19 +119,21 @@ def test_a_mixture_chooses_the_engine_of_a_request_by_its_id_alone():
     assert engine(asked[:1]) == answers[:1]
 
 
+@ENGINES
 @pytest.mark.parametrize("stops", [[], [7, 9]])
-def test_there_may_be_any_number_of_stop_tokens(target, stops):
-    answers = transformers_engine(target, Limits(1.0, 5, stops), 100)(requests()[:2])
+def test_there_may_be_any_number_of_stop_tokens(target, stops, make):
+    answers = make(target, Limits(1.0, 5, stops), 100)(requests()[:2])
     assert all(1 <= len(tokens) <= 5 for tokens in answers)
 
 
+@ENGINES
 @pytest.mark.parametrize("greedy", [True, False])
-def test_logits_that_are_not_finite_are_refused(greedy):
+def test_logits_that_are_not_finite_are_refused(greedy, make):
     broken = small_model(seed=1)
     with torch.no_grad():
         broken.lm_head.weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"logits are not finite after \d+ tokens"):
-        transformers_engine(broken, Limits(0.9, 4, [7]), 100)(of_temperature(greedy))
+        make(broken, Limits(0.9, 4, [7]), 100)(of_temperature(greedy))
 
 
 @pytest.fixture(scope="module")
@@ -134,20 +147,22 @@ def configured():
     return model
 
 
-def test_no_field_of_the_checkpoints_generation_config_changes_greedy_responses(configured):
+@ENGINES
+def test_no_field_of_the_checkpoints_generation_config_changes_greedy_responses(configured, make):
     kept, asked = configured.generation_config, of_temperature(True)
-    answers = transformers_engine(configured, Limits(0.95, 12, [7]), batch_tokens=40, first_round=5)(asked)
+    answers = make(configured, Limits(0.95, 12, [7]), 40)(asked)
     for request, tokens in zip(asked, answers, strict=True):
         options = DecodingOptions(12, stop_ids=[7])
         assert tokens == autoregressive_decode(configured, request.prompt_ids, options).tokens
     assert configured.generation_config is kept
 
 
-def test_no_field_of_the_checkpoints_generation_config_changes_samples(target, configured):
+@ENGINES
+def test_no_field_of_the_checkpoints_generation_config_changes_samples(target, configured, make):
     found = []
     for model in (target, configured):
         torch.manual_seed(5)
-        found.append(transformers_engine(model, Limits(0.9, 12, [7]), batch_tokens=100)(of_temperature(False) * 20))
+        found.append(make(model, Limits(0.9, 12, [7]), 100)(of_temperature(False) * 20))
     assert found[0] == found[1]
     assert len({tuple(tokens) for tokens in found[0]}) > len(of_temperature(False))
 
