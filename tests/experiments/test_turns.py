@@ -16,6 +16,7 @@ ASKED = ["who saw the cat ?", "what did the dog likes ?", "why ?"]
 PLAIN = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12, "in_domain": True}
 CHATS = {**PLAIN, "kind": "conversations"}
 CONTEXT = 128
+TAU = ("tokens", "target_calls")
 
 
 def unlogged(texts):
@@ -163,6 +164,18 @@ def test_a_turn_that_exceeds_a_drafters_context_is_left_out_for_this_drafter_alo
     assert rows["b"][-1] == {"task": "chats", "turns_left_out": {"too long for the drafter's context": 2}}
 
 
+def command(folder):
+    return [
+        "scale=smoke", "data=files", "task=files", "logger=csv", f"root={folder}/run", f"target.path={folder}/target",
+        f"data.pretraining.path={folder}/text.jsonl", f"data.instructions.questions.path={folder}/asked.jsonl",
+        "scale.pretraining_tokens=100", "scale.heldout_tokens=40", "scale.max_prompt_tokens=60",
+        "scale.max_new_tokens=12", "scale.prompts_per_task=20", "data.heldout_percent=40",
+        f"task.prompts.path={folder}/task.jsonl",
+        f"+task.chats={{kind: conversations, path: {folder}/chats.jsonl, temperature: 0.0, top_p: 1.0, "
+        "max_new_tokens: 12, in_domain: true}",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """Prepare and evaluate conversations beside single prompts. Return the root."""
@@ -171,29 +184,20 @@ def evaluated(tmp_path_factory):
     save_chat_target(folder / "drafter", seed=1)
     write_jsonl(folder / "text.jsonl", [{"text": f"the cat saw {'a ' * n}dog ."} for n in range(40)])
     write_jsonl(folder / "asked.jsonl", [{"prompt": f"who saw {'the ' * n}cat ?"} for n in range(20)])
-    words = "cat dog bird tree house man child fox".split()  # noqa: SIM905
-    chats = [{"turns": [f"{text} {word}" for text in ASKED], "system": "then run"} for word in words]
+    write_jsonl(folder / "task.jsonl", [{"prompt": "who saw the cat ?"}])
+    chats = [{"turns": [f"{text} {word}" for text in ASKED], "system": "then run"} for word in ("cat", "dog", "fox")]
     chats += [{"turns": ["why ?"], "tools": [{"name": "f"}]}, {"turns": ["why ?", ""]}, {"messages": []}]
     chats += [{"prompt": "the " * 100}]
     write_jsonl(folder / "chats.jsonl", chats)
-    command = [
-        "scale=smoke", "data=files", "task=files", "logger=csv", f"root={folder}/run", f"target.path={folder}/target",
-        f"data.pretraining.path={folder}/text.jsonl", f"data.instructions.questions.path={folder}/asked.jsonl",
-        "scale.pretraining_tokens=100", "scale.heldout_tokens=40", "scale.max_prompt_tokens=60",
-        "scale.max_new_tokens=12", "scale.prompts_per_task=20", "data.heldout_percent=40",
-        f"task.prompts.path={folder}/asked.jsonl",
-        f"+task.chats={{kind: conversations, path: {folder}/chats.jsonl, temperature: 0.0, top_p: 1.0, "
-        "max_new_tokens: 12, in_domain: true}",
-    ]  # fmt: skip
-    stage("prepare", command)
-    stage("evaluate", [*command, f"drafters=[{folder}/drafter]", "evaluate.num_speculative_tokens=[3]"])
+    stage("prepare", command(folder))
+    stage("evaluate", [*command(folder), f"drafters=[{folder}/drafter]", "evaluate.num_speculative_tokens=[3]"])
     return folder / "run"
 
 
 def test_every_row_of_a_task_of_conversations_is_used_or_left_out_for_a_reason(evaluated):
     tally = read_manifest(evaluated / "data", "prepare")["counts"]["rows"]["task chats"]
-    assert tally["read"] == 12
-    assert tally["used"] == {"chats": 8}
+    assert tally["read"] == 7
+    assert tally["used"] == {"chats": 3}
     assert tally["left_out"] == {
         "the chat template has no place for tools": 1,
         "an empty message of the user": 1,
@@ -213,7 +217,33 @@ def test_the_counts_of_turns_roles_and_positions_add_up(evaluated):
     of_chats = [row for row in rows if row["task"] == "chats"]
     manifest = read_manifest(folder, "evaluate")
     turns = manifest["counts"]["turns"]["chats"]
-    assert turns["asked"] == 8 * len(ASKED) == turns["decoded"] + sum(turns["left_out"].values())
-    assert turns["decoded"] == len(of_chats) > 8
+    assert turns["asked"] == 3 * len(ASKED) == turns["decoded"] + sum(turns["left_out"].values())
+    assert turns["decoded"] == len(of_chats) > 3
     assert manifest["counts"]["greedy_outputs_unlike_the_target"] == 0
     assert all("message" in row and "blocks" in row for row in read_jsonl(folder / "samples.jsonl"))
+
+
+@pytest.mark.end_to_end
+def test_the_tables_divide_the_counts_by_turn(evaluated, tmp_path):
+    stage("tables", ["scale=smoke", "logger=csv", f"root={evaluated}", f"out={tmp_path}"])
+    (line,) = (tmp_path / "tables" / "by_turn.md").read_text().splitlines()[4:5]
+    rows = [row for row in read_jsonl(evaluated / "evaluate" / "drafter" / "counts.jsonl") if row["task"] == "chats"]
+    sums = [[sum(row[name] for row in rows if row["turn"] == turn) for name in TAU] for turn in (1, 2)]
+    assert [cell.split(" [")[0] for cell in line.strip("| ").split(" | ")[2:4]] == [f"{a / b:.2f}" for a, b in sums]
+
+
+@pytest.mark.end_to_end
+def test_the_best_gamma_is_found_on_all_turns(evaluated, tmp_path):
+    folder = evaluated.parent
+    how = ["gamma.largest=2", "gamma.prompts_per_task=20", f"gamma.drafter={folder}/drafter", f"out={tmp_path}"]
+    stage("gamma", [*command(folder), *how])
+    turns = {row["prompt"] for row in read_jsonl(tmp_path / "drafter" / "counts.jsonl") if row["task"] == "chats"}
+    of_evaluation = read_jsonl(evaluated / "evaluate" / "drafter" / "counts.jsonl")
+    assert turns == {row["prompt"] for row in of_evaluation if row["task"] == "chats"}
+
+
+def test_a_dry_run_reads_the_conversations(evaluated, capsys):
+    stage("prepare", [*command(evaluated.parent), "dry_run=true"])
+    printed = capsys.readouterr().out
+    assert "the first begins 'who saw the cat ? cat' (7 rows read, 3 used, 1 the chat template has" in printed
+    assert "rows of [11, 11, 11] tokens" in printed  # with the system prompt
