@@ -36,7 +36,7 @@ from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 from experiments.running.progress import Progress
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
-from experiments.running.turns import Work, decode_turns, fits, rows_of, target_answer, turns_by_task
+from experiments.running.turns import Work, decode_turns, fits, part_rows, target_answer, turns_by_task
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -84,7 +84,7 @@ def main(cfg: DictConfig) -> None:
     gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
     parts = [work.tasks[start : start + PART] for start in range(0, len(work.tasks), PART)]
     for drafter in drafters.values():  # the first calls are slow, and should not count for any drafter
-        speculative_decode(target, drafter, work.tasks[0].prompt, 3, DecodingOptions(max_new_tokens=8))
+        speculative_decode(target, drafter, work.tasks[0].prompt[:32], 3, DecodingOptions(max_new_tokens=8))
     reader = RoleReader(tokenizer, stops)
 
     def decode_turn(task: Task, paths: Iterable[str]) -> Decodings:
@@ -99,7 +99,7 @@ def main(cfg: DictConfig) -> None:
             for first in parts[number]:
                 reached = decode_turns(work, first, partial(decode_turn, paths=missing), target_answer)
                 for path in missing:
-                    rows[path] += rows_of(reached, path, reader, tokenizer)
+                    rows[path] += part_rows(reached, path, reader, tokenizer)
             for path, file in missing.items() if ranks.writes else []:
                 write_jsonl(file, rows[path])
             tokens = sum(row.get("tokens", 0) for of_drafter in rows.values() for row in of_drafter)

@@ -18,8 +18,11 @@ def breakdown_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     """Return a table for each kind of part, with a line per task and series, at the largest fixed γ.
 
     A task has no line if all of its decodings are one part, such as prompts of one turn; a table without lines is left
-    out. Intervals come from resampling the conversations that have the part.
+    out, and so is a series of which an evaluation has no parts. Intervals come from resampling the conversations that
+    have the part.
     """
+    partial = {one.series for one in evaluations if not one.parts}
+    evaluations = [one for one in evaluations if one.series not in partial]
     gammas = sorted_gammas(part.gamma for one in evaluations for part in one.parts)
     if not gammas:
         return []

@@ -49,7 +49,7 @@ class Evaluation(NamedTuple):
         counts: (task, gamma, prompt) -> counts.
         positions: for each row of counts, its gamma, and the accepted and tested drafts at each position of a block.
         directory: the directory that it was read from.
-        parts: the parts of each decoding; none if an earlier version of this project made the evaluation.
+        parts: the parts of each decoding; none if an earlier version of this project made or began the evaluation.
     """
 
     drafter: DrafterIdentity
@@ -102,7 +102,8 @@ def read_evaluations(folder: Path, base: str = PRETRAINED) -> list[Evaluation]:
             for row in rows
         }
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
-        parts = [part for row in rows for part in parts_of(row)]
+        # An earlier version may have begun an evaluation that this one has finished.
+        parts = [part for row in rows for part in parts_of(row)] if all("turn" in row for row in rows) else []
         ratio = summary["drafter_parameters"] / summary["target_parameters"]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         drafter = read_fields(summary, path.parent)

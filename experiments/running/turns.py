@@ -90,7 +90,7 @@ def fits(task: Task, context: int) -> bool:
     return task.dialogue is None or len(task.prompt) + task.options.max_new_tokens <= context
 
 
-def rows_of(
+def part_rows(
     reached: Reached[Decodings], path: str, reader: RoleReader, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """Return the rows of a part's file for one drafter: each turn at each γ, and the turns that were left out."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+from drafter.artifacts.manifest import read_jsonl, write_jsonl
 from experiments.reporting.breakdown import breakdown_tables
 from experiments.reporting.counts import write_counts
 from experiments.reporting.identity import DrafterIdentity
@@ -70,6 +71,16 @@ def test_an_evaluation_of_an_earlier_version_has_no_such_tables(tmp_path):
     found = read_evaluations(tmp_path / "evaluate")
     assert found[0].parts == []
     assert breakdown_tables(found) == []
+    path = tmp_path / "evaluate" / "drafter" / "counts.jsonl"  # begun by an earlier version, and finished by this one
+    first, *rest = read_jsonl(path)
+    write_jsonl(path, [{**first, "turn": 1, "by_role": {"answer": [5, 4]}}, *rest])
+    assert read_evaluations(tmp_path / "evaluate")[0].parts == []
+
+
+def test_a_series_is_shown_only_if_all_of_its_seeds_have_parts():
+    old, new = of_series("kld", []), of_series("kld", chats())
+    found = breakdown_tables([of_series("pretrained", chats()), old, new])
+    assert {line[1] for table in found for line in table.rows} == {"pretrained"}
 
 
 def test_turns_count_as_one_prompt(tmp_path):

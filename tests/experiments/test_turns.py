@@ -7,7 +7,7 @@ from drafter.artifacts.manifest import read_jsonl, read_manifest
 from drafter.decoding.evaluation import decode
 from drafter.metrics import Counts
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
-from experiments.running.turns import decode_turns, rows_of, target_answer
+from experiments.running.turns import decode_turns, part_rows, target_answer
 from tests.chat_target import chat_model, chat_tokenizer, save_chat_target
 from tests.conftest import write_jsonl
 from tests.experiments.test_pipeline import stage
@@ -158,7 +158,7 @@ def test_a_turn_that_exceeds_a_drafters_context_is_left_out_for_this_drafter_alo
             return ["answer"] * len(tokens)
 
     reached = decode_turns(found, found.tasks[0], decode_turn, said("dog"))
-    rows = {path: rows_of(reached, path, Reader(), chat_tokenizer()) for path in drafters}
+    rows = {path: part_rows(reached, path, Reader(), chat_tokenizer()) for path in drafters}
     assert [row["turn"] for row in rows["a"]] == [1, 1, 2, 2, 3, 3]
     assert [row["turn"] for row in rows["b"][:-1]] == [1, 1]
     assert rows["b"][-1] == {"task": "chats", "turns_left_out": {"too long for the drafter's context": 2}}
