@@ -36,7 +36,7 @@ from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 from experiments.running.progress import Progress
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
-from experiments.running.turns import Work, decode_turns, fits, part_rows, target_answer, turns_by_task
+from experiments.running.turns import Work, check_fits, decode_turns, fits, part_rows, target_answer, turns_by_task
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -81,9 +81,11 @@ def main(cfg: DictConfig) -> None:
         cfg.evaluate.sampling,
         turns_context=of_target,
     )
+    check_fits(work, contexts)
     gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
     parts = [work.tasks[start : start + PART] for start in range(0, len(work.tasks), PART)]
-    for drafter in drafters.values():  # the first calls are slow, and should not count for any drafter
+    # The first calls are slow, and should not count for any drafter. The beginning of a prompt fits into any context.
+    for drafter in drafters.values():
         speculative_decode(target, drafter, work.tasks[0].prompt[:32], 3, DecodingOptions(max_new_tokens=8))
     reader = RoleReader(tokenizer, stops)
 

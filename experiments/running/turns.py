@@ -90,6 +90,23 @@ def fits(task: Task, context: int) -> bool:
     return task.dialogue is None or len(task.prompt) + task.options.max_new_tokens <= context
 
 
+def check_fits(work: Work, contexts: Mapping[str, int]) -> None:
+    """Check that each drafter can begin a conversation of each task of conversations.
+
+    Raises:
+        ValueError: no prompt and answer of a task fit into a drafter's context; names the shortest.
+    """
+    for name in work.continuations:
+        of_task = [task for task in work.tasks if task.name == name]
+        shortest = min(len(task.prompt) + task.options.max_new_tokens for task in of_task)
+        for path, context in contexts.items():
+            if shortest > context:
+                raise ValueError(
+                    f"no conversation of task.{name} fits into the context of {context} tokens of {path}: the shortest "
+                    f"prompt needs {shortest} with its answer; lower task.{name}.max_new_tokens, or leave the task out"
+                )
+
+
 def part_rows(
     reached: Reached[Decodings], path: str, reader: RoleReader, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:

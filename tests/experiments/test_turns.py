@@ -7,7 +7,7 @@ from drafter.artifacts.manifest import read_jsonl, read_manifest
 from drafter.decoding.evaluation import decode
 from drafter.metrics import Counts
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
-from experiments.running.turns import decode_turns, part_rows, target_answer
+from experiments.running.turns import check_fits, decode_turns, part_rows, target_answer
 from tests.chat_target import chat_model, chat_tokenizer, save_chat_target
 from tests.conftest import write_jsonl
 from tests.experiments.test_pipeline import stage
@@ -162,6 +162,16 @@ def test_a_turn_that_exceeds_a_drafters_context_is_left_out_for_this_drafter_alo
     assert [row["turn"] for row in rows["a"]] == [1, 1, 2, 2, 3, 3]
     assert [row["turn"] for row in rows["b"][:-1]] == [1, 1]
     assert rows["b"][-1] == {"task": "chats", "turns_left_out": {"too long for the drafter's context": 2}}
+
+
+def test_a_drafter_whose_context_is_too_short_for_every_conversation_is_refused(tmp_path):
+    found = work(tmp_path, [{"messages": unlogged(ASKED)}])
+    needed = len(found.tasks[0].prompt) + PLAIN["max_new_tokens"]
+    check_fits(found, {"long": needed})
+    with pytest.raises(
+        ValueError, match=f"the context of {needed - 1} tokens of short: the shortest prompt needs {needed}"
+    ):
+        check_fits(found, {"long": needed, "short": needed - 1})
 
 
 def command(folder):
