@@ -15,6 +15,7 @@ import time
 import torch
 from transformers import GenerationConfig
 
+from drafter.data.conversations import opening
 from drafter.data.prompts import encode_prompt
 from drafter.decoding.decoders import Compiled
 from drafter.decoding.options import DecodingOptions
@@ -85,7 +86,7 @@ def main():
     stops = end_of_turn_ids(arguments.target, tokenizer)
     with open(arguments.tasks) as file:
         rows = [json.loads(line) for line in file]
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows[:: max(1, len(rows) // arguments.prompts)]]
+    prompts = [encode_prompt(tokenizer, opening(row)) for row in rows[:: max(1, len(rows) // arguments.prompts)]]
     prompts = prompts[: arguments.prompts]
     single, batched = methods(target, drafter, arguments, stops)
     if arguments.compile:

@@ -1,11 +1,12 @@
 """Block efficiency, acceptance rate, memory-bound speed-up and token-rate ratio from counts, with bootstrap intervals.
 
 Every measure is a ratio of sums over prompts: counts add up over ranks, seeds and runs, whereas averages of ratios do
-not. Its interval comes from resampling prompts. Block efficiency counts the bonus token of each block, so it lies
-between 1 (no draft accepted) and gamma + 1.
+not. Its interval comes from resampling prompts, or whole conversations of several turns. Block efficiency counts the
+bonus token of each block, so it lies between 1 (no draft accepted) and gamma + 1.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -91,6 +92,62 @@ def by_position(blocks: "Iterable[Block]") -> tuple[list[int], list[int]]:
     return accepted, tested
 
 
+ANSWER_POSITIONS = (0, 32, 128, 512, 2048)  # where the bins of positions in an answer begin, in tokens
+
+
+def answer_positions(length: int) -> list[str]:
+    """Return for each token of an answer the bin of its position, such as "32-127", from the answer's first token on.
+
+    >>> answer_positions(34)[31:]
+    ['0-31', '32-127', '32-127']
+    """
+    ends = (*ANSWER_POSITIONS[1:], None)
+    labels: list[str] = []
+    for start, end in zip(ANSWER_POSITIONS, ends, strict=True):
+        inside = max(0, min(length, end or length) - start)
+        labels += [f"{start}+" if end is None else f"{start}-{end - 1}"] * inside
+    return labels
+
+
+def by_label(blocks: "Iterable[Block]", labels: Sequence[str]) -> dict[str, list[int]]:
+    """Return the numbers of tokens and of target calls by the label of each block's first token.
+
+    A block counts as a whole, with all its tokens, so that the sums over the labels are the totals.
+
+    >>> from drafter.decoding.acceptance import Block
+    >>> blocks = [Block([1, 2], 2, [1, 2, 3]), Block([4, 5], 0, [6]), Block([7, 8], 1, [7, 9])]
+    >>> by_label(blocks, ["thinking", "thinking", "answer", "answer", "answer", "answer"])
+    {'thinking': [3, 1], 'answer': [3, 2]}
+
+    Args:
+        blocks: the blocks of a decoding.
+        labels: a label for each token of the decoding.
+    """
+    found: dict[str, list[int]] = {}
+    position = 0
+    for block in blocks:
+        counts = found.setdefault(labels[position], [0, 0])
+        counts[0] += len(block.emitted)
+        counts[1] += 1
+        position += len(block.emitted)
+    return found
+
+
+def turn_id(conversation: str, turn: int) -> str:
+    """Return the id of a turn's prompt: the conversation's id, and for a later turn its number.
+
+    >>> turn_id("chat:7", 1), turn_id("chat:7", 2)
+    ('chat:7', 'chat:7#2')
+    """
+    return conversation if turn == 1 else f"{conversation}#{turn}"
+
+
+def conversation_and_turn(prompt_id: str) -> tuple[str, int]:
+    """Return the conversation's id and the turn that `turn_id` has put together."""
+    found = re.fullmatch(r"(.*)#(\d+)", prompt_id, re.DOTALL)
+    return (found[1], int(found[2])) if found else (prompt_id, 1)
+
+
 def block_efficiency(rows: np.ndarray) -> np.ndarray:
     """Return tau, the number of tokens per target call. The last axis of `rows` has the fields of Counts.
 
@@ -142,16 +199,24 @@ RATIOS = {
 
 
 def by_prompt(prompts: Iterable[str], counts: Iterable[Counts]) -> dict[str, np.ndarray]:
-    """Return the sums of the counts that share a prompt, such as those of several seeds: prompts are resampled.
+    """Return the sums of the counts that belong together, such as those of several seeds: prompts are resampled.
+
+    The turns of a conversation are not independent, so they belong together too. The key of a sum is the ids of its
+    prompts, so that sums over different turns are not taken for a pair.
 
     >>> counts = [Counts(4, 2, 2, 2, 1.0, 4, 1.0), Counts(6, 2, 4, 5, 1.0, 6, 1.0)]
     >>> by_prompt(["a", "a"], counts)["a"].tolist()
     [10.0, 4.0, 6.0, 7.0, 2.0, 10.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+    >>> list(by_prompt(["a", "a#2"], counts))
+    ['a a#2']
     """
     sums: dict[str, np.ndarray] = {}
+    members: dict[str, dict[str, None]] = {}
     for prompt, row in zip(prompts, counts, strict=True):
-        sums[prompt] = sums.get(prompt, np.zeros(len(Counts._fields))) + np.array(row)
-    return sums
+        conversation, _ = conversation_and_turn(prompt)
+        sums[conversation] = sums.get(conversation, np.zeros(len(Counts._fields))) + np.array(row)
+        members.setdefault(conversation, {})[prompt] = None
+    return {" ".join(sorted(members[conversation])): total for conversation, total in sums.items()}
 
 
 def estimate(rows: dict[str, np.ndarray], ratio: str, resamples: int = 2000) -> Estimate:

@@ -8,6 +8,8 @@ An interrupted evaluation continues with the missing parts.
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import MANIFEST, Stage, read_jsonl, write_jsonl
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.evaluation import as_text, decode
+from drafter.decoding.evaluation import Decodings, Task, decode
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length
+from drafter.decoding.roles import RoleReader
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
@@ -33,6 +36,7 @@ from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 from experiments.running.progress import Progress
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
+from experiments.running.turns import Work, check_fits, decode_turns, fits, part_rows, target_answer, turns_by_task
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together
@@ -66,29 +70,46 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to(ranks.device)
     drafters = {path: frozen_drafter(cfg, path).to(ranks.device) for path in pending}
-    context = min(map(context_length, (target, *drafters.values())))
-    stops = end_of_turn_ids(target_source(cfg), tokenizer)
-    work = read_tasks(cfg, tokenizer, context, cfg.evaluate.prompts_per_task, stops, cfg.evaluate.sampling)
+    contexts = {path: context_length(drafter) for path, drafter in drafters.items()}
+    stops, of_target = end_of_turn_ids(target_source(cfg), tokenizer), context_length(target)
+    work = read_tasks(
+        cfg,
+        tokenizer,
+        min(of_target, *contexts.values()),
+        cfg.evaluate.prompts_per_task,
+        stops,
+        cfg.evaluate.sampling,
+        turns_context=of_target,
+    )
+    check_fits(work, contexts)
     gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
-    parts = [work[start : start + PART] for start in range(0, len(work), PART)]
-    for drafter in drafters.values():  # the first calls are slow, and should not count for any drafter
-        speculative_decode(target, drafter, work[0].prompt, 3, DecodingOptions(max_new_tokens=8))
+    parts = [work.tasks[start : start + PART] for start in range(0, len(work.tasks), PART)]
+    # The first calls are slow, and should not count for any drafter. The beginning of a prompt fits into any context.
+    for drafter in drafters.values():
+        speculative_decode(target, drafter, work.tasks[0].prompt[:32], 3, DecodingOptions(max_new_tokens=8))
+    reader = RoleReader(tokenizer, stops)
+
+    def decode_turn(task: Task, paths: Iterable[str]) -> Decodings:
+        fitting = {path: drafters[path] for path in paths if fits(task, contexts[path])}
+        return decode(task, target, fitting, gammas, cfg.seed)
+
     todo = [number for number in range(len(parts)) if missing_files(number, pending)]
     with Progress("evaluate", f"part of {PART} prompts", ranks.world_size) as report:
         for index, number in deal(todo, ranks.world_size):
             missing = missing_files(number, pending)
             rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
-            for task in parts[number]:
-                found = decode(task, target, {path: drafters[path] for path in missing}, gammas, cfg.seed)
-                for path, of_drafter in found.items():
-                    rows[path] += [{**one.row, "blocks": as_text(one.decoded, tokenizer)} for one in of_drafter]
+            for first in parts[number]:
+                reached = decode_turns(work, first, partial(decode_turn, paths=missing), target_answer)
+                for path in missing:
+                    rows[path] += part_rows(reached, path, reader, tokenizer)
             for path, file in missing.items() if ranks.writes else []:
                 write_jsonl(file, rows[path])
-            report(index + 1, len(todo), sum(row["tokens"] for of_drafter in rows.values() for row in of_drafter))
+            tokens = sum(row.get("tokens", 0) for of_drafter in rows.values() for row in of_drafter)
+            report(index + 1, len(todo), tokens)
     wait_for_all()
     if ranks.first:
         for path, stage in pending.items():
-            finish(identities[path], stage, len(parts), drafters[path], target, stops, cfg)
+            finish(identities[path], stage, len(parts), drafters[path], target, stops, work, cfg)
 
 
 def missing_files(number: int, stages: dict[str, Stage]) -> dict[str, Path]:
@@ -132,11 +153,13 @@ def finish(
     drafter: PreTrainedModel,
     target: PreTrainedModel,
     stops: list[int],
+    work: Work,
     cfg: DictConfig,
 ) -> None:
     """Join all parts into counts.jsonl (a row per task, γ and prompt) and samples.jsonl (texts by block)."""
     files = [stage.directory / f"part-{number:05d}.jsonl" for number in range(parts)]
-    rows = [row for file in files for row in read_jsonl(file)]
+    every = [row for file in files for row in read_jsonl(file)]
+    rows = [row for row in every if "turns_left_out" not in row]
     shown: Counter[tuple[str, str]] = Counter()
     samples = []
     for row in rows:
@@ -156,6 +179,7 @@ def finish(
             "drafter_parameters": num_parameters(drafter),
             "target_parameters": num_parameters(target),
             "stop_ids": stops,
+            **({"turns": turns_by_task(work, every)} if work.continuations else {}),
             "greedy_outputs": len(greedy),
             "greedy_outputs_unlike_the_target": sum(not row["like_the_target"] for row in greedy),
         }

@@ -6,6 +6,8 @@ from both the predicted speed-up. Then the prompts are decoded at each γ, to co
 """
 
 import logging
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from drafter.decoding.evaluation import Task
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.decoding.timings import measure_call_timings
-from drafter.metrics import Counts, count, estimate
+from drafter.metrics import Counts, by_prompt, count, estimate
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from experiments.reporting.figures import draw_gammas
@@ -30,6 +32,7 @@ from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
+from experiments.running.turns import decode_turns
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +58,29 @@ def main(cfg: DictConfig) -> None:
     work = read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {})
     models = [target, drafter]
     if cfg.gamma.compile:
-        longest = max(len(task.prompt) + task.options.max_new_tokens for task in work) + cfg.gamma.largest + 1
+        ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
+        longest = (context if work.continuations else max(ends)) + cfg.gamma.largest + 1
         models = [Compiled(model, longest) for model in models]
-    timings = measure_call_timings(models[0], models[1], work[0].prompt, cfg.gamma.largest)
-    rows, counts = [], []
+    timings = measure_call_timings(models[0], models[1], work.tasks[0].prompt, cfg.gamma.largest)
+    rows, counts, left_out = [], [], {}
     for name in cfg.task:
-        tasks = [task for task in work if task.name == name]
-        found = [decode_prompt(task, models[0], models[1], cfg.gamma.largest, cfg.seed) for task in tasks]
+        decode_turn = partial(
+            decode_prompt, target=models[0], drafter=models[1], largest=cfg.gamma.largest, seed=cfg.seed
+        )
+        reached = [
+            decode_turns(work, task, decode_turn, lambda one: one.tokens) for task in work.tasks if task.name == name
+        ]
+        turns = [turn for one in reached for turn in one.turns]
+        tasks, found = [task for task, _ in turns], [decoded for _, decoded in turns]
+        left_out[name] = sum((one.left_out for one in reached), work.left_out.get(name, Counter()))
         efficiencies = block_efficiencies(tasks, found, target, drafter, cfg.gamma.largest)
         for gamma, efficiency in enumerate(efficiencies, start=1):
-            of_gamma = {task.prompt_id: np.array(one.counts[gamma]) for task, one in zip(tasks, found, strict=True)}
-            cost, speedup = timings.block(gamma), estimate(of_gamma, "token_rate_ratio")
+            of_gamma = {task.prompt_id: one.counts[gamma] for task, one in zip(tasks, found, strict=True)}
+            cost = timings.block(gamma)
+            speedup = estimate(by_prompt(of_gamma, of_gamma.values()), "token_rate_ratio")
             rows.append(GammaRow(name, gamma, efficiency, cost, efficiency / cost, speedup))
             counts += [
-                {"task": name, "gamma": gamma, "prompt": prompt, **Counts(*values.tolist())._asdict()}
+                {"task": name, "gamma": gamma, "prompt": prompt, **values._asdict()}
                 for prompt, values in of_gamma.items()
             ]
     page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile)
@@ -81,6 +93,7 @@ def main(cfg: DictConfig) -> None:
             "c": timings.ratio,
             "v": [timings.verification(g) for g in range(1, cfg.gamma.largest + 1)],
             "stop_ids": stops,
+            **({"turns_left_out": left_out} if work.continuations else {}),
         }
     )
     print(page)

@@ -17,7 +17,9 @@ from omegaconf import DictConfig
 from drafter.artifacts.manifest import MANIFEST, fingerprint, read_jsonl, read_manifest, write_json, write_text
 from drafter.artifacts.provenance import describe_machine
 from drafter.artifacts.storage import local_directory
+from drafter.metrics import conversation_and_turn
 from experiments.reporting import paper
+from experiments.reporting.breakdown import breakdown_tables
 from experiments.reporting.counts import write_counts
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
 from experiments.reporting.identity import PRETRAINED
@@ -123,12 +125,12 @@ def architecture_table(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
 
 
 def detail_tables(rows: list[ResultRow], evaluations: list[Evaluation], base: str) -> list[Table]:
-    """Return a table for each gamma with every task and drafter, and the table of acceptance rates by position."""
+    """Return a table for each gamma with every task and drafter, and the tables of parts of the decodings."""
     tables = [
         task_table([row for row in rows if row.gamma == gamma], f"gamma_{gamma}", f"γ = {gamma}", base)
         for gamma in sorted_gammas(row.gamma for row in rows)
     ]
-    return [*tables, *position_tables(evaluations)]
+    return [*tables, *position_tables(evaluations), *breakdown_tables(evaluations)]
 
 
 def task_table(rows: list[ResultRow], name: str, title: str, base: str = PRETRAINED) -> Table:
@@ -184,10 +186,14 @@ def describe_prompts(evaluations: list[Evaluation]) -> str:
     manifests = [read_manifest(evaluation.directory, "evaluate")["counts"] for evaluation in evaluations]
     unlike = sum(counts["greedy_outputs_unlike_the_target"] for counts in manifests)
     greedy = sum(counts["greedy_outputs"] for counts in manifests)
-    prompts = {(key[0], key[2]) for evaluation in evaluations for key in evaluation.counts}
+    turns = {(task, prompt) for evaluation in evaluations for task, _, prompt in evaluation.counts}
+    prompts = {(task, conversation_and_turn(prompt)[0]) for task, prompt in turns}
     seeds = {evaluation.drafter.seed for evaluation in evaluations if evaluation.drafter.loss}
     ratio, plural = evaluations[0].size_ratio, "s" * (len(seeds) != 1)
-    described = f"{len(prompts)} prompts, {len(seeds)} seed{plural} per loss, c = {ratio:.4f}."
+    asked = f"{len(prompts)} prompts"
+    if len(turns) > len(prompts):
+        asked = f"{len(prompts)} prompts and conversations with {len(turns)} turns, resampled as wholes"
+    described = f"{asked}, {len(seeds)} seed{plural} per loss, c = {ratio:.4f}."
     if greedy:
         described += f" Greedy text equal to the target's own in {greedy - unlike} of {greedy} decodings."
     return described

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.artifacts.rows import Rows
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.evaluation import Task, decode
-from drafter.metrics import Counts, Estimate, estimate, memory_bound_speedup, paired_difference
+from drafter.decoding.evaluation import Decodings, Task, decode
+from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_parameters, vocabulary_rows
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
@@ -31,6 +31,7 @@ from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
+from experiments.running.turns import Work, decode_turns, target_answer
 
 log = logging.getLogger(__name__)
 AllCounts = dict[int, dict[str, np.ndarray]]  # tokens kept -> prompt -> Counts
@@ -97,17 +98,20 @@ def check(cfg: DictConfig) -> None:
     check_tasks(cfg, {})
 
 
-def decode_all(
-    drafters: dict[int, PreTrainedModel], target: PreTrainedModel, work: list[Task], cfg: DictConfig
-) -> AllCounts:
+def decode_all(drafters: dict[int, PreTrainedModel], target: PreTrainedModel, work: Work, cfg: DictConfig) -> AllCounts:
     """Decode each prompt of the tasks in the domain (of all tasks, if none is) with every size in turn."""
-    inside = [task for task in work if cfg.task[task.name].in_domain] or work
-    found: AllCounts = {size: {} for size in drafters}
+    inside = [task for task in work.tasks if cfg.task[task.name].in_domain] or work.tasks
     gamma, named = cfg.trim.num_speculative_tokens, {str(size): drafter for size, drafter in drafters.items()}
-    for task in inside:
-        for size, (of_size,) in decode(task, target, named, {gamma: gamma}, cfg.seed).items():
-            counts = [of_size.row[field] for field in Counts._fields]
-            found[int(size)][f"{task.name} {task.prompt_id}"] = np.array(counts)
+
+    def decode_turn(task: Task) -> Decodings:
+        return decode(task, target, named, {gamma: gamma}, cfg.seed)
+
+    reached = [decode_turns(work, first, decode_turn, target_answer) for first in inside]
+    found: AllCounts = {}
+    for size in drafters:
+        rows = [of_turn.by_drafter[str(size)][0].row for one in reached for _, of_turn in one.turns]
+        counts = [Counts(*(row[field] for field in Counts._fields)) for row in rows]
+        found[size] = by_prompt([f"{row['task']} {row['prompt']}" for row in rows], counts)
     return found
 
 

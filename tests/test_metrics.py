@@ -8,14 +8,18 @@ from drafter.metrics import (
     RATIOS,
     Counts,
     acceptance_rate,
+    answer_positions,
     block_efficiency,
+    by_label,
     by_position,
     by_prompt,
+    conversation_and_turn,
     count,
     estimate,
     memory_bound_speedup,
     paired_difference,
     token_rate_ratio,
+    turn_id,
 )
 
 
@@ -197,3 +201,31 @@ def test_identical_rows_differ_by_exactly_zero(ratio):
     rows = simulate(np.random.default_rng(0), 25)
     copy = {prompt: row.copy() for prompt, row in rows.items()}
     assert paired_difference(rows, copy, ratio) == (0.0, 0.0, 0.0)
+
+
+def test_turns_of_a_conversation_are_resampled_together():
+    rows = by_prompt(["a", "b", "a#2", "a#3"], [counts(tokens=1), counts(tokens=2), counts(tokens=3), counts(tokens=5)])
+    assert [row[0] for row in rows.values()] == [9, 2]
+    other = by_prompt(["a", "b"], [counts(), counts()])
+    with pytest.raises(ValueError, match="needs the same prompts"):  # a conversation of other turns is no pair
+        paired_difference(rows, other, "block_efficiency")
+
+
+@pytest.mark.parametrize(("conversation", "turn"), [("chat:7", 1), ("chat:7", 2), ("chat:7", 12), ("c#:0", 1)])
+def test_an_id_of_a_turn_is_read_back(conversation, turn):
+    assert conversation_and_turn(turn_id(conversation, turn)) == (conversation, turn)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 600, 2049])
+def test_every_token_has_a_range_of_positions(length):
+    labels = answer_positions(length)
+    assert len(labels) == length
+    for position, label in enumerate(labels):
+        first, _, last = label.rstrip("+").partition("-")
+        assert int(first) <= position <= int(last or position)
+
+
+def test_tokens_and_target_calls_of_all_labels_add_up():
+    blocks = [Block([1, 2], 2, [1, 2, 3]), Block([4], 0, [6]), Block([7, 8], 1, [7, 9])]
+    found = by_label(blocks, ["a", "b", "b", "b", "a", "b"])
+    assert found == {"a": [5, 2], "b": [1, 1]}  # the first block is an "a" with all its tokens

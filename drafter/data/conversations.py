@@ -4,8 +4,10 @@ A row of data has its conversation in one of these forms:
 
 - `messages`: a list of {"role", "content", ...}, the form of OpenAI's API;
 - `conversations`: a list of {"from", "value"}, the form of ShareGPT;
+- `turns` or `prompt`: a list of the user's messages alone, the form of MT-Bench, each of which is answered in turn;
 - `prompt`: the text of a single user message.
 
+The answers that MT-Bench's form does not have are messages of the assistant that are not logged; see `is_logged`.
 `system` and `tools` may stand beside them. Lists may also be given as JSON text, because CSV has no lists. A row that
 cannot be used raises `UnusableConversation`, whose reason is short enough to be counted.
 """
@@ -57,7 +59,11 @@ class Conversation(NamedTuple):
 
     def opening(self) -> str:
         """Return the first message of the user."""
-        return next(str(message["content"]) for message in self.messages if message["role"] == "user")
+        return self.asked()[0]
+
+    def asked(self) -> list[str]:
+        """Return the messages of the user as text."""
+        return [str(message["content"]) for message in self.messages if message["role"] == "user"]
 
     def answer_points(self) -> list[int]:
         """Return at which numbers of messages the assistant is to answer.
@@ -72,6 +78,11 @@ class Conversation(NamedTuple):
         roles = [message["role"] for message in self.messages]
         asks = [number for number, role in enumerate(roles, start=1) if role in ("user", "tool")]
         return [number for number in asks if number == len(roles) or roles[number] == "assistant"]
+
+
+def is_logged(message: Message) -> bool:
+    """Return whether the log has the content of a message. If not, an answer always takes the message's place."""
+    return message.get("logged") is not False
 
 
 def read_conversation(row: Mapping[str, Any]) -> Conversation:
@@ -104,9 +115,20 @@ def _turns(row: Mapping[str, Any]) -> list[Any]:
             if not isinstance(turns, list) or not turns:
                 raise UnusableConversation(f"{name} is no list of messages")
             return turns
+    for asked in (_from_json(row.get("turns")), row.get("prompt")):
+        if isinstance(asked, list) and asked and all(isinstance(text, str) for text in asked):
+            return _asked_in_turn(asked)
     if isinstance(row.get("prompt"), str):
         return [{"role": "user", "content": row["prompt"]}]
     raise UnusableConversation("neither messages, nor conversations, nor a prompt")
+
+
+def _asked_in_turn(texts: list[str]) -> list[Message]:
+    """Return the user's messages, with an answer that is not logged after each but the last."""
+    messages: list[Message] = []
+    for text in texts:
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "", "logged": False}]
+    return messages[:-1]
 
 
 def _message(turn: Any) -> Message | None:
@@ -127,6 +149,8 @@ def _message(turn: Any) -> Message | None:
         message["tool_calls"] = calls
     if role == "system" and not message["content"].strip():
         return None
+    if role == "assistant" and not is_logged(dict(turn)) and not message["content"] and not calls:
+        message["logged"] = False
     return message
 
 

@@ -11,16 +11,18 @@ In both cases the tokens of the responses are those that were generated; no text
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from drafter.data.control_tokens import control_pattern
-from drafter.data.conversations import Conversation, UnusableConversation
+from drafter.data.conversations import Conversation, UnusableConversation, is_logged
 from drafter.data.engines import Engine, Failure, Request
 from drafter.data.prompts import encode_conversation
 
 TURNS = ("all", "first", "last")
+TOO_LONG = "too long for the context"
 
 
 class Dialogue(NamedTuple):
@@ -39,9 +41,28 @@ class Dialogue(NamedTuple):
         return self.conversation._replace(messages=self.conversation.messages[: self.points[0]])
 
     def logged(self) -> dict[str, Any] | None:
-        """Return the logged message at the next point, or None if the conversation ends there."""
-        messages = self.conversation.messages
-        return messages[self.points[0]] if self.points[0] < len(messages) else None
+        """Return the logged message at the next point, or None if the log has none there."""
+        following = self.conversation.messages[self.points[0] :][:1]
+        return following[0] if following and is_logged(following[0]) else None
+
+
+class Prompt(NamedTuple):
+    """A dialogue, and the prompt of its next answer as token ids."""
+
+    dialogue: Dialogue
+    prompt_ids: list[int]
+
+
+def begin(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, points: tuple[int, ...]) -> Prompt:
+    """Return the prompt of the first answer.
+
+    Raises:
+        UnusableConversation: the template refuses the conversation, or an earlier answer is not logged.
+    """
+    if not all(map(is_logged, conversation.messages[: points[0]])):
+        raise UnusableConversation("an earlier answer is not logged, so that turns=last has no prompt")
+    dialogue = Dialogue(conversation, points)
+    return Prompt(dialogue, encode_conversation(tokenizer, dialogue.before()))
 
 
 def choose_points(conversation: Conversation, turns: str, only_logged: bool = False) -> tuple[int, ...]:
@@ -50,11 +71,11 @@ def choose_points(conversation: Conversation, turns: str, only_logged: bool = Fa
     Args:
         conversation: the logged conversation.
         turns: "all", "first" or "last".
-        only_logged: leave out a last point after which no logged answer follows.
+        only_logged: leave out the points after which no logged answer follows, and those behind them.
     """
-    points = tuple(conversation.answer_points())
+    points, messages = tuple(conversation.answer_points()), conversation.messages
     if only_logged:
-        points = tuple(point for point in points if point < len(conversation.messages))
+        points = tuple(takewhile(lambda point: point < len(messages) and is_logged(messages[point]), points))
     return {"all": points, "first": points[:1], "last": points[-1:]}[turns]
 
 
@@ -92,8 +113,18 @@ class Continuation:
 
     def following(self, request: Request, tokens: list[int]) -> Request | str | None:
         """Return the next request; None if the dialogue is finished; or the reason why its later turns are left out."""
-        dialogue: Dialogue | None = request.dialogue
-        if dialogue is None or len(dialogue.points) < 2:
+        if request.dialogue is None:
+            return None
+        step = self.after(request.dialogue, tokens)
+        if not isinstance(step, Prompt):
+            return step
+        return request._replace(prompt_ids=step.prompt_ids, dialogue=step.dialogue, turn=request.turn + 1)
+
+    def after(self, dialogue: Dialogue, tokens: list[int]) -> Prompt | str | None:
+        """Return the next prompt of a dialogue after the tokens of an answer; None if it is finished; or the reason why
+        its later turns are left out.
+        """
+        if len(dialogue.points) < 2:
             return None
         conversation = dialogue.conversation
         if not self.from_log:
@@ -109,9 +140,7 @@ class Continuation:
             prompt_ids = encode_conversation(self.tokenizer, rest.before())
         except UnusableConversation as problem:
             return problem.reason
-        if len(prompt_ids) > self.room:
-            return "too long for the context"
-        return request._replace(prompt_ids=prompt_ids, dialogue=rest, turn=request.turn + 1)
+        return Prompt(rest, prompt_ids) if len(prompt_ids) <= self.room else TOO_LONG
 
 
 def replace_answer(conversation: Conversation, point: int, text: str) -> Conversation:

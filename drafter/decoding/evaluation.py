@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from drafter.decoding.generation import Decoded
 from drafter.decoding.options import Adaptive, DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
-from drafter.metrics import by_position, count
+from drafter.metrics import answer_positions, by_label, by_position, count
 
 
 class Task(NamedTuple):
@@ -19,10 +19,12 @@ class Task(NamedTuple):
 
     Attributes:
         name: the task's name.
-        prompt_id: the prompt's id in the prepared data.
-        message: the prompt as text.
+        prompt_id: the prompt's id in the prepared data; for a later turn of a conversation see metrics.turn_id.
+        message: the user's last message as text.
         prompt: the prompt's token ids, in the chat template.
         options: how it is decoded.
+        turn: the number of the answer in its conversation, from 1 on.
+        dialogue: the conversation, if it has more turns (see data.dialogues.Dialogue).
     """
 
     name: str
@@ -30,6 +32,8 @@ class Task(NamedTuple):
     message: str
     prompt: list[int]
     options: DecodingOptions
+    turn: int = 1
+    dialogue: Any = None
 
     def random(self, device: torch.device, seed: int, use: str = "") -> torch.Generator:
         """Return a generator that depends on the prompt, the seed and its use alone, not on what else is decoded."""
@@ -43,13 +47,20 @@ class Evaluated(NamedTuple):
     decoded: Decoded
 
 
+class Decodings(NamedTuple):
+    """The target's own decoding of a prompt, and the results of each drafter, by path, in the order of the gammas."""
+
+    baseline: Decoded
+    by_drafter: dict[str, list[Evaluated]]
+
+
 def decode(
     task: Task,
     target: PreTrainedModel,
     drafters: dict[str, PreTrainedModel],
     gammas: Mapping[int | str, int | Adaptive],
     seed: int,
-) -> dict[str, list[Evaluated]]:
+) -> Decodings:
     """Decode one prompt with the target alone, once, and then with each drafter at each gamma.
 
     Args:
@@ -59,8 +70,6 @@ def decode(
         gammas: gamma by its name in the rows.
         seed: the run's seed.
 
-    Returns:
-        the results of each drafter, by path, in the order of `gammas`.
     """
     baseline = autoregressive_decode(target, task.prompt, task.options, task.random(target.device, seed))
     found: dict[str, list[Evaluated]] = {path: [] for path in drafters}
@@ -72,14 +81,16 @@ def decode(
                 "task": task.name,
                 "gamma": gamma,
                 "prompt": task.prompt_id,
+                "turn": task.turn,
                 **count(decoded, baseline)._asdict(),
                 "by_position": by_position(decoded.blocks),
+                "by_answer_position": by_label(decoded.blocks, answer_positions(len(decoded.tokens))),
                 "greedy": task.options.sampling.temperature == 0,
                 "like_the_target": decoded.tokens == baseline.tokens,
                 "message": task.message,
             }
             found[path].append(Evaluated(row, decoded))
-    return found
+    return Decodings(baseline, found)
 
 
 def as_text(decoded: Decoded, tokenizer: Any) -> list[dict[str, Any]]:

@@ -23,9 +23,11 @@ from experiments.planning.roofline import (
     training_seconds,
     update_seconds,
 )
+from experiments.running.data_settings import turns_of
 from experiments.running.jobs import Job
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TURNS = 2  # the answers per conversation of a task that evaluates all of them, as in MT-Bench
 ACTIVATIONS = 12  # numbers per token and hidden unit that a forward pass without gradients holds at once
 
 
@@ -204,7 +206,8 @@ def estimate_evaluate(cfg: DictConfig, world: World) -> StageEstimate:
     def call_seconds(shape: Shape, tokens: int, width: int, split: int = 1) -> float:
         return forward_seconds(world.device(width < 4), shape, tokens, world.length, 1, width, split)
 
-    prompts = len(cfg.task) * cfg.evaluate.prompts_per_task
+    answers = [TURNS if turns_of(name, how) == "all" else 1 for name, how in cfg.task.items()]
+    prompts = sum(answers) * cfg.evaluate.prompts_per_task
     seconds = world.response * call_seconds(world.target, 1, width, split)
     for gamma in gammas:
         drafted = gamma if isinstance(gamma, int) else 3

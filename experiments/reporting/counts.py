@@ -8,7 +8,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from drafter.artifacts.storage import write_file
-from drafter.metrics import Counts
+from drafter.metrics import Counts, conversation_and_turn
 from experiments.reporting.results import Evaluation
 
 SCHEMA = pa.schema(
@@ -21,6 +21,8 @@ SCHEMA = pa.schema(
         ("in_domain", pa.bool_()),
         ("gamma", pa.string()),  # a number in digits, or "adaptive"
         ("prompt", pa.string()),
+        ("conversation", pa.string()),  # the prompts of one conversation belong together; else the prompt itself
+        ("turn", pa.int64()),
         *((name, pa.float64() if kind is float else pa.int64()) for name, kind in get_type_hints(Counts).items()),
     ]
 )
@@ -41,6 +43,7 @@ def write_counts(path: Path, evaluations: Iterable[Evaluation]) -> None:
             "in_domain": task in one.in_domain,
             "gamma": str(gamma),
             "prompt": prompt,
+            **dict(zip(("conversation", "turn"), conversation_and_turn(prompt), strict=True)),
             **counts._asdict(),
         }
         for one in evaluations

@@ -3,9 +3,9 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,28 @@ from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fie
 
 POOLED = "in domain, all"
 Gamma = int | str  # "adaptive"
+
+
+class Part(NamedTuple):
+    """The counts of a part of one prompt's decoding: a turn, the tokens of one role, or a range of positions.
+
+    Attributes:
+        kind: what the decoding is divided by: "turn", "role" or "position".
+        label: which turn, role or range it is.
+        gamma: the draft length.
+        task: the task.
+        prompt: the prompt's id.
+        tokens: generated tokens.
+        target_calls: calls of the target.
+    """
+
+    kind: str
+    label: str
+    gamma: Gamma
+    task: str
+    prompt: str
+    tokens: int
+    target_calls: int
 
 
 class Evaluation(NamedTuple):
@@ -27,6 +49,7 @@ class Evaluation(NamedTuple):
         counts: (task, gamma, prompt) -> counts.
         positions: for each row of counts, its gamma, and the accepted and tested drafts at each position of a block.
         directory: the directory that it was read from.
+        parts: the parts of each decoding; none if an earlier version of this project made or began the evaluation.
     """
 
     drafter: DrafterIdentity
@@ -35,6 +58,7 @@ class Evaluation(NamedTuple):
     counts: dict[tuple[str, Gamma, str], Counts]
     positions: list[tuple[Gamma, list[int], list[int]]]
     directory: Path
+    parts: Sequence[Part] = ()
 
     @property
     def series(self) -> str:
@@ -78,11 +102,25 @@ def read_evaluations(folder: Path, base: str = PRETRAINED) -> list[Evaluation]:
             for row in rows
         }
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
+        # An earlier version may have begun an evaluation that this one has finished.
+        parts = [part for row in rows for part in parts_of(row)] if all("turn" in row for row in rows) else []
         ratio = summary["drafter_parameters"] / summary["target_parameters"]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         drafter = read_fields(summary, path.parent)
-        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent))
+        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts))
     return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
+
+
+def parts_of(row: dict[str, Any]) -> list[Part]:
+    """Return the parts of a row of counts.jsonl, as far as it has them."""
+    divided = {"role": row.get("by_role", {}), "position": row.get("by_answer_position", {})}
+    if "turn" in row:
+        divided["turn"] = {str(row["turn"]): (row["tokens"], row["target_calls"])}
+    return [
+        Part(kind, label, row["gamma"], row["task"], row["prompt"], *counts)
+        for kind, counts_by_label in divided.items()
+        for label, counts in counts_by_label.items()
+    ]
 
 
 def seed_and_step(evaluation: Evaluation) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from drafter.data.control_tokens import ControlTokenError, control_pattern
-from drafter.data.conversations import UnusableConversation, opening, read_conversation
+from drafter.data.control_tokens import NEUTRAL, ControlTokenError, control_pattern
+from drafter.data.conversations import UnusableConversation, is_logged, opening, read_conversation
 from drafter.data.prompts import encode_conversation, encode_text
 from drafter.data.selection import Candidate, Row, Selection, Tally, check_ids
 
@@ -33,7 +33,8 @@ def encodes_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
 def prompt_length(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], int | str]:
     """Return a function from a row to the number of tokens of its first prompt, or the reason why it has none.
 
-    A conversation is encoded as a whole as well, because the template may refuse a later turn.
+    A conversation is encoded as a whole as well, because the template may refuse a later turn. A neutral text
+    stands for answers that are not logged.
     """
     encodes = encodes_text(tokenizer)
 
@@ -42,9 +43,10 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], int | s
             if not encodes(row.get("reference", "")):
                 return ControlTokenError.reason
             conversation = read_conversation(row)
-            prompts = [conversation.messages[:point] for point in conversation.answer_points()]
+            messages = [one if is_logged(one) else {**one, "content": NEUTRAL} for one in conversation.messages]
+            prompts = [messages[:point] for point in conversation.answer_points()]
             lengths = [len(encode_conversation(tokenizer, conversation._replace(messages=one))) for one in prompts]
-            return lengths[0]
+            return lengths[0] if lengths else "no message to answer"
         except UnusableConversation as problem:
             return problem.reason
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from drafter.artifacts.manifest import fingerprint
+from drafter.data.dialogues import TURNS
 from drafter.data.sources import Source, source_of
 from experiments.running.inputs import plain
 from experiments.running.recipes import INSTRUCTIONS, SelfSource, is_self, pretraining_settings, self_sources
@@ -13,7 +14,7 @@ from experiments.running.recipes import INSTRUCTIONS, SelfSource, is_self, pretr
 KINDS = ("docstrings", "files")
 SELF_WRITTEN = "self_written"  # the stage of the directories that the target writes
 # The settings of a task that only evaluation reads.
-DECODING = ("temperature", "top_p", "top_k", "max_new_tokens", "in_domain")
+DECODING = ("temperature", "top_p", "top_k", "max_new_tokens", "in_domain", "turns")
 
 
 def has_docstrings(cfg: DictConfig) -> bool:
@@ -131,6 +132,7 @@ def task_sources(cfg: DictConfig) -> dict[str, Source]:
     """
     found, written = {}, self_tasks(cfg)
     for name, settings in plain(cfg.task).items():
+        turns_of(name, settings)
         if name in written:
             continue
         if "path" not in settings:
@@ -139,13 +141,29 @@ def task_sources(cfg: DictConfig) -> dict[str, Source]:
             )
         if settings["path"] is not None:
             fields = {key: value for key, value in settings.items() if key not in DECODING}
-            found[name] = source_of(_rows_settings(fields, f"task.{name}"), f"task.{name}")
+            found[name] = source_of(_rows_settings(fields, f"task.{name}", "conversations"), f"task.{name}")
         elif not has_docstrings(cfg):
             raise ValueError(
                 f"task.{name}.path is null, and data={cfg.data.name} has no docstrings to ask about: "
                 f"task={'self' if by_name(cfg, INSTRUCTIONS) else 'files'}"
             )
     return found
+
+
+def turns_of(name: str, settings: Mapping[str, Any]) -> str | None:
+    """Return which answers of each conversation a task evaluates; None if it has no conversations.
+
+    Raises:
+        ValueError: `turns` is none of TURNS, or the task has no conversations.
+    """
+    turns = settings.get("turns")
+    if settings.get("kind") != "conversations":
+        if turns is not None:
+            raise ValueError(f"task.{name}.turns is {turns!r}, which needs task.{name}.kind=conversations")
+        return None
+    if (turns or "all") not in TURNS:
+        raise ValueError(f"task.{name}.turns is {turns!r}, must be one of {', '.join(TURNS)}")
+    return turns or "all"
 
 
 def self_tasks(cfg: DictConfig) -> dict[str, str]:

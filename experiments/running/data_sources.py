@@ -111,7 +111,7 @@ def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
 
     def of_source(name: str) -> Iterator[Candidate]:
         if asked[name].kind == "conversations":
-            yield from conversation_candidates(asked[name], name, percent)
+            yield from conversation_candidates(asked[name], name, lambda text: ordinary_split(text, percent))
             return
         for entry in entries(asked[name]):
             split = self_split(entry.text, percent) if name in written else ordinary_split(entry.text, percent)
@@ -185,19 +185,22 @@ def heldout_prompts(cfg: DictConfig, source: str, task: str) -> Iterator[Candida
         yield Candidate(row, task, entry.left_out if is_for_tasks else "for training or validation")
 
 
-def conversation_candidates(source: Source, name: str, percent: float) -> Iterator[Candidate]:
-    """Yield the candidates of a source of conversations. A hash of the user's first message decides the split."""
+def conversation_candidates(source: Source, name: str, split_of: Callable[[str], str]) -> Iterator[Candidate]:
+    """Yield the candidates of a source of conversations. The user's first message decides the split."""
     for number, found in conversations(source):
         row: dict[str, Any] = {"id": f"{name}:{number}", "kind": name}
         if isinstance(found, str):
-            yield Candidate(row, "train", found)
+            yield Candidate(row, "", found)
             continue
         row |= {"messages": found.messages} | ({"tools": found.tools} if found.tools else {})
-        yield Candidate(row, ordinary_split(found.opening(), percent))
+        yield Candidate(row, split_of(found.opening()))
 
 
 def task_candidates(source: Source, name: str) -> Iterator[Candidate]:
-    """Yield the candidate prompts of a task."""
+    """Yield the candidate prompts or conversations of a task."""
+    if source.kind == "conversations":
+        yield from conversation_candidates(source, name, lambda text: name)
+        return
     for entry in entries(source):
         row = {"id": f"{name}:{entry.number}", "kind": name, "prompt": entry.text}
         yield Candidate(row, name, entry.left_out, tuple(entry.absent))

@@ -19,13 +19,13 @@ from drafter.artifacts.manifest import MANIFEST
 from drafter.data.conversations import opening
 from drafter.data.corpus import source_files
 from drafter.data.files import find_files
-from drafter.data.prompts import check_embedding, encode_prompt
-from drafter.data.selection import read_instructions
+from drafter.data.prompts import check_embedding
+from drafter.data.selection import Row, read_instructions
 from drafter.data.sources import Source, entries
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_parameters
 from drafter.models.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
-from experiments.running.choosing import choose_instructions, choose_prompts
+from experiments.running.choosing import choose_instructions, choose_prompts, prompt_length
 from experiments.running.data_settings import (
     Docstrings,
     has_docstrings,
@@ -79,10 +79,11 @@ def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
 def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Describe the first rows of the sources, or, for later stages, of the prepared data."""
 
-    def describe(name: str, texts: list[str], as_prompts: bool) -> str:
-        encode = (lambda text: encode_prompt(tokenizer, text)) if as_prompts else tokenizer.tokenize
-        lengths = [len(encode(text)) for text in texts[:SHOWN]]
-        return f"{name}: rows of {lengths} tokens; the first begins {texts[0][:60]!r}"
+    def describe(name: str, rows: list[Row] | list[str]) -> str:
+        length = prompt_length(tokenizer)
+        lengths = [len(tokenizer.tokenize(row)) if isinstance(row, str) else length(row) for row in rows[:SHOWN]]
+        first = rows[0] if isinstance(rows[0], str) else opening(rows[0])
+        return f"{name}: rows of {lengths} tokens; the first begins {first[:60]!r}"
 
     if stage == "prepare":
         if has_docstrings(cfg):
@@ -93,7 +94,7 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
                 if isinstance(text, Docstrings):
                     yield f"text {name}: {len(source_files(list(text.packages))):,} files of {text.packages}"
                 elif ("text", name) not in written:
-                    yield describe(text.path, first_texts(text), as_prompts=False)
+                    yield describe(text.path, first_texts(text))
             yield from describe_sources(cfg, tokenizer)
             every = instruction_sources(cfg)
             sources = {name: one for name, one in every.items() if ("instructions", name) not in written}
@@ -103,17 +104,16 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
                 limited = {name: first_rows(streams[name], _rows(one)) for name, one in sources.items()}
                 selection = choose_instructions(cfg, limited, weights, tokenizer)
             for name, one in sources.items():
-                rows = [opening(row) for split in selection.rows.values() for row in split if row["kind"] == name]
-                yield f"{describe(one.path, rows, as_prompts=True)} ({selection.tallies[name]})"
+                rows = [row for split in selection.rows.values() for row in split if row["kind"] == name]
+                yield f"{describe(one.path, rows)} ({selection.tallies[name]})"
         for name, asked in self_tasks(cfg).items():
             yield f"task {name}: held-out instructions of {asked}"
         tasks = task_sources(cfg)
         prompts = {name: first_rows(task_candidates(one, name), _rows(one)) for name, one in tasks.items()}
         for name, chosen in (choose_prompts(cfg, prompts, tokenizer) if prompts else {}).items():
-            rows = [opening(row) for row in chosen.rows[name]]
-            yield f"{describe(f'task {name}, {tasks[name].path}', rows, as_prompts=True)} ({chosen.tallies[name]})"
+            yield f"{describe(f'task {name}, {tasks[name].path}', chosen.rows[name])} ({chosen.tallies[name]})"
     elif "data" in cfg.inputs and (prepared := Path(cfg.inputs.data) / "instructions.jsonl").exists():
-        yield describe(str(prepared), [opening(row) for row in read_instructions(prepared)], as_prompts=True)
+        yield describe(str(prepared), read_instructions(prepared))
 
 
 def _rows(source: Source) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts import rows
 from drafter.data.conversations import UnusableConversation, read_conversation
-from drafter.data.dialogues import TURNS, Continuation, Dialogue, choose_points, log_engine
+from drafter.data.dialogues import TURNS, Continuation, begin, choose_points, log_engine
 from drafter.data.engines import (
     Engine,
     Limits,
@@ -22,7 +22,7 @@ from drafter.data.engines import (
     vllm_engine,
 )
 from drafter.data.http_client import HttpClient, Retries
-from drafter.data.prompts import encode_conversation, encode_prompt, encode_text, known_ids
+from drafter.data.prompts import encode_prompt, encode_text, known_ids
 from drafter.data.responses import Instruction, plan, schema, shards, write_responses
 from drafter.data.selection import read_instructions
 from drafter.data.served import served_engine
@@ -167,8 +167,7 @@ def encode_instruction(
         points = choose_points(conversation, turns, only_logged=from_log)
         if not points:
             return "no logged answer" if from_log else "no message to answer"
-        dialogue = Dialogue(conversation, points)
-        return Instruction(row, dialogue, encode_conversation(tokenizer, dialogue.before()))
+        return Instruction(row, *begin(tokenizer, conversation, points))
     except UnusableConversation as problem:
         return problem.reason
 

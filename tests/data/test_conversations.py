@@ -1,9 +1,11 @@
 """Conversations are read from the forms of people's logs, and rendered as the chat template's own call renders them."""
 
+import json
+
 import pytest
 
 from drafter.data.control_tokens import control_ids
-from drafter.data.conversations import Conversation, UnusableConversation, read_conversation
+from drafter.data.conversations import Conversation, UnusableConversation, is_logged, read_conversation
 from drafter.data.prompts import encode_conversation
 from drafter.models.source import TemplateSettings
 from tests.data.odd_conversations import ANSWER, CALL, CALLING, MORE, ODD, RESULT, TOOLS, USER
@@ -21,6 +23,42 @@ def test_sharegpt_and_openai_forms_give_the_same_messages():
     openai = {"messages": [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Hi."}]}]}
     beside = {"prompt": "Hi.", "system": "Be short."}
     assert read_conversation(sharegpt) == read_conversation(openai) == read_conversation(beside)
+
+
+MT_BENCH = ["Write a poem.", "Now without the letter a."]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"turns": MT_BENCH}, {"prompt": MT_BENCH}, {"turns": json.dumps(MT_BENCH)}, {"turns": MT_BENCH, "prompt": "x"}],
+)
+def test_mt_benchs_form_has_an_answer_after_each_message(row):
+    conversation = read_conversation({**row, "system": "Be short.", "tools": TOOLS, "reference": ["A poem.", ""]})
+    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant", "user"]
+    assert conversation.asked() == MT_BENCH
+    assert conversation.answer_points() == [2, 4]
+    assert [is_logged(message) for message in conversation.messages] == [True, True, False, True]
+    assert conversation.tools == TOOLS
+    # What is prepared is read back as it was.
+    assert read_conversation({"messages": conversation.messages, "tools": conversation.tools}) == conversation
+
+
+def test_two_messages_of_the_user_in_a_row_remain_one_request():
+    assert read_conversation({"messages": [USER, MORE]}).answer_points() == [2]
+
+
+@pytest.mark.parametrize(
+    "row", [{"turns": []}, {"turns": 2}, {"turns": [1, 2]}, {"turns": [USER]}, {"turns": ["Hi.", None]}]
+)
+def test_turns_that_are_no_texts_are_no_conversation(row):
+    with pytest.raises(UnusableConversation, match="neither messages"):
+        read_conversation(row)
+    assert read_conversation({"prompt": "Hi.", **row}).asked() == ["Hi."]
+
+
+def test_only_an_empty_answer_counts_as_not_logged():
+    said = {"role": "assistant", "content": "Yes.", "logged": False}
+    assert is_logged(read_conversation({"messages": [USER, said, MORE]}).messages[1])
 
 
 def test_arguments_of_tool_calls_are_objects_in_every_form():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from drafter.data.batches import collate, next_tokens, response_sequence, responses_of
-from drafter.data.conversations import Conversation, read_conversation
-from drafter.data.dialogues import Continuation, Dialogue, answer, choose_points, log_engine, rows_of
+from drafter.data.conversations import Conversation, UnusableConversation, read_conversation
+from drafter.data.dialogues import Continuation, Dialogue, answer, begin, choose_points, log_engine, rows_of
 from drafter.data.engines import Request
 from drafter.data.prompts import encode_conversation
 from tests.data.odd_conversations import ANSWER, CALLING, MORE, RESULT, USER
@@ -161,3 +161,21 @@ def test_a_logged_answer_whose_text_does_not_come_back_is_left_out():
     )
     assert one.failure == "a logged answer whose text does not come back from its token ids"
     assert rows == []
+
+
+def test_answers_that_are_not_logged_are_generated_and_no_log_has_them():
+    tokenizer = tokenizer_with("chatml (SmolLM2, Qwen2.5)")
+    end, conversation = end_of(tokenizer, ""), read_conversation({"turns": ["Hi.", "Why?", "So?"]})
+    request = asked(tokenizer, conversation.messages)
+    one, _ = answered(tokenizer, says(tokenizer, SAID, end), request, end)
+    given = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": SAID[0]}]
+    given += [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": SAID[1]}]
+    given += [{"role": "user", "content": "So?"}]
+    expected = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
+    assert one.turns[2].prompt_ids == expected
+    assert choose_points(conversation, "all", only_logged=True) == ()
+    half = Conversation([USER, ANSWER, *conversation.messages])
+    assert choose_points(half, "all", only_logged=True) == (1,)
+    with pytest.raises(UnusableConversation, match="an earlier answer is not logged"):
+        begin(tokenizer, conversation, choose_points(conversation, "last"))
+    assert begin(tokenizer, conversation, choose_points(conversation, "first")).dialogue.before().asked() == ["Hi."]

@@ -310,3 +310,14 @@ def test_the_estimated_size_of_a_sparse_cache_is_the_size_of_what_it_stores(dtyp
     size = stored["ids"].size * 2 + stored["log_q"].nbytes + stored["log_rest"].nbytes
     assert stored.keys() == {"ids", "log_q", "log_rest"}
     assert cached_bytes(how, Shape.of(small_model())) == size / 7 + 16
+
+
+@pytest.mark.end_to_end
+def test_a_task_that_evaluates_all_turns_takes_twice_as_many_tokens():
+    every, first = (
+        rows(
+            plan_page("scale=llama2", "target.path=assets/tiny-target", "task=mt_bench", f"task.mt_bench.turns={turns}")
+        )
+        for turns in ("all", "first")
+    )
+    assert (first["evaluate"]["tokens"], every["evaluate"]["tokens"]) == ("810k", "1.62M")
