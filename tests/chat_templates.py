@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from drafter.models.source import TemplateSettings
 from tests.templates import LLAMA2
-from tests.tokenizer_kinds import tokenizer_of_kind
+from tests.tokenizer_kinds import KINDS, tokenizer_of_kind
 
+WORDS = KINDS[1]  # byte-level BPE whose regular expression splits the text into words first
 GENERATION = "{% if add_generation_prompt %}"
 LLAMA31 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
@@ -166,15 +167,15 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 FAMILIES = {
     "llama 2": Family(LLAMA2, "prepend", "<s>", "</s>", "</s>", " [/INST]", answer="{} "),
     "llama 3.1": Family(
-        LLAMA31, "byte-level, split by words", "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>",
+        LLAMA31, WORDS, "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>",
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", HEADERS, tools=True,
         kwargs='{"date_string": "26 Jul 2024"}',
     ),
-    "qwen2.5": Family(QWEN25, "byte-level, split by words", None, "<|im_end|>", "<|im_end|>", ASSISTANT, IM, THINK[2:], tools=True),
-    "qwen3": Family(QWEN3, "byte-level, split by words", None, "<|im_end|>", "<|im_end|>", ASSISTANT, IM, THINK, tools=True,
+    "qwen2.5": Family(QWEN25, WORDS, None, "<|im_end|>", "<|im_end|>", ASSISTANT, IM, THINK[2:], tools=True),
+    "qwen3": Family(QWEN3, WORDS, None, "<|im_end|>", "<|im_end|>", ASSISTANT, IM, THINK, tools=True,
                     answer="<think>\nHm.\n</think>\n\n{}"),
     "qwen3 without thinking": Family(
-        QWEN3, "byte-level, split by words", None, "<|im_end|>", "<|im_end|>", ASSISTANT + "<think>\n\n</think>\n\n", IM, THINK,
+        QWEN3, WORDS, None, "<|im_end|>", "<|im_end|>", ASSISTANT + "<think>\n\n</think>\n\n", IM, THINK,
         tools=True, kwargs='{"enable_thinking": false}',
     ),
     "gemma 3": Family(GEMMA3, "none", "<bos>", "<eos>", "<end_of_turn>", "<end_of_turn>\n<start_of_turn>model\n",
@@ -182,13 +183,13 @@ FAMILIES = {
     "mistral": Family(MISTRAL, "first", "<s>", "</s>", "</s>", "[/INST]", MISTRAL_CONTROL, tools=True, answer=" {}"),
     "phi-3": Family(PHI3, "prepend", "<s>", "<|endoftext|>", "<|end|>", "<|end|><|assistant|>", PHI_CONTROL,
                     rstrip=(*PHI_CONTROL, "<|end|>")),
-    "phi-4": Family(PHI4, "byte-level, split by words", "<|endoftext|>", "<|im_end|>", "<|im_end|>",
+    "phi-4": Family(PHI4, WORDS, "<|endoftext|>", "<|im_end|>", "<|im_end|>",
                     "<|im_end|><|im_start|>assistant<|im_sep|>", (*IM, "<|im_sep|>")),
     "deepseek r1 distill": Family(
-        DEEPSEEK_R1, "byte-level, split by words", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
+        DEEPSEEK_R1, WORDS, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
         "<｜Assistant｜><think>\n", ("<｜User｜>", "<｜Assistant｜>"), THINK[:2], answer="Hm.\n</think>\n\n{}",
     ),
-    "gpt-oss": Family(GPT_OSS, "byte-level, split by words", "<|startoftext|>", "<|return|>", "<|return|>", "<|end|><|start|>assistant",
+    "gpt-oss": Family(GPT_OSS, WORDS, "<|startoftext|>", "<|return|>", "<|return|>", "<|end|><|start|>assistant",
                       ("<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
                       answer="<|channel|>final<|message|>{}"),
 }  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from drafter.data.batches import collate, next_tokens, response_sequence
 from drafter.data.control_tokens import ControlTokenError, control_ids
-from drafter.data.conversations import UnusableConversation, read_conversation
+from drafter.data.conversations import read_conversation
 from drafter.data.dialogues import Continuation, Dialogue, answer, choose_points, rows_of
 from drafter.data.engines import Request
 from drafter.data.prompts import encode_conversation
@@ -48,7 +48,9 @@ def conversations(family):
     found += [[SYSTEM, *turns] for turns in found if family.system]
     given = [{"messages": turns} for turns in found]
     if family.tools:
-        given += [{"messages": turns, "tools": TOOLS} for turns in ([USER], [USER, *call], [SYSTEM, USER, ANSWER, MORE])]
+        given += [
+            {"messages": turns, "tools": TOOLS} for turns in ([USER], [USER, *call], [SYSTEM, USER, ANSWER, MORE])
+        ]
         given += [{"messages": [USER, *call, ANSWER, MORE], "tools": TOOLS}]
     return [read_conversation(one) for one in given]
 
@@ -115,7 +117,9 @@ def test_the_target_begins_a_users_message_where_the_template_does(name, kind):
     for before in ([], [SYSTEM] if family.system else [], [USER, ANSWER]):
         turn = begin_user_turn(tokenizer, before)
         for message in ("Which array is it?", "7 > 6, or not", "so: go on"):
-            whole = own_call(tokenizer, read_conversation({"messages": [*before, {"role": "user", "content": message}]}))
+            whole = own_call(
+                tokenizer, read_conversation({"messages": [*before, {"role": "user", "content": message}]})
+            )
             assert whole[: len(turn.prefix_ids)] == turn.prefix_ids
             rest = whole[len(turn.prefix_ids) :]
             written = text_of(tokenizer, rest, kind).lstrip()
@@ -144,7 +148,9 @@ def predictions(name, tokenizer, turns, tools=None):
     )  # fmt: skip
     rows, found, expected = rows_of(one, [end]), Counter(), Counter()
     for row in rows:
-        sequence = response_sequence({key: np.array(row[key]) for key in ("prompt_ids", "response_ids", "turns", "temperature")})
+        sequence = response_sequence(
+            {key: np.array(row[key]) for key in ("prompt_ids", "response_ids", "turns", "temperature")}
+        )
         batch = collate([sequence])
         mask, following = batch.target_mask_BT[0].tolist(), next_tokens(batch)[0].tolist()
         found.update((tuple(sequence.ids_T.tolist()[: i + 1]), following[i]) for i in range(len(mask)) if mask[i])
@@ -157,17 +163,75 @@ def predictions(name, tokenizer, turns, tools=None):
     return rows, one, found, expected
 
 
-ROWS = {"qwen3": 3, "qwen3 without thinking": 3, "deepseek r1 distill": 3, "gpt-oss": 1}
+CALLED = {**CALLING, "tool_calls": [{**CALL, "id": "abcdefghi"}]}
+TAKING_TOOLS = [name for name, family in FAMILIES.items() if family.tools]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_loss_is_taken_at_the_generated_tokens_alone_each_behind_its_own_prompt(name):
-    tokenizer = FAMILIES[name].tokenizer()
-    rows, one, found, expected = predictions(name, tokenizer, [USER, ANSWER, MORE, ANSWER, LAST])
+    rows, one, found, expected = predictions(name, FAMILIES[name].tokenizer(), [USER, ANSWER, MORE, ANSWER, LAST])
     if name == "gpt-oss":  # an answer in channels cannot be put back into the template as content
         assert one.left_out == {"after an answer that contains control tokens": 2}
-        expected = Counter({pair: 1 for pair in expected if len(pair[0]) in range(len(rows[0]["prompt_ids"]), 1000)} )
+        assert found == Counter({pair: 1 for pair in expected if pair in found})
+        assert found.total() == len(one.turns[0].response_ids)
         return
     assert not one.left_out
-    assert len(rows) == ROWS.get(name, 1)
+    # Both Qwen3's rewrite an earlier answer, with or without thinking; DeepSeek's drops its "<think>".
+    assert len(rows) == (3 if name.startswith(("qwen3", "deepseek")) else 1)
     assert found == expected
+
+
+@pytest.mark.parametrize("name", TAKING_TOOLS)
+def test_the_loss_is_right_where_a_tool_was_called(name):
+    tokenizer = FAMILIES[name].tokenizer()
+    _, one, found, expected = predictions(name, tokenizer, [USER, CALLED, RESULT, ANSWER, MORE], TOOLS)
+    assert not one.left_out
+    assert len(one.turns) == 3
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", TAKING_TOOLS)
+@pytest.mark.parametrize("where", ["tools", "arguments"])
+def test_tools_and_calls_that_spell_out_control_tokens_are_left_out(name, where):
+    """Only the content of messages is encoded apart from the template."""
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    spelled = f"Ends by {family.end}"
+    tools, call = TOOLS, CALLED
+    if where == "tools":
+        tools = [{"type": "function", "function": {"name": "look_up", "description": spelled, "parameters": {}}}]
+    else:
+        function = {"name": "look_up", "arguments": {"name": spelled}}
+        call = {**CALLED, "tool_calls": [{"id": "abcdefghi", "type": "function", "function": function}]}
+    with pytest.raises(ControlTokenError, match="tools or their calls spell out control tokens"):
+        encode_conversation(tokenizer, read_conversation({"messages": [USER, call, RESULT], "tools": tools}))
+
+
+def check_real_tokenizer(tokenizer, message, plain, prefix):
+    """Check the ids, a spelled control token, the user's turn and the rows of turns with a published tokenizer."""
+    for turns in ([USER], [SYSTEM, USER], [USER, ANSWER, MORE]):
+        conversation = read_conversation({"messages": turns})
+        assert encode_conversation(tokenizer, conversation) == own_call(tokenizer, conversation)
+    quoting, neutral = (
+        encode_conversation(tokenizer, read_conversation({"prompt": text})) for text in (message, plain)
+    )
+    assert controls(tokenizer, quoting) == controls(tokenizer, neutral)
+    assert tokenizer.decode(quoting) == tokenizer.decode(neutral).replace(plain, message)
+    assert tokenizer.decode(begin_user_turn(tokenizer, []).prefix_ids) == prefix
+
+
+@pytest.mark.skipif(not LLAMA2.exists(), reason="Llama 2's tokenizer, which has a licence of its own, is not available")
+def test_the_real_tokenizer_of_llama_2():
+    tokenizer = load_tokenizer(str(LLAMA2))
+    tokenizer.chat_template = FAMILIES["llama 2"].template
+    check_real_tokenizer(tokenizer, "What is </s><s>[INST] for?", MEANT, "<s>[INST]")
+
+
+@pytest.mark.skipif(
+    not SMOLLM2.exists(),
+    reason="SMOLLM2_135M_INSTRUCT does not name a directory with SmolLM2-135M-Instruct's tokenizer",
+)
+def test_the_real_tokenizer_and_template_of_smollm2():
+    tokenizer = load_tokenizer(str(SMOLLM2))
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    check_real_tokenizer(tokenizer, "What is <|im_end|>\n<|im_start|> for?", MEANT, f"{system}<|im_start|>user\n")
