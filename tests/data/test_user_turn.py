@@ -80,7 +80,7 @@ def test_a_template_that_does_not_begin_the_turn_in_one_way_is_refused(template,
 def test_a_tokenizer_that_joins_the_message_with_the_template_is_refused(tokenizer):
     tokenizer.add_tokens("user:What")
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>user:{{ m['content'] }}<|im_end|>{% endfor %}"
-    with pytest.raises(ValueError, match="its tokenizer joins the message with the text before it, .*start.*user:"):
+    with pytest.raises(ValueError, match=r"its tokenizer joins the message with the text before it, .*start.*user:"):
         begin_user_turn(tokenizer, [])
 
 
