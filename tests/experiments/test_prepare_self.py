@@ -14,7 +14,7 @@ from tests.experiments.test_pipeline import snapshot, stage
 
 def overrides(folder, target):
     return [
-        "scale=smoke", "data=self", "task=self", "logger=csv", f"root={folder}/run", f"target.path={target}",
+        "scale=smoke", "data=self", "logger=csv", f"root={folder}/run", f"target.path={target}",
         "scale.instructions=24", "scale.pretraining_tokens=300", "scale.heldout_tokens=40",
         "scale.max_prompt_tokens=40",
         "scale.max_new_tokens=8", "scale.sequence_length=16", "scale.prompts_per_task=2", "data.heldout_percent=40",
@@ -124,6 +124,9 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("data.instructions.self.examples=[1]", "data.instructions.self.examples is .*must be a list of texts or"),
         ("data.instructions.self.examples=nowhere", "examples is 'nowhere', which is neither"),
         ("data.instructions.self.max_new_tokens=300", "together they exceed the target's context of 128"),
+        ("data.instructions.self.system=[cat,{long}]", "up to 121 tokens precede a message, and it may have 40"),
+        ("data.instructions.self.examples=[cat,dog,man,{long}]", "up to 13. tokens precede a message, and it may"),
+        ("data.instructions.self.system=[cat,'the <end> cat']", "no other way to write the control tokens .*'the <end> cat'"),
         ("data.pretraining.max_answer_tokens=300", "may exceed the target's context of 128"),
         ("data.heldout_percent=0", "data.heldout_percent is 0"),
         ("scale.pretraining_tokens=null", "prepare.pretraining_tokens is null"),
@@ -138,7 +141,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
 def test_wrong_settings_are_refused_before_the_target_is_loaded(prepared, tmp_path, change, message, dry_run):
     _, command = prepared
     save_target(tmp_path / "base")
-    change = change.format(base=tmp_path / "base")
+    change = change.format(base=tmp_path / "base", long="cat " * 120)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         stage("prepare", [*command, f"root={tmp_path}/run", change, f"dry_run={dry_run}"])
     assert not (tmp_path / "run").exists()
