@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import Stage, sha256, write_jsonl
-from drafter.data.engines import Engine, Limits, transformers_engine, vllm_engine
 from drafter.data.control_tokens import NEUTRAL
 from drafter.data.conversations import Conversation, UnusableConversation
+from drafter.data.engines import Engine, Limits, transformers_engine, vllm_engine
 from drafter.data.prompts import encode_conversation, encode_prompt, known_ids
 from drafter.data.self_written import PLACEHOLDER, SCHEMA, Collection, Recipe, Writer, write_until_enough
 from drafter.data.user_turn import UserTurn, begin_user_turn
@@ -216,8 +216,8 @@ def check_sources(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         if prefix + limit > context:
             raise ValueError(
                 f"{source.owner}: up to {prefix} tokens precede a message, and it may have {limit}: together they "
-                f"exceed the target's context of {context}. Lower {source.owner}.max_new_tokens, or give fewer or shorter "
-                f"examples and system prompts"
+                f"exceed the target's context of {context}. Lower {source.owner}.max_new_tokens, or give fewer or "
+                f"shorter examples and system prompts"
             )
         answer, around = source.settings.max_answer_tokens, len(encode_prompt(tokenizer, NEUTRAL))
         if source.part == TEXT and around + limit + answer > context:

@@ -3,11 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from drafter.artifacts.manifest import ArtifactError, read_jsonl
 from experiments.pipeline import main
-from tests.chat_target import VOCABULARY, save_chat_target
+from tests.chat_target import VOCABULARY, chat_tokenizer, save_chat_target
 from tests.conftest import save_target, write_jsonl
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -62,6 +63,20 @@ def test_prompts_of_tasks_are_in_no_other_split(prepared):
     for tally in rows.values():
         assert tally["read"] == sum(tally["used"].values()) + sum(tally["left_out"].values())
     assert rows["instructions self"]["left_out"]["held out for tasks"]
+
+
+def test_text_that_begins_with_a_held_out_prompt_is_left_out(prepared, tmp_path):
+    folder, command = prepared
+    texts = [row["text"].split("\n\n")[0] for row in read_jsonl(folder / "run" / "text" / "pretraining" / "text.jsonl")]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": texts[0] + " !"}])
+    change = ["task=files", f"task.prompts.path={tmp_path}/prompts.jsonl", "prepare.prompts_per_task=1"]
+    stage("prepare", [*command, *change, f"out={tmp_path}/data"])
+    rows = manifest(tmp_path / "data")["counts"]["rows"]
+    reason = "with a held-out prompt, or a similar one"
+    assert sum(rows[f"text {part}"]["left_out"].get(reason, 0) for part in ("train", "heldout")) >= 1
+    tokenizer = chat_tokenizer()
+    packed = " ".join(tokenizer.decode(np.load(tmp_path / "data" / f"{part}.npy")) for part in ("train", "heldout"))
+    assert texts[0] not in packed
 
 
 def test_a_second_run_writes_nothing_and_the_weight_does_not_matter_to_what_is_written(prepared):
@@ -126,7 +141,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("data.instructions.self.max_new_tokens=300", "together they exceed the target's context of 128"),
         ("data.instructions.self.system=[cat,{long}]", "up to 121 tokens precede a message, and it may have 40"),
         ("data.instructions.self.examples=[cat,dog,man,{long}]", "up to 13. tokens precede a message, and it may"),
-        ("data.instructions.self.system=[cat,'the <end> cat']", "no other way to write the control tokens .*'the <end> cat'"),
+        ("data.instructions.self.system=[cat,'the <end> cat']", "no other way to write .*'the <end> cat'"),
         ("data.pretraining.max_answer_tokens=300", "may exceed the target's context of 128"),
         ("data.heldout_percent=0", "data.heldout_percent is 0"),
         ("scale.pretraining_tokens=null", "prepare.pretraining_tokens is null"),
