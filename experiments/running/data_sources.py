@@ -46,7 +46,7 @@ def gather(cfg: DictConfig, encodes: Callable[[str], bool], protected: SeenTexts
     Args:
         cfg: the config of the stage.
         encodes: texts that it refuses are left out.
-        protected: held-out prompts that text which the target writes must not begin with; filled before the text is read.
+        protected: prompts that text of the target must not begin with; filled before the text is read.
     """
     data = docstrings(cfg, encodes) if has_docstrings(cfg) else datasets(cfg, encodes, protected)
     own = {name: task_candidates(one, name) for name, one in task_sources(cfg).items()}

@@ -102,11 +102,9 @@ def make_writer(cfg: DictConfig, source: SelfSource, ranks: Ranks, tokenizer: Pr
 
 
 def engines(cfg: DictConfig, limits: list[Limits], ranks: Ranks) -> Iterator[Engine]:
-    """Yield an engine for each of the limits, all with one copy of the target."""
+    """Yield an engine for each of the limits, all with one copy of the target; vLLM has one alone."""
     how = cfg.generation
     if how.engine == "vllm":
-        if len(limits) > 1:
-            raise ValueError("generation.engine=vllm writes instructions alone: pretraining text needs transformers")
         yield vllm_engine(target_source(cfg), limits[0], cfg.seed, **plain(how.vllm))
         return
     target = load_target(target_source(cfg)).to(ranks.device)
@@ -208,6 +206,12 @@ def check_sources(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"data.heldout_percent is {cfg.data.heldout_percent}, must be above 0 and below 100")
     if cfg.generation.engine not in ("transformers", "vllm"):
         raise ValueError(f"generation.engine is '{cfg.generation.engine}', must be transformers or vllm")
+    texts = [source.owner for source in sources if source.part == TEXT]
+    if texts and cfg.generation.engine == "vllm":
+        raise ValueError(
+            f"generation.engine=vllm writes instructions alone, and {texts[0]} is of kind self: use "
+            f"generation.engine=transformers, or text from files or docstrings"
+        )
     context = context_limit(target_source(cfg))
     for source in sources:
         wanted(cfg, source)

@@ -109,6 +109,16 @@ def test_the_plan_shows_the_price_and_the_smaller_disk_of_a_sparse_cache():
     assert sparse["cache"]["disk"].endswith(" GB")
 
 
+def test_what_the_target_writes_itself_is_planned():
+    assert "prepare" not in rows(plan_page("scale=llama2", "plan.price=2.5"))
+    how = ["scale=smoke", "hardware=cpu", "plan.gpus=1", "losses=[kld]", "data=self"]
+    found = rows(plan_page(*how))
+    # 1.1 * 64 / 0.8 instructions of 90 tokens, four fifths of which can be used, and as much text as in the config.
+    assert found["prepare"]["tokens"] == f"{(88 * 90 + 1.1 * 100_000 / 0.8) / 0.8 / 1000:.0f}k"
+    asked = plan_page(*how, "~data.pretraining", "+data.pretraining={kind: docstrings, packages: [fsspec]}")
+    assert rows(asked)["prepare"]["tokens"] == "9.9k"
+
+
 @pytest.mark.parametrize("override", ["pretrian.batch_size=3", "inputs.cahce=null"])
 def test_an_unknown_setting_is_refused(override):
     with pytest.raises(ValueError, match="setting of no stage"):

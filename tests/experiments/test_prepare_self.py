@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -146,6 +149,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("data.heldout_percent=0", "data.heldout_percent is 0"),
         ("scale.pretraining_tokens=null", "prepare.pretraining_tokens is null"),
         ("scale.instructions=null", "data.instructions.self.number and prepare.instructions are null"),
+        ("generation.engine=vllm", "vllm writes instructions alone, and data.pretraining is of kind self"),
         ("generation.engine=magic", "generation.engine is 'magic', must be transformers or vllm"),
         ("task=docstrings", "task.open_ended.path is null, and data=self has no docstrings to ask about: task=self"),
         ("task.prompts.source=mine", "task.prompts.source is 'mine', must be a source .*: self"),
@@ -160,6 +164,44 @@ def test_wrong_settings_are_refused_before_the_target_is_loaded(prepared, tmp_pa
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         stage("prepare", [*command, f"root={tmp_path}/run", change, f"dry_run={dry_run}"])
     assert not (tmp_path / "run").exists()
+
+
+class Sampling:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+class FakeLLM:
+    """Write a question of three nouns that the seed of the request chooses, and stop."""
+
+    made: ClassVar = []
+
+    def __init__(self, **fields):
+        FakeLLM.made.append(fields)
+
+    def generate(self, prompts, params, use_tqdm):
+        nouns = VOCABULARY[2:18]
+        texts = [[nouns[how.seed // 16**i % 16] for i in range(3)] for how in params]
+        assert all(prompt["prompt_token_ids"] == [VOCABULARY.index("<|user|>")] for prompt in prompts)
+        assert all((how.temperature, how.top_p, how.max_tokens) == (1.0, 0.95, 40) for how in params)
+        ids = [[VOCABULARY.index(word) for word in ["who", *words, "<|stop|>"]] for words in texts]
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(one))]) for one in ids]
+
+
+def test_vllm_writes_instructions(prepared, tmp_path, monkeypatch):
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = FakeLLM, Sampling  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    command = [one for one in prepared[1] if not one.startswith("data.pretraining")]
+    change = ["~data.pretraining", "+data.pretraining={kind: docstrings, packages: [fsspec]}"]
+    change += ["generation.engine=vllm", "+generation.vllm.max_model_len=64", f"root={tmp_path}/run"]
+    stage("prepare", [*command, *change])
+    made = manifest(tmp_path / "run" / "instructions" / "self")
+    written = read_jsonl(tmp_path / "run" / "instructions" / "self" / "instructions.jsonl")
+    assert made["counts"]["written"] == len(written) == len({row["prompt"] for row in written}) == 44
+    assert all(row["prompt"].startswith("who ") and len(row["prompt"].split()) == 4 for row in written)
+    assert made["settings"]["engine"] == "vllm"
+    assert [one["max_model_len"] for one in FakeLLM.made] == [64]
 
 
 def test_a_message_that_repeats_an_example_is_a_duplicate(prepared, tmp_path):
