@@ -1,5 +1,6 @@
 """Prompts as engines send them, for the chat templates of published models and every kind of tokenizer."""
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -15,6 +16,7 @@ from drafter.data.dialogues import Continuation, Dialogue, answer, choose_points
 from drafter.data.engines import Request
 from drafter.data.prompts import encode_conversation
 from drafter.data.user_turn import begin_user_turn
+from drafter.models.end_of_turn import template_end
 from drafter.models.loading import load_tokenizer
 from tests.chat_templates import FAMILIES
 from tests.data.odd_conversations import ANSWER, CALL, CALLING, MORE, RESULT, TOOLS, USER
@@ -25,6 +27,8 @@ SMOLLM2 = Path(os.environ.get("SMOLLM2_135M_INSTRUCT", "smollm2-is-not-here"))
 SYSTEM = {"role": "system", "content": "Be short."}
 LAST = {"role": "user", "content": "Thanks. And for a set?"}
 SAID = ["The first answer.", "The second one.", "And a third."]
+CALLED = {**CALLING, "tool_calls": [{**CALL, "id": "abcdefghi"}]}
+TAKING_TOOLS = [name for name, family in FAMILIES.items() if family.tools]
 MEANT = "What do they mean?"
 OWN_KIND = [(name, family.kind) for name, family in FAMILIES.items()]
 OTHER_KINDS = [(name, kind) for name in ("phi-4", "gemma 3", "llama 2") for kind in KINDS]
@@ -43,7 +47,7 @@ def own_call(tokenizer, conversation, add_generation_prompt=True):
 
 def conversations(family):
     """Return conversations that the family's template takes."""
-    call = [{**CALLING, "tool_calls": [{**CALL, "id": "abcdefghi"}]}, RESULT]
+    call = [CALLED, RESULT]
     found = [[USER], [USER, ANSWER, MORE], [{"role": "user", "content": " Ünïcode ✓\n\n  x "}]]
     found += [[SYSTEM, *turns] for turns in found if family.system]
     given = [{"messages": turns} for turns in found]
@@ -83,6 +87,13 @@ def test_a_prompt_ends_as_engines_send_it(name):
     )
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_ends_with_the_token_that_the_template_puts_behind_it(name):
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    assert template_end(tokenizer) == tokenizer.convert_tokens_to_ids(family.end)
+
+
 def spelled_texts(family):
     """Return texts of a user that spell out control tokens, as a quotation and as an attempt to end the turn."""
     ends = [family.end, family.bos or family.eos, *family.control]
@@ -108,6 +119,34 @@ def test_control_tokens_that_a_message_spells_out_are_text(name, kind):
                 *("".join(text.split()) if kind == "word pieces" else text for text in (MEANT, spelled))
             )
             assert text_of(tokenizer, ids, kind) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [*itertools.product(FAMILIES, ("system", "assistant")), *((name, "tool") for name in TAKING_TOOLS)],
+)
+def test_control_tokens_in_other_messages_are_text_or_the_conversation_is_refused(name, where):
+    """Templates change an answer that has "</think>" in it, and some write a tool's result as JSON."""
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    before = {"system": [], "assistant": [USER], "tool": [USER, CALLED]}[where]
+    after = {"system": [USER], "assistant": [MORE], "tool": []}[where]
+    tools = TOOLS if where == "tool" else None
+
+    def encoded(content):
+        turns = [*before, {"role": where, "content": content}, *after]
+        return encode_conversation(tokenizer, read_conversation({"messages": turns, "tools": tools}))
+
+    used = 0
+    for spelled in [*spelled_texts(family), f'He said "{family.end}"\nand left.']:
+        try:
+            ids = encoded(spelled)
+        except ControlTokenError:
+            continue
+        used += 1
+        assert controls(tokenizer, ids) == controls(tokenizer, encoded(MEANT))
+        assert spelled in tokenizer.decode(ids)
+    assert used >= 3
 
 
 @EVERY
@@ -163,10 +202,6 @@ def predictions(name, tokenizer, turns, tools=None):
     return rows, one, found, expected
 
 
-CALLED = {**CALLING, "tool_calls": [{**CALL, "id": "abcdefghi"}]}
-TAKING_TOOLS = [name for name, family in FAMILIES.items() if family.tools]
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_loss_is_taken_at_the_generated_tokens_alone_each_behind_its_own_prompt(name):
     rows, one, found, expected = predictions(name, FAMILIES[name].tokenizer(), [USER, ANSWER, MORE, ANSWER, LAST])
@@ -207,8 +242,16 @@ def test_tools_and_calls_that_spell_out_control_tokens_are_left_out(name, where)
         encode_conversation(tokenizer, read_conversation({"messages": [USER, call, RESULT], "tools": tools}))
 
 
-def check_real_tokenizer(tokenizer, message, plain, prefix):
-    """Check the ids, a spelled control token, the user's turn and the rows of turns with a published tokenizer."""
+def check_real_tokenizer(name, tokenizer, message, plain, prefix):
+    """Check the ids, a spelled control token, the user's turn and the rows of turns with a published tokenizer.
+
+    Args:
+        name: of the family that answers as the tokenizer's model does.
+        tokenizer: the tokenizer.
+        message: a text that spells out control tokens.
+        plain: a text that does not.
+        prefix: the template before a user's message.
+    """
     for turns in ([USER], [SYSTEM, USER], [USER, ANSWER, MORE]):
         conversation = read_conversation({"messages": turns})
         assert encode_conversation(tokenizer, conversation) == own_call(tokenizer, conversation)
@@ -218,13 +261,16 @@ def check_real_tokenizer(tokenizer, message, plain, prefix):
     assert controls(tokenizer, quoting) == controls(tokenizer, neutral)
     assert tokenizer.decode(quoting) == tokenizer.decode(neutral).replace(plain, message)
     assert tokenizer.decode(begin_user_turn(tokenizer, []).prefix_ids) == prefix
+    rows, _, found, expected = predictions(name, tokenizer, [USER, ANSWER, MORE, ANSWER, LAST])
+    assert len(rows) == 1
+    assert found == expected
 
 
 @pytest.mark.skipif(not LLAMA2.exists(), reason="Llama 2's tokenizer, which has a licence of its own, is not available")
 def test_the_real_tokenizer_of_llama_2():
     tokenizer = load_tokenizer(str(LLAMA2))
     tokenizer.chat_template = FAMILIES["llama 2"].template
-    check_real_tokenizer(tokenizer, "What is </s><s>[INST] for?", MEANT, "<s>[INST]")
+    check_real_tokenizer("llama 2", tokenizer, "What is </s><s>[INST] for?", MEANT, "<s>[INST]")
 
 
 @pytest.mark.skipif(
@@ -234,4 +280,6 @@ def test_the_real_tokenizer_of_llama_2():
 def test_the_real_tokenizer_and_template_of_smollm2():
     tokenizer = load_tokenizer(str(SMOLLM2))
     system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    check_real_tokenizer(tokenizer, "What is <|im_end|>\n<|im_start|> for?", MEANT, f"{system}<|im_start|>user\n")
+    check_real_tokenizer(
+        "qwen2.5", tokenizer, "What is <|im_end|>\n<|im_start|> for?", MEANT, f"{system}<|im_start|>user\n"
+    )
