@@ -110,13 +110,10 @@ def test_the_plan_shows_the_price_and_the_smaller_disk_of_a_sparse_cache():
 
 
 def test_what_the_target_writes_itself_is_planned():
-    assert "prepare" not in rows(plan_page("scale=llama2", "plan.price=2.5"))
-    how = ["scale=smoke", "hardware=cpu", "plan.gpus=1", "losses=[kld]", "data=self"]
-    found = rows(plan_page(*how))
+    found = rows(plan_page("scale=smoke", "hardware=cpu", "plan.gpus=1", "losses=[kld]", "data=self"))
     # 1.1 * 64 / 0.8 instructions of 90 tokens, four fifths of which can be used, and as much text as in the config.
     assert found["prepare"]["tokens"] == f"{(88 * 90 + 1.1 * 100_000 / 0.8) / 0.8 / 1000:.0f}k"
-    asked = plan_page(*how, "~data.pretraining", "+data.pretraining={kind: docstrings, packages: [fsspec]}")
-    assert rows(asked)["prepare"]["tokens"] == "9.9k"
+    assert "prepare" not in rows(plan_page("scale=llama2"))  # another test reads this page too
 
 
 @pytest.mark.parametrize("override", ["pretrian.batch_size=3", "inputs.cahce=null"])
