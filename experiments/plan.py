@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 from drafter.metrics import memory_bound_speedup
 from drafter.models.initialization import build_drafter
 from drafter.models.loading import meta_model
-from experiments.planning.estimates import StageEstimate, World, estimates
+from experiments.planning.estimates import estimates
 from experiments.planning.roofline import Shape
+from experiments.planning.world import StageEstimate, World
 from experiments.reporting.tabular import Table, number
 from experiments.running.commands import pipeline_command
 from experiments.running.inputs import plain, target_source

@@ -6,7 +6,9 @@ import os
 from omegaconf import DictConfig
 
 from drafter.artifacts.manifest import Stage, write_jsonl
+from drafter.data.conversations import opening
 from drafter.data.corpus import pack
+from drafter.data.near_duplicates import SeenTexts
 from drafter.data.prompts import check_embedding
 from drafter.models.fingerprints import tokenizer_fingerprint
 from drafter.models.loading import load_tokenizer, vocabulary_width
@@ -48,7 +50,8 @@ def prepare(cfg: DictConfig, stage: Stage) -> None:
     Instructions and prompts come first, because they can be refused, and packing the text takes much longer.
     """
     tokenizer = load_tokenizer(target_source(cfg))
-    data = gather(cfg, encodes_text(tokenizer))
+    protected = SeenTexts()
+    data = gather(cfg, encodes_text(tokenizer), protected)
     instructions = choose_instructions(cfg, data.instructions, data.weights, tokenizer)
     prompts = choose_prompts(cfg, data.tasks, tokenizer)
     tallies = {f"instructions {name}": tally for name, tally in instructions.tallies.items()}
@@ -57,6 +60,8 @@ def prepare(cfg: DictConfig, stage: Stage) -> None:
         log.info("%s: %s", name, tally)
     chosen = [{**row, "split": split} for split in ("train", "validation") for row in instructions.rows[split]]
     tasks = [{**row, "task": task} for task, selection in prompts.items() for row in selection.rows[task]]
+    for row in [*instructions.rows["validation"], *tasks]:
+        protected.reason_against(opening(row))
     write_jsonl(stage.directory / "instructions.jsonl", chosen)
     write_jsonl(stage.directory / "tasks.jsonl", tasks)
     counts = {"instructions": len(chosen), "prompts": len(tasks)}

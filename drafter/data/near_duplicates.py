@@ -34,6 +34,7 @@ class SeenTexts:
         self._texts: set[str] = set()
         self._grams: list[np.ndarray] = []
         self._buckets: dict[bytes, list[int]] = {}
+        self._longest = 0
 
     def __len__(self) -> int:
         return len(self._grams)
@@ -41,17 +42,40 @@ class SeenTexts:
     def reason_against(self, text: str) -> str | None:
         """Return "duplicate" or "near duplicate" if an earlier text equals or resembles this one; else keep it."""
         words = normalize(text)
-        if words in self._texts:
-            return "duplicate"
         grams = _grams(words)
         keys = self._keys(grams)
+        reason = self._reason(words, grams, keys)
+        if reason is None:
+            for key in keys:
+                self._buckets.setdefault(key, []).append(len(self._grams))
+            self._texts.add(words)
+            self._grams.append(grams)
+            self._longest = max(self._longest, len(words))
+        return reason
+
+    def resembles(self, text: str) -> bool:
+        """Return whether an earlier text equals or resembles this one, which is not kept."""
+        words = normalize(text)
+        grams = _grams(words)
+        return self._reason(words, grams, self._keys(grams)) is not None
+
+    def begins(self, text: str) -> bool:
+        """Return whether an earlier text equals or resembles the first paragraphs of this one, or all of it."""
+        paragraphs = text.split("\n\n")
+        for count in range(1, len(paragraphs) + 1):
+            beginning = "\n\n".join(paragraphs[:count])
+            if len(normalize(beginning)) > self._longest / THRESHOLD + LETTERS:  # too long to be similar
+                return False
+            if self.resembles(beginning):
+                return True
+        return False
+
+    def _reason(self, words: str, grams: np.ndarray, keys: list[bytes]) -> str | None:
+        if words in self._texts:
+            return "duplicate"
         candidates = {number for key in keys for number in self._buckets.get(key, ())}
         if any(_similarity(grams, self._grams[number]) >= THRESHOLD for number in candidates):
             return "near duplicate"
-        for key in keys:
-            self._buckets.setdefault(key, []).append(len(self._grams))
-        self._texts.add(words)
-        self._grams.append(grams)
         return None
 
     def _keys(self, grams: np.ndarray) -> list[bytes]:

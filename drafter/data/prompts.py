@@ -4,12 +4,21 @@ Everything downstream derives the response mask from the number of these ids and
 tokens of a response are the ones that the target generated after them.
 """
 
+import json
+import re
 from collections.abc import Mapping
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from drafter.data.control_tokens import NEUTRAL, control_ids, control_pattern, encode_as_text, encode_in_template
+from drafter.data.control_tokens import (
+    NEUTRAL,
+    ControlTokenError,
+    control_ids,
+    control_pattern,
+    encode_as_text,
+    encode_in_template,
+)
 from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.models.source import TemplateSettings
 
@@ -46,10 +55,11 @@ def encode_conversation(
         add_generation_prompt: end with the beginning of the assistant's answer.
 
     Raises:
-        ControlTokenError: the tokenizer cannot encode the control tokens as text.
+        ControlTokenError: the tokenizer cannot encode the control tokens as text, or they are not in a content.
         UnusableConversation: the template refuses the conversation, or leaves out a part of it.
     """
     pattern, contents = control_pattern(tokenizer), [message["content"] for message in conversation.messages]
+    require_plain_fields(conversation, pattern)
     spelling = [number for number, content in enumerate(contents) if pattern.search(content)]
     if tokenizer.chat_template is None:
         if len(conversation.messages) > 1 or conversation.tools:
@@ -66,6 +76,18 @@ def encode_conversation(
         return render(tokenizer, conversation, add_generation_prompt, dict(zip(spelling, given, strict=True)))
 
     return encode_in_template(tokenizer, [contents[number] for number in spelling], render_with)
+
+
+def require_plain_fields(conversation: Conversation, pattern: re.Pattern[str]) -> None:
+    """Refuse control tokens in tools, calls and other fields than the content, which templates write as they are.
+
+    Raises:
+        ControlTokenError: one is spelled out.
+    """
+    fields = [message[key] for message in conversation.messages for key in message if key not in ("role", "content")]
+    written = pattern.search(json.dumps([fields, conversation.tools], ensure_ascii=False, default=str))
+    if written:
+        raise ControlTokenError(f"the tools or their calls spell out control tokens: {written[0]!r}")
 
 
 def render(

@@ -8,7 +8,7 @@ any number of ranks writes the same files. Whether another round of shards is ne
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -75,6 +75,10 @@ class Recipe(NamedTuple):
             example = self.examples[(number // len(self.systems) + shown) % len(self.examples)]
             messages += [{"role": "user", "content": example}, {"role": "assistant", "content": PLACEHOLDER}]
         return messages
+
+    def every_before(self) -> Iterator[list[Message]]:
+        """Yield what `before` returns for all numbers, each once: it repeats after as many as these."""
+        return map(self.before, range(len(self.systems) * max(1, len(self.examples))))
 
 
 class Writer:

@@ -64,22 +64,29 @@ def begin_user_turn(tokenizer: PreTrainedTokenizerBase, before: list[Message]) -
             "the target cannot write a user's message: its chat template has nothing before it that would tell the "
             "target who is speaking"
         )
+    before_ids = tokenizer(parts[0][0], add_special_tokens=False)["input_ids"]
+    if "".join(tokenizer.decode(encoded[0][:length]).split()) != "".join(tokenizer.decode(before_ids).split()):
+        raise ValueError(
+            f"the target cannot write a user's message: its tokenizer joins the message with the text before it, "
+            f"{parts[0][0][-20:]!r}, so that no token ends there"
+        )
     end = leading_control(tokenizer, parts[0][1])
     text = "" if end is not None else parts[0][1].strip().split("\n")[0]
     return UserTurn(encoded[0][:length], end, text)
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return messages whose first ids differ; words of the vocabulary if the tokenizer knows only whole words."""
-    found: dict[int, str] = {}
-    words = (word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha())
-    for text in chain(OPENINGS, words):
+    """Return messages whose first ids differ; words of the vocabulary if those above begin alike or are unknown."""
+    vocabulary, found = tokenizer.get_vocab(), dict[int, str]()
+    pieces = (piece.lstrip("▁Ġ") for piece in sorted(vocabulary, key=vocabulary.__getitem__))  # without marks of words
+    words = (piece for piece in pieces if piece.isascii() and piece.isalpha())
+    for number, text in enumerate(chain(OPENINGS, words)):
+        if number >= len(OPENINGS) and len(found) > 1:
+            break
         first = tokenizer(text, add_special_tokens=False)["input_ids"][0]
         if first != tokenizer.unk_token_id:
             found.setdefault(first, text)
-        if len(found) == len(OPENINGS):
-            break
-    return list(found.values())
+    return list(found.values()) if len(found) > 1 else list(OPENINGS)  # every text begins with the same id
 
 
 def _with_user(before: list[Message], text: str) -> Conversation:

@@ -6,14 +6,12 @@ expected text lengths and block efficiency are in `scale.expected`.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from drafter.decoding.side_by_side import FREE_SHARE
 from drafter.losses.chunked import CHUNK_ENTRIES
+from experiments.planning.generation import estimate_prepare, estimate_respond
 from experiments.planning.roofline import (
-    Hardware,
     Shape,
     forward_seconds,
     generation_memory,
@@ -23,73 +21,26 @@ from experiments.planning.roofline import (
     training_seconds,
     update_seconds,
 )
+from experiments.planning.world import BYTES, StageEstimate, World, num_responses, process_memory
 from experiments.running.data_settings import turns_of
 from experiments.running.jobs import Job
+from experiments.running.recipes import self_sources
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TURNS = 2  # the answers per conversation of a task that evaluates all of them, as in MT-Bench
 ACTIVATIONS = 12  # numbers per token and hidden unit that a forward pass without gradients holds at once
-
-
-class World(NamedTuple):
-    """What the stages of a plan share: hardware, model shapes and expected lengths."""
-
-    hardware: DictConfig
-    gpus: int
-    target: Shape
-    drafter: Shape
-    prompt: float
-    response: float
-    block_efficiency: float
-    finetunings: int
-
-    @property
-    def length(self) -> float:
-        """Return the length of a prompt with its response, in tokens."""
-        return self.prompt + self.response
-
-    def device(self, low: bool) -> Hardware:
-        """Return the hardware with its speed in two-byte (`low`) or four-byte arithmetic."""
-        fields = {str(name): value for name, value in self.hardware.items() if name not in ("flops", "float32_flops")}
-        return Hardware(flops=self.hardware.flops if low else self.hardware.float32_flops, **fields)
-
-    def training(self, cfg: DictConfig) -> tuple[Hardware, int]:
-        """Return the hardware in the precision of training, and the bytes per number."""
-        low = str(cfg.trainer.precision).startswith(("bf16", "16"))
-        return self.device(low), 2 if low else 4
-
-    def shares(self, cfg: DictConfig) -> tuple[int, int]:
-        """Return how many devices hold one target together, and into how many shares the work is divided."""
-        return (self.gpus, 1) if cfg.target.parallel == "tensor" else (1, self.gpus)
-
-
-class StageEstimate(NamedTuple):
-    """The estimate of one run: bytes of memory per device by part, bytes on disk, seconds on all devices."""
-
-    name: str
-    tokens: float
-    operations: float
-    memory: dict[str, float]
-    disk: float
-    seconds: float
-    remedy: str  # what to change if it does not fit
-
-    @property
-    def total_memory(self) -> float:
-        """Return the bytes of memory per device."""
-        return sum(self.memory.values())
 
 
 def estimates(job: Job, world: World) -> Iterator[StageEstimate]:
     """Yield the estimate of a stage, if the stage computes with a model."""
     how = {
+        "prepare": estimate_prepare,
         "pretrain": estimate_pretrain,
         "respond": estimate_respond,
         "cache": estimate_cache,
         "finetune": estimate_finetune,
         "evaluate": estimate_evaluate,
     }
-    if job.stage in how:
+    if job.stage in how and (job.stage != "prepare" or self_sources(job.cfg)):
         yield how[job.stage](job.cfg, world)
 
 
@@ -108,26 +59,6 @@ def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
         (2 if shape.vocabulary <= 2**16 else 4) * (cfg.scale.pretraining_tokens or tokens * settings.max_steps),
         seconds * settings.max_steps + judged,
         "lower pretrain.batch_size and raise trainer.accumulate_grad_batches, or pretrain.gradient_checkpointing=true",
-    )
-
-
-def estimate_respond(cfg: DictConfig, world: World) -> StageEstimate:
-    """Estimate generation side by side: a step per next token, and a forward pass whenever prompts are added."""
-    settings, width, shape = cfg.respond, BYTES[cfg.target.dtype], world.target
-    device, number, (split, shares) = world.device(width < 4), num_responses(cfg), world.shares(cfg)
-    sequences = max(1, settings.batch_tokens / (world.length + world.response))
-    steps = number * world.response / sequences / shares  # a finished sequence's row is given to the next one
-    together = max(1, sequences / FREE_SHARE)
-    one_prompt = forward_seconds(device, shape, together * world.prompt, world.prompt / 2, 0, width, split) / together
-    one = forward_seconds(device, shape, sequences, world.prompt + world.response / 2, sequences, width, split)
-    return StageEstimate(
-        "respond",
-        number * world.response,
-        operations(shape, number * world.length, world.length / 2),
-        generation_memory(shape, sequences, world.length + world.response, width, split) | process_memory(world),
-        number * world.length * 4,
-        0.0 if settings.by == "reference" else number / shares * one_prompt + steps * one,
-        "target.parallel=tensor, or lower respond.batch_tokens",
     )
 
 
@@ -265,12 +196,6 @@ def num_validated(cfg: DictConfig, settings: DictConfig) -> float:
     return float(cfg.scale.num_responses / 10 * num_validations(settings))
 
 
-def num_responses(cfg: DictConfig) -> float:
-    """Return how many responses are generated, including those for validation."""
-    number = cfg.scale.num_responses
-    return float(number * (1.1 if "validation" in cfg.distillation.splits else 1))
-
-
 def num_kept_steps(cfg: DictConfig) -> int:
     """Return how many drafters are kept during finetuning."""
     every = cfg.finetune.keep_every
@@ -285,8 +210,3 @@ def cached_bytes(cfg: DictConfig, shape: Shape) -> float:
         # Two more numbers: the log-probability of the response's token and of the tokens outside the top_k.
         return (how.top_k + how.num_samples) * (ids + BYTES[how.dtype]) + 2 * BYTES[how.dtype] + 16
     return shape.hidden * BYTES[how.dtype] + 16
-
-
-def process_memory(world: World) -> dict[str, float]:
-    """Return the memory of a process without a model."""
-    return {"process": world.hardware.process_memory}

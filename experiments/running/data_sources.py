@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from drafter.data.control_tokens import ControlTokenError
 from drafter.data.corpus import Doc, extract, is_heldout, pretraining_texts
 from drafter.data.instructions import IN_DOMAIN, derive
+from drafter.data.near_duplicates import SeenTexts
 from drafter.data.selection import Candidate, Tally
 from drafter.data.sources import Entry, Source, conversations, entries
 from experiments.running.data_settings import (
@@ -23,7 +24,7 @@ from experiments.running.data_settings import (
     task_sources,
 )
 from experiments.running.progress import Progress
-from experiments.running.recipes import INSTRUCTIONS
+from experiments.running.recipes import INSTRUCTIONS, TEXT
 
 
 class Data(NamedTuple):
@@ -39,9 +40,15 @@ class Data(NamedTuple):
     tasks: dict[str, Iterator[Candidate]]
 
 
-def gather(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
-    """Return the data that the config names, without the texts that `encodes` refuses."""
-    data = docstrings(cfg, encodes) if has_docstrings(cfg) else datasets(cfg, encodes)
+def gather(cfg: DictConfig, encodes: Callable[[str], bool], protected: SeenTexts) -> Data:
+    """Return the data that the config names, all to be read when they are needed.
+
+    Args:
+        cfg: the config of the stage.
+        encodes: texts that it refuses are left out.
+        protected: prompts that text of the target must not begin with; filled before the text is read.
+    """
+    data = docstrings(cfg, encodes) if has_docstrings(cfg) else datasets(cfg, encodes, protected)
     own = {name: task_candidates(one, name) for name, one in task_sources(cfg).items()}
     heldout = {name: heldout_prompts(cfg, source, name) for name, source in self_tasks(cfg).items()}
     return data._replace(tasks={**data.tasks, **own, **heldout})
@@ -94,10 +101,10 @@ def interleave(train: Iterator[Candidate], validation: Iterator[Candidate]) -> I
         yield from batch
 
 
-def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
+def datasets(cfg: DictConfig, encodes: Callable[[str], bool], protected: SeenTexts) -> Data:
     """Return text and instructions from sources. A hash of its text decides the split of a row."""
     percent, sources, asked = cfg.data.heldout_percent, pretraining_sources(cfg), instruction_sources(cfg)
-    written = by_name(cfg, INSTRUCTIONS)
+    written, written_text = by_name(cfg, INSTRUCTIONS), by_name(cfg, TEXT)
     parts = {part: {name: _tally(part, name) for name in sources} for part in ("train", "heldout")}
     tallies = {tally: Tally() for named in parts.values() for tally in named.values()}
 
@@ -107,6 +114,8 @@ def datasets(cfg: DictConfig, encodes: Callable[[str], bool]) -> Data:
             tally.absent.update(entry.absent)
             other = not entry.left_out and is_heldout(entry.text, percent) != (part == "heldout")
             left_out = entry.left_out or ("of the other part" if other else None)
+            if not left_out and name in written_text and protected.begins(entry.text):
+                left_out = "with a held-out prompt, or a similar one"
             yield from count_texts([entry.text], part, tally, encodes, left_out)
 
     def of_source(name: str) -> Iterator[Candidate]:

@@ -19,6 +19,7 @@ from drafter.artifacts.manifest import MANIFEST
 from drafter.data.conversations import opening
 from drafter.data.corpus import source_files
 from drafter.data.files import find_files
+from drafter.data.near_duplicates import SeenTexts
 from drafter.data.prompts import check_embedding
 from drafter.data.selection import Row, read_instructions
 from drafter.data.sources import Source, entries
@@ -99,7 +100,7 @@ def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Ite
             every = instruction_sources(cfg)
             sources = {name: one for name, one in every.items() if ("instructions", name) not in written}
             if sources:
-                streams = datasets(cfg, lambda text: True).instructions
+                streams = datasets(cfg, lambda text: True, SeenTexts()).instructions
                 weights = {name: one.weight for name, one in sources.items()}
                 limited = {name: first_rows(streams[name], _rows(one)) for name, one in sources.items()}
                 selection = choose_instructions(cfg, limited, weights, tokenizer)

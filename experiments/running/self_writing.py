@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import Stage, sha256, write_jsonl
+from drafter.data.control_tokens import NEUTRAL
+from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.engines import Engine, Limits, transformers_engine, vllm_engine
-from drafter.data.prompts import known_ids
-from drafter.data.self_written import SCHEMA, Collection, Recipe, Writer, write_until_enough
+from drafter.data.prompts import encode_conversation, encode_prompt, known_ids
+from drafter.data.self_written import PLACEHOLDER, SCHEMA, Collection, Recipe, Writer, write_until_enough
 from drafter.data.user_turn import UserTurn, begin_user_turn
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_limit, load_target, load_tokenizer, vocabulary_width
@@ -100,11 +102,9 @@ def make_writer(cfg: DictConfig, source: SelfSource, ranks: Ranks, tokenizer: Pr
 
 
 def engines(cfg: DictConfig, limits: list[Limits], ranks: Ranks) -> Iterator[Engine]:
-    """Yield an engine for each of the limits, all with one copy of the target."""
+    """Yield an engine for each of the limits, all with one copy of the target; vLLM has one alone."""
     how = cfg.generation
     if how.engine == "vllm":
-        if len(limits) > 1:
-            raise ValueError("generation.engine=vllm writes instructions alone: pretraining text needs transformers")
         yield vllm_engine(target_source(cfg), limits[0], cfg.seed, **plain(how.vllm))
         return
     target = load_target(target_source(cfg)).to(ranks.device)
@@ -167,9 +167,29 @@ def message_limit(cfg: DictConfig, source: SelfSource) -> int:
 
 def first_turn(source: SelfSource, tokenizer: PreTrainedTokenizerBase) -> UserTurn:
     """Return the user's turn of the first message of a source."""
+    return begin_user_turn(tokenizer, _steering(source).before(0))
+
+
+def longest_turn(source: SelfSource, tokenizer: PreTrainedTokenizerBase) -> UserTurn:
+    """Return the user's turn that most tokens precede, of all system prompts and examples of a source.
+
+    Raises:
+        ValueError: the chat template cannot write one of them, which the error quotes.
+    """
+    lengths = []
+    for before in _steering(source).every_before():
+        try:
+            asked = Conversation([*before, {"role": "user", "content": NEUTRAL}])
+            lengths.append((len(encode_conversation(tokenizer, asked)), before))
+        except UnusableConversation as problem:
+            given = [message["content"] for message in before if message["content"] != PLACEHOLDER]
+            raise ValueError(f"{source.owner}: {problem}. The system prompt and examples were {given!r:.200}") from None
+    return begin_user_turn(tokenizer, max(lengths, key=lambda one: one[0])[1])
+
+
+def _steering(source: SelfSource) -> Recipe:
     settings = source.settings
-    recipe = Recipe("", 0, 1.0, settings.systems, settings.read_examples, settings.examples_shown)
-    return begin_user_turn(tokenizer, recipe.before(0))
+    return Recipe("", 0, 1.0, settings.systems, settings.read_examples, settings.examples_shown)
 
 
 def check_sources(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -186,17 +206,25 @@ def check_sources(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"data.heldout_percent is {cfg.data.heldout_percent}, must be above 0 and below 100")
     if cfg.generation.engine not in ("transformers", "vllm"):
         raise ValueError(f"generation.engine is '{cfg.generation.engine}', must be transformers or vllm")
+    texts = [source.owner for source in sources if source.part == TEXT]
+    if texts and cfg.generation.engine == "vllm":
+        raise ValueError(
+            f"generation.engine=vllm writes instructions alone, and {texts[0]} is of kind self: use "
+            f"generation.engine=transformers, or text from files or docstrings"
+        )
     context = context_limit(target_source(cfg))
     for source in sources:
         wanted(cfg, source)
-        prefix, limit = len(first_turn(source, tokenizer).prefix_ids), message_limit(cfg, source)
+        first_turn(source, tokenizer)
+        prefix, limit = len(longest_turn(source, tokenizer).prefix_ids), message_limit(cfg, source)
         if prefix + limit > context:
             raise ValueError(
-                f"{source.owner}: {prefix} tokens precede the message, and it may have {limit}: together they exceed "
-                f"the target's context of {context}. Lower {source.owner}.max_new_tokens, or give fewer examples"
+                f"{source.owner}: up to {prefix} tokens precede a message, and it may have {limit}: together they "
+                f"exceed the target's context of {context}. Lower {source.owner}.max_new_tokens, or give fewer or "
+                f"shorter examples and system prompts"
             )
-        answer = source.settings.max_answer_tokens if source.part == TEXT else 0
-        if limit + 2 * prefix + answer > context and answer:
+        answer, around = source.settings.max_answer_tokens, len(encode_prompt(tokenizer, NEUTRAL))
+        if source.part == TEXT and around + limit + answer > context:
             raise ValueError(
                 f"{source.owner}: a message of {limit} tokens and an answer of {answer} may exceed the target's "
                 f"context of {context}: lower {source.owner}.max_new_tokens or {source.owner}.max_answer_tokens"

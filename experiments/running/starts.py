@@ -116,6 +116,4 @@ def _projected(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 
 def _transplanted(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     source = _source(cfg)
-    return transplant(
-        load_model(source), load_tokenizer(source), tokenizer, vocabulary_width(target_source(cfg))
-    )
+    return transplant(load_model(source), load_tokenizer(source), tokenizer, vocabulary_width(target_source(cfg)))

@@ -56,3 +56,19 @@ def test_the_index_finds_what_a_comparison_of_all_pairs_finds():
             kept.append(text)
     assert near > 40
     assert len(kept) > 80
+
+
+def test_a_text_that_begins_with_an_earlier_one_is_found():
+    seen = SeenTexts()
+    seen.reason_against("What is the capital of France?")
+    seen.reason_against("A poem:\n\nRoses are red.\n\nWho wrote it?")
+    found = {
+        "What is the capital of France?\n\nParis.": True,
+        "So what is the capital of France?\n\nParis, which lies at the Seine.\n\nAsk more.": True,
+        "A poem:\n\nRoses are red.\n\nWho wrote it?\n\nNobody knows.": True,
+        "A poem:\n\nViolets are blue.\n\nIs it good?\n\nNo.": False,
+        "Paris lies at the Seine, a river.\n\nWhat is the capital of France?": False,
+        "Where is Paris?\n\nIn France, whose capital it is." + " It is large." * 90: False,
+    }
+    assert {text: seen.begins(text) for text in found} == found
+    assert len(seen) == 2

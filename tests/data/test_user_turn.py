@@ -1,11 +1,13 @@
 """Where a user's message begins and ends, in templates of the structures that models have."""
 
 import pytest
+from tokenizers import normalizers, pre_tokenizers
 
 from drafter.data.prompts import CHATML
 from drafter.data.user_turn import begin_user_turn
 from drafter.models.loading import load_tokenizer
 from tests.chat_target import chat_tokenizer
+from tests.tokenizer_kinds import tokenizer_of_kind
 
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
@@ -73,3 +75,19 @@ def test_earlier_turns_are_part_of_the_prefix():
 def test_a_template_that_does_not_begin_the_turn_in_one_way_is_refused(template, message):
     with pytest.raises(ValueError, match=message):
         begin_user_turn(chat_tokenizer(template), [])
+
+
+def test_a_tokenizer_that_joins_the_message_with_the_template_is_refused(tokenizer):
+    tokenizer.add_tokens("user:What")
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>user:{{ m['content'] }}<|im_end|>{% endfor %}"
+    with pytest.raises(ValueError, match=r"its tokenizer joins the message with the text before it, .*start.*user:"):
+        begin_user_turn(tokenizer, [])
+
+
+def test_messages_that_all_begin_with_the_same_token_have_it_in_the_prefix():
+    tokenizer = tokenizer_of_kind("unigram", PLAIN, None, "</s>")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "isolated")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("▁")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    turn = begin_user_turn(tokenizer, [])
+    assert tokenizer.convert_ids_to_tokens(turn.prefix_ids) == ["▁"]

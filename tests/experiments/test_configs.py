@@ -125,6 +125,18 @@ def test_a_group_on_the_command_line_overrides_the_choice_of_the_scale():
     assert HydraConfig.get().runtime.choices["target"] == "tiny"
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_data_that_the_target_writes_choose_its_tasks_unless_others_are_given(stage):
+    for overrides, task in (
+        (["data=self"], "self"),
+        (["data=self", "scale=smoke"], "self"),
+        (["data=self", "task=files"], "files"),
+        (["data=self", "scale=llama2"], "paper"),
+    ):
+        compose_config(stage, *overrides)
+        assert HydraConfig.get().runtime.choices["task"] == task
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_gives_one_value_per_position(loss):
     function = hydra.utils.instantiate(compose_config("finetune", f"loss={loss}").loss)

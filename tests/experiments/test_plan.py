@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 
 from drafter.data.target_cache import SparseFormat
 from experiments import pipeline, plan, pretrain
-from experiments.planning.estimates import cached_bytes
+from experiments.planning.estimates import cached_bytes, estimates
 from experiments.planning.roofline import Shape
-from experiments.running.composing import cells, gather_stage_overrides
-from experiments.running.jobs import all_jobs
+from experiments.planning.world import World
+from experiments.running.composing import cells, configured, gather_stage_overrides
+from experiments.running.jobs import Job, all_jobs
 from tests.conftest import save_target, small_model, write_jsonl
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -107,6 +108,23 @@ def test_the_plan_shows_the_price_and_the_smaller_disk_of_a_sparse_cache():
     assert float(exact["all"]["price"].replace(",", "")) > 100
     assert exact["cache"]["disk"] == "1.3 TB"
     assert sparse["cache"]["disk"].endswith(" GB")
+
+
+def test_what_the_target_writes_itself_is_planned():
+    shape = Shape(3_440_000, 3_000_000, 4, 256, 256, 8192, 2048)
+    with initialize_config_module("conf", version_base="1.3"):
+        hardware = compose("plan", ["hardware=cpu"]).hardware
+        world = World(hardware, 1, shape, shape, prompt=90, response=25, block_efficiency=1.4, finetunings=1)
+        asked = "+data.pretraining={kind: docstrings, packages: [fsspec]}"
+        with_text, alone, none = (
+            list(estimates(Job("prepare", configured("prepare", ["scale=smoke", *change]), None), world))
+            for change in (["data=self"], ["data=self", "~data.pretraining", asked], [])
+        )
+    # 1.1 * 64 / 0.8 instructions of 90 tokens, four fifths of which can be used, and as much text as in the config.
+    assert alone[0].tokens == pytest.approx(88 * 90 / 0.8)
+    assert with_text[0].tokens == pytest.approx((88 * 90 + 1.1 * 100_000 / 0.8) / 0.8)
+    assert with_text[0].seconds > 5 * alone[0].seconds > 0
+    assert none == []
 
 
 @pytest.mark.parametrize("override", ["pretrian.batch_size=3", "inputs.cahce=null"])

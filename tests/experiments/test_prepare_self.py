@@ -2,19 +2,23 @@
 
 import json
 import shutil
+import sys
+import types
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from drafter.artifacts.manifest import ArtifactError, read_jsonl
 from experiments.pipeline import main
-from tests.chat_target import VOCABULARY, save_chat_target
+from tests.chat_target import VOCABULARY, chat_tokenizer, save_chat_target
 from tests.conftest import save_target, write_jsonl
 from tests.experiments.test_pipeline import snapshot, stage
 
 
 def overrides(folder, target):
     return [
-        "scale=smoke", "data=self", "task=self", "logger=csv", f"root={folder}/run", f"target.path={target}",
+        "scale=smoke", "data=self", "logger=csv", f"root={folder}/run", f"target.path={target}",
         "scale.instructions=24", "scale.pretraining_tokens=300", "scale.heldout_tokens=40",
         "scale.max_prompt_tokens=40",
         "scale.max_new_tokens=8", "scale.sequence_length=16", "scale.prompts_per_task=2", "data.heldout_percent=40",
@@ -62,6 +66,20 @@ def test_prompts_of_tasks_are_in_no_other_split(prepared):
     for tally in rows.values():
         assert tally["read"] == sum(tally["used"].values()) + sum(tally["left_out"].values())
     assert rows["instructions self"]["left_out"]["held out for tasks"]
+
+
+def test_text_that_begins_with_a_held_out_prompt_is_left_out(prepared, tmp_path):
+    folder, command = prepared
+    texts = [row["text"].split("\n\n")[0] for row in read_jsonl(folder / "run" / "text" / "pretraining" / "text.jsonl")]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": texts[0] + " !"}])
+    change = ["task=files", f"task.prompts.path={tmp_path}/prompts.jsonl", "prepare.prompts_per_task=1"]
+    stage("prepare", [*command, *change, f"out={tmp_path}/data"])
+    rows = manifest(tmp_path / "data")["counts"]["rows"]
+    reason = "with a held-out prompt, or a similar one"
+    assert sum(rows[f"text {part}"]["left_out"].get(reason, 0) for part in ("train", "heldout")) >= 1
+    tokenizer = chat_tokenizer()
+    packed = " ".join(tokenizer.decode(np.load(tmp_path / "data" / f"{part}.npy")) for part in ("train", "heldout"))
+    assert texts[0] not in packed
 
 
 def test_a_second_run_writes_nothing_and_the_weight_does_not_matter_to_what_is_written(prepared):
@@ -124,10 +142,14 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("data.instructions.self.examples=[1]", "data.instructions.self.examples is .*must be a list of texts or"),
         ("data.instructions.self.examples=nowhere", "examples is 'nowhere', which is neither"),
         ("data.instructions.self.max_new_tokens=300", "together they exceed the target's context of 128"),
+        ("data.instructions.self.system=[cat,{long}]", "up to 121 tokens precede a message, and it may have 40"),
+        ("data.instructions.self.examples=[cat,dog,man,{long}]", "up to 13. tokens precede a message, and it may"),
+        ("data.instructions.self.system=[cat,'the <end> cat']", "no other way to write .*'the <end> cat'"),
         ("data.pretraining.max_answer_tokens=300", "may exceed the target's context of 128"),
         ("data.heldout_percent=0", "data.heldout_percent is 0"),
         ("scale.pretraining_tokens=null", "prepare.pretraining_tokens is null"),
         ("scale.instructions=null", "data.instructions.self.number and prepare.instructions are null"),
+        ("generation.engine=vllm", "vllm writes instructions alone, and data.pretraining is of kind self"),
         ("generation.engine=magic", "generation.engine is 'magic', must be transformers or vllm"),
         ("task=docstrings", "task.open_ended.path is null, and data=self has no docstrings to ask about: task=self"),
         ("task.prompts.source=mine", "task.prompts.source is 'mine', must be a source .*: self"),
@@ -138,10 +160,48 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
 def test_wrong_settings_are_refused_before_the_target_is_loaded(prepared, tmp_path, change, message, dry_run):
     _, command = prepared
     save_target(tmp_path / "base")
-    change = change.format(base=tmp_path / "base")
+    change = change.format(base=tmp_path / "base", long="cat " * 120)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         stage("prepare", [*command, f"root={tmp_path}/run", change, f"dry_run={dry_run}"])
     assert not (tmp_path / "run").exists()
+
+
+class Sampling:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+class FakeLLM:
+    """Write a question of three nouns that the seed of the request chooses, and stop."""
+
+    made: ClassVar = []
+
+    def __init__(self, **fields):
+        FakeLLM.made.append(fields)
+
+    def generate(self, prompts, params, use_tqdm):
+        nouns = VOCABULARY[2:18]
+        texts = [[nouns[how.seed // 16**i % 16] for i in range(3)] for how in params]
+        assert all(prompt["prompt_token_ids"] == [VOCABULARY.index("<|user|>")] for prompt in prompts)
+        assert all((how.temperature, how.top_p, how.max_tokens) == (1.0, 0.95, 40) for how in params)
+        ids = [[VOCABULARY.index(word) for word in ["who", *words, "<|stop|>"]] for words in texts]
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(one))]) for one in ids]
+
+
+def test_vllm_writes_instructions(prepared, tmp_path, monkeypatch):
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = FakeLLM, Sampling  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    command = [one for one in prepared[1] if not one.startswith("data.pretraining")]
+    change = ["~data.pretraining", "+data.pretraining={kind: docstrings, packages: [fsspec]}"]
+    change += ["generation.engine=vllm", "+generation.vllm.max_model_len=64", f"root={tmp_path}/run"]
+    stage("prepare", [*command, *change])
+    made = manifest(tmp_path / "run" / "instructions" / "self")
+    written = read_jsonl(tmp_path / "run" / "instructions" / "self" / "instructions.jsonl")
+    assert made["counts"]["written"] == len(written) == len({row["prompt"] for row in written}) == 44
+    assert all(row["prompt"].startswith("who ") and len(row["prompt"].split()) == 4 for row in written)
+    assert made["settings"]["engine"] == "vllm"
+    assert [one["max_model_len"] for one in FakeLLM.made] == [64]
 
 
 def test_a_message_that_repeats_an_example_is_a_duplicate(prepared, tmp_path):
