@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 from drafter.decoding.capabilities import check_can_decode
 from drafter.models.inspection import check_drafter_head, check_positions, vocabulary_rows
 from drafter.models.loading import load_tokenizer
-from drafter.training.datamodules import PackedText, SequenceData
+from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Pretraining, check_precision
+from drafter.training.samples import PackedText
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, data_fingerprint, new_drafter, plain, target_source
