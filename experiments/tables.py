@@ -19,6 +19,7 @@ from drafter.artifacts.provenance import describe_machine
 from drafter.artifacts.storage import local_directory
 from experiments.reporting import paper
 from experiments.reporting.counts import write_counts
+from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
 from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.page import write_html
@@ -72,6 +73,7 @@ def main(cfg: DictConfig) -> None:
     notes = [
         CONVENTION,
         describe_prompts(evaluations),
+        *describe_cut_answers(evaluations),
         describe_time(evaluations),
         describe_machines([*evaluations, *variants, *steps]),
     ]
