@@ -50,9 +50,7 @@ def check_draft_length(num_speculative_tokens: int | Adaptive) -> None:
         )
 
 
-def check_prompt(prompt: list[int], context: int) -> None:
-    """Raise ValueError if the prompt is empty, or leaves no place in the context for a token."""
+def check_prompt(prompt: list[int]) -> None:
+    """Raise ValueError if the prompt is empty: a model needs at least one token to predict the next."""
     if not prompt:
         raise ValueError("the prompt has no tokens")
-    if len(prompt) >= context:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, and the context of the models is {context}: shorten it")

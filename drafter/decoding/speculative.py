@@ -55,7 +55,7 @@ def speculative_decode(
             decoded with (see capabilities.check_decodes).
     """
     check_draft_length(num_speculative_tokens)
-    check_prompt(prompt, shortest_context(target, drafter))
+    check_prompt(prompt)
     return _decode(decoder_of(target), decoder_of(drafter), [prompt], 1, num_speculative_tokens, options, generator)[0]
 
 
@@ -79,10 +79,9 @@ def speculative_decode_batch(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     check_draft_length(num_speculative_tokens)
-    context = shortest_context(target, drafter)
     for prompt in prompts:
-        check_prompt(prompt, context)
-    longest = min(max(map(len, prompts), default=0) + options.max_new_tokens, context)
+        check_prompt(prompt)
+    longest = max((max_length(prompt, options, target, drafter) for prompt in prompts), default=0)
     capacity = longest + max_draft_length(num_speculative_tokens) + 1
     for model in (target, drafter):
         check_side_by_side(model, capacity)
@@ -109,11 +108,11 @@ def autoregressive_decode(
     The sequence ends at the latest where the target's context does.
 
     Raises:
-        ValueError: the prompt is empty or fills the context, or the target cannot be decoded with (see capabilities.check_decodes).
+        ValueError: the prompt is empty or fills the context, or the target cannot be decoded with (see
+            capabilities.check_decodes).
     """
-    context = shortest_context(target)
-    check_prompt(prompt, context)
-    most = min(options.max_new_tokens, context - len(prompt))
+    check_prompt(prompt)
+    most = max_length(prompt, options, target) - len(prompt)
     model, sequence = decoder_of(target), list(prompt)
     clock = Clock(target.device)
     blocks: list[Block] = []
@@ -131,9 +130,16 @@ def autoregressive_decode(
     return Decoded(sequence[len(prompt) :], blocks, clock.seconds(1))
 
 
-def shortest_context(*models: PreTrainedModel | Compiled) -> int:
-    """Return the number of tokens that a sequence may have in all of these models."""
-    return min(context_length(model.model if isinstance(model, Compiled) else model) for model in models)
+def max_length(prompt: list[int], options: DecodingOptions, *models: PreTrainedModel | Compiled) -> int:
+    """Return the number of tokens at which a sequence ends: by its options, or by the shortest context of the models.
+
+    Raises:
+        ValueError: the prompt fills the context.
+    """
+    context = min(context_length(model.model if isinstance(model, Compiled) else model) for model in models)
+    if len(prompt) >= context:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, and the context of the models is {context}: shorten it")
+    return min(len(prompt) + options.max_new_tokens, context)
 
 
 class _Drafts(NamedTuple):
@@ -155,9 +161,9 @@ def _decode(
 ) -> list[Decoded]:
     """Draft and verify blocks until every sequence has ended."""
     clock = Clock(target.model.device)
-    context = shortest_context(target.model, drafter.model)
     generations = [
-        Generation(list(prompt), len(prompt), min(len(prompt) + options.max_new_tokens, context)) for prompt in prompts
+        Generation(list(prompt), len(prompt), max_length(prompt, options, target.model, drafter.model))
+        for prompt in prompts
     ]
     active, waiting = generations[:batch_size], generations[batch_size:][::-1]
     lengths = _prefill(target, active), _prefill(drafter, active)

@@ -10,7 +10,8 @@ SHARE = 0.1  # of a task's answers that reach the limit; a larger one is mention
 
 def describe_cut_answers(evaluations: list[Evaluation]) -> list[str]:
     """Return a note on the tasks of which more than a tenth of the answers have max_new_tokens tokens, if any."""
-    answers, cut, limits = Counter[str](), Counter[str](), {}
+    answers, cut = Counter[str](), Counter[str]()
+    limits: dict[str, int] = {}
     for evaluation in evaluations:
         tasks = read_manifest(evaluation.directory, "evaluate")["settings"]["tasks"]
         limits |= {task: how["max_new_tokens"] for task, how in tasks.items() if "max_new_tokens" in how}
