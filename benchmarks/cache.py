@@ -27,8 +27,9 @@ from drafter.losses.distributions import Drawn
 from drafter.losses.divergences import acceptance_rate, kld, tvd
 from drafter.models.inspection import hidden_states
 from drafter.models.loading import load_model, load_target
-from drafter.training.datamodules import Mixture, PackedText, Responses, SequenceData
+from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Distillation
+from drafter.training.samples import Mixture, PackedText, Responses
 from tests.conftest import finished_rows
 
 ROWS, DRAWS, STEPS, ROUNDS = 96, 8, 25, 4

@@ -19,17 +19,19 @@ from drafter.losses.distributions import Drawn, Target
 from drafter.losses.objective import Loss, Positions, check_chunks, objective_of
 from drafter.models.compatibility import check_pair, drafter_source, load_drafter
 from drafter.models.fingerprints import model_fingerprint
-from drafter.models.inspection import check_positions, vocabulary_rows
-from drafter.models.loading import load_output_embedding, load_target, load_tokenizer
+from drafter.models.inspection import vocabulary_rows
+from drafter.models.loading import context_length, context_limit, load_output_embedding, load_target, load_tokenizer
 from drafter.models.sharding import check_parallel
 from drafter.models.trimming import read_kept
-from drafter.training.datamodules import Mixture, PackedText, Responses, SequenceData, text_samples
+from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Distillation, check_precision
+from drafter.training.samples import Mixture, PackedText, Responses, text_samples
 from drafter.training.weighting import Weighting
 from experiments.running import dry_run, on_policy
 from experiments.running.commands import command
 from experiments.running.identity import finetuned_identity, named_values
 from experiments.running.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
+from experiments.running.lengths import warn_of_context
 from experiments.running.training import KeptSteps, configure_memory, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -60,11 +62,12 @@ def finetune(cfg: DictConfig) -> None:
     for directory in filter(None, (cfg.inputs.cache, cfg.inputs.cache and cfg.inputs.validation)):
         require_output_embedding(directory, target.get_output_embeddings())
     tokenizer = load_tokenizer(source)
-    data, judged_on = samples(cfg, drafter)
+    models = [drafter]
     if cfg.weighting.reference:
         check_pair(source, cfg.weighting.reference)
-        reference = load_target(drafter_source(cfg.weighting.reference, source))
-        weighting = partial(weighting, reference=reference)
+        models.append(load_target(drafter_source(cfg.weighting.reference, source)))
+        weighting = partial(weighting, reference=models[-1], batch_tokens=cfg.finetune.batch_tokens)
+    data, judged_on = samples(cfg, drafter, min(map(context_length, models)))
     module = Distillation(
         target,
         configure_memory(drafter, cfg.finetune),
@@ -75,6 +78,7 @@ def finetune(cfg: DictConfig) -> None:
         num_speculative_tokens=cfg.finetune.num_speculative_tokens,
         response_top_p=float(judged_on.schema.metadata[b"top_p"]),
         shard_target=cfg.target.parallel == "fsdp",
+        batch_tokens=cfg.finetune.batch_tokens,
     )
     identity = finetuned_identity(cfg)
     kept = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every, identity)
@@ -82,18 +86,21 @@ def finetune(cfg: DictConfig) -> None:
     save(drafter, tokenizer, stage, trainer)
 
 
-def samples(cfg: DictConfig, drafter: PreTrainedModel) -> tuple[SequenceData, Rows]:
-    """Return the training and validation data, and the rows that the validation responses come from."""
+def samples(cfg: DictConfig, drafter: PreTrainedModel, context: int) -> tuple[SequenceData, Rows]:
+    """Return the training and validation data, and the rows that the validation responses come from.
+
+    All sequences are cut at `context` tokens, and a warning says what that costs.
+    """
     kind = "cache" if cfg.inputs.cache else "respond"
     rows = Rows(cfg.inputs.cache or cfg.inputs.responses, kind)
     judged_on = Rows(cfg.inputs.validation, kind) if cfg.inputs.validation else rows
     vocabulary = vocabulary_rows(drafter)  # equal to the target's, which loading the drafter has checked
-    text = PackedText(Path(cfg.inputs.data) / "train.npy", cfg.finetune.sequence_length, vocabulary)
-    responses = Responses(rows, "train", cfg.finetune.responses_share, cfg.finetune.kinds, vocabulary)
+    text_length = min(cfg.finetune.sequence_length, context)
+    text = PackedText(Path(cfg.inputs.data) / "train.npy", text_length, vocabulary)
+    responses = Responses(rows, "train", cfg.finetune.responses_share, cfg.finetune.kinds, vocabulary, context)
     training = Mixture(responses, text, cfg.finetune.text_share, cfg.seed)
-    judges = Responses(judged_on, "validation", vocabulary=vocabulary)
-    longest = int(max(training.lengths.max(), judges.lengths.max()))
-    check_positions(drafter, longest, "prompts with their responses, and text (finetune.sequence_length),")
+    judges = Responses(judged_on, "validation", vocabulary=vocabulary, context=context)
+    warn_of_context(cfg, context, context_limit(target_source(cfg)), responses.beyond, judges.beyond)
     return SequenceData(training, judges, cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers), judged_on
 
 

@@ -81,7 +81,7 @@ def check(jobs: list[Job]) -> None:
         answers = {"respond.max_new_tokens": job.cfg.respond.max_new_tokens} if job.stage == "respond" else {}
         if job.stage == "evaluate":
             answers = {f"task.{name}.max_new_tokens": how.max_new_tokens for name, how in job.cfg.task.items()}
-        check_lengths(job.cfg, prompt_tokens, answers)
+        check_lengths(job.cfg, prompt_tokens, answers, training=job.stage == "respond")
 
 
 def run(job: Job, evaluate_ranks: int = 1) -> None:

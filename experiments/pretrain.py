@@ -9,9 +9,10 @@ from omegaconf import DictConfig
 
 from drafter.decoding.capabilities import check_can_decode
 from drafter.models.inspection import check_drafter_head, check_positions, vocabulary_rows
-from drafter.models.loading import load_tokenizer
-from drafter.training.datamodules import PackedText, SequenceData
+from drafter.models.loading import context_length, load_tokenizer
+from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Pretraining, check_precision
+from drafter.training.samples import PackedText
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, data_fingerprint, new_drafter, plain, target_source
@@ -36,6 +37,13 @@ def main(cfg: DictConfig) -> None:
     folder, length, rows = Path(cfg.inputs.data), cfg.pretrain.sequence_length, vocabulary_rows(drafter)
     text, heldout = (PackedText(folder / name, length, rows) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)
+    if length < (context := context_length(drafter)):
+        log.info(
+            "sequences have %d tokens and the drafter's context is %d: finetuning alone will train the positions "
+            "beyond pretrain.sequence_length, as far as its responses reach",
+            length,
+            context,
+        )
     name = f"pretrain{cfg.differs}"
     trainer = train(Pretraining(drafter, cfg.pretrain.learning_rate), data, stage, cfg.pretrain, cfg, name)
     save(drafter, tokenizer, stage, trainer)

@@ -21,6 +21,7 @@ from drafter.metrics import conversation_and_turn
 from experiments.reporting import paper
 from experiments.reporting.breakdown import breakdown_tables
 from experiments.reporting.counts import write_counts
+from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
 from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.page import write_html
@@ -74,6 +75,7 @@ def main(cfg: DictConfig) -> None:
     notes = [
         CONVENTION,
         describe_prompts(evaluations),
+        *describe_cut_answers(evaluations),
         describe_time(evaluations),
         describe_machines([*evaluations, *variants, *steps]),
     ]

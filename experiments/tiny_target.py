@@ -25,8 +25,9 @@ from drafter.data.instructions import derive
 from drafter.data.prompts import CHATML, encode_prompt
 from drafter.models.initialization import build_drafter, special_ids
 from drafter.models.loading import load_model, load_tokenizer
-from drafter.training.datamodules import InMemory, PackedText, SequenceData
+from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Pretraining, check_precision
+from drafter.training.samples import InMemory, PackedText
 from experiments.running.commands import command
 from experiments.running.inputs import plain
 from experiments.running.training import TrainingProgress

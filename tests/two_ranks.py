@@ -13,8 +13,9 @@ import torch
 from drafter.data.batches import Sequence
 from drafter.losses import divergences as losses
 from drafter.ranks import leave_at_exit
-from drafter.training.datamodules import InMemory, SequenceData
+from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Distillation
+from drafter.training.samples import InMemory
 from tests.conftest import answered, small_model
 
 

@@ -139,7 +139,12 @@ class Rows(Sequence[Row]):
     @property
     def response_tokens(self) -> int:
         """Return the number of tokens of all responses."""
-        return int(self._index["response_tokens"].sum())
+        return int(self.response_lengths.sum())
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """Return the number of tokens of each row's responses."""
+        return self._index["response_tokens"]
 
     def read(self, indices: Sequence[int]) -> list[Row]:
         """Read the rows at the given indices. A list column becomes a flat numpy array."""

@@ -67,6 +67,25 @@ class Sequence(NamedTuple):
         return list(zip(ends[0::2], ends[1::2], strict=True))
 
 
+def cut(sequence: Sequence, length: int) -> Sequence:
+    """Return the first `length` tokens of a sample, with what is predicted and cached there.
+
+    >>> cut(Sequence(np.arange(9), 2, False, turns=[2, 3, 1, 3]), 7).turns
+    [2, 3, 1, 1]
+    """
+    if len(sequence.ids_T) <= length:
+        return sequence
+    kept = sequence._replace(ids_T=sequence.ids_T[:length], num_context=min(sequence.num_context, length))
+    if sequence.turns is not None:
+        ends = np.minimum(np.cumsum(sequence.turns), length)
+        kept = kept._replace(turns=np.diff(ends, prepend=0).tolist())
+    count = sum(end - start for start, end in kept.predicted())
+    cached = sequence.cached_N
+    if isinstance(cached, Drawn):
+        return kept._replace(cached_N=cached.first(count))
+    return kept if cached is None else kept._replace(cached_N=cached[:count])
+
+
 def collate(samples: list[Sequence]) -> Batch:
     """Pad samples to the longest one. Padding has the id 0, and the masks exclude it from attention and loss."""
     shape = len(samples), max(len(sample.ids_T) for sample in samples)

@@ -104,12 +104,22 @@ class Continuation:
         stop_ids: the tokens that end an answer.
         room: the largest number of tokens of a prompt, which leaves enough of the context for an answer.
         from_log: keep the logged answers in the conversation.
+        thinking: the ids of `<think>` and `</think>`, if the tokenizer has both (see prompts.thinking_ids).
     """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
     room: int
     from_log: bool = False
+    thinking: tuple[int, int] | None = None
+
+    def is_cut_in_thinking(self, turn: Turn) -> bool:
+        """Return whether an answer was cut off at its limit before its thinking ended."""
+        if self.thinking is None or turn.response_ids[-1] in self.stop_ids:
+            return False
+        begin, end = self.thinking
+        last = next((token for token in reversed(turn.prompt_ids + turn.response_ids) if token in (begin, end)), end)
+        return last == begin
 
     def following(self, request: Request, tokens: list[int]) -> Request | str | None:
         """Return the next request; None if the dialogue is finished; or the reason why its later turns are left out."""

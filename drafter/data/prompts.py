@@ -188,6 +188,13 @@ def encode_prompts(
     return prompts
 
 
+def thinking_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
+    """Return the ids of the tokens `<think>` and `</think>`, or None if the tokenizer does not have both."""
+    vocabulary = tokenizer.get_vocab()
+    found = [vocabulary[token] for token in ("<think>", "</think>") if token in vocabulary]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
 def known_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> set[int]:
     """Return the ids that both a tokenizer and a model whose embedding has so many rows have."""
     return set(tokenizer.get_vocab().values()) & set(range(rows))

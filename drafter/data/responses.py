@@ -94,6 +94,7 @@ def write_responses(
         notes = {
             "failed": Counter(one.failure for one in answered if one.failure),
             "truncated": sum(row["truncated"] for row in written),
+            "cut_in_thinking": sum(following.is_cut_in_thinking(turn) for one in answered for turn in one.turns),
             "answers": sum(len(one.turns) for one in answered),
             "turns_left_out": sum((one.left_out for one in answered), Counter[str]()),
         }

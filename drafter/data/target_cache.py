@@ -22,9 +22,10 @@ from drafter.artifacts import rows
 from drafter.artifacts.manifest import ArtifactError, read_manifest, require
 from drafter.artifacts.storage import Folder
 from drafter.data.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
+from drafter.data.forward import hidden_at
 from drafter.losses.chunked import CHUNK_ENTRIES, Head
 from drafter.losses.distributions import Drawn, Sparse, Target
-from drafter.models.inspection import has_plain_head, hidden_states, vocabulary_rows
+from drafter.models.inspection import has_plain_head, vocabulary_rows
 from drafter.models.loading import OutputEmbedding, embedding_checksum
 from drafter.progress import Report, silent
 from drafter.ranks import deal
@@ -202,33 +203,40 @@ def _rows(
 
 
 @torch.no_grad()
-def live_target(target: PreTrainedModel, batch: Batch, plain_head: bool) -> tuple[torch.Tensor | None, Logits]:
-    """Run the target once. Return hidden states (N, H), and a function of a slice of the N positions to their logits.
+def live_target(
+    target: PreTrainedModel, batch: Batch, plain_head: bool, batch_tokens: int | None = None
+) -> tuple[torch.Tensor | None, Logits]:
+    """Run the target. Return hidden states (N, H), and a function of a slice of the N positions to their logits.
 
-    If the target changes its logits after its output embedding (`plain_head` is false), its hidden states are None and
-    the logits of all positions are computed at once.
+    Forward passes have at most `batch_tokens` tokens (see `forward.hidden_at`). If the target changes its logits after
+    its output embedding (`plain_head` is false), its hidden states are None and the logits of all positions are
+    computed at once, in one pass.
     """
     rows_B, head = ~batch.is_text_B, target.get_output_embeddings()
     if not rows_B.any():  # all ranks must run a sharded target: run it on one packed text, whose output is masked out
         rows_B = torch.arange(len(rows_B), device=rows_B.device) == 0
-    ids_BT, attention_BT = batch.input_ids_BT[rows_B], batch.attention_mask_BT[rows_B]
     mask_BT = response_mask(batch)[rows_B]
+    batch = batch._replace(input_ids_BT=batch.input_ids_BT[rows_B], attention_mask_BT=batch.attention_mask_BT[rows_B])
     if not plain_head:
+        ids_BT, attention_BT = batch.input_ids_BT, batch.attention_mask_BT
         logits_NV = target(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits[mask_BT]
         return None, lambda rows: logits_NV[rows]
-    hidden_NH = hidden_states(target, ids_BT, attention_BT)[mask_BT]
+    hidden_NH = hidden_at(target, batch, mask_BT, batch_tokens)
     return hidden_NH, lambda rows: head(hidden_NH[rows]).detach()
 
 
 def target_at(
-    target: PreTrainedModel | OutputEmbedding, batch: Batch, plain_head: bool = True
+    target: PreTrainedModel | OutputEmbedding,
+    batch: Batch,
+    plain_head: bool = True,
+    batch_tokens: int | None = None,
 ) -> Callable[[slice], Target]:
     """Return a function of a slice of the N response positions to the target's distributions, cached or live."""
     cached = batch.cached_N
     if isinstance(cached, Sparse):
         return cached.__getitem__
     if cached is None and isinstance(target, PreTrainedModel):
-        return live_target(target, batch, plain_head)[1]
+        return live_target(target, batch, plain_head, batch_tokens)[1]
     head = Head.from_module(target.get_output_embeddings())
     hidden_NH = head.weight_VH[:0] if cached is None else cached  # a batch of packed text alone has no positions
     return lambda rows: head(hidden_NH[rows]).detach()

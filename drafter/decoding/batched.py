@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from drafter.decoding.decoders import Decoder, logits_of, masks_and_positions
+from drafter.models.loading import context_length
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -90,6 +91,8 @@ class RaggedDecoder:
         device, count = self.model.device, len(ids[0])
         self.positions.set(starts, count, device)
         arguments = masks_and_positions(self.positions.positions_BT, self.positions.end)
+        # Drafts beyond the end of a row, whose result is not used, may exceed the context while other rows go on.
+        arguments["position_ids"] = arguments["position_ids"].clamp_max(context_length(self.model) - 1)
         return self.call(torch.tensor(ids, device=device), self.cache, keep, **arguments)
 
     def replace_row(self, row: int, ids: list[int]) -> None:

@@ -24,6 +24,7 @@ from drafter.decoding.clock import Clock
 from drafter.decoding.decoders import CachedModel, Compiled
 from drafter.decoding.generation import Decoded, Generation
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, check_prompt, max_draft_length
+from drafter.models.loading import context_length
 from drafter.warping import Sampling, draw, warp
 
 
@@ -39,6 +40,8 @@ def speculative_decode(
 
     The target reads the prompt in the call of the first block, so the number of blocks is the number of target calls.
 
+    The sequence ends at the latest where the context of one of the two models does.
+
     Args:
         target: the model whose distribution the result has.
         drafter: the model that proposes tokens.
@@ -48,8 +51,8 @@ def speculative_decode(
         generator: the source of random numbers; None for PyTorch's default.
 
     Raises:
-        ValueError: num_speculative_tokens is below 1, the prompt is empty, or a model cannot be decoded with (see
-            capabilities.check_decodes).
+        ValueError: num_speculative_tokens is below 1, the prompt is empty or fills the context, or a model cannot be
+            decoded with (see capabilities.check_decodes).
     """
     check_draft_length(num_speculative_tokens)
     check_prompt(prompt)
@@ -78,8 +81,8 @@ def speculative_decode_batch(
     check_draft_length(num_speculative_tokens)
     for prompt in prompts:
         check_prompt(prompt)
-    longest = max(map(len, prompts), default=0)
-    capacity = longest + options.max_new_tokens + max_draft_length(num_speculative_tokens) + 1
+    longest = max((max_length(prompt, options, target, drafter) for prompt in prompts), default=0)
+    capacity = longest + max_draft_length(num_speculative_tokens) + 1
     for model in (target, drafter):
         check_side_by_side(model, capacity)
     return _decode(
@@ -102,15 +105,19 @@ def autoregressive_decode(
 ) -> Decoded:
     """Continue a prompt by one token per target call: the baseline, with the same cache and the same sampling.
 
+    The sequence ends at the latest where the target's context does.
+
     Raises:
-        ValueError: the prompt is empty, or the target cannot be decoded with (see capabilities.check_decodes).
+        ValueError: the prompt is empty or fills the context, or the target cannot be decoded with (see
+            capabilities.check_decodes).
     """
     check_prompt(prompt)
+    most = max_length(prompt, options, target) - len(prompt)
     model, sequence = decoder_of(target), list(prompt)
     clock = Clock(target.device)
     blocks: list[Block] = []
     new_tokens, cached_length = sequence[:], 0
-    while len(blocks) < options.max_new_tokens and not (blocks and sequence[-1] in options.stop_ids):
+    while len(blocks) < most and not (blocks and sequence[-1] in options.stop_ids):
         logits_1V = model.forward([new_tokens], [cached_length], 1)[:, -1]
         if options.sampling.temperature == 0:
             token = int(logits_1V.argmax())
@@ -121,6 +128,18 @@ def autoregressive_decode(
         sequence.append(token)
         blocks.append(Block([], 0, [token]))
     return Decoded(sequence[len(prompt) :], blocks, clock.seconds(1))
+
+
+def max_length(prompt: list[int], options: DecodingOptions, *models: PreTrainedModel | Compiled) -> int:
+    """Return the number of tokens at which a sequence ends: by its options, or by the shortest context of the models.
+
+    Raises:
+        ValueError: the prompt fills the context.
+    """
+    context = min(context_length(model.model if isinstance(model, Compiled) else model) for model in models)
+    if len(prompt) >= context:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, and the context of the models is {context}: shorten it")
+    return min(len(prompt) + options.max_new_tokens, context)
 
 
 class _Drafts(NamedTuple):
@@ -142,7 +161,10 @@ def _decode(
 ) -> list[Decoded]:
     """Draft and verify blocks until every sequence has ended."""
     clock = Clock(target.model.device)
-    generations = [Generation(list(prompt), len(prompt), len(prompt) + options.max_new_tokens) for prompt in prompts]
+    generations = [
+        Generation(list(prompt), len(prompt), max_length(prompt, options, target.model, drafter.model))
+        for prompt in prompts
+    ]
     active, waiting = generations[:batch_size], generations[batch_size:][::-1]
     lengths = _prefill(target, active), _prefill(drafter, active)
     for generation, target_cached, drafter_cached in zip(active, *lengths, strict=True):

@@ -77,6 +77,10 @@ class Drawn(NamedTuple):
         ids_NK, log_q_NK, log_rest_N = (torch.cat(field) for field in list(zip(*parts, strict=True))[:3])
         return cls(ids_NK, log_q_NK, log_rest_N, parts[0].top_k)
 
+    def first(self, count: int) -> "Drawn":
+        """Return the first `count` positions."""
+        return Drawn(self.ids_NK[:count], self.log_q_NK[:count], self.log_rest_N[:count], self.top_k)
+
     def weighted(self) -> Sparse:
         """Return the distribution with the weight of each token."""
         log_q_NK, log_rest_N = _at_least_float32(self.log_q_NK), _at_least_float32(self.log_rest_N)

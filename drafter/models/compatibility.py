@@ -149,7 +149,7 @@ def compare_contexts(target: int, drafter: int) -> Difference | None:
     """Return a difference if the drafter's context is shorter than the target's, or None."""
     if drafter >= target:
         return None
-    remedy = f"serve with a context of {drafter} tokens at most"
+    remedy = f"serve with a context of {drafter} tokens at most: beyond it, drafts are useless or the engine fails"
     return Difference("context", f"{target} tokens", f"{drafter}", remedy, fatal=False)
 
 

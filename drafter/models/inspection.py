@@ -47,10 +47,11 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) - uncounted
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
     """Return the last hidden states, shape (B, T, H), the input of the output embedding.
 
-    The mask is 1 at real tokens. Padding has to be on the right, so that positions count from the first token.
+    The mask is 1 at real tokens; None means that all are. Padding has to be on the right, so that positions count from
+    the first token.
     """
     return body(model)(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
 

@@ -1,6 +1,6 @@
 """The two LightningModules: `Pretraining` (next-token loss) and `Distillation` (a loss against the target).
 
-Shapes: B sequences, T tokens, N predicted positions of a batch, V vocabulary, H hidden size.
+Shapes: B sequences, T tokens, P predicted positions of a batch, N of them in responses, V vocabulary, H hidden size.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from drafter.data.batches import Batch, next_tokens, response_mask, responses_of
+from drafter.data.forward import hidden_at
 from drafter.data.target_cache import target_at
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
 from drafter.losses.chunked import Head, Predicted, chunked_sum, chunked_values
@@ -79,6 +80,7 @@ class Distillation(lightning.LightningModule):
         num_speculative_tokens: gamma of the block efficiency that is logged; see `decoding.expected_efficiency`.
         response_top_p: the top_p with which the responses were generated.
         shard_target: whether an uncached target is sharded over the ranks of each node; see `models.sharding`.
+        batch_tokens: the most tokens, with padding, of a forward pass of one rank; see `data.forward`.
     """
 
     def __init__(
@@ -93,10 +95,11 @@ class Distillation(lightning.LightningModule):
         num_speculative_tokens: int = 3,
         response_top_p: float = 1.0,
         shard_target: bool = False,
+        batch_tokens: int | None = None,
     ):
         super().__init__()
         check_drafter_head(drafter)
-        self.shard_target = shard_target
+        self.shard_target, self.batch_tokens = shard_target, batch_tokens
         self.num_speculative_tokens, self.response_top_p = num_speculative_tokens, response_top_p
         self.drafter, self.text_share, self.weighting = drafter, text_share, weighting
         self.objective = objective_of(loss)
@@ -126,18 +129,20 @@ class Distillation(lightning.LightningModule):
     on_validation_start = on_fit_start
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-        hidden_BTH = hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT)
-        predicted, text_BT = self._predicted(batch, hidden_BTH), batch.target_mask_BT & batch.is_text_B[:, None]
+        mask_BT, text_BT = batch.target_mask_BT, batch.target_mask_BT & batch.is_text_B[:, None]
+        hidden_PH = hidden_at(self.drafter, batch, mask_BT, self.batch_tokens)
+        predicted = self._predicted(batch, hidden_PH[response_mask(batch)[mask_BT]])
         weights_N = self.weighting(predicted, batch)
         distilled = predicted.sum(self._with_batch_mean(predicted), weights_N)
-        text = next_token_sum(self.drafter, hidden_BTH[text_BT], next_tokens(batch)[text_BT])
+        text = next_token_sum(self.drafter, hidden_PH[text_BT[mask_BT]], next_tokens(batch)[text_BT])
         loss = (1 - self.text_share) * distilled * self._per_weight(weights_N)
         loss = loss + self.text_share * text * self._per_weight(text_BT)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        predicted = self._predicted(batch, hidden_states(self.drafter, batch.input_ids_BT, batch.attention_mask_BT))
+        hidden_NH = hidden_at(self.drafter, batch, response_mask(batch), self.batch_tokens)
+        predicted = self._predicted(batch, hidden_NH)
         rows_R, lengths_R = responses_of(response_mask(batch))
         temperature_R = batch.temperature_B[rows_R]
         temperature_N = temperature_R.repeat_interleave(lengths_R)
@@ -197,7 +202,7 @@ class Distillation(lightning.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return adamw(self.drafter, self.learning_rate, self.weight_decay, steps)
 
-    def _predicted(self, batch: Batch, hidden_BTH: torch.Tensor) -> Predicted:
+    def _predicted(self, batch: Batch, hidden_NH: torch.Tensor) -> Predicted:
         """Return the response positions of a batch, in the form that the losses take."""
         mask_BT = response_mask(batch)
         lengths_R = responses_of(mask_BT)[1]
@@ -205,9 +210,8 @@ class Distillation(lightning.LightningModule):
         following_N = last_N - torch.arange(len(last_N), device=last_N.device)
         positions = Positions(next_tokens(batch)[mask_BT], following_N)
         head = Head.from_module(self.drafter.get_output_embeddings())
-        return Predicted(
-            hidden_BTH[mask_BT], head, target_at(self.target, batch, self._target_has_plain_head), positions
-        )
+        target = target_at(self.target, batch, self._target_has_plain_head, self.batch_tokens)
+        return Predicted(hidden_NH, head, target, positions)
 
     def _with_batch_mean(self, predicted: Predicted) -> Objective:
         """Return the loss, with the mean over the positions of all ranks filled in if it needs one."""

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from drafter.data.batches import Batch, response_mask
+from drafter.data.forward import hidden_at
 from drafter.losses.block_losses import windowed_products
 from drafter.losses.chunked import Head, Predicted
 from drafter.losses.divergences import kld
 from drafter.losses.objective import Objective, Positions
-from drafter.models.inspection import hidden_states
 
 Weighting = Callable[..., torch.Tensor]  # (predicted, batch) -> weights_N
 
@@ -54,7 +54,14 @@ def dpace(
     return weights_N
 
 
-def adaspec(predicted: Predicted, batch: Batch, *, reference: PreTrainedModel, share: float = 0.4) -> torch.Tensor:
+def adaspec(
+    predicted: Predicted,
+    batch: Batch,
+    *,
+    reference: PreTrainedModel,
+    share: float = 0.4,
+    batch_tokens: int | None = None,
+) -> torch.Tensor:
     """Select the positions where the drafter lags most behind a reference drafter (AdaSPEC).
 
     Source: arXiv 2510.19779, section 3.2. The weight is 1 for the `share` of this rank's positions with the largest
@@ -64,6 +71,7 @@ def adaspec(predicted: Predicted, batch: Batch, *, reference: PreTrainedModel, s
     Args:
         reference: a drafter that was distilled before.
         share: the fraction of positions that are selected.
+        batch_tokens: the most tokens of a forward pass of the reference; see `data.forward`.
 
     Raises:
         ValueError: share is not in (0, 1].
@@ -72,9 +80,8 @@ def adaspec(predicted: Predicted, batch: Batch, *, reference: PreTrainedModel, s
         raise ValueError(f"weighting.share is {share}, must be above 0 and at most 1")
     reference.to(predicted.hidden_NH.device)
     with torch.no_grad():
-        hidden_BTH = hidden_states(reference, batch.input_ids_BT, batch.attention_mask_BT)
-    mask_BT = response_mask(batch)
+        hidden_NH = hidden_at(reference, batch, response_mask(batch), batch_tokens)
     head = Head.from_module(reference.get_output_embeddings())
-    excess_N = predicted.values(kld) - predicted._replace(hidden_NH=hidden_BTH[mask_BT], head=head).values(kld)
+    excess_N = predicted.values(kld) - predicted._replace(hidden_NH=hidden_NH, head=head).values(kld)
     selected = excess_N.topk(round(share * len(excess_N))).indices
     return torch.zeros_like(excess_N).index_fill_(0, selected, 1.0)

@@ -174,6 +174,8 @@ def training_cost(
     checkpointing, shape = settings.gradient_checkpointing, world.drafter
     shards = world.gpus if "ModelParallel" in str(cfg.trainer.strategy) else 1
     widest = (samples * longest if samples else tokens) / world.gpus / pieces
+    if samples:  # a finetuning: longer batches are computed in parts
+        widest = min(widest, settings.batch_tokens)
     memory = training_memory(shape, widest, width, CHUNK_ENTRIES[device.kind], shards, checkpointing)
     seconds = training_seconds(device, shape, tokens / world.gpus, longest, scored / world.gpus, checkpointing)
     return seconds + (pieces - 1) * update_seconds(device, shape), memory | process_memory(world)

@@ -22,7 +22,7 @@ from drafter.data.engines import (
     vllm_engine,
 )
 from drafter.data.http_client import HttpClient, Retries
-from drafter.data.prompts import encode_prompt, encode_text, known_ids
+from drafter.data.prompts import encode_prompt, encode_text, known_ids, thinking_ids
 from drafter.data.responses import Instruction, plan, schema, shards, write_responses
 from drafter.data.selection import read_instructions
 from drafter.data.served import served_engine
@@ -44,6 +44,7 @@ from experiments.running.inputs import (
 from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
+CUT_SHARE = 0.1  # of the answers; more cut ones give a warning
 BY = ("target", "drafter", "mixture", "reference", "log")
 # Arguments of vllm.LLM that set memory and devices, and do not change the distribution of the responses.
 VLLM_RESOURCES = {
@@ -74,9 +75,8 @@ def respond(cfg: DictConfig) -> None:
     requests, skipped = plan_requests(cfg, tokenizer)
     parts = shards(requests, settings.shard_size)
     limits = Limits(settings.top_p, settings.max_new_tokens, end_of_turn_ids(target_source(cfg), tokenizer))
-    following = Continuation(
-        tokenizer, limits.stop_ids, context_limit(target_source(cfg)) - limits.max_new_tokens, settings.by == "log"
-    )
+    longest_prompt = context_limit(target_source(cfg)) - limits.max_new_tokens
+    following = Continuation(tokenizer, limits.stop_ids, longest_prompt, settings.by == "log", thinking_ids(tokenizer))
     with Progress("respond", "row", ranks.world_size) as progress:
         write_responses(
             engine(cfg, limits, ranks, tokenizer),
@@ -103,12 +103,30 @@ def respond(cfg: DictConfig) -> None:
             "answers": sum(note["answers"] for note in notes),
             "turns_left_out": sum((Counter(note["turns_left_out"]) for note in notes), Counter[str]()),
             "truncated": sum(note["truncated"] for note in notes),
+            "cut_in_thinking": sum(note.get("cut_in_thinking", 0) for note in notes),
             "stop_ids": limits.stop_ids,
             "target": target_named(cfg),
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
+        warn_of_cut_answers(counts, limits.max_new_tokens)
     wait_for_all()  # the next stage of this process may read the responses
+
+
+def warn_of_cut_answers(counts: dict[str, Any], limit: int) -> None:
+    """Warn if more than a tenth of the answers were cut off at the limit, since training then sees few ends."""
+    cut, answers, in_thinking = counts["truncated"], counts["answers"], counts["cut_in_thinking"]
+    if cut <= CUT_SHARE * answers:
+        return
+    log.warning(
+        "%d of %d answers (%.0f%%) were cut off at respond.max_new_tokens=%d%s. Raise it, in another directory%s",
+        cut,
+        answers,
+        100 * cut / answers,
+        limit,
+        f", {in_thinking} of them inside their thinking: these teach thinking alone" if in_thinking else "",
+        ", or switch thinking off (target.template_kwargs={enable_thinking: false})" if in_thinking else "",
+    )
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ CHECKPOINTS = "checkpoints"
 
 
 # Settings of a training stage that change its result at most by rounding.
-MEANS = {"num_workers", "keep_every", "gradient_checkpointing", "compile"}
+MEANS = {"num_workers", "keep_every", "gradient_checkpointing", "compile", "batch_tokens"}
 TRAINER_MEANS = {
     "_target_",
     "accelerator",

@@ -5,7 +5,7 @@ import pytest
 
 from drafter.data.batches import collate, next_tokens, response_sequence, responses_of
 from drafter.data.conversations import Conversation, UnusableConversation, read_conversation
-from drafter.data.dialogues import Continuation, Dialogue, answer, begin, choose_points, log_engine, rows_of
+from drafter.data.dialogues import Continuation, Dialogue, Turn, answer, begin, choose_points, log_engine, rows_of
 from drafter.data.engines import Request
 from drafter.data.prompts import encode_conversation
 from tests.data.odd_conversations import ANSWER, CALLING, MORE, RESULT, USER
@@ -179,3 +179,20 @@ def test_answers_that_are_not_logged_are_generated_and_no_log_has_them():
     with pytest.raises(UnusableConversation, match="an earlier answer is not logged"):
         begin(tokenizer, conversation, choose_points(conversation, "last"))
     assert begin(tokenizer, conversation, choose_points(conversation, "first")).dialogue.before().asked() == ["Hi."]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected"),
+    [
+        ([5], [8, 5, 5], True),  # Qwen3: the answer begins with <think>
+        ([5, 8], [5, 5], True),  # R1: the prompt ends with it
+        ([5], [8, 5, 9, 5], False),  # cut in the answer
+        ([5, 8, 9], [5, 5], False),  # thinking is switched off
+        ([5], [5, 5], False),
+        ([5], [8, 5, 7], False),  # ended
+    ],
+)
+def test_an_answer_that_is_cut_in_its_thinking_is_recognised(prompt, response, expected):
+    following = Continuation(None, [7], 100, thinking=(8, 9))
+    assert following.is_cut_in_thinking(Turn(prompt, response)) == expected
+    assert not Continuation(None, [7], 100).is_cut_in_thinking(Turn(prompt, response))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from drafter.decoding.acceptance import Block, verify
@@ -18,7 +19,7 @@ STOP, SHORT = DecodingOptions(30, stop_ids=[5]), DecodingOptions(20, stop_ids=[5
 class Script:
     """A stub model whose most likely token at each position (from 0) is the next one of the script."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), PreTrainedConfig()
 
     def __init__(self, script, calls=None):
         self.script, self.seen, self.calls = script, 0, calls
@@ -371,3 +372,23 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p_and_all_ties_with_it
     assert in_nucleus(probs, 0.6).tolist() == [[False, True, True, True], [True] * 4, [False, True, False, False]]
     assert in_nucleus(probs, 0.5).tolist() == [[False, True, False, False], [True] * 4, [False, True, False, False]]
     assert in_nucleus(probs, 1e-9).sum(-1).tolist() == [1, 4, 1]
+
+
+def with_learned_positions(context, seed):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=context, n_embd=16, n_layer=1, n_head=2)).eval()
+
+
+@pytest.mark.parametrize("contexts", [(40, 40), (90, 40), (40, 90)])
+def test_decoding_ends_at_the_shorter_context_with_the_targets_text(contexts):
+    """With learned positions, a call beyond the context would be an IndexError."""
+    target, drafter = (with_learned_positions(context, seed) for seed, context in enumerate(contexts))
+    options, prompts = DecodingOptions(100), [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    batch = speculative_decode_batch(target, drafter, prompts, 4, options)
+    for prompt, together in zip(prompts, batch, strict=True):
+        expected = autoregressive_decode(target, prompt, options).tokens
+        decoded = speculative_decode(target, drafter, prompt, 4, options).tokens
+        assert len(expected) == contexts[0] - len(prompt)
+        assert decoded == together.tokens == expected[: 40 - len(prompt)]
+    with pytest.raises(ValueError, match="the prompt has 40 tokens, and the context of the models is 40: shorten it"):
+        speculative_decode(target, drafter, [1] * 40, 4, options)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from drafter.artifacts.manifest import ArtifactError, Stage, write_jsonl
 from drafter.metrics import Estimate
 from experiments import curves, tables
+from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import colours, draw_curves, draw_efficiency
 from experiments.reporting.identity import DrafterIdentity
 from experiments.reporting.page import group_by_task, write_html
@@ -524,3 +525,15 @@ def test_two_drafters_of_one_loss_and_seed_are_separate_series(root):
         "kld (kld-seed1)",
         "tvd",
     ]
+
+
+def test_tasks_whose_answers_often_reach_their_limit_are_named(tmp_path):
+    folder = evaluation(tmp_path, "drafter", "pretrained", 0)
+    assert describe_cut_answers(read_evaluations(tmp_path / "evaluate")) == []
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["tasks"]["open_ended"]["max_new_tokens"] = 17  # of 16, 17 and 18 tokens
+    manifest["settings"]["tasks"]["code"]["max_new_tokens"] = 64
+    path.write_text(json.dumps(manifest))
+    (note,) = describe_cut_answers(read_evaluations(tmp_path / "evaluate"))
+    assert note.startswith("Answers that reached max_new_tokens: 67% of open ended (17). ")

@@ -10,7 +10,8 @@ from drafter.data.batches import Sequence
 from drafter.data.responses import schema
 from drafter.data.target_cache import ExactFormat, SparseFormat, write_cache
 from drafter.losses.distributions import Sparse
-from drafter.training.datamodules import InMemory, Mixture, Order, PackedText, Responses, SequenceData
+from drafter.training.datamodules import Order, SequenceData
+from drafter.training.samples import InMemory, Mixture, PackedText, Responses
 from tests.conftest import finished_rows
 
 ROWS = [
@@ -61,7 +62,7 @@ def test_too_little_text_is_refused(tmp_path):
 
 @pytest.mark.parametrize("checked", [10**9, 0])
 def test_ids_without_a_row_in_the_embeddings_are_refused_at_the_start_or_when_read(tmp_path, monkeypatch, checked):
-    monkeypatch.setattr("drafter.training.datamodules.CHECKED", checked)
+    monkeypatch.setattr("drafter.training.samples.CHECKED", checked)
     path = tmp_path / "text.npy"
     np.save(path, np.array([1] * 20 + [70] + [1] * 9, dtype=np.uint16))
     assert len(PackedText(path, 10, 71).__getitems__([2])) == 1

@@ -10,8 +10,9 @@ from drafter.data.batches import Sequence, collate
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.losses.divergences import kld, tvd, tvdpp
 from drafter.models.inspection import hidden_states
-from drafter.training.datamodules import InMemory, SequenceData
+from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Distillation, Pretraining, adamw, check_precision, next_token_loss
+from drafter.training.samples import InMemory
 from drafter.warping import Sampling
 from tests.conftest import answered, capped, small_model
 
@@ -135,7 +136,8 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 def test_a_live_target_that_caps_its_logits_is_distilled_with_its_capped_logits(target):
     batch, module = collate(RESPONSES), Distillation(capped(target), trainable(), kld, 0.0, 1e-3)
     module.on_fit_start()
-    predicted = module._predicted(batch, hidden_states(module.drafter, batch.input_ids_BT, batch.attention_mask_BT))
+    hidden_BTH = hidden_states(module.drafter, batch.input_ids_BT, batch.attention_mask_BT)
+    predicted = module._predicted(batch, hidden_BTH[batch.target_mask_BT])
     expected = capped(target)(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
     torch.testing.assert_close(predicted.target(slice(3, 9)), expected[batch.target_mask_BT][3:9])
     assert expected.abs().max() <= 2

@@ -24,14 +24,15 @@ pytestmark = pytest.mark.end_to_end
 
 STEPS = ["loss=tvdpp", "finetune.max_steps=6", "finetune.validate_every=3"]
 FSDP2, LIVE, ACCUMULATE = ["trainer=fsdp2"], ["inputs.cache=null"], ["trainer.accumulate_grad_batches=2"]
+PARTS = ["finetune.batch_tokens=150"]  # several forward passes per step, not equally many on both ranks
 STRATEGIES = {
     "ddp": [],
     "fsdp2": FSDP2,
-    "accumulate_checkpointing": [*ACCUMULATE, "finetune.gradient_checkpointing=true"],
+    "accumulate_checkpointing": [*ACCUMULATE, "finetune.gradient_checkpointing=true", *PARTS],
     "compile": ["finetune.compile=true"],
     "target_fsdp": [*LIVE, "target.parallel=fsdp"],
     "bf16": ["trainer.precision=bf16-mixed"],
-    "all_fsdp2": [*LIVE, "target.parallel=fsdp", *FSDP2, "finetune.gradient_checkpointing=true"],
+    "all_fsdp2": [*LIVE, "target.parallel=fsdp", *FSDP2, "finetune.gradient_checkpointing=true", *PARTS],
 }
 # Overrides that change the result, and are therefore given to the single process too.
 ALSO_ALONE = {
