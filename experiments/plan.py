@@ -6,11 +6,9 @@ by part, disk and time. It refuses a plan that cannot fit and names the setting 
 
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from drafter.metrics import memory_bound_speedup
-from drafter.models.initialization import build_drafter
 from drafter.models.loading import meta_model
 from experiments.planning.estimates import estimates
 from experiments.planning.roofline import Shape
@@ -20,6 +18,7 @@ from experiments.running.commands import pipeline_command
 from experiments.running.inputs import plain, target_source
 from experiments.running.jobs import Job, all_jobs
 from experiments.running.progress import duration
+from experiments.running.starts import empty_drafter
 
 
 @pipeline_command("plan")
@@ -42,8 +41,7 @@ def world_of(settings: DictConfig, jobs: list[Job]) -> World:
     known: dict[str, Any] = plain(cfg.target_shape) if cfg.target_shape else {}
     shape = known if known.pop("of", None) == cfg.target.path else None
     target = meta_model(target_source(cfg), shape)
-    with torch.device("meta"):
-        drafter = build_drafter(plain(cfg.drafter), target.config.get_text_config().vocab_size, {})
+    drafter = empty_drafter(cfg, target)
     expected = cfg.scale.expected
     return World(
         settings.hardware,

@@ -1,21 +1,24 @@
-"""Stage 1: pretrain a drafter from scratch by next-token prediction. Config: conf/pretrain.yaml."""
+"""Stage 1: build a drafter and pretrain it by next-token prediction. Config: conf/pretrain.yaml and conf/init."""
 
 import logging
 from pathlib import Path
 
 import lightning
-import torch
 from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drafter.artifacts.manifest import Stage
 from drafter.decoding.capabilities import check_can_decode
 from drafter.models.inspection import check_drafter_head, check_positions, vocabulary_rows
-from drafter.models.loading import context_length, load_tokenizer
+from drafter.models.loading import context_length, load_tokenizer, meta_model
+from drafter.ranks import join, wait_for_all
 from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Pretraining, check_precision
 from drafter.training.samples import PackedText
 from experiments.running import dry_run
 from experiments.running.commands import command
-from experiments.running.inputs import claim, data_fingerprint, new_drafter, plain, target_source
+from experiments.running.inputs import claim, data_fingerprint, target_source
+from experiments.running.starts import check_start, empty_drafter, new_drafter, start_identity
 from experiments.running.training import configure_memory, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -23,17 +26,21 @@ log = logging.getLogger(__name__)
 
 @command("pretrain")
 def main(cfg: DictConfig) -> None:
-    """Build the drafter for the target's vocabulary, train it on packed text, save it."""
+    """Build the drafter, train it on packed text, save it."""
     if cfg.dry_run:
         return dry_run.show(cfg, "pretrain", check)
     check(cfg)
-    settings = {**training_settings(cfg, "pretrain"), "drafter": plain(cfg.drafter)}
-    stage = claim(cfg, "pretrain", settings, {"data": data_fingerprint(cfg)})
+    start, made_of = start_identity(cfg)
+    settings = {**training_settings(cfg, "pretrain"), **start}
+    stage = claim(cfg, "pretrain", settings, {"data": data_fingerprint(cfg), **made_of})
     if stage.complete:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
     tokenizer = load_tokenizer(target_source(cfg))
-    drafter = configure_memory(new_drafter(cfg, tokenizer), cfg.pretrain)
+    drafter = new_drafter(cfg, tokenizer)
+    if not cfg.pretrain.max_steps:
+        return save_start(drafter, tokenizer, stage)
+    configure_memory(drafter, cfg.pretrain)
     folder, length, rows = Path(cfg.inputs.data), cfg.pretrain.sequence_length, vocabulary_rows(drafter)
     text, heldout = (PackedText(folder / name, length, rows) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)
@@ -49,6 +56,17 @@ def main(cfg: DictConfig) -> None:
     save(drafter, tokenizer, stage, trainer)
 
 
+def save_start(drafter: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> None:
+    """Finish the stage with the drafter as it starts, for a start that needs no pretraining."""
+    ranks = join()
+    if ranks.first:
+        drafter.save_pretrained(stage.directory)
+        tokenizer.save_pretrained(stage.directory)
+        stage.finish(counts={"steps": 0})
+        log.info("%s is the start itself: pretrain.max_steps is 0", stage.directory)
+    wait_for_all()
+
+
 def check(cfg: DictConfig) -> None:
     """Raise on float16, and on a drafter that cannot be distilled or decoded with, or has too few positions.
 
@@ -58,9 +76,8 @@ def check(cfg: DictConfig) -> None:
         ValueError: names the precision or the architecture.
     """
     check_precision(cfg.trainer.precision)
-    tokenizer = load_tokenizer(target_source(cfg))
-    with torch.device("meta"):
-        drafter = new_drafter(cfg, tokenizer)
+    drafter = empty_drafter(cfg, meta_model(target_source(cfg)))
+    check_start(cfg)
     check_can_decode(drafter.config)
     check_drafter_head(drafter)
     check_positions(drafter, cfg.pretrain.sequence_length, "sequences of text (pretrain.sequence_length)")

@@ -91,7 +91,7 @@ def drafter_source(drafter: Model, target: Model) -> ModelSource:
     return ModelSource(str(drafter), trust_remote_code=ModelSource.from_model(target).trust_remote_code)
 
 
-def load_drafter(path: str, target: Model, pad: bool = False) -> PreTrainedModel:
+def load_drafter(drafter: Model, target: Model, pad: bool = False) -> PreTrainedModel:
     """Load a drafter in float32 after checking that it is compatible with the target.
 
     The drafter gets as many embedding rows as the target has. Its output embedding is trimmed if the directory says so
@@ -100,9 +100,10 @@ def load_drafter(path: str, target: Model, pad: bool = False) -> PreTrainedModel
     Raises:
         VocabularyError: the models cannot be used together; see `check_pair`.
     """
-    for difference in check_pair(target, path, pad):
-        log.info("%s and %s differ, %s", path, ModelSource.from_model(target).path, difference)
-    model, kept = resize_vocabulary(load_model(drafter_source(path, target)), vocabulary_width(target)), read_kept(path)
+    source = drafter_source(drafter, target)
+    for difference in check_pair(target, source, pad):
+        log.info("%s and %s differ, %s", source.path, ModelSource.from_model(target).path, difference)
+    model, kept = resize_vocabulary(load_model(source), vocabulary_width(target)), read_kept(source.path)
     return trim(model, kept) if kept else model
 
 
@@ -135,7 +136,14 @@ def compare_vocabularies(target: PreTrainedTokenizerBase, drafter: PreTrainedTok
         + (f"{piece!r} as id {vocabulary[piece]}" if piece in vocabulary else f"no {piece!r}")
         for vocabulary in (ours, theirs)
     ]
-    return Difference("vocabulary", sides[0], sides[1], "train a drafter for this target", fatal=True)
+    remedy = "train a drafter for this target, from this one with init=transplant"
+    return Difference(
+        "vocabulary",
+        sides[0],
+        sides[1],
+        remedy,
+        fatal=True,
+    )
 
 
 def compare_rows(target: int, drafter: int) -> Difference | None:

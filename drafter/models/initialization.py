@@ -81,7 +81,7 @@ def take_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
     with model.device:
         made = AutoModelForCausalLM.from_config(config).to(model.dtype)
     try:
-        made.load_state_dict(renamed, assign=model.device.type == "meta")
+        made.load_state_dict(renamed)
     except RuntimeError as problem:
         raise ValueError(f"{type(model).__name__} cannot be made of some of its layers: {problem}") from problem
     return made

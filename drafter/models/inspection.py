@@ -1,11 +1,10 @@
 """Properties of a causal LM: hidden states, output embedding, positions, number of parameters."""
 
 import logging
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from drafter.models.loading import context_length
 
@@ -33,12 +32,6 @@ def check_positions(model: PreTrainedModel, longest: int, what: str) -> None:
     if any(context <= table.num_embeddings <= context + 8 for table in learned):
         raise ValueError(f"{problem}, with a learned position each: shorten them, or give the model more positions")
     log.warning("%s: it was not trained at the positions beyond that", problem)
-
-
-def context_of_fields(config: dict[str, Any]) -> int:
-    """Return the `context_length` of the model that `build_drafter` would build from these config fields."""
-    fields = dict(config)
-    return context_length(AutoConfig.for_model(fields.pop("model_type"), **fields))
 
 
 def num_parameters(model: nn.Module) -> int:

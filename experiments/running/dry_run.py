@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -36,9 +35,10 @@ from experiments.running.data_settings import (
     task_sources,
 )
 from experiments.running.data_sources import datasets, first_rows, task_candidates
-from experiments.running.inputs import new_drafter, target_source
+from experiments.running.inputs import target_source
 from experiments.running.recipes import self_sources
 from experiments.running.self_writing import describe as describe_sources
+from experiments.running.starts import empty_drafter
 
 ROWS = 2000  # the number of rows read from each source
 SMALL = 10_000_000  # local files with fewer bytes are read completely
@@ -66,8 +66,7 @@ def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
     rows = vocabulary_width(source)
     check_embedding(tokenizer, rows, path)
     target = meta_model(source)
-    with torch.device("meta"):
-        drafter = new_drafter(cfg, tokenizer)
+    drafter = empty_drafter(cfg, target)
     ratio = num_parameters(drafter) / num_parameters(target)
     context = context_limit(source)
     yield f"target {path}: {type(target).__name__}, {num_parameters(target):,} parameters, context {context:,}"

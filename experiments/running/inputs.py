@@ -7,13 +7,11 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import Stage, fingerprint, read_manifest, require
 from drafter.models.compatibility import load_drafter
 from drafter.models.fingerprints import model_fingerprint, tokenizer_fingerprint
-from drafter.models.initialization import build_drafter, special_ids
-from drafter.models.loading import vocabulary_width
 from drafter.models.source import ModelSource, TemplateSettings
 
 
@@ -68,12 +66,6 @@ def frozen_drafter(cfg: DictConfig, path: str) -> PreTrainedModel:
     """Load a drafter for decoding, after checking that it is compatible with the target."""
     drafter = load_drafter(path, target_source(cfg), cfg.pad_vocabulary)
     return drafter.requires_grad_(False).eval()
-
-
-def new_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Build the drafter to be trained, with random weights and the vocabulary of the target."""
-    rows = vocabulary_width(target_source(cfg))
-    return build_drafter(plain(cfg.drafter), rows, special_ids(tokenizer, rows))
 
 
 def target_fingerprint(cfg: DictConfig) -> str:

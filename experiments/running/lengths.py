@@ -4,10 +4,10 @@ import logging
 
 from omegaconf import DictConfig
 
-from drafter.models.inspection import context_of_fields
-from drafter.models.loading import context_limit
+from drafter.models.loading import context_length, context_limit, meta_model
 from drafter.training.samples import Beyond
-from experiments.running.inputs import plain, target_source
+from experiments.running.inputs import target_source
+from experiments.running.starts import empty_drafter
 
 log = logging.getLogger(__name__)
 SERVING = (
@@ -28,8 +28,9 @@ def check_lengths(cfg: DictConfig, prompt_tokens: int, limits: dict[str, int], t
     Raises:
         ValueError: a response may not fit; names the setting, the model and what to change.
     """
-    target, drafter = context_limit(target_source(cfg)), context_of_fields(plain(cfg.drafter))
-    contexts = {f"the target {cfg.target.path}": target, "the drafter (drafter.max_position_embeddings)": drafter}
+    target, drafter = context_limit(target_source(cfg)), context_of_drafter(cfg)
+    name = "the drafter (drafter.max_position_embeddings)" if cfg.init.kind == "scratch" else "the drafter"
+    contexts = {f"the target {cfg.target.path}": target, name: drafter}
     for setting, tokens in limits.items():
         for model, context in contexts.items():
             if prompt_tokens + tokens <= context:
@@ -41,6 +42,11 @@ def check_lengths(cfg: DictConfig, prompt_tokens: int, limits: dict[str, int], t
             if not training or context == target:
                 raise ValueError(f"{problem}. Lower one of the two")
             log.warning("%s. Finetuning cuts the responses there, and says how many. %s", problem, SERVING)
+
+
+def context_of_drafter(cfg: DictConfig) -> int:
+    """Return the context of the drafter that `cfg.init` starts from, in tokens."""
+    return context_length(empty_drafter(cfg, meta_model(target_source(cfg))))
 
 
 def warn_of_context(cfg: DictConfig, context: int, of_target: int, *beyond: Beyond) -> None:

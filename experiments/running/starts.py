@@ -29,41 +29,55 @@ KINDS = ("scratch", "existing", "layers", "projected", "transplant")
 SEQUENCE = 256  # tokens of a sequence of the text by which directions are chosen
 
 
-def empty_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the drafter without weights (on the meta device), after checking the start's settings.
+def empty_drafter(cfg: DictConfig, target: PreTrainedModel) -> PreTrainedModel:
+    """Return the drafter without weights (on the meta device), for checks and estimates.
+
+    Args:
+        cfg: the config of a stage.
+        target: the target without weights.
 
     Raises:
-        ValueError: a setting is wrong, or the start does not suit the target.
+        ValueError: a setting of the start is wrong, or the start does not suit the target.
     """
-    target, how = target_source(cfg), cfg.init
+    how, text = cfg.init, target.config.get_text_config()
     if how.kind not in KINDS:
         raise ValueError(f"init.kind is '{how.kind}', must be one of {', '.join(KINDS)}")
-    if cfg.init.kind == "layers":
-        made = take_layers(meta_model(target), list(how.layers))
+    if how.kind == "layers":
+        made = take_layers(target, list(how.layers))
         if how.hidden_size is None:
             return made
-        width = made.config.get_text_config().hidden_size
-        check_width(how.hidden_size, width)
+        check_width(how.hidden_size, text.hidden_size)
         check_can_slice(made)
-        return rotate(made, torch.empty(width, how.hidden_size, device="meta"))
-    if how.kind == "existing":
-        check_pair(target, _source(cfg), cfg.pad_vocabulary)
-        if read_kept(how.path):
-            raise ValueError(f"init.path is {how.path}, which is trimmed: give the one it was made from")
-        return _with_rows(meta_model(_source(cfg)), vocabulary_width(target))
-    if how.kind == "transplant":
-        return _with_rows(meta_model(_source(cfg)), vocabulary_width(target))
+        return rotate(made, torch.empty(text.hidden_size, how.hidden_size, device="meta"))
+    if how.kind in ("existing", "transplant"):
+        model = meta_model(_source(cfg))
+        model.config.get_text_config().vocab_size = model.config.vocab_size = text.vocab_size
+        with torch.device("meta"):
+            return type(model)(model.config)
     if how.kind == "projected":
-        check_width(cfg.drafter.hidden_size, meta_model(target).get_input_embeddings().weight.shape[1])
+        check_width(cfg.drafter.hidden_size, text.hidden_size)
     with torch.device("meta"):
-        return _random(cfg, tokenizer)
+        return build_drafter(plain(cfg.drafter), text.vocab_size, {})
+
+
+def check_start(cfg: DictConfig) -> None:
+    """Check that an existing drafter has the target's vocabulary and is not trimmed.
+
+    Raises:
+        VocabularyError: the two cannot be used together.
+        ValueError: the drafter is trimmed.
+    """
+    if cfg.init.kind == "existing":
+        check_pair(target_source(cfg), _source(cfg), cfg.pad_vocabulary)
+        if read_kept(cfg.init.path):
+            raise ValueError(f"init.path is {cfg.init.path}, which is trimmed: give the one it was made from")
 
 
 def new_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Return the drafter with trainable weights in float32."""
     starts: dict[str, Callable[[], PreTrainedModel]] = {
         "scratch": lambda: _random(cfg, tokenizer),
-        "existing": lambda: load_drafter(cfg.init.path, target_source(cfg), cfg.pad_vocabulary),
+        "existing": lambda: load_drafter(_source(cfg), target_source(cfg), cfg.pad_vocabulary),
         "layers": lambda: _layers(cfg),
         "projected": lambda: _projected(cfg, tokenizer),
         "transplant": lambda: _transplanted(cfg, tokenizer),
@@ -89,13 +103,6 @@ def _source(cfg: DictConfig) -> ModelSource:
 def _random(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     rows = vocabulary_width(target_source(cfg))
     return build_drafter(plain(cfg.drafter), rows, special_ids(tokenizer, rows))
-
-
-def _with_rows(model: PreTrainedModel, rows: int) -> PreTrainedModel:
-    """Return a model without weights with so many rows of the embedding."""
-    model.config.get_text_config().vocab_size = model.config.vocab_size = rows
-    with torch.device("meta"):
-        return type(model)(model.config)
 
 
 def _layers(cfg: DictConfig) -> PreTrainedModel:
