@@ -247,7 +247,7 @@ ROWS = {
 def mirror(world, tmp_path_factory):
     """Return the overrides that read the paper's data sets from local files, with a small model as the target."""
     overrides, folder = world[0], tmp_path_factory.mktemp("mirror")
-    save_target(folder / "target", positions=4096)
+    save_target(folder / "target", positions=8192)
     for name, row in ROWS.items():
         rows = [json.loads(json.dumps(row).replace("The ", f"The {number}. ")) for number in range(40)]
         if name == "oasst":
