@@ -32,7 +32,7 @@ from experiments.running.commands import command
 from experiments.running.identity import finetuned_identity, named_values
 from experiments.running.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
 from experiments.running.lengths import warn_of_context
-from experiments.running.training import KeptSteps, configure_memory, save, train, training_settings
+from experiments.running.training import KeptSteps, configure_memory, optimization, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def finetune(cfg: DictConfig) -> None:
         loss,
         cfg.finetune.text_share,
         cfg.finetune.learning_rate,
+        optimization(cfg),
         weighting=weighting,
         num_speculative_tokens=cfg.finetune.num_speculative_tokens,
         response_top_p=float(judged_on.schema.metadata[b"top_p"]),
@@ -123,6 +124,7 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     """Return the loss and the weighting, after trying both on two positions, so that wrong settings fail at once."""
     check_precision(cfg.trainer.precision)
+    optimization(cfg)
     if not cfg.inputs.cache:
         check_parallel(cfg.target.parallel, "fsdp", "finetune")
     loss: Loss = hydra.utils.instantiate(cfg.loss)

@@ -19,7 +19,7 @@ from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.inputs import claim, data_fingerprint, target_source
 from experiments.running.starts import check_start, empty_drafter, new_drafter, start_identity
-from experiments.running.training import configure_memory, save, train, training_settings
+from experiments.running.training import configure_memory, optimization, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ def main(cfg: DictConfig) -> None:
             context,
         )
     name = f"pretrain{cfg.differs}"
-    trainer = train(Pretraining(drafter, cfg.pretrain.learning_rate), data, stage, cfg.pretrain, cfg, name)
+    module = Pretraining(drafter, cfg.pretrain.learning_rate, optimization(cfg))
+    trainer = train(module, data, stage, cfg.pretrain, cfg, name)
     save(drafter, tokenizer, stage, trainer)
 
 
@@ -76,6 +77,7 @@ def check(cfg: DictConfig) -> None:
         ValueError: names the precision or the architecture.
     """
     check_precision(cfg.trainer.precision)
+    optimization(cfg)
     drafter = empty_drafter(cfg, meta_model(target_source(cfg)))
     check_start(cfg)
     check_can_decode(drafter.config)

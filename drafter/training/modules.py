@@ -23,6 +23,7 @@ from drafter.losses.objective import Loss, Objective, Positions, objective_of
 from drafter.models.inspection import check_drafter_head, has_plain_head, hidden_states
 from drafter.models.loading import OutputEmbedding
 from drafter.models.sharding import shard_frozen, shard_module
+from drafter.training.optimizers import Optimization
 from drafter.training.weighting import Weighting, uniform
 from drafter.warping import Sampling, double
 
@@ -32,13 +33,14 @@ class Pretraining(lightning.LightningModule):
 
     Args:
         model: the trainable causal LM.
-        learning_rate, weight_decay: see `adamw`.
+        learning_rate: the largest of the schedule.
+        optimization: the optimizer and the schedule.
     """
 
-    def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1):
+    def __init__(self, model: PreTrainedModel, learning_rate: float, optimization: Optimization = Optimization()):  # noqa: B008 (immutable)
         super().__init__()
         check_drafter_head(model)
-        self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
+        self.model, self.learning_rate, self.optimization = model, learning_rate, optimization
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -59,7 +61,7 @@ class Pretraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)
-        return adamw(self.model, self.learning_rate, self.weight_decay, steps)
+        return self.optimization.configure(self.model, self.learning_rate, steps)
 
 
 class Distillation(lightning.LightningModule):
@@ -75,7 +77,8 @@ class Distillation(lightning.LightningModule):
         drafter: the trainable model.
         loss: (logits_p_NV, logits_q_NV) -> values (N,); see `drafter.losses`.
         text_share: the weight of the next-token loss.
-        learning_rate, weight_decay: see `adamw`.
+        learning_rate: the largest of the schedule.
+        optimization: the optimizer and the schedule.
         weighting: returns the weight of each response position; see `drafter.training.weighting`.
         num_speculative_tokens: gamma of the block efficiency that is logged; see `decoding.expected_efficiency`.
         response_top_p: the top_p with which the responses were generated.
@@ -90,7 +93,7 @@ class Distillation(lightning.LightningModule):
         loss: Loss | Objective,
         text_share: float,
         learning_rate: float,
-        weight_decay: float = 0.1,
+        optimization: Optimization = Optimization(),  # noqa: B008 (immutable)
         weighting: Weighting = uniform,
         num_speculative_tokens: int = 3,
         response_top_p: float = 1.0,
@@ -103,7 +106,7 @@ class Distillation(lightning.LightningModule):
         self.num_speculative_tokens, self.response_top_p = num_speculative_tokens, response_top_p
         self.drafter, self.text_share, self.weighting = drafter, text_share, weighting
         self.objective = objective_of(loss)
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.learning_rate, self.optimization = learning_rate, optimization
         # The tuple keeps the target from being a submodule: no checkpoint, optimizer or all-reduce includes it.
         self._frozen = (target,)
         self._target_has_plain_head = True  # determined in on_fit_start
@@ -200,7 +203,7 @@ class Distillation(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)
-        return adamw(self.drafter, self.learning_rate, self.weight_decay, steps)
+        return self.optimization.configure(self.drafter, self.learning_rate, steps)
 
     def _predicted(self, batch: Batch, hidden_NH: torch.Tensor) -> Predicted:
         """Return the response positions of a batch, in the form that the losses take."""
@@ -270,26 +273,3 @@ def check_precision(precision: str | int) -> None:
             f"trainer.precision is {precision}: float16 needs loss scaling, which gradient clipping does not support "
             f"here. Give bf16-mixed, or 32-true"
         )
-
-
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> dict[str, Any]:
-    """Build AdamW, with weight decay for matrices alone, and its learning-rate schedule, as Lightning takes them.
-
-    The learning rate rises linearly to `learning_rate` over the first 2% of the steps, and then follows a cosine down
-    to a tenth of it.
-    """
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
-    warmup = max(1, round(0.02 * steps))
-
-    # transformers' get_cosine_with_min_lr_schedule_with_warmup starts at 0, not at 1 / warmup: it loses the first step.
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

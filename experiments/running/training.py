@@ -20,9 +20,10 @@ from drafter.artifacts.manifest import Stage, write_json
 from drafter.data.batches import Batch
 from drafter.ranks import leave_at_exit
 from drafter.training.datamodules import SequenceData
+from drafter.training.optimizers import Optimization
 from drafter.training.resuming import AtomicCheckpoints, Resuming
 from experiments.reporting.identity import IDENTITY, STEPS, DrafterIdentity
-from experiments.running.identity import values
+from experiments.running.identity import choice, named_values, values
 from experiments.running.inputs import plain
 from experiments.running.progress import Progress
 from experiments.running.recording import OneRun, finish_run, run_settings
@@ -53,7 +54,19 @@ def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
     """Return the settings that determine the result of a training stage: its section, the trainer and the seed."""
     settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS}
     trainer = {name: values(value) for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
-    return {**settings, "trainer": trainer, "seed": cfg.seed}
+    how = {group: named_values(cfg[group], group) for group in ("optimizer", "schedule")}
+    return {**settings, **how, "trainer": trainer, "seed": cfg.seed}
+
+
+def optimization(cfg: DictConfig) -> Optimization:
+    """Build the optimizer and the schedule of the learning rate.
+
+    Raises:
+        ValueError: the optimizer cannot be used with the trainer's strategy.
+    """
+    if choice("optimizer") == "muon" and not isinstance(cfg.trainer.strategy, str):
+        raise ValueError("optimizer=muon needs complete matrices, and this trainer shards them: give optimizer=adamw")
+    return Optimization(hydra.utils.instantiate(cfg.optimizer), hydra.utils.instantiate(cfg.schedule))
 
 
 def configure_memory(model: PreTrainedModel, settings: DictConfig) -> PreTrainedModel:

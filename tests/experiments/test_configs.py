@@ -12,6 +12,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 
 import experiments.running.composing  # noqa: F401  (it registers the resolvers of the configs)
+from drafter.training.optimizers import Together
+from experiments.running.training import optimization
+from tests.conftest import small_model
 from tests.objectives import at_positions
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -187,3 +190,16 @@ def test_an_unknown_option_fails_with_the_list_of_options(group, options):
     assert "no_such_option" in str(refusal.value)
     for option in options:
         assert re.search(rf"^\s*{option}$", str(refusal.value), re.MULTILINE)
+
+
+def test_the_config_chooses_optimizer_and_schedule():
+    cfg = compose_config("pretrain", "optimizer=muon", "schedule=wsd", "schedule.decay=0.5")
+    how = optimization(cfg)
+    assert isinstance(how.optimizer(small_model().requires_grad_(True), 1e-3), Together)
+    assert how.schedule(75, 100) == 0.5
+
+
+def test_muon_is_refused_where_matrices_are_sharded():
+    cfg = compose_config("finetune", "optimizer=muon", "trainer=fsdp2")
+    with pytest.raises(ValueError, match="optimizer=muon needs complete matrices"):
+        optimization(cfg)

@@ -11,7 +11,7 @@ from drafter.decoding.expected_efficiency import acceptance_of_written, expected
 from drafter.losses.divergences import kld, tvd, tvdpp
 from drafter.models.inspection import hidden_states
 from drafter.training.datamodules import SequenceData
-from drafter.training.modules import Distillation, Pretraining, adamw, check_precision, next_token_loss
+from drafter.training.modules import Distillation, Pretraining, check_precision, next_token_loss
 from drafter.training.samples import InMemory
 from drafter.warping import Sampling
 from tests.conftest import answered, capped, small_model
@@ -116,21 +116,6 @@ def test_validation_measures_are_means_over_tokens_not_batches(target):
     }.items():
         # Three steps at a learning rate of 1e-9 leave the drafter unchanged to 6 digits.
         torch.testing.assert_close(metrics[name].double(), reference.double(), rtol=1e-4, atol=1e-6)
-
-
-def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
-    parts = adamw(trainable(), 1e-2, 0.1, steps=100)
-    optimizer, scheduler = parts["optimizer"], parts["lr_scheduler"]["scheduler"]
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates[0] == pytest.approx(5e-3)
-    assert max(rates) == rates[1] == pytest.approx(1e-2)
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
-    assert optimizer.param_groups[1]["weight_decay"] == 0
 
 
 def test_a_live_target_that_caps_its_logits_is_distilled_with_its_capped_logits(target):
