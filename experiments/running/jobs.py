@@ -39,8 +39,11 @@ def all_jobs(plan: DictConfig) -> list[Job]:
 def iterate_jobs(plan: DictConfig, others: list[str]) -> Iterator[Job]:
     """Yield every run of every stage, in order. Each stage receives those of the overrides `others` that it knows."""
     yield compose_job("prepare", others)
-    yield compose_job("pretrain", others)
-    finetunings = [compose_job("finetune", others, cell) for cell in finetuning_overrides(plan)]
+    chosen = finetuning_overrides(plan)
+    starts = {tuple(override for override in cell if first_key(override) == "init") for cell in chosen}
+    for start in sorted({(), *starts}):  # each start once, however many finetunings begin with it
+        yield compose_job("pretrain", others, list(start))
+    finetunings = [compose_job("finetune", others, cell) for cell in chosen]
     distillations = [one.choice("distillation") for one in finetunings if not one.cfg.distillation.rounds]
     for name in dict.fromkeys(["target", *distillations]):  # each set once, however many finetunings read it
         yield compose_job("respond", others, [f"distillation={name}"])
