@@ -137,9 +137,8 @@ def principal_directions(rows_NH: torch.Tensor, number: int) -> torch.Tensor:
     They are the eigenvectors of the rows' second moments, without subtracting the mean: projecting on them keeps as
     much of the rows' squared length as any projection on so many directions can.
     """
-    wide_NH = rows_NH.double() if rows_NH.device.type != "mps" else rows_NH.cpu().double()
-    directions_HH = torch.linalg.eigh(wide_NH.mT @ wide_NH).eigenvectors  # in ascending order
-    return directions_HH.flip(-1)[:, :number].to(rows_NH.device, torch.float32)
+    moments_HH = rows_NH.float().mT @ rows_NH.float()
+    return torch.linalg.eigh(moments_HH).eigenvectors.flip(-1)[:, :number]  # eigh sorts in ascending order
 
 
 def transplant(
