@@ -16,19 +16,20 @@ PREPARED = ["prepare.instructions=null", "prepare.max_prompt_tokens=200", "prepa
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Return the overrides for data that consist of the fifty odd conversations, and the root."""
+    """Prepare data that consist of the fifty odd conversations. Return the overrides and the root."""
     folder = tmp_path_factory.mktemp("conversations")
     write_jsonl(folder / "text.jsonl", [{"text": f"Number {n} is a number of some kind."} for n in range(400)])
     write_jsonl(folder / "chats.jsonl", [row for row, _ in ODD])
     write_jsonl(folder / "task.jsonl", [{"prompt": "What does it do?"}])
     overrides = [*SMALL, f"data.pretraining.path={folder}/text.jsonl", f"task.prompts.path={folder}/task.jsonl"]
     chats = f"+data.instructions.chats={{kind: conversations, path: {folder}/chats.jsonl}}"
-    return [*overrides, chats, "~data.instructions.questions"], folder / "run"
+    overrides, root = [*overrides, chats, "~data.instructions.questions"], folder / "run"
+    stage("prepare", [*overrides, *PREPARED, f"out={root}/data"])
+    return overrides, root
 
 
 def test_each_odd_conversation_is_used_or_left_out_for_its_reason(place):
-    overrides, root = place
-    stage("prepare", [*overrides, *PREPARED, f"out={root}/data"])
+    _, root = place
     tally = read_manifest(root / "data", "prepare")["counts"]["rows"]["instructions chats"]
     assert tally["read"] == len(ODD) == sum(tally["used"].values()) + sum(tally["left_out"].values())
     expected = [reason for _, reason in ODD if reason]
