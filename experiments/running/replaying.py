@@ -73,8 +73,10 @@ def text_fingerprint(cfg: DictConfig) -> str:
     """Return the fingerprint of the responses that are replayed.
 
     Raises:
-        ValueError: another model or a person wrote them, so that verification would not have rejected as sampled.
+        ValueError: there are none, or another model or a person wrote them, so that rejections could not be sampled.
     """
+    if not cfg.inputs.responses:
+        raise ValueError("respond.by=replay needs the target's responses: give distillation=replay or inputs.responses")
     by = read_manifest(cfg.inputs.responses, "respond")["settings"]["by"]
     if by not in ("target", "log"):
         raise ValueError(
