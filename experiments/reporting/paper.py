@@ -31,6 +31,7 @@ DATA = {
     "reference": "the data's own answers in the place of the target's",
     "drafter": "on-policy: the drafter's answers, written anew in three rounds",
     "mixture": "on-policy by halves: the drafter's and the target's",
+    "replay": "on-policy where drafts are rejected: replays beside the target's responses",
 }
 
 

@@ -32,6 +32,7 @@ from drafter.models.loading import context_limit, load_target, load_tokenizer, v
 from drafter.models.sharding import check_parallel
 from drafter.models.source import Model, ModelSource
 from drafter.ranks import Ranks, join, wait_for_all
+from experiments.running import replaying
 from experiments.running.inputs import (
     claim,
     data_fingerprint,
@@ -45,7 +46,7 @@ from experiments.running.progress import Progress
 
 log = logging.getLogger(__name__)
 CUT_SHARE = 0.1  # of the answers; more cut ones give a warning
-BY = ("target", "drafter", "mixture", "reference", "log")
+BY = ("target", "drafter", "mixture", "reference", "log", "replay")
 # Arguments of vllm.LLM that set memory and devices, and do not change the distribution of the responses.
 VLLM_RESOURCES = {
     "gpu_memory_utilization",
@@ -64,6 +65,8 @@ VLLM_RESOURCES = {
 def respond(cfg: DictConfig) -> None:
     """Encode the instructions, check them all, then generate shard by shard."""
     check(cfg)
+    if cfg.respond.by == "replay":
+        return replaying.write(cfg)
     inputs = {"data": data_fingerprint(cfg), **target_inputs(cfg)}
     if cfg.respond.by in ("drafter", "mixture"):
         inputs["drafter"] = model_fingerprint(cfg.inputs.drafter)
@@ -132,7 +135,7 @@ def warn_of_cut_answers(counts: dict[str, Any], limit: int) -> None:
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that determine the responses and their files. Batch sizes are not among them."""
     settings: dict[str, Any] = plain(cfg.respond)
-    del settings["batch_tokens"]
+    del settings["batch_tokens"], settings["replay"]
     settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_RESOURCES}
     served = settings.pop("openai")
     if settings["engine"] == "openai":  # where the server is, and how it is asked, does not change the responses
@@ -269,6 +272,7 @@ def check(cfg: DictConfig) -> None:
         ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
         ("by", settings.by in BY, f"one of {', '.join(BY)}"),
         ("turns", settings.turns in TURNS, f"one of {', '.join(TURNS)}"),
+        ("replay", min(settings.replay.values()) >= 1, "at least 1 of each"),
         ("engine", settings.engine in ("transformers", "vllm", "openai"), "transformers, vllm or openai"),
     ):
         if not allowed:

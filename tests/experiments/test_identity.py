@@ -9,7 +9,8 @@ import torch
 from hydra import initialize_config_module
 from transformers import AutoModelForCausalLM
 
-from drafter.artifacts.manifest import ArtifactError
+from drafter.artifacts.manifest import ArtifactError, read_manifest
+from drafter.artifacts.rows import Rows
 from experiments.reporting.identity import DrafterIdentity, identity_of
 from experiments.reporting.results import read_curves, read_evaluations
 from experiments.running.composing import configured
@@ -247,3 +248,38 @@ def test_a_drafter_from_elsewhere_is_not_a_seed_of_the_series_with_its_name(tmp_
     evaluation(tmp_path, "kld", "kld", None, fields={"loss": None})
     found = [(one.series, one.drafter.seed) for one in read_evaluations(tmp_path / "evaluate")]
     assert found == [("kld", 1), ("kld (kld)", None)]
+
+
+def test_replays_are_written_beside_the_targets_responses_by_the_drafter_given(world, tmp_path):
+    overrides, root = world
+    how = [*overrides, "distillation=replay", f"out={tmp_path}/replays"]
+    stage("respond", how)
+    written, text = Rows(tmp_path / "replays", "respond"), Rows(root / "responses", "respond")
+    counts = read_manifest(tmp_path / "replays", "respond")["counts"]
+    assert counts["responses"] == (text.splits == "train").sum()
+    assert 0 < counts["replays"] == len(written) - counts["responses"]
+    assert counts["replays"] + counts["without_rejection"] == counts["responses"]
+    assert set(written.splits) == {"train"}
+    for change in ("distillation.replay.per_response=2", f"inputs.drafter={root}/finetune/kld-seed1", "seed=1"):
+        with pytest.raises(ArtifactError, match="was made differently"):
+            stage("respond", [*how, change])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("distillation.replay.per_response=0", r"respond.replay is .*'per_response': 0.*at least 1 of each"),
+        ("inputs.responses=null", "needs the target's responses: give distillation=replay"),
+        ("inputs.responses=references", "has responses by 'reference': respond.by=replay needs the target's own"),
+    ],
+)
+def test_replays_of_what_the_target_has_not_written_are_refused(world, tmp_path, monkeypatch, change, message):
+    overrides, root = world
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(root / "responses", "references")
+    manifest = json.loads((tmp_path / "references" / "manifest.json").read_text())
+    manifest["settings"]["by"] = "reference"
+    (tmp_path / "references" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        stage("respond", [*overrides, "distillation=replay", f"out={tmp_path}/replays", change])
+    assert not (tmp_path / "replays").exists()

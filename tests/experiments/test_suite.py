@@ -42,7 +42,17 @@ def suite(world, tmp_path_factory):
 
 def test_every_variant_is_trained_and_evaluated_once(suite):
     _, root = suite
-    variants = "responses_10", "responses_33", "text_0", "text_50", "greedy", "reference", "drafter", "mixture"
+    variants = (
+        "responses_10",
+        "responses_33",
+        "text_0",
+        "text_50",
+        "greedy",
+        "reference",
+        "drafter",
+        "mixture",
+        "replay",
+    )
     names = {f"tvdpp-{name}-seed1" for name in variants}
     for folder in ("variants", "evaluate_variants"):
         assert {path.parent.name for path in (root / folder).glob("*/manifest.json")} == names
@@ -71,7 +81,7 @@ def test_each_distillation_set_has_the_splits_temperatures_and_lengths_of_its_co
 
 def test_the_responses_of_each_round_are_written_by_the_drafter_of_the_round_before(suite):
     _, root = suite
-    for name in ("tvdpp-drafter-seed1", "tvdpp-mixture-seed1"):
+    for name in ("tvdpp-drafter-seed1", "tvdpp-mixture-seed1", "tvdpp-replay-seed1"):
         rounds, drafters = root / "rounds" / name, []
         for number in (1, 2, 3):
             responses = read_manifest(rounds / str(number) / "responses", "respond")
