@@ -26,6 +26,7 @@ from drafter.models.trimming import read_kept
 from experiments.running.inputs import plain, target_source
 
 KINDS = ("scratch", "existing", "layers", "projected", "transplant")
+NOT_IDENTIFYING = ("path", "revision", "steps", "suffix")  # a fingerprint and the steps of training are in its place
 SEQUENCE = 256  # tokens of a sequence of the text by which directions are chosen
 
 
@@ -91,7 +92,7 @@ def start_identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
     settings = {"drafter": plain(cfg.drafter)} if kind in ("scratch", "projected") else {}
     if kind == "scratch":
         return settings, {}
-    ours = {name: value for name, value in plain(cfg.init).items() if name not in ("path", "revision", "steps")}
+    ours = {name: value for name, value in plain(cfg.init).items() if name not in NOT_IDENTIFYING}
     model = target_source(cfg) if kind in ("layers", "projected") else _source(cfg)
     return settings | {"init": ours}, {"init": model_fingerprint(model)}
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
 from drafter.models.compatibility import VocabularyError
 from drafter.models.loading import load_model, load_target, load_tokenizer, meta_model
 from experiments.pretrain import check
 from experiments.running.inputs import target_source
 from experiments.running.starts import empty_drafter, new_drafter, start_identity
+from tests.experiments.test_configs import compose_config, hydra_session  # noqa: F401
 from tests.models.test_initialization import byte_level, gpt2
 
 IDS = torch.arange(2, 12)[None]
@@ -32,8 +32,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, *overrides):
-    with initialize_config_module("conf", version_base=None):
-        return compose("pretrain", overrides=["scale=smoke", "logger=csv", f"root={folder}/run", *overrides])
+    return compose_config("pretrain", "scale=smoke", "logger=csv", f"root={folder}/run", *overrides)
 
 
 def make(folder, *overrides):
