@@ -151,7 +151,7 @@ def test_finetuning_without_a_cache_holds_the_target_and_fsdp_splits_it():
 
 
 @pytest.mark.parametrize(
-    ("experiment", "count"), [("losses", 24), ("data", 24), ("transfer", 12), ("transfer_paper", 9)]
+    ("experiment", "count"), [("losses", 24), ("data", 27), ("transfer", 12), ("transfer_paper", 9)]
 )
 def test_each_experiment_is_a_sweep_with_as_many_cells_as_it_should_have(experiment, count):
     with initialize_config_module("conf", version_base="1.3"):
