@@ -72,7 +72,6 @@ def write_replays(
     batch_tokens: int,
     shard_size: int,
     seed: int,
-    rank: int = 0,
     world_size: int = 1,
     writes: bool = True,
     report: Report = silent,

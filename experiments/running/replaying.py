@@ -47,7 +47,6 @@ def write(cfg: DictConfig) -> None:
             batch_tokens=settings.batch_tokens,
             shard_size=settings.shard_size,
             seed=cfg.seed,
-            rank=ranks.rank,
             world_size=ranks.world_size,
             writes=ranks.writes,
             report=progress,
