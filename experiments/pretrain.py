@@ -2,9 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
-import hydra
 import lightning
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,19 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drafter.artifacts.manifest import Stage
 from drafter.decoding.capabilities import check_can_decode
 from drafter.losses.distributions import Kept
-from drafter.losses.objective import objective_of
 from drafter.models.inspection import check_drafter_head, check_positions, vocabulary_rows
-from drafter.models.loading import context_length, load_target, load_tokenizer, meta_model
-from drafter.models.sharding import check_parallel
+from drafter.models.loading import context_length, load_tokenizer, meta_model
 from drafter.models.trimming import read_kept, write_kept
 from drafter.ranks import join, wait_for_all
 from drafter.training.datamodules import SequenceData
-from drafter.training.frozen import FrozenTarget
-from drafter.training.modules import Pretraining, Teacher, check_precision
+from drafter.training.modules import Pretraining, check_precision
 from drafter.training.samples import PackedText
 from experiments.running import dry_run
 from experiments.running.commands import command
-from experiments.running.identity import named_values
 from experiments.running.inputs import (
     claim,
     data_fingerprint,
@@ -33,12 +27,11 @@ from experiments.running.inputs import (
     target_source,
 )
 from experiments.running.keeping import check_kept, choose_kept, packed_text, training_responses
-from experiments.running.losses import build_loss
 from experiments.running.starts import check_start, empty_drafter, new_drafter, start_identity
+from experiments.running.teaching import build_teacher, check_teacher, teaching_settings
 from experiments.running.training import configure_memory, optimization, save, train, training_settings
 
 log = logging.getLogger(__name__)
-LOSS = "loss@pretrain.distillation.loss"  # the config group
 
 
 @command("pretrain")
@@ -74,24 +67,6 @@ def main(cfg: DictConfig) -> None:
     module = Pretraining(drafter, cfg.pretrain.learning_rate, optimization(cfg), kept, build_teacher(cfg))
     trainer = train(module, data, stage, cfg.pretrain, cfg, name)
     save(drafter, tokenizer, stage, trainer, kept)
-
-
-def build_teacher(cfg: DictConfig) -> Teacher | None:
-    """Load the target if pretraining distils it."""
-    how = cfg.pretrain.distillation
-    if not how.weight:
-        return None
-    target = FrozenTarget(load_target(target_source(cfg)), cfg.target.parallel == "fsdp", how.batch_tokens)
-    return Teacher(target, hydra.utils.instantiate(how.loss), how.weight)
-
-
-def teaching_settings(cfg: DictConfig) -> dict[str, Any]:
-    """Return the settings of the distillation that determine the result; none if pretraining does not distil."""
-    how = cfg.pretrain.distillation
-    if not how.weight:
-        return {}
-    taught = {"weight": how.weight, "loss": named_values(how.loss, LOSS)}
-    return {"distillation": taught, "target_dtype": cfg.target.dtype}
 
 
 def other_inputs(cfg: DictConfig) -> dict[str, str]:
@@ -137,28 +112,8 @@ def check(cfg: DictConfig) -> None:
     check_start(cfg)
     check_can_decode(drafter.config)
     check_drafter_head(drafter)
-    check_kept(cfg, "pretrain", trimmed_start(cfg))
-    check_teacher(cfg)
+    check_teacher(cfg, trimmed=check_kept(cfg, "pretrain", trimmed_start(cfg)))
     check_positions(drafter, cfg.pretrain.sequence_length, "sequences of text (pretrain.sequence_length)")
-
-
-def check_teacher(cfg: DictConfig) -> None:
-    """Raise on a distillation that cannot be computed on text.
-
-    Raises:
-        ValueError: names the setting.
-    """
-    how = cfg.pretrain.distillation
-    if not 0 <= how.weight <= 1:
-        raise ValueError(f"pretrain.distillation.weight is {how.weight}, must be from 0 to 1")
-    if how.weight:
-        check_parallel(cfg.target.parallel, "fsdp", "pretrain")
-        loss = build_loss(how.loss, check_kept(cfg, "pretrain", trimmed_start(cfg)))
-        if objective_of(loss).needs_positions:
-            raise ValueError(
-                "pretrain.distillation.loss is one of a block of tokens that the target generated: the "
-                "text is not, so give another one, such as kld"
-            )
 
 
 if __name__ == "__main__":
