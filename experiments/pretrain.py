@@ -77,7 +77,9 @@ def other_inputs(cfg: DictConfig) -> dict[str, str]:
 
 def reads_responses(cfg: DictConfig) -> bool:
     """Return whether the target's responses decide which tokens the drafter keeps."""
-    return bool(cfg.inputs.responses and cfg.pretrain.kept_tokens) and not read_kept(trimmed_start(cfg) or "")
+    start = trimmed_start(cfg)
+    has_list = start is not None and read_kept(start) is not None
+    return bool(cfg.inputs.responses and cfg.pretrain.kept_tokens) and not has_list
 
 
 def trimmed_start(cfg: DictConfig) -> str | None:

@@ -18,6 +18,7 @@ from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import load_tokenizer, vocabulary_width
 from drafter.models.trimming import most_used, read_kept
 from experiments.running.inputs import responses_fingerprint, target_source
+from experiments.running.jobs import Job
 
 COUNTED, PARTS = 10**8, 1000  # a longer text is counted in so many parts of equal distance, of so many tokens together
 
@@ -46,6 +47,23 @@ def check_kept(cfg: DictConfig, section: str, drafter: str | None) -> bool:
             f"null, or the drafter that it was made from"
         )
     return bool(own or number)
+
+
+def check_caches(jobs: Iterable[Job]) -> None:
+    """Check that no finetuning of a pipeline would train a trimmed drafter from a sparse cache.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    all_jobs = list(jobs)
+    trimmed = [job for job in all_jobs if job.stage in ("pretrain", "finetune") and job.cfg[job.stage].kept_tokens]
+    sparse = any(job.stage == "cache" and job.cfg.cache.format.kind == "sparse" for job in all_jobs)
+    if trimmed and sparse and any(job.stage == "finetune" and job.cfg.inputs.cache for job in all_jobs):
+        raise ValueError(
+            f"{trimmed[0].stage}.kept_tokens is {trimmed[0].cfg[trimmed[0].stage].kept_tokens}, and a sparse cache has "
+            f"no distribution over the kept tokens: use an exact cache (cache=exact) or a live target "
+            f"(inputs.cache=null)"
+        )
 
 
 def choose_kept(cfg: DictConfig, section: str, drafter: str | None, texts: Iterable[Any]) -> Kept | None:

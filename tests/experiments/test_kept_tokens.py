@@ -17,7 +17,8 @@ from drafter.models.trimming import read_kept, write_kept
 from experiments.export import check_head
 from experiments.running.composing import concerning, first_key
 from experiments.running.inputs import target_source
-from experiments.running.keeping import check_kept, choose_kept, packed_text
+from experiments.running.jobs import Job
+from experiments.running.keeping import check_caches, check_kept, choose_kept, packed_text
 from experiments.running.losses import build_loss
 from experiments.running.teaching import check_teacher, teaching_settings
 from experiments.running.training import training_settings
@@ -145,6 +146,19 @@ def test_a_drafter_that_was_trained_trimmed_is_not_exported(tmp_path):
     write_kept(tmp_path / "steps" / "kld-step5", [1])
     with pytest.raises(ValueError, match="was trained to propose 1 tokens alone"):
         check_head(str(tmp_path / "steps" / "kld-step5"), None)
+
+
+def test_a_sparse_cache_for_a_trimmed_drafter_is_refused_before_the_first_stage(config):
+    def jobs(*overrides):
+        names = ("pretrain", "cache", "finetune")
+        return [Job(name, config(name, *concerning(name, list(overrides))), None) for name in names]
+
+    for setting in ("pretrain.kept_tokens=9", "finetune.kept_tokens=9"):
+        with pytest.raises(ValueError, match=f"{setting.replace('=', ' is ')}, and a sparse cache has no distribution"):
+            check_caches(jobs(setting, "cache=sparse"))
+        check_caches(jobs(setting))
+        check_caches(jobs(setting, "cache=sparse", "inputs.cache=null"))
+    check_caches(jobs("cache=sparse"))
 
 
 @pytest.mark.end_to_end
