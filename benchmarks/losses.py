@@ -73,24 +73,25 @@ def text_loss(seen):
     )
 
 
+def loss_sum(name, path, seen):
+    """Return the sum of one loss over all positions."""
+    if name == "text":
+        return text_loss(seen)
+    objective = objective_of(LOSSES[name])
+    if path == "whole":
+        logits_q = seen.target(slice(None))
+        return objective(seen.head(seen.hidden_NH), logits_q, seen.positions).sum()
+    if objective.batch_mean is not None:
+        objective = objective.with_mean(seen.values(objective.batch_mean).mean())
+    return seen.sum(objective)
+
+
 def step(name, path, seen, kept=None):
     """Compute one loss and its backward pass, discard the gradients, and return the value."""
-    leaves = seen
-    if path == "trimmed":
-        seen = trim(seen, kept)
-    objective = None if name == "text" else objective_of(LOSSES[name])
-    if name == "text":
-        total = text_loss(seen)
-    elif path == "whole":
-        logits_q = seen.target(slice(None))
-        total = objective(seen.head(seen.hidden_NH), logits_q, seen.positions).sum()
-    else:
-        if objective.batch_mean is not None:
-            objective = objective.with_mean(seen.values(objective.batch_mean).mean())
-        total = seen.sum(objective)
+    total = loss_sum(name, path, trim(seen, kept) if path == "trimmed" else seen)
     total.backward()
     value = total.item()
-    leaves.hidden_NH.grad = leaves.head.weight_VH.grad = None
+    seen.hidden_NH.grad = seen.head.weight_VH.grad = None
     return value
 
 
