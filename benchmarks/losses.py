@@ -2,6 +2,10 @@
 
     python -m benchmarks.losses                                     every loss, at shapes for the CPU or the GPU
     python -m benchmarks.losses --losses kld --hidden 1024 4096     the widths of the paper's drafter and target
+    python -m benchmarks.losses --kept 8192 --vocabulary 49152 --hidden 192 576 --losses text kld
+
+With --kept, chunks of a whole output embedding are compared with chunks of one that is trimmed to so many tokens, as in
+training with kept_tokens; `text` is the next-token loss of pretraining, which has no target.
 
 Both start from hidden states. Their repetitions alternate in one process; on a CPU the time is process time of one
 thread, so that other work on the machine matters less. Memory is the peak above the inputs; on a CPU it is the
@@ -17,14 +21,20 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from drafter.losses.chunked import Head, Predicted
+from drafter.losses.chunked import Head, Predicted, chunked_sum
+from drafter.losses.distributions import Kept, Trimmed
 from drafter.losses.objective import Positions, objective_of
 from tests.objectives import LOSSES, positions
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-PATHS = ("whole", "chunks")
+
+
+def paths(arguments):
+    """Return the names of the two paths that are compared."""
+    return ("chunks", "trimmed") if arguments.kept else ("whole", "chunks")
 
 
 def inputs(arguments):
@@ -41,25 +51,53 @@ def inputs(arguments):
         hidden_p.requires_grad_(),
         Head(weight_p.requires_grad_()),
         lambda rows: target(hidden_q[rows]),
-        positions(arguments.positions, arguments.vocabulary, 64),
+        positions(arguments.positions, arguments.kept or arguments.vocabulary, 64),
     )
     return seen._replace(positions=Positions(*(part.to(DEVICE) for part in seen.positions)))
 
 
-def step(name, path, seen):
-    """Compute one loss and its backward pass, discard the gradients, and return the value."""
+def trim(seen, kept):
+    """Return the same positions for a drafter that proposes the kept tokens alone, which have the gradient's rows."""
+    head = Head(seen.head.weight_VH.index_select(0, kept.ids_K))
+    return seen._replace(head=head, target=lambda rows: Trimmed(seen.target(rows), kept), kept=kept)
+
+
+def text_loss(seen):
+    """Return the sum of the next-token loss, over the positions whose tokens are kept."""
+    tokens, hidden = seen.positions.tokens_N, seen.hidden_NH
+    if seen.kept is not None:
+        kept = seen.kept.mask(tokens)
+        tokens, hidden = seen.kept.place_V[tokens[kept]], hidden[kept]
+    return chunked_sum(
+        lambda logits, rows: F.cross_entropy(logits.float(), tokens[rows], reduction="none"), hidden, seen.head
+    )
+
+
+def loss_sum(name, path, seen):
+    """Return the sum of one loss over all positions."""
+    if name == "text":
+        return text_loss(seen)
     objective = objective_of(LOSSES[name])
     if path == "whole":
         logits_q = seen.target(slice(None))
-        total = objective(seen.head(seen.hidden_NH), logits_q, seen.positions).sum()
-    else:
-        if objective.batch_mean is not None:
-            objective = objective.with_mean(seen.values(objective.batch_mean).mean())
-        total = seen.sum(objective)
+        return objective(seen.head(seen.hidden_NH), logits_q, seen.positions).sum()
+    if objective.batch_mean is not None:
+        objective = objective.with_mean(seen.values(objective.batch_mean).mean())
+    return seen.sum(objective)
+
+
+def step(name, path, seen, kept=None):
+    """Compute one loss and its backward pass, discard the gradients, and return the value."""
+    total = loss_sum(name, path, trim(seen, kept) if path == "trimmed" else seen)
     total.backward()
     value = total.item()
     seen.hidden_NH.grad = seen.head.weight_VH.grad = None
     return value
+
+
+def kept_tokens(arguments):
+    """Return the first tokens of the vocabulary, or None if all are kept."""
+    return Kept.from_ids(range(arguments.kept), arguments.vocabulary).to(DEVICE) if arguments.kept else None
 
 
 def clock():
@@ -71,14 +109,14 @@ def clock():
 
 def peak(name, path, arguments):
     """Return the peak memory of one step above the inputs, in bytes."""
-    seen = inputs(arguments)
+    seen, kept = inputs(arguments), kept_tokens(arguments)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(name, path, seen)
+        step(name, path, seen, kept)
         return torch.cuda.max_memory_allocated() - before
     before = resident("VmRSS")
-    step(name, path, seen)
+    step(name, path, seen, kept)
     return resident("VmHWM") - before
 
 
@@ -100,6 +138,7 @@ def main():
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--hidden", type=int, nargs=2, default=(1024, 4096) if CUDA else (128, 256))
+    parser.add_argument("--kept", type=int, help="tokens that a trimmed output embedding keeps")
     parser.add_argument("--losses", nargs="*", default=list(LOSSES))
     parser.add_argument("--repeats", type=int, default=20 if CUDA else 2)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
@@ -111,16 +150,16 @@ def main():
         print(json.dumps(peak(name, path, arguments)))
         return
     print(f"{arguments.positions} positions, {arguments.vocabulary} tokens, hidden {arguments.hidden}, {DEVICE}")
-    seen = inputs(arguments)
+    seen, kept, compared = inputs(arguments), kept_tokens(arguments), paths(arguments)
     for name in arguments.losses:
-        seconds = dict.fromkeys(PATHS, 0.0)
+        seconds = dict.fromkeys(compared, 0.0)
         for repetition in range(arguments.repeats + 1):
-            for path in PATHS:
+            for path in compared:
                 began = clock()
-                step(name, path, seen)
+                step(name, path, seen, kept)
                 seconds[path] += (clock() - began) * (repetition > 0)  # the first one warms up
-        whole, chunks = (peak_alone(name, path) for path in PATHS)
-        before, after = (seconds[path] / arguments.repeats for path in PATHS)
+        whole, chunks = (peak_alone(name, path) for path in compared)
+        before, after = (seconds[path] / arguments.repeats for path in compared)
         print(
             f"{name:18s} time {before:7.3f} -> {after:7.3f} s  x{after / before:.2f}"
             f"   peak {whole / 1e9:5.2f} -> {chunks / 1e9:5.2f} GB  1/{whole / chunks:.1f}",

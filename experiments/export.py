@@ -25,6 +25,7 @@ from drafter.models.loading import load_model, load_tokenizer, vocabulary_width
 from drafter.models.trimming import read_kept, write_kept
 from experiments.exporting import to_gguf
 from experiments.exporting.card import Facts, gather, serving, write_card
+from experiments.reporting.identity import STEPS
 from experiments.running.commands import command
 from experiments.running.inputs import claim, plain, target_source
 from experiments.running.recording import record
@@ -43,6 +44,7 @@ def main(cfg: DictConfig) -> None:
     facts = gather(cfg.export.drafter)
     cfg = with_target(cfg, facts.config)
     check_format(cfg)
+    check_head(cfg.export.drafter, facts.manifest.get("stage"))
     target = target_source(cfg)
     differences = check_pair(target, cfg.export.drafter, cfg.pad_vocabulary)
     inputs = {
@@ -104,6 +106,24 @@ def check_format(cfg: DictConfig) -> None:
     tool = cfg.gguf.python if kind == "gguf" else cfg.openvino.command
     if kind != "hf" and not shutil.which(tool):
         raise ValueError(f"'{tool}' is not an installed command: docs/SERVING.md says how to install what {kind} needs")
+
+
+def check_head(drafter: str, stage: str | None) -> None:
+    """Check that every row of the output embedding was trained, because no engine supports a drafter with fewer.
+
+    Args:
+        drafter: its directory.
+        stage: the stage that made it, if it is known.
+
+    Raises:
+        ValueError: the drafter was trained to propose some tokens alone.
+    """
+    was_trained = stage in ("pretrain", "finetune") or Path(drafter).parent.name == STEPS
+    if was_trained and (kept := read_kept(drafter)):
+        raise ValueError(
+            f"export.drafter is {drafter}, which was trained to propose {len(kept)} tokens alone. Engines draft with "
+            f"the whole output embedding, whose other rows were not trained: export one trained with kept_tokens=null"
+        )
 
 
 def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Difference]) -> None:

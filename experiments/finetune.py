@@ -15,14 +15,13 @@ from drafter.artifacts.manifest import fingerprint, read_manifest, require
 from drafter.artifacts.rows import Rows
 from drafter.data.target_cache import format_kind, require_output_embedding
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.distributions import Drawn, Target
-from drafter.losses.objective import Loss, Positions, check_chunks, objective_of
+from drafter.losses.distributions import Drawn
+from drafter.losses.objective import Loss
 from drafter.models.compatibility import check_pair, drafter_source, load_drafter
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.inspection import vocabulary_rows
 from drafter.models.loading import context_length, context_limit, load_output_embedding, load_target, load_tokenizer
 from drafter.models.sharding import check_parallel
-from drafter.models.trimming import read_kept
 from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Distillation, check_precision
 from drafter.training.samples import Mixture, PackedText, Responses, text_samples
@@ -31,7 +30,9 @@ from experiments.running import dry_run, on_policy
 from experiments.running.commands import command
 from experiments.running.identity import finetuned_identity, named_values
 from experiments.running.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
+from experiments.running.keeping import check_kept, choose_kept, training_responses
 from experiments.running.lengths import warn_of_context
+from experiments.running.losses import POSITIONS, TRIMMED, build_loss, try_loss
 from experiments.running.training import KeptSteps, configure_memory, optimization, save, train, training_settings
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def finetune(cfg: DictConfig) -> None:
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
     source = target_source(cfg)
-    drafter = load_drafter(cfg.inputs.drafter, source, cfg.pad_vocabulary)
+    drafter = load_drafter(cfg.inputs.drafter, source, cfg.pad_vocabulary, whole=True)
+    chosen = choose_kept(cfg, "finetune", cfg.inputs.drafter, training_responses(cfg))
     target = (load_output_embedding if cfg.inputs.cache else load_target)(source)
     for directory in filter(None, (cfg.inputs.cache, cfg.inputs.cache and cfg.inputs.validation)):
         require_output_embedding(directory, target.get_output_embeddings())
@@ -80,11 +82,12 @@ def finetune(cfg: DictConfig) -> None:
         response_top_p=float(judged_on.schema.metadata[b"top_p"]),
         shard_target=cfg.target.parallel == "fsdp",
         batch_tokens=cfg.finetune.batch_tokens,
+        kept=chosen,
     )
     identity = finetuned_identity(cfg)
-    kept = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every, identity)
-    trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name, [kept])
-    save(drafter, tokenizer, stage, trainer)
+    steps = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every, identity, chosen)
+    trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name, [steps])
+    save(drafter, tokenizer, stage, trainer, chosen)
 
 
 def samples(cfg: DictConfig, drafter: PreTrainedModel, context: int) -> tuple[SequenceData, Rows]:
@@ -127,30 +130,16 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     optimization(cfg)
     if not cfg.inputs.cache:
         check_parallel(cfg.target.parallel, "fsdp", "finetune")
-    loss: Loss = hydra.utils.instantiate(cfg.loss)
+    trimmed = check_kept(cfg, "finetune", cfg.inputs.drafter)
+    loss = build_loss(cfg.loss, trimmed)
     fields = {name: value for name, value in plain(cfg.weighting).items() if name != "reference"}  # loaded later
     weighting: Weighting = hydra.utils.instantiate(fields)
-    zeros, positions = torch.zeros(2, 2), Positions(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))
-    try_loss(loss, zeros, positions)
-    check_chunks(loss)
+    zeros = torch.zeros(2, 2)
     if not cfg.weighting.reference:
-        weighting(Predicted(zeros, Head(zeros), lambda rows: zeros[rows], positions), batch=None)
+        seen = Predicted(zeros, Head(zeros), lambda rows: TRIMMED if trimmed else zeros[rows], POSITIONS)
+        weighting(seen, batch=None)
     text_samples(0, cfg.finetune.text_share)
-    if read_kept(cfg.inputs.drafter):
-        raise ValueError(f"inputs.drafter is {cfg.inputs.drafter}, which is trimmed: give the one it was made from")
     return loss, weighting
-
-
-def try_loss(loss: Loss, target: Target, positions: Positions) -> None:
-    """Compute the loss once, at two positions over a vocabulary of two tokens.
-
-    Raises:
-        ValueError: the loss does not take the settings that its config gives it.
-    """
-    try:
-        objective_of(loss)(torch.zeros(2, 2), target, positions)
-    except TypeError as problem:
-        raise ValueError(f"loss: {problem}") from problem
 
 
 def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
@@ -161,9 +150,12 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
         cache = read_manifest(cfg.inputs.cache, "cache")
         require(cfg.inputs.cache, "target", cache["inputs"]["target"], inputs["target"])
         if format_kind(cfg.inputs.cache) == "sparse":
-            tokens_N = torch.zeros(2, dtype=torch.long)
-            sparse = Drawn.from_logits(torch.zeros(2, 2), tokens_N, top_k=1, num_samples=1).weighted()
-            try_loss(loss, sparse, Positions(tokens_N, torch.tensor([1, 0])))
+            if check_kept(cfg, "finetune", cfg.inputs.drafter):
+                raise ValueError(
+                    f"inputs.cache is {cfg.inputs.cache}, which is sparse and has no distribution over the tokens that "
+                    f"a trimmed drafter keeps: use an exact cache (cache=exact) or a live target (inputs.cache=null)"
+                )
+            try_loss(loss, Drawn.from_logits(torch.zeros(2, 2), POSITIONS.tokens_N, 1, num_samples=1).weighted())
     else:
         inputs["responses"] = responses_fingerprint(cfg)
     if cfg.inputs.validation:

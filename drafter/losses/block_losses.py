@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from drafter.losses.distributions import Sparse, Target, pair
+from drafter.losses.distributions import Sparse, Target, at_tokens, pair
 from drafter.losses.divergences import acceptance_rate
 from drafter.losses.objective import Loss, Objective, Positions, declares
 
@@ -74,9 +74,10 @@ def block(
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     log_ratio_NV = both.log_p_NV - both.log_q_NV
-    # The last token of a sparse target is the response's token.
-    sparse = isinstance(logits_q_NV, Sparse)
-    log_ratio_N = log_ratio_NV[:, -1] if sparse else log_ratio_NV.gather(-1, positions.tokens_N[:, None])[:, 0]
+    if isinstance(logits_q_NV, Sparse):  # its last token is the response's
+        log_ratio_N = log_ratio_NV[:, -1]
+    else:
+        log_ratio_N = at_tokens(log_ratio_NV, logits_q_NV, positions.tokens_N, absent=-torch.inf)
     # p >= q is accepted; so is q = 0, outside the target's nucleus, where the ratio is infinite.
     accept_N = torch.where(log_ratio_N < 0, log_ratio_N, 0.0).exp()
     return -windowed_products(accept_N, positions.following_N, num_speculative_tokens).sum(-1)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drafter.losses.distributions import Target
+from drafter.losses.distributions import Kept, Target
 from drafter.losses.objective import Loss, Objective, Positions, objective_of
 
 # (logits_nV, rows) -> values_n: a loss at the positions `rows` of the batch.
@@ -35,10 +35,14 @@ class Head(NamedTuple):
     bias_V: torch.Tensor | None = None
 
     @classmethod
-    def from_module(cls, embedding: nn.Module) -> "Head":
-        """Return the parameters of a model's output embedding."""
+    def from_module(cls, embedding: nn.Module, kept: Kept | None = None) -> "Head":
+        """Return the parameters of a model's output embedding, or its rows of the kept tokens alone."""
         weight: Any = embedding.weight
-        return cls(weight, getattr(embedding, "bias", None))
+        bias = getattr(embedding, "bias", None)
+        if kept is None:
+            return cls(weight, bias)
+        # index_select, because on a CPU its gradient is several times faster than that of indexing
+        return cls(weight.index_select(0, kept.ids_K), None if bias is None else bias.index_select(0, kept.ids_K))
 
     def __call__(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V)
@@ -53,12 +57,14 @@ class Predicted(NamedTuple):
         target: slice of the positions -> the target's logits (n, V) or its sparse distributions there. It may compute
             the logits from hidden states, so that only one chunk of them exists at a time.
         positions: the response's tokens, and the number of positions that follow.
+        kept: the tokens that the drafter proposes, to which `head` and `target` are restricted; None: all tokens.
     """
 
     hidden_NH: torch.Tensor
     head: Head
     target: Callable[[slice], Target]
     positions: Positions
+    kept: Kept | None = None
 
     def values(self, loss: Loss | Objective, rows: int | None = None) -> torch.Tensor:
         """Return a loss at every position, without gradient, shape (N, ...) where the loss returns (n, ...).
@@ -67,6 +73,7 @@ class Predicted(NamedTuple):
             ValueError: the loss has a `batch_mean` that is not filled in.
         """
         objective = _require_mean(objective_of(loss))
+        rows = rows or self.chunk_rows()
         return chunked_values(self._in_chunk(objective), self.hidden_NH, self.head, objective.lookahead, rows)
 
     def sum(
@@ -78,7 +85,12 @@ class Predicted(NamedTuple):
             ValueError: the loss has a `batch_mean` that is not filled in.
         """
         objective = _require_mean(objective_of(loss))
+        rows = rows or self.chunk_rows()
         return chunked_sum(self._in_chunk(objective), self.hidden_NH, self.head, weights_N, objective.lookahead, rows)
+
+    def chunk_rows(self) -> int | None:
+        """Return the positions per chunk if the target has more logits than the drafter, else None: the default."""
+        return None if self.kept is None else chunk_rows(self.hidden_NH.device, len(self.kept.place_V))
 
     def _in_chunk(self, objective: Objective) -> Evaluate:
         def evaluate(logits_p_nV: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -189,8 +201,12 @@ def _chunks(count: int, head: Head, lookahead: int, rows: int | None) -> Iterato
 
     Where there are no positions, there is one empty chunk.
     """
-    entries = CHUNK_ENTRIES.get(head.weight_VH.device.type, CHUNK_ENTRIES["cuda"])
-    rows = rows or max(LEAST_ROWS, entries // len(head.weight_VH))
+    rows = rows or chunk_rows(head.weight_VH.device, len(head.weight_VH))
     for start in range(0, max(count, 1), rows):
         end = min(start + rows, count)
         yield slice(start, min(end + lookahead, count)), end - start
+
+
+def chunk_rows(device: torch.device, vocabulary: int) -> int:
+    """Return the number of positions per chunk that suits a device, with logits over so many tokens."""
+    return max(LEAST_ROWS, CHUNK_ENTRIES.get(device.type, CHUNK_ENTRIES["cuda"]) // vocabulary)

@@ -1,9 +1,10 @@
 """The log-probabilities of drafter and target that a loss compares, over the vocabulary or over a sample of it.
 
-Shapes: N positions, V vocabulary, K tokens per position of a sparse target, S of them sampled.
+Shapes: N positions, V vocabulary, K tokens per position of a sparse target or of a trimmed drafter, S of them sampled.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -91,24 +92,119 @@ class Drawn(NamedTuple):
         return Sparse(self.ids_NK, log_q_NK, torch.cat([top_NK, weight_NS, torch.zeros_like(log_share_N1)], -1))
 
 
-Target = torch.Tensor | Sparse  # logits (N, V), or a sparse distribution
+class Kept(NamedTuple):
+    """The K of V tokens that a trimmed drafter proposes (see `models.trimming`).
+
+    Attributes:
+        ids_K: their ids in ascending order, by which the drafter's logits are ordered.
+        place_V: the place of each token of the vocabulary among them, and K for the others.
+    """
+
+    ids_K: torch.Tensor
+    place_V: torch.Tensor
+
+    @classmethod
+    def from_ids(cls, ids: Iterable[int], vocabulary: int) -> "Kept":
+        """Return the kept tokens of a vocabulary of so many tokens.
+
+        >>> Kept.from_ids([3, 1], 4).place_V
+        tensor([2, 0, 2, 1])
+        """
+        ids_K = torch.tensor(sorted(set(ids)))
+        place_V = torch.full((vocabulary,), len(ids_K))
+        place_V[ids_K] = torch.arange(len(ids_K))
+        return cls(ids_K, place_V)
+
+    def to(self, device: torch.device) -> "Kept":
+        """Return the same on a device."""
+        return Kept(self.ids_K.to(device), self.place_V.to(device))
+
+    def mask(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return whether each token is kept, in the shape of the tokens."""
+        return self.place_V[tokens] < len(self.ids_K)
+
+
+class Trimmed(NamedTuple):
+    """A target's logits, to be compared with a drafter that proposes the kept tokens alone.
+
+    The two distributions have K + 1 outcomes. The first K are the kept tokens, with the target's probabilities over the
+    full vocabulary, which are not renormalised. The last one is any other token: the target has the rest of its mass
+    there, and the drafter none. So the acceptance rate, TVD, JSD, reverse KL, e2e_tvd and block are those of the full
+    vocabulary where the drafter's other logits are minus infinity. Three values are not:
+
+    KLD is infinite there if the target has any mass at the other tokens. With the covered mass Q = sum_kept q, it is
+    replaced by Q KL(q / Q || p) over the kept tokens. For a drafter p_e that spreads any fixed mass e > 0 over the
+    other tokens and is (1 - e) p at the kept ones, KL(q || p_e) differs from this by a constant: the gradient is the
+    same.
+
+    CE is infinite where the target's most likely token is not kept, whatever the drafter does: it is zero there.
+
+    TVD++ with exact estimates has its mean reward over the K + 1 outcomes, not over V tokens.
+
+    Attributes:
+        logits_NV: the target's logits over the full vocabulary.
+        kept: the tokens that the drafter proposes.
+    """
+
+    logits_NV: torch.Tensor
+    kept: Kept
+
+    def untrim(self, logits_p_NK: torch.Tensor) -> torch.Tensor:
+        """Return the drafter's logits over the full vocabulary, as `trimming.TrimmedHead` has them."""
+        full_NV = logits_p_NK.new_full(self.logits_NV.shape, -torch.inf)
+        return full_NV.index_copy(-1, self.kept.ids_K, logits_p_NK)
+
+
+Target = torch.Tensor | Sparse | Trimmed  # logits (N, V), or a distribution over fewer outcomes
 
 
 def most_likely(target: Target) -> torch.Tensor:
     """Return the target's most likely token at each of the N positions, shape (N,)."""
-    return target.ids_NK[:, 0] if isinstance(target, Sparse) else target.argmax(-1)
+    if isinstance(target, Sparse):
+        return target.ids_NK[:, 0]
+    return (target.logits_NV if isinstance(target, Trimmed) else target).argmax(-1)
+
+
+def at_tokens(values_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, absent: float) -> torch.Tensor:
+    """Return the values at one token per position, shape (N,).
+
+    Args:
+        values_NV: values over all tokens or, if `target` is `Trimmed`, over the kept ones and perhaps the rest.
+        target: what the drafter is compared with.
+        tokens_N: ids of the vocabulary.
+        absent: the value at a token that the drafter does not propose.
+    """
+    if not isinstance(target, Trimmed):
+        return values_NV.gather(-1, tokens_N[:, None])[:, 0]
+    place_N = target.kept.place_V[tokens_N].clamp_max(len(target.kept.ids_K) - 1)
+    return values_NV.gather(-1, place_N[:, None])[:, 0].masked_fill(~target.kept.mask(tokens_N), absent)
 
 
 class Pair(NamedTuple):
-    """log p and log q at the same tokens. `weight_NV` is None where these are the full vocabulary."""
+    """log p and log q at the same outcomes.
+
+    Attributes:
+        log_p_NV, log_q_NV: the logarithms.
+        weight_NV: of the tokens of a sparse target; None where the outcomes are complete.
+        has_rest: whether the last outcome is that of the tokens that the drafter does not propose (see `Trimmed`).
+    """
 
     log_p_NV: torch.Tensor
     log_q_NV: torch.Tensor
     weight_NV: torch.Tensor | None = None
+    has_rest: bool = False
 
     def sum(self, values_NV: torch.Tensor) -> torch.Tensor:
         """Sum over the vocabulary, shape (N,). With a sparse target, return an unbiased estimate of that sum."""
         return (values_NV if self.weight_NV is None else values_NV * self.weight_NV).sum(-1)
+
+    def kld(self) -> torch.Tensor:
+        """Return KL(q || p), shape (N,); of a trimmed drafter the finite part that `Trimmed` defines."""
+        if not self.has_rest:
+            return self.sum(weighted(self.log_q_NV, self.log_q_NV - self.log_p_NV))
+        log_q_NK, log_p_NK = self.log_q_NV[:, :-1], self.log_p_NV[:, :-1]
+        log_covered_N1 = log_q_NK.logsumexp(-1, keepdim=True)
+        return weighted(log_q_NK, log_q_NK - log_covered_N1 - log_p_NK).sum(-1)
 
     def reward(self) -> torch.Tensor:
         """Return the paper's r(x) = 1 if q(x) > p(x) else 0, shape (N, V), without gradient."""
@@ -131,7 +227,8 @@ def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: f
     """Return log p and log q as the losses compare them.
 
     Both distributions are softmax(logits / temperature), in float32, or in float64 for float64 logits. With top_p < 1,
-    log q is renormalised over the target's nucleus and -inf outside. log q has no gradient.
+    log q is renormalised over the target's nucleus and -inf outside. log q has no gradient. If the drafter is trimmed,
+    the outcomes are those of `Trimmed`.
 
         >>> logits_p, logits_q = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
         >>> both = pair(logits_p, logits_q, temperature=1.0, top_p=1.0)
@@ -156,10 +253,24 @@ def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: f
                 f"use an exact cache (cache=exact) or a live target"
             )
         return Pair(log_p_NV.gather(-1, target.ids_NK), target.log_q_NK.to(log_p_NV), target.weight_NK.to(log_p_NV))
-    log_q_NV = F.log_softmax(_at_least_float32(target.detach()) / temperature, dim=-1)
+    logits_q_NV = target.logits_NV if isinstance(target, Trimmed) else target
+    log_q_NV = F.log_softmax(_at_least_float32(logits_q_NV.detach()) / temperature, dim=-1)
     if top_p < 1:
         log_q_NV = log_q_NV.masked_fill(~in_nucleus(log_q_NV.exp(), top_p), -torch.inf).log_softmax(-1)
-    return Pair(log_p_NV, log_q_NV)
+    if not isinstance(target, Trimmed):
+        return Pair(log_p_NV, log_q_NV)
+    log_q_NK = log_q_NV.index_select(-1, target.kept.ids_K)
+    log_rest_N1 = torch.log1p(-log_q_NK.exp().sum(-1, keepdim=True).clamp_max(1))
+    nowhere_N1 = torch.full_like(log_rest_N1, -torch.inf)
+    return Pair(
+        torch.cat([log_p_NV, nowhere_N1.to(log_p_NV)], -1), torch.cat([log_q_NK, log_rest_N1], -1), has_rest=True
+    )
+
+
+def weighted(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
+    """Return weight(x) · value(x), which is zero where the weight is zero and the value infinite."""
+    weight_NV = log_weight_NV.exp()
+    return weight_NV * values_NV.masked_fill(weight_NV == 0, 0.0)
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:

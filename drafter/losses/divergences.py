@@ -8,7 +8,7 @@ restricted to its nucleus first, as it is in verification.
 
 The target may be sparse instead of logits (see `distributions.Sparse`). KLD, reverse KL, JSD, CE, TVD, exact TVD++ with
 batch statistics, and `e2e_tvd` and `block` of block_losses are then unbiased estimates; the other losses raise an
-error.
+error. If the drafter proposes some tokens alone, `distributions.Trimmed` says what each loss sees.
 
 To add a loss, write such a function here and one line in conf/loss/, whose files the tests discover.
 
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from drafter.losses.distributions import Pair, Target, pair
+from drafter.losses.distributions import Pair, Target, Trimmed, at_tokens, most_likely, pair, weighted
 from drafter.losses.objective import Loss, Objective, Positions, declares, objective_of
 
 
@@ -44,8 +44,7 @@ def kld(
         >>> kld(uniform, one_hot)  # log 2
         tensor([0.6931])
     """
-    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
-    return both.sum(_weighted(both.log_q_NV, both.log_q_NV - both.log_p_NV))
+    return pair(logits_p_NV, logits_q_NV, temperature, top_p).kld()
 
 
 def rkl(
@@ -63,7 +62,7 @@ def rkl(
         tensor([0.6931])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
-    return both.sum(_weighted(both.log_p_NV, both.log_p_NV - both.log_q_NV.clamp_min(-100.0)))
+    return both.sum(weighted(both.log_p_NV, both.log_p_NV - both.log_q_NV.clamp_min(-100.0)))
 
 
 def jsd(
@@ -78,7 +77,7 @@ def jsd(
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
     log_m_NV = torch.logaddexp(both.log_p_NV, both.log_q_NV) - math.log(2)
-    from_p_NV, from_q_NV = (_weighted(log_NV, log_NV - log_m_NV) for log_NV in (both.log_p_NV, both.log_q_NV))
+    from_p_NV, from_q_NV = (weighted(log_NV, log_NV - log_m_NV) for log_NV in (both.log_p_NV, both.log_q_NV))
     return both.sum(from_p_NV + from_q_NV) / 2
 
 
@@ -91,6 +90,8 @@ def ce(logits_p_NV: torch.Tensor, logits_q_NV: Target, *, temperature: float = 1
         tensor([1.3863])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
+    if isinstance(logits_q_NV, Trimmed):
+        return -at_tokens(both.log_p_NV, logits_q_NV, most_likely(logits_q_NV), absent=0.0)
     return -both.log_p_NV.gather(-1, both.log_q_NV.argmax(-1, keepdim=True))[:, 0]
 
 
@@ -146,7 +147,7 @@ def lk_hybrid(
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("lk_hybrid")
     lambda_N = (-rate * _log_alpha(both).detach().exp()).exp()
     tvd_N = both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
-    return lambda_N * both.sum(_weighted(both.log_q_NV, both.log_q_NV - both.log_p_NV)) + (1 - lambda_N) * tvd_N
+    return lambda_N * both.kld() + (1 - lambda_N) * tvd_N
 
 
 def _tvdpp_objective(loss: Loss, settings: Mapping[str, Any]) -> Objective:
@@ -274,12 +275,6 @@ def acceptance_rate(
     return both.sum(torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).exp())
 
 
-def _weighted(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
-    """Return weight(x) · value(x), which is zero where the weight is zero and the value infinite."""
-    weight_NV = log_weight_NV.exp()
-    return weight_NV * values_NV.masked_fill(weight_NV == 0, 0.0)
-
-
 def _log_alpha(both: Pair) -> torch.Tensor:
     """Return log sum_x min(p, q) over the full vocabulary, without underflow."""
     return torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).logsumexp(-1)
@@ -288,5 +283,5 @@ def _log_alpha(both: Pair) -> torch.Tensor:
 def _mean_reward(both: Pair, vocabulary: int, estimator: str) -> torch.Tensor:
     """Return the mean reward of each position, shape (N,): over the vocabulary, or under p if sampled."""
     if estimator == "exact":
-        return both.sum(both.reward()) / vocabulary
+        return both.sum(both.reward()) / (vocabulary + both.has_rest)
     return both.sum(both.reward() * both.log_p_NV.detach().exp())

@@ -91,11 +91,11 @@ def drafter_source(drafter: Model, target: Model) -> ModelSource:
     return ModelSource(str(drafter), trust_remote_code=ModelSource.from_model(target).trust_remote_code)
 
 
-def load_drafter(drafter: Model, target: Model, pad: bool = False) -> PreTrainedModel:
+def load_drafter(drafter: Model, target: Model, pad: bool = False, whole: bool = False) -> PreTrainedModel:
     """Load a drafter in float32 after checking that it is compatible with the target.
 
     The drafter gets as many embedding rows as the target has. Its output embedding is trimmed if the directory says so
-    (see `trimming`).
+    (see `trimming`), unless it is to be `whole`, which training needs.
 
     Raises:
         VocabularyError: the models cannot be used together; see `check_pair`.
@@ -104,7 +104,7 @@ def load_drafter(drafter: Model, target: Model, pad: bool = False) -> PreTrained
     for difference in check_pair(target, source, pad):
         log.info("%s and %s differ, %s", source.path, ModelSource.from_model(target).path, difference)
     model, kept = resize_vocabulary(load_model(source), vocabulary_width(target)), read_kept(source.path)
-    return trim(model, kept) if kept else model
+    return trim(model, kept) if kept and not whole else model
 
 
 @torch.no_grad()

@@ -1,60 +1,114 @@
 """The two LightningModules: `Pretraining` (next-token loss) and `Distillation` (a loss against the target).
 
+If some tokens are `kept`, the drafter is trimmed (see `models.trimming`): logits of the kept tokens alone are computed,
+and the rows of the others in the output embedding are not trained. The next-token loss is a mean over the next tokens
+that are kept; `losses.distributions.Trimmed` says what a distillation loss is, and `yardsticks` what is logged.
+
 Shapes: B sequences, T tokens, P predicted positions of a batch, N of them in responses, V vocabulary, H hidden size.
 """
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from drafter.data.batches import Batch, next_tokens, response_mask, responses_of
+from drafter.data.batches import Batch, next_tokens, response_mask
 from drafter.data.forward import hidden_at
-from drafter.data.target_cache import target_at
-from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
-from drafter.losses.chunked import Head, Predicted, chunked_sum, chunked_values
-from drafter.losses.distributions import Target, most_likely
-from drafter.losses.divergences import kld, tvd
-from drafter.losses.objective import Loss, Objective, Positions, objective_of
-from drafter.models.inspection import check_drafter_head, has_plain_head, hidden_states
+from drafter.losses.chunked import Head, Predicted
+from drafter.losses.distributions import Kept
+from drafter.losses.objective import Loss, Objective, objective_of
+from drafter.models.inspection import check_drafter_head, hidden_states
 from drafter.models.loading import OutputEmbedding
-from drafter.models.sharding import shard_frozen, shard_module
+from drafter.models.sharding import shard_module
+from drafter.training.frozen import FrozenTarget
+from drafter.training.next_token import next_token_mean, next_token_sum
 from drafter.training.optimizers import Optimization
 from drafter.training.weighting import Weighting, uniform
-from drafter.warping import Sampling, double
+from drafter.training.yardsticks import Yardsticks
+
+
+class Teacher(NamedTuple):
+    """A target whose distribution a drafter is pretrained on, beside the next token.
+
+    Attributes:
+        target: the frozen target.
+        loss: (logits_p_NV, logits_q_NV) -> values (N,); see `drafter.losses`.
+        weight: the weight of this loss, in (0, 1]; the next-token loss has the rest.
+    """
+
+    target: FrozenTarget
+    loss: Loss | Objective
+    weight: float
 
 
 class Pretraining(lightning.LightningModule):
-    """Next-token prediction from scratch (paper, section 2.1).
+    """Next-token prediction (paper, section 2.1), mixed with a loss against the target if there is a teacher.
+
+    The loss is (1 - weight) x the next-token loss + weight x the teacher's loss, each a mean over the positions of the
+    packed text.
 
     Args:
         model: the trainable causal LM.
         learning_rate: the largest of the schedule.
         optimization: the optimizer and the schedule.
+        kept: the tokens that the model is to propose; None: all.
+        teacher: the target, its loss and their weight; None: next-token prediction alone.
     """
 
-    def __init__(self, model: PreTrainedModel, learning_rate: float, optimization: Optimization = Optimization()):  # noqa: B008 (immutable)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        learning_rate: float,
+        optimization: Optimization = Optimization(),  # noqa: B008 (immutable)
+        kept: Kept | None = None,
+        teacher: Teacher | None = None,
+    ):
         super().__init__()
         check_drafter_head(model)
         self.model, self.learning_rate, self.optimization = model, learning_rate, optimization
+        self.kept, self.teacher = kept, teacher
+        self._yardsticks = Yardsticks()
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             shard_module(self, self.model, self.device_mesh["data_parallel"])
 
+    def on_fit_start(self) -> None:
+        self.kept = None if self.kept is None else self.kept.to(self.device)
+        if self.teacher is not None:
+            self.teacher.target.prepare(self.device)
+
+    on_validation_start = on_fit_start
+
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-        loss = next_token_loss(self.model, batch)
+        hidden_PH = self._hidden(batch)
+        loss = self._next_token_loss(batch, hidden_PH)
+        if self.teacher is not None:
+            self.log("train/next_token_loss", loss, sync_dist=True)
+            predicted = self._predicted(self.teacher, batch, hidden_PH)
+            objective = with_batch_mean(objective_of(self.teacher.loss), predicted, self.trainer)
+            distilled = predicted.sum(objective) / len(hidden_PH)
+            loss = (1 - self.teacher.weight) * loss + self.teacher.weight * distilled
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        loss = next_token_loss(self.model, batch)
-        count = int(batch.target_mask_BT.sum())
-        self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+        hidden_PH = self._hidden(batch)
+        loss, count = self._next_token_loss(batch, hidden_PH), len(hidden_PH)
+        if self.kept is not None:
+            kept_P = self.kept.mask(next_tokens(batch)[batch.target_mask_BT])
+            self.log("val/kept_share", kept_P.float().mean(), batch_size=count, sync_dist=True)
+            count = int(kept_P.sum())
+        name = "val/loss" if self.kept is None else "val/loss_kept"
+        self.log(name, loss, prog_bar=True, batch_size=count, sync_dist=True)
+        if self.teacher is not None:
+            self._yardsticks.add(self._predicted(self.teacher, batch, hidden_PH), _as_response(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.teacher is not None:
+            self._yardsticks.finish(self, trimmed=self.kept is not None)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
         clip(optimizer, gradient_clip_val)
@@ -62,6 +116,16 @@ class Pretraining(lightning.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)
         return self.optimization.configure(self.model, self.learning_rate, steps)
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        return hidden_states(self.model, batch.input_ids_BT, batch.attention_mask_BT)[batch.target_mask_BT]
+
+    def _next_token_loss(self, batch: Batch, hidden_PH: torch.Tensor) -> torch.Tensor:
+        return next_token_mean(self.model, hidden_PH, next_tokens(batch)[batch.target_mask_BT], self.kept)
+
+    def _predicted(self, teacher: Teacher, batch: Batch, hidden_PH: torch.Tensor) -> Predicted:
+        head = Head.from_module(self.model.get_output_embeddings(), self.kept)
+        return teacher.target.predicted(_as_response(batch), hidden_PH, head, self.kept)
 
 
 class Distillation(lightning.LightningModule):
@@ -84,6 +148,7 @@ class Distillation(lightning.LightningModule):
         response_top_p: the top_p with which the responses were generated.
         shard_target: whether an uncached target is sharded over the ranks of each node; see `models.sharding`.
         batch_tokens: the most tokens, with padding, of a forward pass of one rank; see `data.forward`.
+        kept: the tokens that the drafter is to propose; None: all.
     """
 
     def __init__(
@@ -99,45 +164,35 @@ class Distillation(lightning.LightningModule):
         response_top_p: float = 1.0,
         shard_target: bool = False,
         batch_tokens: int | None = None,
+        kept: Kept | None = None,
     ):
         super().__init__()
         check_drafter_head(drafter)
-        self.shard_target, self.batch_tokens = shard_target, batch_tokens
-        self.num_speculative_tokens, self.response_top_p = num_speculative_tokens, response_top_p
         self.drafter, self.text_share, self.weighting = drafter, text_share, weighting
-        self.objective = objective_of(loss)
+        self.objective, self.kept, self.batch_tokens = objective_of(loss), kept, batch_tokens
         self.learning_rate, self.optimization = learning_rate, optimization
-        # The tuple keeps the target from being a submodule: no checkpoint, optimizer or all-reduce includes it.
-        self._frozen = (target,)
-        self._target_has_plain_head = True  # determined in on_fit_start
-        self._yardsticks: list[torch.Tensor] = []
-
-    @property
-    def target(self) -> PreTrainedModel | OutputEmbedding:
-        """The frozen target."""
-        return self._frozen[0]
+        self.target = FrozenTarget(target, shard_target, batch_tokens)
+        self._yardsticks = Yardsticks(num_speculative_tokens, response_top_p)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             shard_module(self, self.drafter, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        is_full_model = isinstance(self.target, PreTrainedModel)
-        if is_full_model and self.shard_target:
-            shard_frozen(self.target, self.device)
-        self.target.to(self.device)
-        if is_full_model:
-            self._target_has_plain_head = has_plain_head(self.target)
+        self.target.prepare(self.device)
+        self.kept = None if self.kept is None else self.kept.to(self.device)
 
     on_validation_start = on_fit_start
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         mask_BT, text_BT = batch.target_mask_BT, batch.target_mask_BT & batch.is_text_B[:, None]
+        if self.kept is not None:
+            text_BT = text_BT & self.kept.mask(next_tokens(batch))
         hidden_PH = hidden_at(self.drafter, batch, mask_BT, self.batch_tokens)
         predicted = self._predicted(batch, hidden_PH[response_mask(batch)[mask_BT]])
         weights_N = self.weighting(predicted, batch)
-        distilled = predicted.sum(self._with_batch_mean(predicted), weights_N)
-        text = next_token_sum(self.drafter, hidden_PH[text_BT[mask_BT]], next_tokens(batch)[text_BT])
+        distilled = predicted.sum(with_batch_mean(self.objective, predicted, self.trainer), weights_N)
+        text = next_token_sum(self.drafter, hidden_PH[text_BT[mask_BT]], next_tokens(batch)[text_BT], self.kept)
         loss = (1 - self.text_share) * distilled * self._per_weight(weights_N)
         loss = loss + self.text_share * text * self._per_weight(text_BT)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
@@ -145,58 +200,10 @@ class Distillation(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         hidden_NH = hidden_at(self.drafter, batch, response_mask(batch), self.batch_tokens)
-        predicted = self._predicted(batch, hidden_NH)
-        rows_R, lengths_R = responses_of(response_mask(batch))
-        temperature_R = batch.temperature_B[rows_R]
-        temperature_N = temperature_R.repeat_interleave(lengths_R)
-
-        def measures(logits_p_NV: torch.Tensor, rows: slice) -> torch.Tensor:
-            target, tokens_N = predicted.target(rows), predicted.positions.tokens_N[rows]
-            agreement_N = (logits_p_NV.argmax(-1) == most_likely(target)).float()
-            distances = (kld(logits_p_NV, target), tvd(logits_p_NV, target))
-            accept_N = self._acceptance(logits_p_NV, target, tokens_N, temperature_N[rows])
-            return torch.stack([torch.ones_like(agreement_N), *distances, agreement_N, accept_N], dim=-1)
-
-        measured_NM = chunked_values(measures, predicted.hidden_NH, predicted.head)
-        blocks_R = expected_blocks(split_rows(measured_NM[:, -1], lengths_R), lengths_R, self.num_speculative_tokens)
-        sums = [double(measured_NM[:, :-1]).sum(0)]
-        for selected_R in (temperature_R == 0, temperature_R > 0):
-            known_R = selected_R & blocks_R.isfinite().to(selected_R.device)
-            sums.append(torch.stack([double(lengths_R[known_R].sum()), blocks_R[known_R.to(blocks_R.device)].sum()]))
-        self._yardsticks.append(torch.cat(sums))
-
-    def _acceptance(
-        self, logits_p_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, temperature_N: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the acceptance probability of each response token at its temperature, NaN where it is unknown."""
-        accept_N = torch.full(temperature_N.shape, math.nan, device=temperature_N.device, dtype=torch.float32)
-        for millionths in temperature_N.unique().tolist():
-            rows_N, temperature = temperature_N == millionths, millionths / 1e6
-            # A sparse target is unknown at other temperatures. At temperature 0, the response has its argmax: q unused.
-            if isinstance(target, torch.Tensor) or temperature == 0:
-                q_NV = target[rows_N] if isinstance(target, torch.Tensor) else logits_p_NV[rows_N]
-                sampling = Sampling(temperature, self.response_top_p)
-                accept_N[rows_N] = acceptance_of_written(logits_p_NV[rows_N], q_NV, tokens_N[rows_N], sampling)
-        return accept_N
+        self._yardsticks.add(self._predicted(batch, hidden_NH), batch)
 
     def on_validation_epoch_end(self) -> None:
-        sums = self.trainer.strategy.reduce(torch.stack(self._yardsticks).sum(0), reduce_op="sum")
-        self._yardsticks.clear()
-        count, kld_sum, tvd_sum, agreement, *block_sums = sums.tolist()
-        if not math.isfinite(tvd_sum):
-            raise ValueError(
-                f"the total variation distance of drafter and target is {tvd_sum} after {self.trainer.global_step} "
-                f"steps: the logits of one of them are not finite. Lower finetune.learning_rate, or try "
-                f"target.dtype=float32"
-            )
-        # The sums already include all ranks. sync_dist averages equal values; without it Lightning warns.
-        self.log("val/kld", kld_sum / count, prog_bar=True, sync_dist=True)
-        self.log("val/tvd", tvd_sum / count, sync_dist=True)
-        self.log("val/acceptance_rate", 1 - tvd_sum / count, prog_bar=True, sync_dist=True)
-        self.log("val/argmax_agreement", agreement / count, sync_dist=True)
-        for name, tokens, blocks in (("greedy", *block_sums[:2]), ("sampled", *block_sums[2:])):
-            if tokens:
-                self.log(f"val/block_efficiency_{name}", tokens / blocks, sync_dist=True)
+        self._yardsticks.finish(self, trimmed=self.kept is not None)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
         clip(optimizer, gradient_clip_val)
@@ -207,22 +214,8 @@ class Distillation(lightning.LightningModule):
 
     def _predicted(self, batch: Batch, hidden_NH: torch.Tensor) -> Predicted:
         """Return the response positions of a batch, in the form that the losses take."""
-        mask_BT = response_mask(batch)
-        lengths_R = responses_of(mask_BT)[1]
-        last_N = (lengths_R.cumsum(0) - 1).repeat_interleave(lengths_R)  # the last position of each one's response
-        following_N = last_N - torch.arange(len(last_N), device=last_N.device)
-        positions = Positions(next_tokens(batch)[mask_BT], following_N)
-        head = Head.from_module(self.drafter.get_output_embeddings())
-        target = target_at(self.target, batch, self._target_has_plain_head, self.batch_tokens)
-        return Predicted(hidden_NH, head, target, positions)
-
-    def _with_batch_mean(self, predicted: Predicted) -> Objective:
-        """Return the loss, with the mean over the positions of all ranks filled in if it needs one."""
-        if self.objective.batch_mean is None:
-            return self.objective
-        values_N = predicted.values(self.objective.batch_mean)
-        count = self._global_sum(torch.ones_like(values_N))
-        return self.objective.with_mean(self._global_sum(values_N) / count)
+        head = Head.from_module(self.drafter.get_output_embeddings(), self.kept)
+        return self.target.predicted(batch, hidden_NH, head, self.kept)
 
     def _per_weight(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the factor that turns this rank's weighted sum into the weighted mean over all ranks.
@@ -230,26 +223,28 @@ class Distillation(lightning.LightningModule):
         It includes world_size, by which DDP divides the gradients. Where all weights are zero it is arbitrary: the sum
         and its gradient are zero.
         """
-        total = self._global_sum(weights)
+        total = global_sum(weights, self.trainer)
         return self.trainer.world_size / torch.where(total > 0, total, 1.0)
 
-    def _global_sum(self, values: torch.Tensor) -> torch.Tensor:
-        return self.trainer.strategy.reduce(values.sum().float(), reduce_op="sum")
+
+def global_sum(values: torch.Tensor, trainer: lightning.Trainer) -> torch.Tensor:
+    """Return the sum of the values of all ranks."""
+    total: torch.Tensor = trainer.strategy.reduce(values.sum().float(), reduce_op="sum")
+    return total
 
 
-def next_token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Return the mean cross-entropy in nats over the predicted positions."""
-    hidden_BTH, mask_BT = hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT), batch.target_mask_BT
-    return next_token_sum(model, hidden_BTH[mask_BT], next_tokens(batch)[mask_BT]) / mask_BT.sum()
+def with_batch_mean(objective: Objective, predicted: Predicted, trainer: lightning.Trainer) -> Objective:
+    """Return a loss, with the mean over the positions of all ranks filled in if it needs one."""
+    if objective.batch_mean is None:
+        return objective
+    values_N = predicted.values(objective.batch_mean)
+    count = global_sum(torch.ones_like(values_N), trainer)
+    return objective.with_mean(global_sum(values_N, trainer) / count)
 
 
-def next_token_sum(model: PreTrainedModel, hidden_NH: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of the next tokens in nats, summed over N positions."""
-
-    def values(logits_nV: torch.Tensor, rows: slice) -> torch.Tensor:
-        return F.cross_entropy(logits_nV.float(), tokens_N[rows], reduction="none")
-
-    return chunked_sum(values, hidden_NH, Head.from_module(model.get_output_embeddings()))
+def _as_response(batch: Batch) -> Batch:
+    """Return a batch of packed text whose predicted tokens are distilled like those of a response."""
+    return batch._replace(is_text_B=torch.zeros_like(batch.is_text_B))
 
 
 def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> None:

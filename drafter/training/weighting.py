@@ -14,6 +14,7 @@ from drafter.data.batches import Batch, response_mask
 from drafter.data.forward import hidden_at
 from drafter.losses.block_losses import windowed_products
 from drafter.losses.chunked import Head, Predicted
+from drafter.losses.distributions import Target, at_tokens
 from drafter.losses.divergences import kld
 from drafter.losses.objective import Objective, Positions
 
@@ -41,8 +42,8 @@ def dpace(
     if not 0 < smoothing <= 1:
         raise ValueError(f"weighting.smoothing is {smoothing}, must be above 0 and at most 1")
 
-    def confidence(logits_p_NV: torch.Tensor, _: torch.Tensor, *, positions: Positions) -> torch.Tensor:
-        return logits_p_NV.float().softmax(-1).gather(-1, positions.tokens_N[:, None])[:, 0]
+    def confidence(logits_p_NV: torch.Tensor, target: Target, *, positions: Positions) -> torch.Tensor:
+        return at_tokens(logits_p_NV.float().softmax(-1), target, positions.tokens_N, absent=0.0)
 
     confidence_N = (1 - smoothing) * predicted.values(Objective(confidence, needs_positions=True)) + smoothing
     accepted_NG = windowed_products(confidence_N, predicted.positions.following_N, num_speculative_tokens)
@@ -81,7 +82,7 @@ def adaspec(
     reference.to(predicted.hidden_NH.device)
     with torch.no_grad():
         hidden_NH = hidden_at(reference, batch, response_mask(batch), batch_tokens)
-    head = Head.from_module(reference.get_output_embeddings())
+    head = Head.from_module(reference.get_output_embeddings(), predicted.kept)
     excess_N = predicted.values(kld) - predicted._replace(hidden_NH=hidden_NH, head=head).values(kld)
     selected = excess_N.topk(round(share * len(excess_N))).indices
     return torch.zeros_like(excess_N).index_fill_(0, selected, 1.0)

@@ -45,16 +45,25 @@ def estimates(job: Job, world: World) -> Iterator[StageEstimate]:
 
 
 def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
-    """Estimate pretraining: next-token prediction on packed text."""
-    settings, shape = cfg.pretrain, world.drafter
+    """Estimate pretraining on packed text: the drafter's steps, and the target's forward passes if it is distilled."""
+    settings = cfg.pretrain
+    shape = trained_shape(world.drafter, settings)
     tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
     seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, tokens)
     heldout = cfg.scale.heldout_tokens * num_validations(settings)
-    judged = validation_seconds(cfg, world, heldout, settings.sequence_length, heldout)
+    judged = validation_seconds(cfg, world, settings, heldout, settings.sequence_length, heldout)
+    done = 3 * operations(shape, tokens, settings.sequence_length / 2) * settings.max_steps
+    if settings.distillation.weight:
+        taught, length = tokens * settings.max_steps + heldout, settings.sequence_length
+        at_once = tokens / world.gpus / cfg.trainer.accumulate_grad_batches
+        done += operations(world.target, taught, length / 2)
+        judged += taught / world.gpus / at_once * target_pass_seconds(cfg, world, at_once, length)
+        held_at_once = min(at_once, settings.distillation.batch_tokens or at_once)
+        memory = memory | target_memory(cfg, world, held_at_once)
     return StageEstimate(
         "pretrain",
         tokens * settings.max_steps,
-        3 * operations(shape, tokens, settings.sequence_length / 2) * settings.max_steps,
+        done,
         memory,
         (2 if shape.vocabulary <= 2**16 else 4) * (cfg.scale.pretraining_tokens or tokens * settings.max_steps),
         seconds * settings.max_steps + judged,
@@ -90,14 +99,16 @@ def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
     seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, scored, samples)
     answered, judged = samples * (1 - share) * settings.max_steps, num_validated(cfg, settings)
     seconds = seconds * settings.max_steps + target_seconds(cfg, world, answered + judged)
-    seconds += validation_seconds(cfg, world, judged * world.length, world.length, judged * world.response)
+    seconds += validation_seconds(cfg, world, settings, judged * world.length, world.length, judged * world.response)
     done = operations(world.target, (answered + judged) * world.length, world.length / 2) if not cfg.inputs.cache else 0
-    done += 3 * operations(world.drafter, tokens, settings.sequence_length / 2, scored) * settings.max_steps
+    shape = trained_shape(world.drafter, settings)
+    done += 3 * operations(shape, tokens, settings.sequence_length / 2, scored) * settings.max_steps
+    per_pass = samples / cfg.trainer.accumulate_grad_batches / world.gpus * world.length
     return StageEstimate(
         "finetune",
         tokens * settings.max_steps,
         done,
-        memory | target_memory(cfg, world, samples / cfg.trainer.accumulate_grad_batches),
+        memory | target_memory(cfg, world, per_pass),
         4 * world.drafter.parameters * (2 + num_kept_steps(cfg)),
         seconds,
         "cache the target (inputs.cache), or target.parallel=fsdp; lower finetune.batch_size and raise "
@@ -107,24 +118,32 @@ def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
 
 def target_seconds(cfg: DictConfig, world: World, samples: float) -> float:
     """Return the seconds, on all devices, for the target's logits of so many responses."""
-    width, shape = BYTES[cfg.target.dtype], world.target
-    device = world.device(width < 4)
     if cfg.inputs.cache:
+        device, shape = world.device(BYTES[cfg.target.dtype] < 4), world.target
         return 2 * shape.head * samples * world.response / world.gpus / (device.flops * device.efficiency)
     batches = samples / cfg.finetune.batch_size
     tokens = cfg.finetune.batch_size * world.length / world.gpus
-    return batches * forward_seconds(device, shape, tokens, world.length / 2, 0, width)
+    return batches * target_pass_seconds(cfg, world, tokens, world.length)
 
 
-def target_memory(cfg: DictConfig, world: World, samples: float) -> dict[str, float]:
-    """Return the memory of the target per device. With FSDP it is the embeddings, a share and two whole layers."""
+def target_pass_seconds(cfg: DictConfig, world: World, tokens: float, length: float) -> float:
+    """Return the seconds of a forward pass of the target over so many tokens on one device."""
+    width = BYTES[cfg.target.dtype]
+    return forward_seconds(world.device(width < 4), world.target, tokens, length / 2, 0, width)
+
+
+def target_memory(cfg: DictConfig, world: World, tokens: float) -> dict[str, float]:
+    """Return the memory of the target per device, where a forward pass has so many tokens.
+
+    With FSDP it is the embeddings, a share and two whole layers.
+    """
     width, shape = BYTES[cfg.target.dtype], world.target
-    if cfg.inputs.cache:
+    if cfg.inputs.get("cache"):
         return {"target": shape.head * width}
     embeddings = shape.parameters - shape.multiplied + shape.head
     layers = shape.parameters - embeddings
     held = layers / world.gpus + 2 * layers / shape.layers if cfg.target.parallel == "fsdp" else layers
-    activations = ACTIVATIONS * samples / world.gpus * world.length * shape.hidden
+    activations = ACTIVATIONS * tokens * shape.hidden
     return {"target": (embeddings + held + activations) * width}
 
 
@@ -171,7 +190,7 @@ def training_cost(
 ) -> tuple[float, dict[str, float]]:
     """Return the seconds of an optimizer step on all devices, and the memory per device."""
     (device, width), pieces = world.training(cfg), cfg.trainer.accumulate_grad_batches
-    checkpointing, shape = settings.gradient_checkpointing, world.drafter
+    checkpointing, shape = settings.gradient_checkpointing, trained_shape(world.drafter, settings)
     shards = world.gpus if "ModelParallel" in str(cfg.trainer.strategy) else 1
     widest = (samples * longest if samples else tokens) / world.gpus / pieces
     if samples:  # a finetuning: longer batches are computed in parts
@@ -181,11 +200,22 @@ def training_cost(
     return seconds + (pieces - 1) * update_seconds(device, shape), memory | process_memory(world)
 
 
-def validation_seconds(cfg: DictConfig, world: World, tokens: float, length: float, scored: float) -> float:
+def validation_seconds(
+    cfg: DictConfig, world: World, settings: DictConfig, tokens: float, length: float, scored: float
+) -> float:
     """Return the seconds of validation on all devices: forward passes over `tokens`, loss at `scored` of them."""
-    device, _ = world.training(cfg)
-    done = operations(world.drafter, tokens, length / 2, scored)
-    return (done / (device.flops * device.efficiency) + loss_seconds(device, world.drafter, scored)) / world.gpus
+    (device, _), shape = world.training(cfg), trained_shape(world.drafter, settings)
+    done = operations(shape, tokens, length / 2, scored)
+    return (done / (device.flops * device.efficiency) + loss_seconds(device, shape, scored)) / world.gpus
+
+
+def trained_shape(shape: Shape, settings: DictConfig) -> Shape:
+    """Return a drafter's shape in training: its output embedding has the kept tokens alone, if some are left out.
+
+    The embedding is still stored completely, with its gradient and the optimizer's state.
+    """
+    kept = settings.kept_tokens or shape.vocabulary
+    return shape._replace(vocabulary=kept, multiplied=shape.multiplied - (shape.vocabulary - kept) * shape.hidden)
 
 
 def num_validations(settings: DictConfig) -> int:

@@ -232,7 +232,7 @@ def read_curves(folder: Path) -> dict[str, dict[int, list[dict[str, float]]]]:
         record = json.loads(next(record for record in records if record.exists()).read_text(encoding="utf-8"))
         drafter = read_record(record, path.parent.parent)
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("val/kld")]
+            rows = [row for row in csv.DictReader(file) if row.get("val/acceptance_rate")]
         kept = [
             {key: float(row[key]) for key in row if key == "step" or (key.startswith("val/") and row[key])}
             for row in rows

@@ -122,8 +122,9 @@ def gather_stage_overrides(name: str, overrides: list[str]) -> list[str]:
 
 
 def first_key(argument: str) -> str:
-    """`+respond.top_p=0.9` -> respond, `hydra/launcher=joblib` -> hydra"""
-    return re.split(r"[.=@/]", argument.lstrip("+~"))[0]
+    """`+respond.top_p=0.9` -> respond, `hydra/launcher=joblib` -> hydra, `loss@pretrain.loss=kld` -> pretrain"""
+    key = argument.lstrip("+~").partition("=")[0]
+    return re.split(r"[./]", key.partition("@")[2] or key)[0]
 
 
 def cells(name: str, experiment: str) -> list[list[str]]:

@@ -38,10 +38,11 @@ def named_values(section: DictConfig, group: str) -> dict[str, Any]:
     Raises:
         ValueError: an override changes the function.
     """
+    kind = group.partition("@")[0]
     for override in HydraConfig.get().overrides.task:
         key = override.partition("=")[0].lstrip("+~")
-        if key.endswith("_target_") and group in key.split("."):
-            raise ValueError(f"{override}: write another config, conf/{group}/<name>.yaml, and give {group}=<name>")
+        if key.endswith("_target_") and kind in key.split("."):
+            raise ValueError(f"{override}: write another config, conf/{kind}/<name>.yaml, and give {group}=<name>")
     found = {name: value for name, value in plain(section).items() if name not in ("_target_", "_partial_")}
     return {"name": choice(group), **values(found)}
 

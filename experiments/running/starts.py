@@ -22,7 +22,6 @@ from drafter.models.initialization import (
 from drafter.models.loading import load_model, load_tokenizer, meta_model, vocabulary_width
 from drafter.models.slicing import check_can_slice, rotate, slice_hidden_states
 from drafter.models.source import ModelSource
-from drafter.models.trimming import read_kept
 from experiments.running.inputs import plain, target_source
 
 KINDS = ("scratch", "existing", "layers", "projected", "transplant")
@@ -62,23 +61,20 @@ def empty_drafter(cfg: DictConfig, target: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_start(cfg: DictConfig) -> None:
-    """Check that an existing drafter has the target's vocabulary and is not trimmed.
+    """Check that an existing drafter has the target's vocabulary.
 
     Raises:
         VocabularyError: the two cannot be used together.
-        ValueError: the drafter is trimmed.
     """
     if cfg.init.kind == "existing":
         check_pair(target_source(cfg), _source(cfg), cfg.pad_vocabulary)
-        if read_kept(cfg.init.path):
-            raise ValueError(f"init.path is {cfg.init.path}, which is trimmed: give the one it was made from")
 
 
 def new_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Return the drafter with trainable weights in float32."""
     starts: dict[str, Callable[[], PreTrainedModel]] = {
         "scratch": lambda: _random(cfg, tokenizer),
-        "existing": lambda: load_drafter(_source(cfg), target_source(cfg), cfg.pad_vocabulary),
+        "existing": lambda: load_drafter(_source(cfg), target_source(cfg), cfg.pad_vocabulary, whole=True),
         "layers": lambda: _layers(cfg),
         "projected": lambda: _projected(cfg, tokenizer),
         "transplant": lambda: _transplanted(cfg, tokenizer),

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drafter import interruptions
 from drafter.artifacts.manifest import Stage, write_json
 from drafter.data.batches import Batch
+from drafter.losses.distributions import Kept
+from drafter.models.trimming import write_kept
 from drafter.ranks import leave_at_exit
 from drafter.training.datamodules import SequenceData
 from drafter.training.optimizers import Optimization
@@ -48,11 +50,14 @@ TRAINER_MEANS = {
     "benchmark",
     "profiler",
 }
+WHEN_USED = {"kept_tokens", "distillation"}  # settings that the identity has only where they change something
 
 
 def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
     """Return the settings that determine the result of a training stage: its section, the trainer and the seed."""
-    settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS}
+    settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS | WHEN_USED}
+    if cfg[section].kept_tokens is not None:
+        settings["kept_tokens"] = cfg[section].kept_tokens
     trainer = {name: values(value) for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
     how = {group: named_values(cfg[group], group) for group in ("optimizer", "schedule")}
     return {**settings, **how, "trainer": trainer, "seed": cfg.seed}
@@ -153,10 +158,16 @@ class KeptSteps(lightning.Callback):
     """
 
     def __init__(
-        self, directory: Path, name: str, tokenizer: PreTrainedTokenizerBase, every: int, identity: DrafterIdentity
+        self,
+        directory: Path,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        every: int,
+        identity: DrafterIdentity,
+        kept: Kept | None = None,
     ):
         self.folder, self.name, self.tokenizer, self.every = directory / STEPS, name, tokenizer, every
-        self.identity = identity
+        self.identity, self.kept = identity, kept
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the drafter if it is due. The drafter of the last step is the result and is not saved here."""
@@ -169,6 +180,8 @@ class KeptSteps(lightning.Callback):
             shutil.rmtree(half, ignore_errors=True)
             pl_module.drafter.save_pretrained(half, state_dict=weights)
             self.tokenizer.save_pretrained(half)
+            if self.kept is not None:
+                write_kept(half, self.kept.ids_K.tolist())
             write_json(half / IDENTITY, self.identity._replace(step=step)._asdict())
             half.rename(path)
 
@@ -180,12 +193,23 @@ def weights_of(model: PreTrainedModel, trainer: lightning.Trainer) -> dict[str, 
     return {name: state[prefix + name] for name, _ in model.named_parameters() if prefix + name in state}
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage, trainer: lightning.Trainer) -> None:
-    """Save the trained model as a Hugging Face directory beside its logs and finish the stage, on rank 0."""
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Stage,
+    trainer: lightning.Trainer,
+    kept: Kept | None = None,
+) -> None:
+    """Save the trained model as a Hugging Face directory beside its logs and finish the stage, on rank 0.
+
+    Of a trimmed drafter the full model is saved, with the list of its tokens, by which `load_drafter` trims it.
+    """
     weights = weights_of(model, trainer)
     if trainer.is_global_zero:
         model.save_pretrained(stage.directory, state_dict=weights)
         tokenizer.save_pretrained(stage.directory)
+        if kept is not None:
+            write_kept(stage.directory, kept.ids_K.tolist())
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         stage.finish(counts={"steps": trainer.global_step, **metrics})
         shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)

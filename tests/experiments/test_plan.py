@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from drafter.data.target_cache import SparseFormat
 from experiments import pipeline, plan, pretrain
 from experiments.planning.estimates import cached_bytes, estimates
-from experiments.planning.roofline import Shape
+from experiments.planning.roofline import Shape, operations
 from experiments.planning.world import World
 from experiments.running.composing import cells, configured, gather_stage_overrides
 from experiments.running.jobs import Job, all_jobs
@@ -125,6 +125,27 @@ def test_what_the_target_writes_itself_is_planned():
     assert with_text[0].tokens == pytest.approx((88 * 90 + 1.1 * 100_000 / 0.8) / 0.8)
     assert with_text[0].seconds > 5 * alone[0].seconds > 0
     assert none == []
+
+
+def test_the_targets_passes_of_pretraining_and_a_trimmed_head_are_planned():
+    target = Shape(3_440_000, 3_000_000, 4, 256, 256, 4096, 2048)
+    drafter = Shape(158_000, 158_000, 2, 32, 32, 4096, 128)
+    with initialize_config_module("conf", version_base="1.3"):
+        hardware = compose("plan", ["hardware=cpu"]).hardware
+        world = World(hardware, 1, target, drafter, prompt=90, response=25, block_efficiency=1.4, finetunings=1)
+        alone, distilled, trimmed = (
+            next(estimates(Job("pretrain", configured("pretrain", ["scale=smoke", *change]), None), world))
+            for change in ([], ["pretrain.distillation.weight=0.5"], ["pretrain.kept_tokens=1024"])
+        )
+    tokens, heldout = 20 * 16 * 256, 2 * 10_000  # of the training, and of the validations before and after it
+    passes = operations(target, tokens + heldout, 128)
+    assert distilled.operations - alone.operations == pytest.approx(passes)
+    device = world.device(low=False)
+    assert distilled.seconds - alone.seconds > passes / (device.flops * device.efficiency)
+    assert distilled.memory["target"] > 4 * target.parameters
+    assert alone.operations - trimmed.operations == 3 * 2 * tokens * 3072 * 32
+    assert trimmed.seconds < alone.seconds
+    assert "target" not in alone.memory
 
 
 @pytest.mark.parametrize("override", ["pretrian.batch_size=3", "inputs.cahce=null"])

@@ -64,14 +64,3 @@ def test_invalid_sizes_and_trimmed_drafters_are_refused(trimmed, tmp_path, chang
         write_kept(tmp_path, [1])
     with pytest.raises(ValueError, match=message):
         stage("trim", [*command, f"out={tmp_path}/new", change.format(out=tmp_path)])
-
-
-def test_a_trimmed_drafter_is_not_finetuned(world, trimmed, tmp_path):
-    overrides, root = world
-    (tmp_path / "start").mkdir()
-    for path in (root / "drafter").iterdir():
-        if path.is_file():
-            (tmp_path / "start" / path.name).write_bytes(path.read_bytes())
-    write_kept(tmp_path / "start", [1, 2])
-    with pytest.raises(ValueError, match="trimmed"):
-        stage("finetune", [*overrides, f"inputs.drafter={tmp_path}/start", f"out={tmp_path}/out"])

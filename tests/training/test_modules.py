@@ -11,7 +11,8 @@ from drafter.decoding.expected_efficiency import acceptance_of_written, expected
 from drafter.losses.divergences import kld, tvd, tvdpp
 from drafter.models.inspection import hidden_states
 from drafter.training.datamodules import SequenceData
-from drafter.training.modules import Distillation, Pretraining, check_precision, next_token_loss
+from drafter.training.modules import Distillation, Pretraining, check_precision
+from drafter.training.next_token import next_token_loss
 from drafter.training.samples import InMemory
 from drafter.warping import Sampling
 from tests.conftest import answered, capped, small_model
