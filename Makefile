@@ -20,7 +20,7 @@ DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
-  plan dry-run test-serving trim export tables table-models table-losses table-ood table-data table-transfer figure-checkpoints curves sync
+  plan dry-run test-serving trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -120,6 +120,9 @@ table-data: setup ## how much the training data matter
 
 table-transfer: setup ## trained on one kind of instruction, tested on all tasks
 	$(SUITE) losses=[tvdpp] seeds=[1,2,3] experiments=[$(TRANSFER)] $(ARGS)
+
+table-starts: setup ## what each start is worth at equal compute
+	$(RUN).starts scale=$(SCALE) publish=results/$(SCALE)/starts evaluate_ranks=$(RANKS) $(ARGS)
 
 figure-checkpoints: setup ## block efficiency along finetuning
 	$(SUITE) losses=[kld,tvd,tvdpp] seeds=[1] $(ALONG) $(ARGS)

@@ -38,18 +38,18 @@ def slice_hidden_states(model: PreTrainedModel, hidden_size: int, ids_BT: torch.
         ValueError: hidden_size is larger than the model's, or the architecture is another.
     """
     check_width(hidden_size, model.config.get_text_config().hidden_size)
-    check_can_slice(model)
+    check_can_slice(model, hidden_size)
     states = model(input_ids=ids_BT.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
     rows_NH = torch.cat([state_BTH.flatten(0, 1).float() for state_BTH in states])
     rows_NH = rows_NH / rows_NH.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # every state counts the same
     return rotate(model, principal_directions(rows_NH, hidden_size))
 
 
-def check_can_slice(model: PreTrainedModel) -> None:
-    """Raise if hidden states cannot be left out, judging by the names and kinds of a model's parts.
+def check_can_slice(model: PreTrainedModel, size: int) -> None:
+    """Raise if a model's hidden states cannot be made so small, judging by the names and kinds of its parts.
 
     Raises:
-        ValueError: the model has parts that are not Llama's; names the first.
+        ValueError: the model has parts that are not Llama's; names the first. Or its heads do not divide the size.
     """
     inner: Any = body(model)
     known = READING | WRITING | {"lm_head"}
@@ -65,6 +65,13 @@ def check_can_slice(model: PreTrainedModel) -> None:
         raise ValueError(_refusal(model, type(inner).__name__))
     if _gains_are_offsets(inner.norm):
         raise ValueError(_refusal(model, type(inner.norm).__name__))
+    heads = model.config.get_text_config().num_attention_heads
+    if size % heads:
+        nearest = max(heads, size - size % heads)
+        raise ValueError(
+            f"init.hidden_size is {size}, must be a multiple of the target's {heads} attention heads, because "
+            f"transformers loads no other model: give {nearest} or {nearest + heads}"
+        )
 
 
 def _refusal(model: PreTrainedModel, part: str) -> str:

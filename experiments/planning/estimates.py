@@ -52,7 +52,7 @@ def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
     seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, tokens)
     heldout = cfg.scale.heldout_tokens * num_validations(settings)
     judged = validation_seconds(cfg, world, settings, heldout, settings.sequence_length, heldout)
-    done = 3 * operations(shape, tokens, settings.sequence_length / 2) * settings.max_steps
+    done = pretraining_operations(cfg, world.drafter) * settings.max_steps
     if settings.distillation.weight:
         taught, length = tokens * settings.max_steps + heldout, settings.sequence_length
         at_once = tokens / world.gpus / cfg.trainer.accumulate_grad_batches
@@ -100,9 +100,8 @@ def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
     answered, judged = samples * (1 - share) * settings.max_steps, num_validated(cfg, settings)
     seconds = seconds * settings.max_steps + target_seconds(cfg, world, answered + judged)
     seconds += validation_seconds(cfg, world, settings, judged * world.length, world.length, judged * world.response)
-    done = operations(world.target, (answered + judged) * world.length, world.length / 2) if not cfg.inputs.cache else 0
-    shape = trained_shape(world.drafter, settings)
-    done += 3 * operations(shape, tokens, settings.sequence_length / 2, scored) * settings.max_steps
+    done = finetuning_operations(cfg, world.drafter, world.target) * settings.max_steps
+    done += target_operations(cfg, world.target, judged)
     per_pass = samples / cfg.trainer.accumulate_grad_batches / world.gpus * world.length
     return StageEstimate(
         "finetune",
@@ -114,6 +113,33 @@ def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
         "cache the target (inputs.cache), or target.parallel=fsdp; lower finetune.batch_size and raise "
         "trainer.accumulate_grad_batches, or finetune.gradient_checkpointing=true",
     )
+
+
+def pretraining_operations(cfg: DictConfig, drafter: Shape) -> float:
+    """Return the operations of one step of pretraining, without the target's if it is distilled."""
+    settings = cfg.pretrain
+    tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
+    return 3 * operations(trained_shape(drafter, settings), tokens, settings.sequence_length / 2)
+
+
+def finetuning_operations(cfg: DictConfig, drafter: Shape, target: Shape) -> float:
+    """Return the operations of one step of finetuning, with those of the target's logits."""
+    settings, share, expected = cfg.finetune, cfg.finetune.text_share, cfg.scale.expected
+    samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
+    answered, text = samples * (1 - share), samples * share * settings.sequence_length
+    tokens = answered * (expected.prompt_tokens + expected.response_tokens) + text
+    scored = answered * expected.response_tokens + text
+    trained = 3 * operations(trained_shape(drafter, settings), tokens, settings.sequence_length / 2, scored)
+    return trained + target_operations(cfg, target, answered)
+
+
+def target_operations(cfg: DictConfig, target: Shape, responses: float) -> float:
+    """Return the operations for the logits of so many responses; with a cache, of the output embedding alone."""
+    expected = cfg.scale.expected
+    if cfg.inputs.cache:
+        return float(2 * target.head * responses * expected.response_tokens)
+    length = expected.prompt_tokens + expected.response_tokens
+    return operations(target, responses * length, length / 2)
 
 
 def target_seconds(cfg: DictConfig, world: World, samples: float) -> float:

@@ -47,7 +47,7 @@ def empty_drafter(cfg: DictConfig, target: PreTrainedModel) -> PreTrainedModel:
         if how.hidden_size is None:
             return made
         check_width(how.hidden_size, text.hidden_size)
-        check_can_slice(made)
+        check_can_slice(made, how.hidden_size)
         return rotate(made, torch.empty(text.hidden_size, how.hidden_size, device="meta"))
     if how.kind in ("existing", "transplant"):
         model = meta_model(_source(cfg))

@@ -95,6 +95,11 @@ def test_the_identity_of_a_start_is_its_settings_and_the_model_that_it_is_made_f
     [
         (["init=layers", "init.layers=[0,40]"], ValueError, "no layer 40"),
         (["init=layers", "init.hidden_size=4096"], ValueError, "hidden size is 4096"),
+        (
+            ["init=layers", "init.hidden_size=32"],
+            ValueError,
+            "multiple of the target.*s 6 attention heads.*give 30 or 36",
+        ),
         (["init=projected", "drafter.hidden_size=4096"], ValueError, "hidden size is 4096, and init=projected takes"),
         (["init=existing", "init.path={folder}/other"], VocabularyError, "is no drafter for assets/tiny-target"),
         (["init.kind=magic"], ValueError, "init.kind is 'magic', must be one of scratch"),

@@ -1,0 +1,187 @@
+"""Compare starts of a drafter at equal compute: a start, pretraining, finetuning. Config: conf/starts.yaml.
+
+A recipe is a start (conf/init) with a division of a number of operations between pretraining and finetuning. Every
+recipe is run with every seed and evaluated on the same prompts; text, responses and cache are those of the pipeline
+under the same root. Finished stages are skipped, so that the same command continues after an interruption.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from drafter.artifacts.manifest import read_manifest, write_json, write_text
+from drafter.models.loading import meta_model
+from experiments.pipeline import check, run
+from experiments.planning.estimates import finetuning_operations, pretraining_operations
+from experiments.planning.roofline import Shape
+from experiments.reporting.results import read_evaluations
+from experiments.reporting.starts import Recipe, starts_table
+from experiments.reporting.tabular import Table
+from experiments.running.commands import pipeline_command
+from experiments.running.composing import concerning, override
+from experiments.running.inputs import target_source
+from experiments.running.jobs import Job, check_overrides, compose_job, evaluation_job
+from experiments.running.progress import announce, quiet
+from experiments.running.starts import empty_drafter
+
+
+class Planned(NamedTuple):
+    """The runs of one recipe with one seed."""
+
+    start: str
+    share: float
+    pretraining: Job
+    finetuning: Job
+
+    @property
+    def name(self) -> str:
+        """Return the recipe's name: the start, and the percentage of the operations that pretraining takes."""
+        return recipe_name(self.start, self.share)
+
+
+@pipeline_command("starts")
+def main(settings: DictConfig) -> None:
+    """Run every recipe with every seed, and write the table."""
+    quiet()
+    others = list(settings.stage_overrides)
+    check_overrides(others, settings)
+    check_settings(settings)
+    planned = plan_recipes(settings, others)
+    jobs = jobs_of(planned, settings, others)
+    check(jobs)
+    for number, job in enumerate(jobs, start=1):
+        announce(job.stage, job.cfg.out, number, len(jobs))
+        run(job, settings.evaluate_ranks)
+    if not jobs[-1].cfg.dry_run:
+        write(planned, jobs[-1].cfg, settings)
+
+
+def check_settings(settings: DictConfig) -> None:
+    """Check the starts, the shares and the base.
+
+    Raises:
+        ValueError: a setting is wrong; the error names it.
+    """
+    if wrong := [share for share in settings.shares if not 0 <= share < 1]:
+        raise ValueError(f"shares has {wrong[0]}, must be from 0 to less than 1: finetuning needs a part of it")
+    names = [recipe_name(start, share) for start in starts_of(settings) for share in settings.shares]
+    if len(set(names)) < len(names):
+        raise ValueError(f"shares is {list(settings.shares)}: two of them are the same percentage")
+    if settings.base not in names:
+        raise ValueError(
+            f"base is '{settings.base}', must be one of the recipes: {', '.join(names) or 'there are none'}"
+        )
+
+
+def starts_of(settings: DictConfig) -> dict[str, list[str]]:
+    """Return the overrides of each start that is not left out."""
+    return {str(name): list(overrides) for name, overrides in settings.starts.items() if overrides is not None}
+
+
+def recipe_name(start: str, share: float) -> str:
+    """Return the name of a recipe, such as "projected-40"."""
+    return f"{start}-{share * 100:.3g}"
+
+
+def plan_recipes(settings: DictConfig, others: list[str]) -> list[Planned]:
+    """Return the runs of every recipe with every seed, with as many steps as the operations allow."""
+    reference = (compose_job("pretrain", others, ["init=scratch"]), finetuning_job(settings, others, []))
+    target = Shape.of(meta_model(target_source(reference[0].cfg)))
+    budget = settings.operations or sum(
+        step * steps
+        for step, steps in zip(
+            step_operations(*reference, target),
+            (reference[0].cfg.scale.pretrain_steps, reference[1].cfg.scale.finetune_steps),
+            strict=True,
+        )
+    )
+    return [
+        plan_recipe(settings, others, start, share, seed, budget, target)
+        for seed in settings.seeds
+        for start in starts_of(settings)
+        for share in settings.shares
+    ]
+
+
+def plan_recipe(
+    settings: DictConfig, others: list[str], start: str, share: float, seed: int, budget: float, target: Shape
+) -> Planned:
+    """Return the runs of one recipe with one seed.
+
+    Raises:
+        ValueError: the operations do not suffice for one step.
+    """
+    chosen, name = starts_of(settings)[start], recipe_name(start, share)
+    pretraining = compose_job("pretrain", others, concerning("pretrain", chosen))
+    finetuning = finetuning_job(settings, others, concerning("finetune", chosen))
+    first, second = step_operations(pretraining, finetuning, target)
+    steps = round(share * budget / first), round((1 - share) * budget / second)
+    if not steps[1] or (share and not steps[0]):
+        raise ValueError(f"operations is {budget:.2g}, less than a step of {name}: raise it, or leave out {name}")
+    below = f"{settings_root(pretraining)}/starts"
+    drafter = f"{below}/drafter/{name}-seed{seed}"
+    ours = [f"seed={seed}", override("out", drafter), f"init.steps={steps[0]}"]
+    ours.append(f"pretrain.validate_every={max(1, steps[0])}")
+    pretraining = compose_job("pretrain", others, [*concerning("pretrain", chosen), *ours])
+    ours = [f"seed={seed}", override("series", name), override("out", f"{below}/finetune/{name}-seed{seed}")]
+    ours += [override("inputs.drafter", drafter), f"finetune.max_steps={steps[1]}", "finetune.keep_every=0"]
+    ours.append(f"finetune.validate_every={steps[1]}")
+    return Planned(
+        start, share, pretraining, finetuning_job(settings, others, [*concerning("finetune", chosen), *ours])
+    )
+
+
+def settings_root(job: Job) -> str:
+    """Return the directory of a pair of models, in which a job's own directory lies."""
+    return str(job.cfg.root)
+
+
+def finetuning_job(settings: DictConfig, others: list[str], overrides: list[str]) -> Job:
+    """Compose a finetuning with the loss of all recipes."""
+    return compose_job("finetune", others, [f"loss={settings.loss}", *overrides])
+
+
+def step_operations(pretraining: Job, finetuning: Job, target: Shape) -> tuple[float, float]:
+    """Return the operations of a step of pretraining and of a step of finetuning."""
+    drafter = Shape.of(empty_drafter(pretraining.cfg, meta_model(target_source(pretraining.cfg))))
+    return pretraining_operations(pretraining.cfg, drafter), finetuning_operations(finetuning.cfg, drafter, target)
+
+
+def jobs_of(planned: list[Planned], settings: DictConfig, others: list[str]) -> list[Job]:
+    """Return every run in order: the data, the target's answers, the recipes, and their evaluation."""
+    common = [compose_job(stage, others) for stage in ("prepare", "respond", "cache")]
+    recipes = [job for one in planned for job in (one.pretraining, one.finetuning)]
+    gammas = DictConfig({"num_speculative_tokens": [settings.num_speculative_tokens]})
+    evaluation = evaluation_job([one.finetuning for one in planned], others, "starts/evaluate", gammas)
+    return [*common, *recipes, evaluation]
+
+
+def write(planned: list[Planned], cfg: DictConfig, settings: DictConfig) -> None:
+    """Write the table of the finished recipes, and the commands of the runs behind it."""
+    recipes: dict[str, list[Recipe]] = {}
+    runs: dict[str, Any] = {}
+    for one in planned:
+        stages = {"pretrain": one.pretraining.cfg.out, "finetune": one.finetuning.cfg.out}
+        manifests = {stage: read_manifest(path, stage) for stage, path in stages.items()}
+        runs |= {path: {**manifests[stage], "files": None, "config": None} for stage, path in stages.items()}
+        seconds = sum(manifest["seconds"] for manifest in manifests.values())
+        steps = (one.pretraining.cfg.init.steps, one.finetuning.cfg.finetune.max_steps)
+        recipes.setdefault(one.name, []).append(Recipe(one.start, one.share, *steps, seconds))
+    evaluations = read_evaluations(Path(cfg.out), settings.base)
+    table = starts_table(recipes, evaluations, settings.base, settings.num_speculative_tokens)
+    for folder in filter(None, (Path(cfg.root) / "starts", settings.publish and Path(settings.publish))):
+        write_table(table, folder)
+        write_json(folder / "runs.json", runs)
+    print(f"\n### {table.title}\n\n{table.markdown()}\n\nwritten to {Path(cfg.root) / 'starts' / 'starts.md'}")
+
+
+def write_table(table: Table, folder: Path) -> None:
+    """Write a table as Markdown and as LaTeX."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{table.name}.md", f"### {table.title}\n\n{table.markdown()}\n")
+    write_text(folder / f"{table.name}.tex", table.latex())
+
+
+if __name__ == "__main__":
+    main()
