@@ -76,7 +76,6 @@ def write_responses(
     following: Continuation,
     known_ids: set[int],
     seed: int,
-    rank: int = 0,
     world_size: int = 1,
     writes: bool = True,
     report: Report = silent,

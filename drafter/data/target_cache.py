@@ -148,7 +148,6 @@ def write_cache(
     batch_tokens: int,
     shard_size: int,
     seed: int,
-    rank: int = 0,
     world_size: int = 1,
     writes: bool = True,
     report: Report = silent,

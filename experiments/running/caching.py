@@ -39,7 +39,6 @@ def cache(cfg: DictConfig) -> None:
             batch_tokens=cfg.cache.batch_tokens,
             shard_size=cfg.cache.shard_size,
             seed=cfg.seed,
-            rank=ranks.rank,
             world_size=ranks.world_size,
             writes=ranks.writes,
             report=progress,

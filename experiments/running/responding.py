@@ -89,7 +89,6 @@ def respond(cfg: DictConfig) -> None:
             following=following,
             known_ids=known_ids(tokenizer, vocabulary_width(target_source(cfg))),
             seed=cfg.seed,
-            rank=ranks.rank,
             world_size=ranks.world_size,
             writes=ranks.writes,
             report=progress,

@@ -120,7 +120,7 @@ def test_ranks_and_resumption_write_the_same_files(target, responses, tmp_path, 
     whole = cached(target, responses, tmp_path / "whole", format)
     with monkeypatch.context() as patch:
         patch.setattr(target_cache, "deal", lambda numbers, world_size: enumerate([1]))
-        write_cache(target, responses, Folder(tmp_path / "parts"), format, **HOW, rank=1, world_size=2)
+        write_cache(target, responses, Folder(tmp_path / "parts"), format, **HOW, world_size=2)
     (tmp_path / "parts" / "00000.arrow").write_bytes(b"a shard whose index was not written")
     parts = cached(target, responses, tmp_path / "parts", format)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
