@@ -19,7 +19,7 @@ from experiments.reporting.results import read_evaluations
 from experiments.reporting.starts import Recipe, starts_table
 from experiments.reporting.tabular import Table
 from experiments.running.commands import pipeline_command
-from experiments.running.composing import concerning, override
+from experiments.running.composing import concerning
 from experiments.running.inputs import target_source
 from experiments.running.jobs import Job, check_overrides, compose_job, evaluation_job
 from experiments.running.progress import announce, quiet
@@ -85,67 +85,61 @@ def recipe_name(start: str, share: float) -> str:
 
 
 def plan_recipes(settings: DictConfig, others: list[str]) -> list[Planned]:
-    """Return the runs of every recipe with every seed, with as many steps as the operations allow."""
-    reference = (compose_job("pretrain", others, ["init=scratch"]), finetuning_job(settings, others, []))
-    target = Shape.of(meta_model(target_source(reference[0].cfg)))
-    budget = settings.operations or sum(
-        step * steps
-        for step, steps in zip(
-            step_operations(*reference, target),
-            (reference[0].cfg.scale.pretrain_steps, reference[1].cfg.scale.finetune_steps),
-            strict=True,
-        )
-    )
-    return [
-        plan_recipe(settings, others, start, share, seed, budget, target)
-        for seed in settings.seeds
-        for start in starts_of(settings)
-        for share in settings.shares
-    ]
-
-
-def plan_recipe(
-    settings: DictConfig, others: list[str], start: str, share: float, seed: int, budget: float, target: Shape
-) -> Planned:
-    """Return the runs of one recipe with one seed.
+    """Return the runs of every recipe with every seed, with as many steps as the operations allow.
 
     Raises:
         ValueError: the operations do not suffice for one step.
     """
-    chosen, name = starts_of(settings)[start], recipe_name(start, share)
-    pretraining = compose_job("pretrain", others, concerning("pretrain", chosen))
-    finetuning = finetuning_job(settings, others, concerning("finetune", chosen))
-    first, second = step_operations(pretraining, finetuning, target)
-    steps = round(share * budget / first), round((1 - share) * budget / second)
-    if not steps[1] or (share and not steps[0]):
-        raise ValueError(f"operations is {budget:.2g}, less than a step of {name}: raise it, or leave out {name}")
-    below = f"{settings_root(pretraining)}/starts"
-    drafter = f"{below}/drafter/{name}-seed{seed}"
-    ours = [f"seed={seed}", override("out", drafter), f"init.steps={steps[0]}"]
-    ours.append(f"pretrain.validate_every={max(1, steps[0])}")
-    pretraining = compose_job("pretrain", others, [*concerning("pretrain", chosen), *ours])
-    ours = [f"seed={seed}", override("series", name), override("out", f"{below}/finetune/{name}-seed{seed}")]
-    ours += [override("inputs.drafter", drafter), f"finetune.max_steps={steps[1]}", "finetune.keep_every=0"]
-    ours.append(f"finetune.validate_every={steps[1]}")
-    return Planned(
-        start, share, pretraining, finetuning_job(settings, others, [*concerning("finetune", chosen), *ours])
+    scale = compose_job("pretrain", others).cfg.scale
+    first, second = step_operations(settings, others, ["init=scratch"])
+    budget = settings.operations or scale.pretrain_steps * first + scale.finetune_steps * second
+    per_step = {start: step_operations(settings, others, chosen) for start, chosen in starts_of(settings).items()}
+    planned = []
+    for seed in settings.seeds:
+        for start, (first, second) in per_step.items():
+            for share in settings.shares:
+                steps = round(share * budget / first), round((1 - share) * budget / second)
+                if not steps[1] or (share and not steps[0]):
+                    name = recipe_name(start, share)
+                    raise ValueError(
+                        f"operations is {budget:.2g}, less than a step of {name}: raise it, or leave out {name}"
+                    )
+                planned.append(plan_recipe(settings, others, start, share, seed, steps))
+    return planned
+
+
+def step_operations(settings: DictConfig, others: list[str], chosen: list[str]) -> tuple[float, float]:
+    """Return the operations of a step of pretraining and of a step of finetuning, with the overrides of a start."""
+    pretraining, finetuning = pretraining_job(others, chosen), finetuning_job(settings, others, chosen)
+    target = meta_model(target_source(pretraining.cfg))
+    drafter = Shape.of(empty_drafter(pretraining.cfg, target))
+    return (
+        pretraining_operations(pretraining.cfg, drafter),
+        finetuning_operations(finetuning.cfg, drafter, Shape.of(target)),
     )
 
 
-def settings_root(job: Job) -> str:
-    """Return the directory of a pair of models, in which a job's own directory lies."""
-    return str(job.cfg.root)
+def plan_recipe(
+    settings: DictConfig, others: list[str], start: str, share: float, seed: int, steps: tuple[int, int]
+) -> Planned:
+    """Return the runs of one recipe with one seed; both validate at their beginning and their end."""
+    chosen, name = starts_of(settings)[start], f"{recipe_name(start, share)}-seed{seed}"
+    drafter, out = (f"${{root}}/starts/{kind}/{name}" for kind in ("drafter", "finetune"))
+    first = [f"seed={seed}", f"out={drafter}", f"init.steps={steps[0]}", f"pretrain.validate_every={max(1, steps[0])}"]
+    second = [f"seed={seed}", f"out={out}", f"inputs.drafter={drafter}", f"series={recipe_name(start, share)}"]
+    second += ["finetune.keep_every=0", f"finetune.max_steps={steps[1]}", f"finetune.validate_every={steps[1]}"]
+    pretraining = pretraining_job(others, [*chosen, *first])
+    return Planned(start, share, pretraining, finetuning_job(settings, others, [*chosen, *second]))
+
+
+def pretraining_job(others: list[str], overrides: list[str]) -> Job:
+    """Compose a pretraining with those of the overrides that it knows."""
+    return compose_job("pretrain", others, concerning("pretrain", overrides))
 
 
 def finetuning_job(settings: DictConfig, others: list[str], overrides: list[str]) -> Job:
-    """Compose a finetuning with the loss of all recipes."""
-    return compose_job("finetune", others, [f"loss={settings.loss}", *overrides])
-
-
-def step_operations(pretraining: Job, finetuning: Job, target: Shape) -> tuple[float, float]:
-    """Return the operations of a step of pretraining and of a step of finetuning."""
-    drafter = Shape.of(empty_drafter(pretraining.cfg, meta_model(target_source(pretraining.cfg))))
-    return pretraining_operations(pretraining.cfg, drafter), finetuning_operations(finetuning.cfg, drafter, target)
+    """Compose a finetuning, with the loss of all recipes and those of the overrides that it knows."""
+    return compose_job("finetune", others, [f"loss={settings.loss}", *concerning("finetune", overrides)])
 
 
 def jobs_of(planned: list[Planned], settings: DictConfig, others: list[str]) -> list[Job]:
