@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from drafter.metrics import memory_bound_speedup
 from drafter.models.loading import meta_model
+from experiments.planning.advice import advise
 from experiments.planning.estimates import estimates
 from experiments.planning.roofline import Shape
 from experiments.planning.world import StageEstimate, World
@@ -32,6 +33,7 @@ def main(settings: DictConfig) -> None:
     world = world_of(settings, jobs)
     stages = [stage for job in jobs for stage in estimates(job, world)]
     print(plan_text(stages, world, settings))
+    print(advise(next(job.cfg for job in jobs if job.stage == "pretrain"), world, stages, settings.plan.hours))
     check_fits(stages, world, settings)
 
 

@@ -28,7 +28,7 @@ ARROWS = {
     "experiments.reporting": {"drafter"},
     "experiments.running": {"drafter", "experiments.reporting"},
     "experiments.exporting": {"drafter", "experiments.reporting", "experiments.running"},
-    "experiments.planning": {"drafter", "experiments.running"},
+    "experiments.planning": {"drafter", "experiments.reporting", "experiments.running"},
 }
 HELPERS = {room for room in ARROWS if room.startswith("experiments.")}
 COMMANDS = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
