@@ -79,7 +79,7 @@ def advise(cfg: DictConfig, world: World, stages: list[StageEstimate], hours: fl
             ]
         )
     table = Table("advice", "Which drafter?", [*columns, f"tokens / parameter in {duration(seconds)}"], rows)
-    return f"## {table.title}\n\n{table.markdown()}\n\n{advice(chosen, world, seconds)}\n"
+    return f"## {table.title}\n\n{table.markdown()}\n\n{advice(chosen, seconds)}\n"
 
 
 def candidates(cfg: DictConfig, world: World, seconds: float) -> list[Candidate]:
@@ -152,13 +152,13 @@ def choose(found: list[Candidate], target: Shape) -> Candidate:
     )
 
 
-def advice(chosen: Candidate, world: World, seconds: float) -> str:
+def advice(chosen: Candidate, seconds: float) -> str:
     """Return what to do, and what it rests on."""
     shape, bought = chosen.shape, chosen.tokens_per_parameter
     size = (
         f"Size: {shape.layers} layers of width {shape.hidden} (drafter.num_hidden_layers={shape.layers} "
-        f"drafter.hidden_size={shape.hidden}), the nearest here to 1/200 of the target's parameters (arXiv 2603.11053, "
-        "for pretrained families). A layer costs a draft more than width does (arXiv 2402.01528): prefer width to depth."
+        f"drafter.hidden_size={shape.hidden}), the nearest here to 1/200 of the target's parameters (arXiv 2603.11053 "
+        "on pretrained families). A layer costs a draft more than width does (arXiv 2402.01528): prefer width to depth."
     )
     start = f"Start: {duration(seconds)} buy {bought:.3g} tokens of pretraining per parameter, "
     if bought < TOKENS_PER_PARAMETER:
