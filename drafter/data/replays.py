@@ -30,13 +30,13 @@ from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
 from drafter.data.batches import Batch, by_budget, collate, cut, next_tokens, response_sequence
 from drafter.data.batches import Sequence as Sample
+from drafter.data.dealing import deal_missing
 from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.data.target_cache import live_target
 from drafter.decoding.expected_efficiency import acceptance_of_written
 from drafter.models.inspection import has_plain_head
 from drafter.models.loading import context_length
 from drafter.progress import Report, silent
-from drafter.ranks import deal
 from drafter.warping import Sampling
 
 
@@ -85,10 +85,7 @@ def write_replays(
     """
     train = np.flatnonzero(responses.splits == "train").tolist()
     parts = [train[start : start + shard_size] for start in range(0, len(train), shard_size)]
-    missing = rows.missing_shards(folder, len(parts))
-    total = sum(len(parts[number]) for number in missing)
-    for index, number in deal(missing, world_size):
-        torch.manual_seed(seed * 1_000_003 + number)
+    for number, tell in deal_missing(folder, [len(part) for part in parts], seed, world_size, report):
         kept = responses.read(parts[number])
         requests, found = plan_replays(pair, kept, replay, batch_tokens)
         limits = Limits(replay.top_p, replay.num_speculative_tokens, replay.stop_ids)
@@ -102,7 +99,7 @@ def write_replays(
         }
         if writes:
             rows.write_shard(folder, number, [*kept, *written], responses.schema, notes)
-        report(min(shard_size * (index + 1), total), total, sum(len(row["response_ids"]) for row in written))
+        tell(len(kept), sum(len(row["response_ids"]) for row in written))
     return len(parts)
 
 

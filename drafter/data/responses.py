@@ -6,18 +6,16 @@ the missing shards, and any number of ranks writes the same files.
 """
 
 from collections import Counter
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import torch
 
 from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
+from drafter.data.dealing import deal_missing
 from drafter.data.dialogues import Continuation, Dialogue, answer, rows_of
 from drafter.data.engines import Engine, Request
 from drafter.progress import Report, silent
-from drafter.ranks import deal
 
 COLUMNS = pa.schema(
     [
@@ -84,10 +82,7 @@ def write_responses(
 
     Responses that fail, and turns that are left out, are counted by reason; see `dialogues.answer`.
     """
-    missing = rows.missing_shards(folder, len(parts))
-    ends = list(accumulate((len(parts[number]) for number in missing), initial=0))
-    for index, number in deal(missing, world_size):
-        torch.manual_seed(seed * 1_000_003 + number)
+    for number, tell in deal_missing(folder, [len(part) for part in parts], seed, world_size, report):
         answered = answer(engine, parts[number], following, known_ids)
         written = [row for one in answered for row in rows_of(one, following.stop_ids)]
         notes = {
@@ -99,4 +94,4 @@ def write_responses(
         }
         if writes:
             rows.write_shard(folder, number, written, schema, notes)
-        report(ends[index + 1], ends[-1], sum(len(row["response_ids"]) for row in written))
+        tell(len(parts[number]), sum(len(row["response_ids"]) for row in written))

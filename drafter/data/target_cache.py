@@ -22,13 +22,13 @@ from drafter.artifacts import rows
 from drafter.artifacts.manifest import ArtifactError, read_manifest, require
 from drafter.artifacts.storage import Folder
 from drafter.data.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
+from drafter.data.dealing import deal_missing
 from drafter.data.forward import hidden_at
 from drafter.losses.chunked import CHUNK_ENTRIES, Head
 from drafter.losses.distributions import Drawn, Sparse, Target
 from drafter.models.inspection import has_plain_head, vocabulary_rows
 from drafter.models.loading import OutputEmbedding, embedding_checksum
 from drafter.progress import Report, silent
-from drafter.ranks import deal
 from drafter.warping import double
 
 ARROW_TYPES = {"bfloat16": pa.uint16(), "float16": pa.float16(), "float32": pa.float32()}
@@ -166,20 +166,16 @@ def write_cache(
     plain_head = has_plain_head(target)
     schema = pa.schema([*responses.schema, *format.fields(vocabulary_rows(target))], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
-    missing = rows.missing_shards(folder, len(starts))
-    total = sum(min(shard_size, len(responses) - starts[number]) for number in missing)
-    for index, number in deal(missing, world_size):
-        shard = responses[starts[number] : starts[number] + shard_size]
-        torch.manual_seed(seed * 1_000_003 + number)
-        undecided, done = [], shard_size * index
+    sizes = [min(shard_size, len(responses) - start) for start in starts]
+    for number, tell in deal_missing(folder, sizes, seed, world_size, report):
+        shard, undecided = responses[starts[number] : starts[number] + shard_size], []
         lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in shard]
         for batch in by_budget(lengths, batch_tokens):
             for i, columns in zip(batch, _rows(target, [shard[i] for i in batch], format, plain_head), strict=True):
                 shard[i] |= {name: array.reshape(-1) for name, array in columns.items()}
                 if "log_rest" in columns:
                     undecided += np.exp(double(_to_tensor(shard[i], schema, "log_rest")).numpy()).tolist()
-            done += len(batch)
-            report(done, total, sum(lengths[i] for i in batch))
+            tell(len(batch), sum(lengths[i] for i in batch))
         if writes:
             rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})
     return len(starts), schema

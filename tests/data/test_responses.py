@@ -5,7 +5,7 @@ import torch
 
 from drafter.artifacts.rows import finish
 from drafter.artifacts.storage import Folder
-from drafter.data import responses
+from drafter.data import dealing
 from drafter.data.dialogues import Continuation
 from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.data.responses import Instruction, plan, schema, shards, write_responses
@@ -51,7 +51,7 @@ def test_an_interrupted_run_and_any_number_of_ranks_write_the_same(target, tmp_p
     resumed.write("00002.arrow", b"a shard whose index was not written")
     write_responses(engine, parts, resumed, SCHEMA, **HOW)
     for taken in ([1], [2], [0]):
-        monkeypatch.setattr(responses, "deal", lambda numbers, world_size, taken=taken: enumerate(taken))
+        monkeypatch.setattr(dealing, "deal", lambda numbers, world_size, taken=taken: enumerate(taken))
         write_responses(engine, parts, ranks, SCHEMA, **HOW, world_size=3)
     files = [finish(folder, 3, SCHEMA)[0] for folder in (whole, resumed, ranks)]
     assert files[0] == files[1] == files[2]

@@ -8,7 +8,7 @@ import torch
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import ArtifactError
 from drafter.artifacts.storage import Folder
-from drafter.data import target_cache
+from drafter.data import dealing, target_cache
 from drafter.data.batches import collate, response_sequence
 from drafter.data.responses import schema
 from drafter.data.target_cache import (
@@ -119,7 +119,7 @@ def test_acceptance_and_kld_of_a_sparse_cache_are_right_in_expectation(responses
 def test_ranks_and_resumption_write_the_same_files(target, responses, tmp_path, monkeypatch, format):
     whole = cached(target, responses, tmp_path / "whole", format)
     with monkeypatch.context() as patch:
-        patch.setattr(target_cache, "deal", lambda numbers, world_size: enumerate([1]))
+        patch.setattr(dealing, "deal", lambda numbers, world_size: enumerate([1]))
         write_cache(target, responses, Folder(tmp_path / "parts"), format, **HOW, world_size=2)
     (tmp_path / "parts" / "00000.arrow").write_bytes(b"a shard whose index was not written")
     parts = cached(target, responses, tmp_path / "parts", format)
