@@ -124,7 +124,7 @@ def plan_recipe(
 ) -> Planned:
     """Return the runs of one recipe with one seed; both validate at their beginning and their end."""
     chosen, name = starts_of(settings)[start], f"{recipe_name(start, share)}-seed{seed}"
-    drafter, out = (f"${{root}}/starts/{kind}/{name}" for kind in ("drafter", "finetune"))
+    drafter, out = (f"${{root}}/{settings.folder}/{kind}/{name}" for kind in ("drafter", "finetune"))
     first = [f"seed={seed}", f"out={drafter}", f"init.steps={steps[0]}", f"pretrain.validate_every={max(1, steps[0])}"]
     second = [f"seed={seed}", f"out={out}", f"inputs.drafter={drafter}", f"series={recipe_name(start, share)}"]
     second += ["finetune.keep_every=0", f"finetune.max_steps={steps[1]}", f"finetune.validate_every={steps[1]}"]
@@ -147,7 +147,7 @@ def jobs_of(planned: list[Planned], settings: DictConfig, others: list[str]) -> 
     common = [compose_job(stage, others) for stage in ("prepare", "respond", "cache")]
     recipes = [job for one in planned for job in (one.pretraining, one.finetuning)]
     gammas = DictConfig({"num_speculative_tokens": [settings.num_speculative_tokens]})
-    evaluation = evaluation_job([one.finetuning for one in planned], others, "starts/evaluate", gammas)
+    evaluation = evaluation_job([one.finetuning for one in planned], others, f"{settings.folder}/evaluate", gammas)
     return [*common, *recipes, evaluation]
 
 
@@ -164,10 +164,11 @@ def write(planned: list[Planned], cfg: DictConfig, settings: DictConfig) -> None
         recipes.setdefault(one.name, []).append(Recipe(one.start, one.share, *steps, seconds))
     evaluations = read_evaluations(Path(cfg.out), settings.base)
     table = starts_table(recipes, evaluations, settings.base, settings.num_speculative_tokens)
-    for folder in filter(None, (Path(cfg.root) / "starts", settings.publish and Path(settings.publish))):
+    written = Path(cfg.root) / settings.folder
+    for folder in filter(None, (written, settings.publish and Path(settings.publish))):
         write_table(table, folder)
         write_json(folder / "runs.json", runs)
-    print(f"\n### {table.title}\n\n{table.markdown()}\n\nwritten to {Path(cfg.root) / 'starts' / 'starts.md'}")
+    print(f"\n### {table.title}\n\n{table.markdown()}\n\nwritten to {written / 'starts.md'}")
 
 
 def write_table(table: Table, folder: Path) -> None:
