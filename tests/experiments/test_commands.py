@@ -123,7 +123,9 @@ def shown(monkeypatch, capsys, name, *given):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_hydras_help_config_info_and_completion(monkeypatch, capsys, name):
-    key = {"pipeline": "losses", "plan": "plan", "export": "export", "tables": "publish"}.get(name, "out")
+    key = {"pipeline": "losses", "plan": "plan", "starts": "publish", "export": "export", "tables": "publish"}.get(
+        name, "out"
+    )
     assert "== Configuration groups ==" in shown(monkeypatch, capsys, name, "--help")
     assert re.search(rf"^{key}:", shown(monkeypatch, capsys, name, "--cfg", "job"), re.MULTILINE)
     assert "conf" in shown(monkeypatch, capsys, name, "--info", "searchpath")
@@ -132,12 +134,12 @@ def test_every_command_has_hydras_help_config_info_and_completion(monkeypatch, c
     assert key in shown(monkeypatch, capsys, name, "-sc", "query=bash")
 
 
-@pytest.mark.parametrize("name", ["pipeline", "plan"])
+@pytest.mark.parametrize("name", ["pipeline", "plan", "starts"])
 def test_the_help_of_the_pipeline_explains_overrides_of_stages_and_its_config_gathers_them(monkeypatch, capsys, name):
-    given = ("losses=[kld]", "scale=smoke", "+respond.vllm.seed=1", "out=${root}/x")
+    given = ("seeds=[7]", "scale=smoke", "+respond.vllm.seed=1", "out=${root}/x")
     assert "passed on to every stage" in shown(monkeypatch, capsys, name, *given, "--help")
     text = shown(monkeypatch, capsys, name, *given, "--cfg", "job")
-    assert "losses:\n- kld\n" in text
+    assert "seeds:\n- 7\n" in text
     assert "stage_overrides:\n- scale=smoke\n- +respond.vllm.seed=1\n" in text
 
 

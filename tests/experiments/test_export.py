@@ -132,6 +132,11 @@ def test_a_trimmed_drafter_is_exported_whole_with_its_list(exported, tmp_path):
     command, drafter, _ = exported
     shutil.copytree(drafter, tmp_path / drafter.name)
     write_kept(tmp_path / drafter.name, [1, 2, 5])
+    path = tmp_path / drafter.name / "manifest.json"
+    manifest = json.loads(path.read_text())
+    made_of = {"stage": "trim", "counts": {"kept": 3, "vocabulary": 24}}
+    made_of["config"] = manifest["config"] | {"trim": {"drafter": str(drafter)}}
+    path.write_text(json.dumps(manifest | made_of))
     stage("export", [*command[1:], f"export.drafter={tmp_path / drafter.name}", f"out={tmp_path}/out"])
     assert json.loads((tmp_path / "out" / "kept_tokens.json").read_text()) == [1, 2, 5]
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(drafter / "model.safetensors").keys()

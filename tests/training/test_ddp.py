@@ -25,10 +25,16 @@ def manifest(folder):
     return json.loads((folder / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("loss", ["kld", "tvdpp"])
-def test_two_ranks_train_the_drafter_that_one_process_trains(tmp_path, loss):
-    run(sys.executable, "-m", "tests.two_ranks", str(tmp_path / "one.pt"), loss)
-    run(*TORCHRUN, "-m", "tests.two_ranks", str(tmp_path / "two.pt"), loss)
+def run_on_two_ranks(folder, commands):
+    """Run stages, each with its overrides, one after the other in the same two ranks."""
+    path = folder / "commands.json"
+    path.write_text(json.dumps(commands))
+    run(*TORCHRUN, "-m", "tests.several_commands", str(path))
+
+
+def test_two_ranks_train_the_drafter_that_one_process_trains(tmp_path):
+    run(sys.executable, "-m", "tests.two_ranks", str(tmp_path / "one.pt"), "tvdpp")
+    run(*TORCHRUN, "-m", "tests.two_ranks", str(tmp_path / "two.pt"), "tvdpp")
     one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
     for name, value in one["drafter"].items():
         # The same sums in another order, over eight steps of AdamW.
@@ -37,33 +43,37 @@ def test_two_ranks_train_the_drafter_that_one_process_trains(tmp_path, loss):
     assert two["yardsticks"] == pytest.approx(one["yardsticks"], rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["respond", "cache"])
-def test_two_ranks_write_the_files_that_one_process_writes(world, tmp_path, stage):
+def test_two_ranks_run_every_stage(world, tmp_path, subtests):
     overrides, root = world
-    run(*TORCHRUN, "-m", f"experiments.{stage}", *overrides, f"out={tmp_path}/two")
-    two, one = manifest(tmp_path / "two"), manifest(root / {"respond": "responses", "cache": "cache"}[stage])
-    assert (two["counts"], two["inputs"], two["files"].keys()) == (one["counts"], one["inputs"], one["files"].keys())
-    if stage == "respond":
-        assert two["files"] == one["files"]
-
-
-def test_two_ranks_finetune_and_evaluate(world, tmp_path):
-    overrides, root = world
-    run(*TORCHRUN, "-m", "experiments.finetune", *overrides, "loss=tvdpp", STEPS, f"out={tmp_path}/finetune/two")
-    assert manifest(tmp_path / "finetune" / "two")["counts"]["steps"] == 3
+    shutil.copytree(root, tmp_path / "root")
     drafters = f"drafters=[{tmp_path}/finetune/*,{root}/drafter]"
-    run(*TORCHRUN, "-m", "experiments.evaluate", *overrides, drafters, f"out={tmp_path}/evaluate")
-    assert {path.parent.name for path in tmp_path.glob("evaluate/*/manifest.json")} == {"two", "drafter"}
-    assert all(len(read_jsonl(tmp_path / "evaluate" / name / "counts.jsonl")) == 12 for name in ("two", "drafter"))
+    on_policy = [f"root={tmp_path}/root", "variant=drafter", "distillation.rounds=2", "loss=kld", STEPS]
+    commands = [
+        ("respond", [f"out={tmp_path}/respond"]),
+        ("cache", [f"out={tmp_path}/cache"]),
+        ("finetune", ["loss=tvdpp", STEPS, f"out={tmp_path}/finetune/two"]),
+        ("evaluate", [drafters, f"out={tmp_path}/evaluate"]),
+        ("finetune", on_policy),
+    ]
+    run_on_two_ranks(tmp_path, [(stage, [*overrides, *own]) for stage, own in commands])
+    for stage, of_one in {"respond": "responses", "cache": "cache"}.items():
+        with subtests.test(stage):
+            two, one = manifest(tmp_path / stage), manifest(root / of_one)
+            assert [two[key] for key in ("counts", "inputs")] == [one[key] for key in ("counts", "inputs")]
+            assert two["files"].keys() == one["files"].keys()
+            if stage == "respond":
+                assert two["files"] == one["files"]
+    with subtests.test("finetune and evaluate"):
+        assert manifest(tmp_path / "finetune" / "two")["counts"]["steps"] == 3
+        assert {path.parent.name for path in tmp_path.glob("evaluate/*/manifest.json")} == {"two", "drafter"}
+        assert all(len(read_jsonl(tmp_path / "evaluate" / name / "counts.jsonl")) == 12 for name in ("two", "drafter"))
+    with subtests.test("on-policy rounds"):
+        assert manifest(tmp_path / "root" / "variants" / "kld-drafter-seed0")["counts"]["steps"] == 2
+        assert manifest(tmp_path / "root" / "rounds" / "kld-drafter-seed0" / "1" / "drafter")["counts"]["steps"] == 1
 
 
-def test_two_ranks_run_a_sweep_cell_by_cell_and_on_policy_rounds(world, tmp_path):
-    overrides, root = world
+def test_two_ranks_run_a_sweep_cell_by_cell(world, tmp_path):
+    overrides, _ = world
     sweep = ["-m", "loss=kld,tvd", "seed=1", STEPS, f"out={tmp_path}/${{name}}"]
     run(*TORCHRUN, "-m", "experiments.finetune", *sweep, *overrides)
     assert {path.parent.name for path in tmp_path.glob("*/manifest.json")} == {"kld-seed1", "tvd-seed1"}
-    shutil.copytree(root, tmp_path / "root")
-    here = [*overrides, f"root={tmp_path}/root", "variant=drafter", "distillation.rounds=2"]
-    run(*TORCHRUN, "-m", "experiments.finetune", *here, "loss=kld", STEPS)
-    assert manifest(tmp_path / "root" / "variants" / "kld-drafter-seed0")["counts"]["steps"] == 2
-    assert manifest(tmp_path / "root" / "rounds" / "kld-drafter-seed0" / "1" / "drafter")["counts"]["steps"] == 1

@@ -1,4 +1,4 @@
-"""Every strategy for several ranks, on CPU with gloo, has the curve and the drafter of one process."""
+"""Every strategy for training, on CPU with gloo on two ranks, has the curve and the drafter of one plain process."""
 
 import contextlib
 import csv
@@ -18,18 +18,16 @@ from drafter.artifacts.rows import Rows
 from drafter.data.target_cache import restore
 from tests.conftest import save_llama
 from tests.experiments.test_pipeline import stage
-from tests.training.test_ddp import TORCHRUN, manifest, run
+from tests.training.test_ddp import TORCHRUN, manifest, run, run_on_two_ranks
 
 pytestmark = pytest.mark.end_to_end
 
 STEPS = ["loss=tvdpp", "finetune.max_steps=6", "finetune.validate_every=3"]
 FSDP2, LIVE, ACCUMULATE = ["trainer=fsdp2"], ["inputs.cache=null"], ["trainer.accumulate_grad_batches=2"]
 PARTS = ["finetune.batch_tokens=150"]  # several forward passes per step, not equally many on both ranks
-STRATEGIES = {
-    "ddp": [],
+STRATEGIES = {  # DDP alone: test_ddp.py
     "fsdp2": FSDP2,
     "accumulate_checkpointing": [*ACCUMULATE, "finetune.gradient_checkpointing=true", *PARTS],
-    "compile": ["finetune.compile=true"],
     "target_fsdp": [*LIVE, "target.parallel=fsdp"],
     "bf16": ["trainer.precision=bf16-mixed"],
     "all_fsdp2": [*LIVE, "target.parallel=fsdp", *FSDP2, "finetune.gradient_checkpointing=true", *PARTS],
@@ -64,23 +62,39 @@ def alone(world, tmp_path_factory):
     return run_of
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_ranks_have_the_curve_and_the_drafter_of_one_process(world, alone, tmp_path, strategy):
+def test_two_ranks_have_the_curve_and_the_drafter_of_one_process(world, alone, tmp_path, subtests):
     overrides, _ = world
-    out = tmp_path / "two"
-    run(*TORCHRUN, "-m", "experiments.finetune", *overrides, *STEPS, *STRATEGIES[strategy], f"out={out}")
-    one = alone(ALSO_ALONE.get(strategy, []))
-    assert manifest(out)["counts"]["steps"] == 6
-    assert len(curve(out)) == len(curve(one)) == 4
-    # The same sums in another order, enlarged by AdamW's division by the root of small numbers. bfloat16 has 8 bits.
-    loose = 20 if strategy == "bf16" else 1
-    for found, expected in zip(curve(out), curve(one), strict=True):
-        assert found == pytest.approx(expected, rel=1e-3 * loose, abs=1e-4 * loose)
-    weights_two, weights_one = (load_file(folder / "model.safetensors") for folder in (out, one))
-    assert weights_two.keys() == weights_one.keys()
-    for name, value in weights_one.items():
+    run_on_two_ranks(
+        tmp_path,
+        [("finetune", [*overrides, *STEPS, *STRATEGIES[name], f"out={tmp_path}/{name}"]) for name in STRATEGIES],
+    )
+    for strategy in STRATEGIES:
+        with subtests.test(strategy):
+            one = alone(ALSO_ALONE.get(strategy, []))
+            check_equal(tmp_path / strategy, one, loose=20 if strategy == "bf16" else 1)
+
+
+def test_a_compiled_drafter_has_the_curve_of_an_ordinary_one(world, alone, tmp_path):
+    overrides, _ = world
+    compiled = ["finetune.compile=true", f"out={tmp_path}/out"]
+    run(sys.executable, "-m", "experiments.finetune", *overrides, *STEPS, *compiled)
+    check_equal(tmp_path / "out", alone([]))
+
+
+def check_equal(found, expected, loose=1):
+    """Compare curves and drafters.
+
+    Sums in another order are enlarged by AdamW's division by the root of small numbers. bfloat16 has 8 bits.
+    """
+    assert manifest(found)["counts"]["steps"] == 6
+    assert len(curve(found)) == len(curve(expected)) == 4
+    for ours, theirs in zip(curve(found), curve(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3 * loose, abs=1e-4 * loose)
+    weights, expected_weights = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    assert weights.keys() == expected_weights.keys()
+    for name, value in expected_weights.items():
         assert value.dtype == torch.float32
-        assert weights_two[name].sub(value).abs().max() < 2e-3 * loose, name
+        assert weights[name].sub(value).abs().max() < 2e-3 * loose, name
 
 
 @pytest.mark.parametrize("resumed_by", ["fsdp2", "alone"])
@@ -102,7 +116,8 @@ def test_a_killed_run_of_two_ranks_resumes_to_the_curve_of_an_uninterrupted_run(
 
 def test_a_preempted_cluster_job_is_requeued_and_ends_with_the_same_curve(world, alone, tmp_path):
     overrides, _ = world
-    longer = ["finetune.max_steps=80", "finetune.validate_every=4"]
+    # Not TVD++, which divides by a deviation that is nearly 0 once all drafts are accepted, and so enlarges rounding.
+    longer = ["loss=kld", "finetune.max_steps=80", "finetune.validate_every=4"]
     command = ["-m", "experiments.finetune", *overrides, *STEPS, *longer, f"out={tmp_path}/out", "cluster=local"]
     jobs = f"hydra.launcher.submitit_folder={tmp_path}/jobs"
     process = subprocess.Popen([sys.executable, *command, jobs], stderr=subprocess.PIPE, text=True)
@@ -124,12 +139,15 @@ def test_a_preempted_cluster_job_is_requeued_and_ends_with_the_same_curve(world,
 def test_two_ranks_share_one_target_and_generate_as_one_process(world, tmp_path):
     overrides, root = world
     save_llama(tmp_path / "target", root.parent / "target")
-    overrides = [*overrides, f"target.path={tmp_path}/target", f"++inputs.data={root}/data"]
+    overrides = [*overrides, f"target.path={tmp_path}/target", f"++inputs.data={root}/data", "scale.num_responses=16"]
     steps = {"respond": [], "cache": [f"inputs.responses={tmp_path}/respond-one"]}
     for name, extra in steps.items():
         stage(name, [*overrides, *extra, f"out={tmp_path}/{name}-one"])
-        split = [f"out={tmp_path}/{name}-two", "target.parallel=tensor"]
-        run(*TORCHRUN, "-m", f"experiments.{name}", *overrides, *extra, *split)
+    split = ["target.parallel=tensor"]
+    run_on_two_ranks(
+        tmp_path,
+        [(name, [*overrides, *extra, *split, f"out={tmp_path}/{name}-two"]) for name, extra in steps.items()],
+    )
     one, two = (Rows(tmp_path / f"respond-{name}", "respond") for name in ("one", "two"))
     assert [row["response_ids"].tolist() for row in two] == [row["response_ids"].tolist() for row in one]
     counts = (read_manifest(tmp_path / f"cache-{name}", "cache")["counts"] for name in ("one", "two"))
