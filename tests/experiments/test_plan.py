@@ -89,6 +89,7 @@ def test_a_plan_that_cannot_fit_is_refused_and_the_error_names_a_remedy(override
         plan_page("scale=llama2", *overrides)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "remedy",
     [
@@ -103,6 +104,7 @@ def test_the_remedies_that_the_errors_name_make_the_plan_fit(remedy):
     assert "device-hours" in plan_page("scale=llama2", *remedy)
 
 
+@pytest.mark.end_to_end
 def test_the_plan_shows_the_price_and_the_smaller_disk_of_a_sparse_cache():
     exact, sparse = (rows(plan_page("scale=llama2", "plan.price=2.5", *cache)) for cache in ([], ["cache=sparse"]))
     assert float(exact["all"]["price"].replace(",", "")) > 100
