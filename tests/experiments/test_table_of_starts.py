@@ -28,8 +28,8 @@ def test_every_recipe_takes_the_operations_of_the_scale_in_the_shares_that_were_
     found, per_step = planned("scale=tiny", "seeds=[1,7]", "shares=[0.8]", "starts.narrow=null")
     scale = found[0].pretraining.cfg.scale
     budget = scale.pretrain_steps * per_step["scratch"][0] + scale.finetune_steps * per_step["scratch"][1]
-    assert [one.name for one in found[:4]] == ["scratch-80", "projected-80", "layers-80", "scratch-80"]
-    assert len(found) == 2 * 3
+    assert [one.name for one in found[:4]] == ["scratch-80", "projected-80", "layers-80", "muon-80"]
+    assert len(found) == 2 * 4
     for one in found:
         steps = one.pretraining.cfg.pretrain.max_steps, one.finetuning.cfg.finetune.max_steps
         spent = [number * operations for number, operations in zip(steps, per_step[one.start], strict=True)]
