@@ -43,12 +43,12 @@ def test_every_recipe_takes_the_operations_of_the_scale_in_the_shares_that_were_
 
 
 def test_a_start_of_ones_own_is_added_and_one_is_left_out():
-    given = '+starts.muon=["init=scratch","optimizer=muon"]'
+    given = '+starts.own=["init=scratch","optimizer=muon"]'
     (one,), _ = planned(
         *("scale=tiny", "starts.projected=null", "starts.narrow=null", "starts.layers=null", "starts.scratch=null"),
-        *(given, "seeds=[1]", "shares=[0.25]", "base=muon-25", "operations=1e12"),
+        *("starts.muon=null", given, "seeds=[1]", "shares=[0.25]", "base=own-25", "operations=1e12"),
     )
-    assert one.name == "muon-25"
+    assert one.name == "own-25"
     assert "muon" in one.pretraining.cfg.optimizer._target_
     assert "muon" in one.finetuning.cfg.optimizer._target_
 
@@ -104,7 +104,7 @@ def test_the_table_has_steps_seconds_and_paired_differences():
 def test_the_command_runs_what_is_missing_and_writes_the_table(world, tmp_path):
     overrides, _ = world
     command = [*overrides, f"publish={tmp_path}", "seeds=[1]", "shares=[0,0.5]", "starts.narrow=null"]
-    command += ["starts.layers=null", "base=scratch-50", "starts.projected=null"]
+    command += ["starts.layers=null", "base=scratch-50", "starts.projected=null", "starts.muon=null"]
     starts.main(command)
     root = next(part.partition("=")[2] for part in overrides if part.startswith("root="))
     rows = (tmp_path / "starts.md").read_text().splitlines()
