@@ -122,7 +122,7 @@ table-transfer: setup ## trained on one kind of instruction, tested on all tasks
 	$(SUITE) losses=[tvdpp] seeds=[1,2,3] experiments=[$(TRANSFER)] $(ARGS)
 
 table-starts: setup ## what each start is worth at equal compute
-	$(RUN).starts scale=$(SCALE) publish=results/$(SCALE)/starts evaluate_ranks=$(RANKS) $(ARGS)
+	$(RUN).starts scale=$(SCALE) publish=results/$(SCALE) evaluate_ranks=$(RANKS) $(ARGS)
 
 figure-checkpoints: setup ## block efficiency along finetuning
 	$(SUITE) losses=[kld,tvd,tvdpp] seeds=[1] $(ALONG) $(ARGS)

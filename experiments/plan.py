@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from drafter.metrics import memory_bound_speedup
 from drafter.models.loading import meta_model
-from experiments.planning.advice import advise
+from experiments.planning.advice import advise, check_hours
 from experiments.planning.estimates import estimates
 from experiments.planning.roofline import Shape
 from experiments.planning.world import StageEstimate, World
@@ -29,12 +29,15 @@ def main(settings: DictConfig) -> None:
     Raises:
         ValueError: a stage cannot fit, or an override belongs to no stage.
     """
+    check_hours(settings.plan.hours)
+    if type(settings.plan.gpus) is not int or settings.plan.gpus < 1:
+        raise ValueError(f"plan.gpus is {settings.plan.gpus}, must be a whole number above 0")
     jobs = all_jobs(settings)
     world = world_of(settings, jobs)
     stages = [stage for job in jobs for stage in estimates(job, world)]
     print(plan_text(stages, world, settings))
-    print(advise(next(job.cfg for job in jobs if job.stage == "pretrain"), world, stages, settings.plan.hours))
     check_fits(stages, world, settings)
+    print(advise(next(job.cfg for job in jobs if job.stage == "pretrain"), world, stages, settings.plan.hours))
 
 
 def world_of(settings: DictConfig, jobs: list[Job]) -> World:

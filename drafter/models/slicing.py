@@ -46,7 +46,7 @@ def slice_hidden_states(model: PreTrainedModel, hidden_size: int, ids_BT: torch.
 
 
 def check_can_slice(model: PreTrainedModel, size: int) -> None:
-    """Raise if a model's hidden states cannot be made so small, judging by the names and kinds of its parts.
+    """Raise if a model cannot be sliced to a hidden size, judging by the names and kinds of its parts.
 
     Raises:
         ValueError: the model has parts that are not Llama's; names the first. Or its heads do not divide the size.
@@ -70,7 +70,7 @@ def check_can_slice(model: PreTrainedModel, size: int) -> None:
         nearest = max(heads, size - size % heads)
         raise ValueError(
             f"init.hidden_size is {size}, must be a multiple of the target's {heads} attention heads, because "
-            f"transformers loads no other model: give {nearest} or {nearest + heads}"
+            f"transformers refuses one that the heads do not divide: give {nearest} or {nearest + heads}"
         )
 
 

@@ -52,11 +52,11 @@ def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
     seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, tokens)
     heldout = cfg.scale.heldout_tokens * num_validations(settings)
     judged = validation_seconds(cfg, world, settings, heldout, settings.sequence_length, heldout)
-    done = pretraining_operations(cfg, world.drafter) * settings.max_steps
+    done = pretraining_operations(cfg, world.drafter, world.target) * settings.max_steps
     if settings.distillation.weight:
         taught, length = tokens * settings.max_steps + heldout, settings.sequence_length
         at_once = tokens / world.gpus / cfg.trainer.accumulate_grad_batches
-        done += operations(world.target, taught, length / 2)
+        done += operations(world.target, heldout, length / 2)
         judged += taught / world.gpus / at_once * target_pass_seconds(cfg, world, at_once, length)
         held_at_once = min(at_once, settings.distillation.batch_tokens or at_once)
         memory = memory | target_memory(cfg, world, held_at_once)
@@ -115,11 +115,13 @@ def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
     )
 
 
-def pretraining_operations(cfg: DictConfig, drafter: Shape) -> float:
-    """Return the operations of one step of pretraining, without the target's if it is distilled."""
+def pretraining_operations(cfg: DictConfig, drafter: Shape, target: Shape) -> float:
+    """Return the operations of one step of pretraining, with the target's forward pass if it is distilled."""
     settings = cfg.pretrain
-    tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
-    return 3 * operations(trained_shape(drafter, settings), tokens, settings.sequence_length / 2)
+    tokens, context = settings.batch_size * settings.sequence_length, settings.sequence_length / 2
+    tokens *= cfg.trainer.accumulate_grad_batches
+    taught = operations(target, tokens, context) if settings.distillation.weight else 0.0
+    return 3 * operations(trained_shape(drafter, settings), tokens, context) + taught
 
 
 def finetuning_operations(cfg: DictConfig, drafter: Shape, target: Shape) -> float:
@@ -139,7 +141,7 @@ def target_operations(cfg: DictConfig, target: Shape, responses: float) -> float
     if cfg.inputs.cache:
         return float(2 * target.head * responses * expected.response_tokens)
     length = expected.prompt_tokens + expected.response_tokens
-    return operations(target, responses * length, length / 2)
+    return operations(target, responses * length, length / 2, responses * expected.response_tokens)
 
 
 def target_seconds(cfg: DictConfig, world: World, samples: float) -> float:
@@ -246,6 +248,8 @@ def trained_shape(shape: Shape, settings: DictConfig) -> Shape:
 
 def num_validations(settings: DictConfig) -> int:
     """Return how many times a training run validates: at its start, at each interval and after its last step."""
+    if not settings.max_steps:
+        return 0
     return int(1 + math.ceil(settings.max_steps / min(settings.validate_every, settings.max_steps)))
 
 

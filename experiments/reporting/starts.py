@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from drafter.metrics import Estimate, estimate, memory_bound_speedup, paired_difference
-from experiments.reporting.paper import by_seed, difference, domain_task, is_outside, of_series
+from experiments.reporting.paper import by_seed, difference, domain_task, efficiency, is_outside, of_series
 from experiments.reporting.results import Evaluation, Gamma, counts_by_prompt, tasks_and_gammas
 from experiments.reporting.tabular import Table, with_interval
 
@@ -38,24 +38,26 @@ def starts_table(recipes: dict[str, list[Recipe]], evaluations: Sequence[Evaluat
     """
     inside = domain_task(evaluations)
     outside = [task for task, _ in tasks_and_gammas(evaluations[0]) if is_outside(evaluations, task)]
-    columns = ["start", "of it pretraining", "steps", "seconds", "c", f"τ in domain, γ = {gamma}", "seeds", f"− {base}"]
+    columns = ["start", "share of pretraining", "steps", "seconds", "c", f"τ in domain, γ = {gamma}", "seeds"]
+    columns.append(f"τ − {base}")
     for task in outside:
-        columns += [f"τ on {task.replace('_', ' ')}", f"− {base}"]
-    columns += ["MBSU in domain", f"− {base}"]
+        columns += [f"τ on {task.replace('_', ' ')}", f"τ − {base}"]
+    columns += ["MBSU in domain", f"MBSU − {base}"]
     rows = []
     for name, runs in recipes.items():
         found, first = of_series(evaluations, name), runs[0]
         row = [first.start, f"{first.share:.0%}", f"{first.pretraining_steps} + {first.finetuning_steps}"]
         row += [f"{sum(run.seconds for run in runs) / len(runs):.0f}", f"{found[0].size_ratio:.3f}"]
         for task in (inside, *outside):
-            row.append(with_interval(estimate(counts_by_prompt(found, task, gamma), "block_efficiency")))
+            row.append(efficiency(found, task, gamma))
             if task == inside:
                 row.append(by_seed(found, task, gamma))
             row.append(with_interval(difference(evaluations, name, base, task, gamma), signed=True))
         rows.append(row + speedup_cells(evaluations, name, base, inside, gamma))
     note = (
-        "Every recipe takes the same number of operations for pretraining and finetuning together; steps are of both, "
-        "seconds the mean over seeds. Differences are paired by prompt. MBSU is τ / (cγ + 1)."
+        "Every recipe takes the same number of operations for pretraining and finetuning together, to within half a "
+        "step of each. Steps are of pretraining + finetuning; seconds are their time with loading and validation, the "
+        "mean over seeds (less where a run was interrupted). Differences are paired by prompt. MBSU is τ / (cγ + 1)."
     )
     return Table("starts", "Which start is worth what?", columns, rows, note)
 
@@ -65,8 +67,7 @@ def speedup_cells(evaluations: Sequence[Evaluation], name: str, base: str, task:
     ours, theirs = (of_series(evaluations, series) for series in (name, base))
     counts, reference = (counts_by_prompt(found, task, gamma) for found in (ours, theirs))
     factor, other = (memory_bound_speedup(1.0, found[0].size_ratio, float(gamma)) for found in (ours, theirs))
-    efficiency = estimate(counts, "block_efficiency")
-    value = with_interval(Estimate(*(factor * part for part in efficiency)))
+    value = with_interval(Estimate(*(factor * part for part in estimate(counts, "block_efficiency"))))
     if name == base:
         return [value, ""]
     gain = paired_difference(counts, reference, "block_efficiency", factors=(factor, other))

@@ -2,16 +2,21 @@
 
 import pytest
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from drafter.models.initialization import build_drafter
+from experiments import plan as plan_command
 from experiments.planning.advice import (
     Candidate,
     advice,
+    advise,
     best_speedup,
     break_even,
     candidates,
+    check_hours,
     choose,
     llama_shape,
+    size_overrides,
     verification_costs,
 )
 from experiments.planning.roofline import Shape
@@ -35,9 +40,10 @@ def sizes(plan, seconds):
 
 
 def test_the_shape_of_a_candidate_is_that_of_the_model_that_would_be_built():
-    fields = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    assert Shape.of(build_drafter(fields | heads, 320, {})) == llama_shape(2, 64, 320)
+    shape = llama_shape(2, 64, 320)
+    with initialize_config_module("conf", version_base="1.3"):
+        drafter = configured("pretrain", ["scale=smoke", *size_overrides(shape).split()]).drafter
+    assert Shape.of(build_drafter(OmegaConf.to_container(drafter), 320, {})) == shape
 
 
 def test_depth_costs_a_draft_more_than_width_and_twice_the_time_buys_twice_the_tokens(plan):
@@ -68,12 +74,35 @@ def test_the_rate_that_pays_is_where_the_speedup_passes_one(plan):
 
 def test_the_size_advised_is_near_a_200th_of_the_target(plan):
     chosen = choose(sizes(plan, 3600.0), TARGET)
-    assert (chosen.shape.layers, chosen.shape.hidden) == (2, 512)
+    assert (chosen.shape.layers, chosen.shape.hidden) == (1, 1024)  # 46M is nearer to 33.5M than 23M is
 
 
-@pytest.mark.parametrize(("bought", "start"), [(3.0, "init=existing"), (300.0, "init=scratch")])
-def test_a_small_budget_is_advised_to_start_from_a_model(bought, start):
-    text = advice(Candidate(llama_shape(2, 512, 32_000), 0.02, bought), 5400.0)
+@pytest.mark.parametrize(("bought", "start"), [(3.0, "init.steps=0"), (300.0, "more than the 8")])
+def test_a_small_budget_is_advised_to_leave_out_pretraining(bought, start):
+    text = advice(Candidate(llama_shape(2, 512, 32_000), 0.02, bought), TARGET, 5400.0)
     assert start in text
-    assert "90 min buy" in text
+    assert "all of 90 min would buy" in text
     assert "drafter.hidden_size=512" in text
+    assert "with 1/289" in text
+
+
+def test_the_section_has_a_line_for_each_size_and_the_hours_that_were_given(plan):
+    cfg, world = plan
+    text = advise(cfg, world, [], hours=2)
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + 9
+    assert "tokens / parameter in 2.0 h" in text
+    assert "`drafter.num_hidden_layers=1 drafter.hidden_size=1024" in text
+
+
+@pytest.mark.parametrize("hours", [0, -1, "abc"])
+def test_hours_that_are_no_time_are_refused(hours):
+    with pytest.raises(ValueError, match=f"plan.hours is {hours}, must be a number above 0"):
+        check_hours(hours)
+
+
+def test_a_start_without_training_is_planned(capsys):
+    plan_command.main(["scale=tiny", "hardware=cpu", "plan.gpus=1", "init=layers", "losses=[]"])
+    page = capsys.readouterr().out
+    assert "| pretrain | 1 | 0 |" in page
+    assert "Size: `drafter.num_hidden_layers=" in page
+    assert "Start:" not in page  # there is no time to divide

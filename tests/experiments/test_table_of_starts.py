@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_module
 from drafter.artifacts.manifest import read_manifest
 from drafter.metrics import Counts
 from experiments import starts
+from experiments.planning import equal_compute
 from experiments.reporting.identity import DrafterIdentity
 from experiments.reporting.results import Evaluation
 from experiments.reporting.starts import Recipe, starts_table
@@ -17,11 +18,12 @@ from experiments.running.composing import gather_stage_overrides
 def planned(*overrides):
     with initialize_config_module("conf", version_base="1.3"):
         settings = compose("starts", gather_stage_overrides("starts", list(overrides)))
-        starts.check_settings(settings)
         others = list(settings.stage_overrides)
-        recipes = starts.plan_recipes(settings, others)
-        chosen = starts.starts_of(settings)
-        return recipes, {start: starts.step_operations(settings, others, chosen[start]) for start in chosen}
+        equal_compute.check_settings(settings)
+        equal_compute.check_starts(settings, others)
+        recipes = equal_compute.plan_recipes(settings, others)
+        chosen = equal_compute.starts_of(settings)
+        return recipes, {start: equal_compute.step_operations(settings, others, chosen[start]) for start in chosen}
 
 
 def test_every_recipe_takes_the_operations_of_the_scale_in_the_shares_that_were_asked_for():
@@ -56,8 +58,20 @@ def test_a_start_of_ones_own_is_added_and_one_is_left_out():
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["shares=[0,1]"], "shares has 1, must be from 0 to less than 1"),
-        (["shares=[0.4,0.4]"], "two of them are the same percentage"),
+        (["shares=[0,1]"], "shares has 1, must have numbers from 0 to less than 1"),
+        (["shares=[0.4,0.4]"], "which gives two recipes the name scratch-40"),
+        (["shares=null"], "shares is None, must be a list of numbers"),
+        (["seeds=[]"], "seeds is [], must be a list of whole numbers"),
+        (["seeds=[a]"], "seeds has 'a', must have whole numbers"),
+        (["seeds=[1,1]"], "one of them stands there twice"),
+        (["operations=-1e12"], "must be a number above 0, or null"),
+        (["num_speculative_tokens=adaptive"], "num_speculative_tokens is adaptive, must be a whole number"),
+        (["+starts.x='init=layers'"], "starts.x is 'init=layers', must be a list of overrides"),
+        (['+starts.x=["nonsense=1"]'], "starts.x has 'nonsense=1', but 'nonsense' is a setting of neither"),
+        (['+starts.x=["respond.top_p=0.5"]'], "'respond' is a setting of neither pretrain nor finetune"),
+        (['+starts.x=["seed=3"]'], "starts.x has 'seed=3', which every recipe sets itself"),
+        (["finetune.max_steps=7"], "the command line has 'finetune.max_steps=7', which every recipe sets itself"),
+        (['+starts.x=["pretrain.kept_tokens=9"]'], "give pretrain.kept_tokens and finetune.kept_tokens the same value"),
         (["base=scratch-81"], "base is 'scratch-81', must be one of the recipes: scratch-0"),
         (["operations=1000"], "operations is 1e+03, less than a step of scratch-0"),
     ],
@@ -107,7 +121,7 @@ def test_the_command_runs_what_is_missing_and_writes_the_table(world, tmp_path):
     command += ["starts.layers=null", "base=scratch-50", "starts.projected=null", "starts.muon=null"]
     starts.main(command)
     root = next(part.partition("=")[2] for part in overrides if part.startswith("root="))
-    rows = (tmp_path / "starts.md").read_text().splitlines()
+    rows = (tmp_path / "starts" / "starts.md").read_text().splitlines()
     assert [row.split(" | ")[:2] for row in rows if row.startswith("| scratch")] == [
         ["| scratch", "0%"],
         ["| scratch", "50%"],
@@ -115,6 +129,6 @@ def test_the_command_runs_what_is_missing_and_writes_the_table(world, tmp_path):
     found = read_manifest(f"{root}/starts/finetune/scratch-0-seed1", "finetune")
     assert found["inputs"]["drafter"]
     assert read_manifest(f"{root}/starts/drafter/scratch-0-seed1", "pretrain")["counts"]["steps"] == 0
-    before = (tmp_path / "starts.md").read_text()
+    before = (tmp_path / "starts" / "starts.md").read_text()
     starts.main(command)
-    assert (tmp_path / "starts.md").read_text() == before
+    assert (tmp_path / "starts" / "starts.md").read_text() == before
