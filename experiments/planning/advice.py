@@ -77,9 +77,9 @@ def advise(cfg: DictConfig, world: World, stages: list[StageEstimate], hours: fl
             ]
         )
     note = (
-        "c is the drafter's share of the target's parameters, α the acceptance rate, which no plan knows. The cost of a "
-        f"draft is in calls of the target; speed-ups are at the best γ up to {max(GAMMAS)}, for one sequence. Tokens per "
-        "parameter are what that time would buy if all of it went to pretraining."
+        "c is the drafter's share of the target's parameters, α the acceptance rate, which no plan knows. The cost of "
+        f"a draft is in calls of the target; speed-ups are at the best γ up to {max(GAMMAS)}, for one sequence. Tokens "
+        "per parameter are what that time would buy if all of it went to pretraining."
     )
     table = Table("advice", "Which drafter?", columns, rows, note)
     return f"## {table.title}\n\n{table.markdown()}\n\n{advice(choose(found, world.target), world.target, seconds)}\n"
