@@ -11,12 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from drafter.artifacts.manifest import read_manifest, write_json, write_text
+from drafter.artifacts.manifest import read_manifest, write_json
 from experiments.pipeline import check, run
 from experiments.planning.equal_compute import Planned, check_settings, check_starts, plan_recipes
 from experiments.reporting.results import read_evaluations
 from experiments.reporting.starts import Recipe, starts_table
-from experiments.reporting.tabular import Table
 from experiments.running.commands import pipeline_command
 from experiments.running.jobs import Job, compose_job, evaluation_job
 from experiments.running.progress import announce, quiet
@@ -76,16 +75,10 @@ def write(planned: list[Planned], cfg: DictConfig, settings: DictConfig) -> None
     table = starts_table(recipes, evaluations, settings.base, settings.num_speculative_tokens)
     for root in filter(None, (cfg.root, settings.publish)):
         folder = Path(root).expanduser() / settings.folder
-        write_table(table, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        table.write(folder)
         write_json(folder / "runs.json", runs)
     print(f"\n### {table.title}\n\n{table.markdown()}\n\nwritten to {Path(cfg.root) / settings.folder / 'starts.md'}")
-
-
-def write_table(table: Table, folder: Path) -> None:
-    """Write a table as Markdown and as LaTeX."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{table.name}.md", f"### {table.title}\n\n{table.markdown()}\n")
-    write_text(folder / f"{table.name}.tex", table.latex())
 
 
 if __name__ == "__main__":

@@ -80,8 +80,7 @@ def main(cfg: DictConfig) -> None:
         describe_machines([*evaluations, *variants, *steps]),
     ]
     for table in tables:
-        write_text(out / "tables" / f"{table.name}.md", f"### {table.title}\n\n{table.markdown()}\n")
-        write_text(out / "tables" / f"{table.name}.tex", table.latex())
+        table.write(out / "tables")
     sections = [f"### {table.title}\n\n{table.markdown()}\n" for table in tables]
     traced = "runs.json has each run behind these numbers: its command, commit, versions, settings and inputs."
     text = "\n".join([*sections, *(f"{note}\n" for note in [*notes, traced])])

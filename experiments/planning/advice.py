@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from experiments.planning.roofline import Shape, forward_seconds, training_seconds
+from experiments.planning.roofline import Shape, training_seconds
 from experiments.planning.world import BYTES, StageEstimate, World
 from experiments.reporting.tabular import Table, number
 from experiments.running.progress import duration
@@ -89,15 +89,14 @@ def candidates(cfg: DictConfig, world: World, seconds: float) -> list[Candidate]
     """Return drafters of several depths and widths, with what they cost and what so many seconds of pretraining buy."""
     trained, _ = world.training(cfg)
     tokens = cfg.pretrain.batch_size * cfg.pretrain.sequence_length / world.gpus
-    one_call = target_seconds(cfg, world, 1)
+    one_call = world.call_seconds(world.target, 1, BYTES[cfg.target.dtype], world.shares(cfg)[0])
     found = []
     for hidden in sorted({multiple_of_head(world.target.hidden / fraction) for fraction in FRACTIONS}):
         for layers in DEPTHS:
             shape = llama_shape(layers, hidden, world.target.vocabulary)
             step = training_seconds(trained, shape, tokens, cfg.pretrain.sequence_length, tokens)
             bought = seconds / step * tokens * world.gpus / shape.parameters
-            draft = forward_seconds(world.device(low=False), shape, 1, world.length, 1, BYTES["float32"])
-            found.append(Candidate(shape, draft / one_call, bought))
+            found.append(Candidate(shape, world.call_seconds(shape, 1, BYTES["float32"]) / one_call, bought))
     return found
 
 
@@ -130,16 +129,11 @@ def multiple_of_head(size: float) -> int:
     return HEAD_WIDTH * max(1, math.ceil(size / HEAD_WIDTH))
 
 
-def target_seconds(cfg: DictConfig, world: World, tokens: int) -> float:
-    """Return the seconds of a call of the target with so many tokens of one sequence."""
-    width, (split, _) = BYTES[cfg.target.dtype], world.shares(cfg)
-    return forward_seconds(world.device(width < 4), world.target, tokens, world.length, 1, width, split)
-
-
 def verification_costs(cfg: DictConfig, world: World) -> dict[int, float]:
     """Return, for each gamma, the time of the target's call with gamma + 1 tokens, in calls with one token."""
-    one_call = target_seconds(cfg, world, 1)
-    return {gamma: target_seconds(cfg, world, gamma + 1) / one_call for gamma in GAMMAS}
+    width, (split, _) = BYTES[cfg.target.dtype], world.shares(cfg)
+    one_call = world.call_seconds(world.target, 1, width, split)
+    return {gamma: world.call_seconds(world.target, gamma + 1, width, split) / one_call for gamma in GAMMAS}
 
 
 def best_speedup(rate: float, cost: float, verification: dict[int, float]) -> tuple[float, int]:

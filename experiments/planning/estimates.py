@@ -48,7 +48,7 @@ def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
     """Estimate pretraining on packed text: the drafter's steps, and the target's forward passes if it is distilled."""
     settings = cfg.pretrain
     shape = trained_shape(world.drafter, settings)
-    tokens = settings.batch_size * settings.sequence_length * cfg.trainer.accumulate_grad_batches
+    tokens = pretraining_tokens(cfg)
     seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, tokens)
     heldout = cfg.scale.heldout_tokens * num_validations(settings)
     judged = validation_seconds(cfg, world, settings, heldout, settings.sequence_length, heldout)
@@ -94,8 +94,7 @@ def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
     """Estimate finetuning: the drafter's steps, and the target's forward passes or its cached output embedding."""
     settings, share = cfg.finetune, cfg.finetune.text_share
     samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
-    tokens = samples * ((1 - share) * world.length + share * settings.sequence_length)
-    scored = samples * ((1 - share) * world.response + share * settings.sequence_length)
+    tokens, scored = finetuning_tokens(cfg, world.prompt, world.response)
     seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, scored, samples)
     answered, judged = samples * (1 - share) * settings.max_steps, num_validated(cfg, settings)
     seconds = seconds * settings.max_steps + target_seconds(cfg, world, answered + judged)
@@ -115,24 +114,34 @@ def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
     )
 
 
+def pretraining_tokens(cfg: DictConfig) -> int:
+    """Return the tokens of one step of pretraining."""
+    return int(cfg.pretrain.batch_size * cfg.pretrain.sequence_length * cfg.trainer.accumulate_grad_batches)
+
+
 def pretraining_operations(cfg: DictConfig, drafter: Shape, target: Shape) -> float:
     """Return the operations of one step of pretraining, with the target's forward pass if it is distilled."""
-    settings = cfg.pretrain
-    tokens, context = settings.batch_size * settings.sequence_length, settings.sequence_length / 2
-    tokens *= cfg.trainer.accumulate_grad_batches
+    settings, tokens = cfg.pretrain, pretraining_tokens(cfg)
+    context = settings.sequence_length / 2
     taught = operations(target, tokens, context) if settings.distillation.weight else 0.0
     return 3 * operations(trained_shape(drafter, settings), tokens, context) + taught
+
+
+def finetuning_tokens(cfg: DictConfig, prompt: float, response: float) -> tuple[float, float]:
+    """Return the tokens of one step of finetuning, and those with a loss, for such prompts and responses."""
+    settings, share = cfg.finetune, cfg.finetune.text_share
+    samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
+    answered, text = samples * (1 - share), samples * share * settings.sequence_length
+    return answered * (prompt + response) + text, answered * response + text
 
 
 def finetuning_operations(cfg: DictConfig, drafter: Shape, target: Shape) -> float:
     """Return the operations of one step of finetuning, with those of the target's logits."""
     settings, share, expected = cfg.finetune, cfg.finetune.text_share, cfg.scale.expected
     samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
-    answered, text = samples * (1 - share), samples * share * settings.sequence_length
-    tokens = answered * (expected.prompt_tokens + expected.response_tokens) + text
-    scored = answered * expected.response_tokens + text
+    tokens, scored = finetuning_tokens(cfg, expected.prompt_tokens, expected.response_tokens)
     trained = 3 * operations(trained_shape(drafter, settings), tokens, settings.sequence_length / 2, scored)
-    return trained + target_operations(cfg, target, answered)
+    return trained + target_operations(cfg, target, samples * (1 - share))
 
 
 def target_operations(cfg: DictConfig, target: Shape, responses: float) -> float:
@@ -181,17 +190,15 @@ def estimate_evaluate(cfg: DictConfig, world: World) -> StageEstimate:
     drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
     split, shares = world.shares(cfg)
 
-    def call_seconds(shape: Shape, tokens: int, width: int, split: int = 1) -> float:
-        return forward_seconds(world.device(width < 4), shape, tokens, world.length, 1, width, split)
-
     answers = [TURNS if turns_of(name, how) == "all" else 1 for name, how in cfg.task.items()]
     prompts = sum(answers) * cfg.evaluate.prompts_per_task
-    seconds = world.response * call_seconds(world.target, 1, width, split)
+    seconds = world.response * world.call_seconds(world.target, 1, width, split)
     for gamma in gammas:
         drafted = gamma if isinstance(gamma, int) else 3
         blocks = drafters * world.response / world.block_efficiency
         seconds += blocks * (
-            drafted * call_seconds(world.drafter, 1, 4) + call_seconds(world.target, drafted + 1, width, split)
+            drafted * world.call_seconds(world.drafter, 1, 4)
+            + world.call_seconds(world.target, drafted + 1, width, split)
         )
     memory = generation_memory(world.target, 1, world.length, width, split)
     memory["drafters"] = 4 * drafters * world.drafter.parameters

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from experiments.planning.roofline import Hardware, Shape
+from experiments.planning.roofline import Hardware, Shape, forward_seconds
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -30,6 +30,10 @@ class World(NamedTuple):
         """Return the hardware with its speed in two-byte (`low`) or four-byte arithmetic."""
         fields = {str(name): value for name, value in self.hardware.items() if name not in ("flops", "float32_flops")}
         return Hardware(flops=self.hardware.flops if low else self.hardware.float32_flops, **fields)
+
+    def call_seconds(self, shape: Shape, tokens: int, width: int, split: int = 1) -> float:
+        """Return the seconds of a model's call with so many tokens of one sequence, in numbers of `width` bytes."""
+        return forward_seconds(self.device(width < 4), shape, tokens, self.length, 1, width, split)
 
     def training(self, cfg: DictConfig) -> tuple[Hardware, int]:
         """Return the hardware in the precision of training, and the bytes per number."""

@@ -1,8 +1,10 @@
 """A table that can be written as Markdown and as LaTeX."""
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
+from drafter.artifacts.manifest import write_text
 from drafter.metrics import Estimate
 
 LATEX = {
@@ -28,6 +30,11 @@ class Table(NamedTuple):
     columns: list[str]
     rows: list[list[str]]
     note: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Write the table with its title into a folder, as Markdown and as LaTeX."""
+        write_text(folder / f"{self.name}.md", f"### {self.title}\n\n{self.markdown()}\n")
+        write_text(folder / f"{self.name}.tex", self.latex())
 
     def markdown(self) -> str:
         """Return the table and its note in Markdown, without the title."""
