@@ -116,8 +116,11 @@ class Writer:
             for index, turn in enumerate(turns)
         ]
         torch.manual_seed(seed_of(recipe, shard))
+        order = sorted(range(size), key=lambda index: requests[index].prompt_ids)  # equal prompts are read once
+        responses = dict(zip(order, self.engine([requests[index] for index in order]), strict=True))
         written = []
-        for request, turn, response in zip(requests, turns, self.engine(requests), strict=True):
+        for index, (request, turn) in enumerate(zip(requests, turns, strict=True)):
+            response = responses[index]
             tokens = [] if isinstance(response, Failure) else response
             text, left_out = self.read(tokens, turn.end_text)
             fields = {"text": text, "left_out": left_out, "answer": "", "tokens": len(tokens)}

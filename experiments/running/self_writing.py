@@ -51,7 +51,8 @@ def claim_source(cfg: DictConfig, source: SelfSource) -> Stage:
         "seed": cfg.seed,
         "target_dtype": cfg.target.dtype,
     }
-    del settings["weight"]  # it decides how often rows are drawn, not what they are
+    for name in ("weight", "template"):  # they decide how rows are used, not what the target writes
+        settings.pop(name, None)
     return claim(cfg, SELF_WRITTEN, settings, target_inputs(cfg), source.directory, module="prepare")
 
 

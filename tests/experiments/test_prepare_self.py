@@ -92,6 +92,20 @@ def test_a_second_run_writes_nothing_and_the_weight_does_not_matter_to_what_is_w
         stage("prepare", [*command, "data.instructions.self.weight=2"])
 
 
+def test_a_template_makes_the_instructions_of_the_messages_that_are_written_already(prepared, tmp_path):
+    folder, command = prepared
+    shutil.copytree(folder / "run" / "instructions", tmp_path / "run" / "instructions")
+    before = snapshot(tmp_path / "run" / "instructions")
+    change = [f"root={tmp_path}/run", "+data.instructions.self.template='who saw : {prompt}'"]
+    stage("prepare", [*command, *change])
+    assert snapshot(tmp_path / "run" / "instructions") == before
+    messages = {row["prompt"] for row in read_jsonl(tmp_path / "run" / "instructions" / "self" / "instructions.jsonl")}
+    data = tmp_path / "run" / "data"
+    prompts = [row["prompt"] for name in ("instructions", "tasks") for row in read_jsonl(data / f"{name}.jsonl")]
+    assert prompts
+    assert all(prompt.removeprefix("who saw : ") in messages - {prompt} for prompt in prompts)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -138,6 +152,9 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("data.instructions.self.temperature=0", "data.instructions.self.temperature is 0, must be above 0"),
         ("data.instructions.self.top_p=1.5", "data.instructions.self.top_p is 1.5"),
         ("+data.instructions.self.steer=x", r"data.instructions.self has \['steer'\]; a source of kind self has"),
+        ("+data.instructions.self.template='Answer!'", "template 'Answer!' has no field"),
+        ("+data.instructions.self.template='{{text}}'", "template is '{text}', must be a text with {prompt} in it"),
+        ("+data.pretraining.template='Q: {{prompt}}'", "data.pretraining.template is 'Q: {prompt}', must be left out"),
         ("data.instructions.self.number=0", "data.instructions.self.number is 0, must be at least 1"),
         ("data.instructions.self.system=[1]", "data.instructions.self.system is"),
         ("data.instructions.self.examples=[1]", "data.instructions.self.examples is .*must be a list of texts or"),
