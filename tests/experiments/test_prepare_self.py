@@ -1,6 +1,7 @@
 """Tests of the stage `prepare` with instructions and text that the target writes itself."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -14,6 +15,8 @@ from experiments.pipeline import main
 from tests.chat_target import VOCABULARY, chat_tokenizer, save_chat_target
 from tests.conftest import save_target, write_jsonl
 from tests.experiments.test_pipeline import snapshot, stage
+
+CHANGES = re.compile(r" (?=\+)")  # between two overrides
 
 
 def overrides(folder, target):
@@ -112,6 +115,7 @@ def test_a_template_makes_the_instructions_of_the_messages_that_are_written_alre
         ("data.instructions.self.temperature=0.7", r"instructions/self was made differently.*settings\.temperature"),
         ("data.instructions.self.examples=[who ran ?]", r"instructions/self was made differently.*settings\.examples"),
         ("data.instructions.self.number=50", r"instructions/self was made differently.*settings\.number"),
+        ("+data.instructions.self.requests=[why ?]", r"instructions/self was made differently.*settings\.requests"),
         ("data.pretraining.top_p=0.5", r"text/pretraining was made differently.*settings\.top_p"),
         ("seed=5", r"instructions/self was made differently.*settings\.seed"),
     ],
@@ -159,6 +163,11 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("data.instructions.self.system=[1]", "data.instructions.self.system is"),
         ("data.instructions.self.examples=[1]", "data.instructions.self.examples is .*must be a list of texts or"),
         ("data.instructions.self.examples=nowhere", "examples is 'nowhere', which is neither"),
+        ("+data.instructions.self.requests=[1]", "requests is .1., must be a list of texts, or null"),
+        ("+data.instructions.self.requests=[]", "requests is .., must be a list of texts, or null"),
+        ("+data.instructions.self={{requests: [why], examples: [who]}}", "must be null beside examples"),
+        ("+data.pretraining.requests=[why]", "data.pretraining.requests is .*must be left out"),
+        ("+data.instructions.self.requests=[cat,'{long}']", "up to 123 tokens precede a message, and it may have 40"),
         ("data.instructions.self.max_new_tokens=300", "together they exceed the target's context of 128"),
         ("data.instructions.self.system=[cat,{long}]", "up to 121 tokens precede a message, and it may have 40"),
         ("data.instructions.self.examples=[cat,dog,man,{long}]", "up to 13. tokens precede a message, and it may"),
@@ -172,6 +181,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("task=docstrings", "task.open_ended.path is null, and data=self has no docstrings to ask about: task=self"),
         ("task.prompts.source=mine", "task.prompts.source is 'mine', must be a source .*: self"),
         ("data.instructions.self.kind=other", "must be files, conversations or self"),
+        ("target.path={base} +data.instructions.self.requests=[why]", "has no chat template"),
         ("target.path={base}", "has no chat template: a base model cannot write a user's messages"),
     ],
 )  # fmt: skip
@@ -180,7 +190,7 @@ def test_wrong_settings_are_refused_before_the_target_is_loaded(prepared, tmp_pa
     save_target(tmp_path / "base")
     change = change.format(base=tmp_path / "base", long="cat " * 120)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        stage("prepare", [*command, f"root={tmp_path}/run", change, f"dry_run={dry_run}"])
+        stage("prepare", [*command, f"root={tmp_path}/run", *CHANGES.split(change), f"dry_run={dry_run}"])
     assert not (tmp_path / "run").exists()
 
 
