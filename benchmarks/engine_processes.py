@@ -129,6 +129,7 @@ class LlamaServer:
         """Return the greedy continuation of a prompt, and its counts with a drafter of γ tokens per block."""
         body = {"prompt": prompt, "n_predict": self.length, "temperature": 0.0, "ignore_eos": False}
         body |= {"top_k": 1, "samplers": ["top_k"], "cache_prompt": False, "return_tokens": True}
+        self.client.close()  # the server ends a connection that was idle while other processes were asked
         began = time.perf_counter()
         found = self.client.ask("/completion", body, _with_timings)
         return llama_answer(found, time.perf_counter() - began, gamma, self.length, len(prompt))

@@ -43,39 +43,7 @@ def decode(pipe, settings, asked):
         counts = {"target_calls": calls, "drafted": metrics.get_num_draft_tokens()}
         counts["accepted"] = metrics.get_num_accepted_tokens()
     first = result.perf_metrics.get_ttft().mean / 1000
-    if len(sys.argv) > 1:
-        print(describe(result, metrics))
     return {"tokens": tokens, **counts, "seconds": seconds, "decoding_seconds": seconds - first}
-
-
-def describe(result, m):
-    p = result.perf_metrics
-    out = {
-        "gen": p.get_generate_duration().mean,
-        "ttft": p.get_ttft().mean,
-        "dur": [round(x / 1000, 1) for x in p.raw_metrics.m_durations],
-        "newtimes": [
-            round((x - p.raw_metrics.m_new_token_times[0]) / 1000, 1) for x in p.raw_metrics.m_new_token_times
-        ],
-    }
-    if m:
-        for n, k in (("main", m.main_model_metrics), ("draft", m.draft_model_metrics)):
-            out[n] = {
-                "gen": k.get_generate_duration().mean,
-                "ttft": k.get_ttft().mean,
-                "dur": [round(x / 1000, 1) for x in k.raw_metrics.m_durations],
-                "bs": list(k.raw_metrics.m_batch_sizes),
-                "lat": k.get_latency().mean if hasattr(k, "get_latency") else None,
-            }
-        out.update(
-            drafttok=m.get_num_draft_tokens(),
-            acc=m.get_num_accepted_tokens(),
-            rej=m.get_num_rejected_tokens(),
-            proc=m.get_num_draft_processed_tokens(),
-            mg=m.get_generate_duration().mean,
-            mttft=m.get_ttft().mean,
-        )
-    return json.dumps(out)
 
 
 if __name__ == "__main__":
