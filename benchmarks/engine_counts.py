@@ -100,7 +100,24 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 class Summary(NamedTuple):
-    """What was measured for a task and a gamma. Rates are tokens per second; see NOTE for the other words."""
+    """What was measured for a task and a gamma; see NOTE for the words.
+
+    Attributes:
+        task: the task, or ALL.
+        gamma: drafted tokens per block.
+        prompts: the number of prompts.
+        rate_alone: the target's tokens per second.
+        rate: the pair's.
+        ratio: of the two.
+        request_ratio: the same of complete requests.
+        tau: tokens per target call.
+        accepted: the share of drafted tokens that were accepted.
+        block_cost: v + γc.
+        c: the drafter's time per token.
+        v: what remains of the block's cost.
+        texts: the number of compared texts.
+        differences: of each text that differs from the target's own, the position of the first token that does.
+    """
 
     task: str
     gamma: int
@@ -122,7 +139,8 @@ class Summary(NamedTuple):
         rates = [f"{self.rate_alone:.1f}", f"{self.rate:.1f}", with_interval(self.ratio)]
         counts = [with_interval(self.request_ratio), with_interval(self.tau), f"{self.accepted:.0%}"]
         costs = [f"{self.block_cost:.2f}", f"{self.c:.3f}", f"{self.v:.2f}"]
-        equal = f"{self.texts - len(self.differences)} of {self.texts}"
+        first = f", first difference at token {min(self.differences)}" if self.differences else ""
+        equal = f"{self.texts - len(self.differences)} of {self.texts}{first}"
         return [self.task, str(self.gamma), str(self.prompts), *rates, *counts, *costs, equal]
 
 

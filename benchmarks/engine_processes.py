@@ -5,9 +5,8 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from benchmarks.engine_counts import Answer
 from drafter.data.http_client import HttpClient, Retries, ServerError, UnreadableAnswer
@@ -34,14 +33,6 @@ class Settings(NamedTuple):
     exact: bool
     stop_ids: list[int]
     logs: Path
-
-
-class Process(Protocol):
-    """An engine with its models loaded."""
-
-    def ask(self, prompt: list[int], gamma: int) -> Answer: ...
-
-    def close(self) -> None: ...
 
 
 def one_of(help_text: str, *names: str) -> str:
@@ -105,25 +96,28 @@ class LlamaServer:
         arguments = llama_arguments(usage.stdout + usage.stderr, drafter, gamma, settings)
         self.binary = binary
         command = [binary, "-m", model, "--host", "127.0.0.1", "--port", str(port), *arguments]
-        self.length, self.context = settings.length, settings.context
+        self.length = settings.length
         self.log = settings.logs / f"{Path(model).stem}-{f'gamma{gamma}' if drafter else 'alone'}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         # A request that failed is not sent again: the time of both tries would count.
         self.client = HttpClient(f"http://127.0.0.1:{port}", limits=Retries(retries=0, patience=0.0))
-        waiting = Retries(timeout=10.0, patience=PATIENCE)
-        try:
-            HttpClient(f"http://127.0.0.1:{port}", None, waiting, self._wait).ask("/health", None, bool)
-        except ServerError:
-            self.close()
-            raise
+        self._await_model()
 
-    def _wait(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                raise ServerError(f"{self.binary} ended:\n{tail(self.log)}")
-            time.sleep(0.1)
+    def _await_model(self) -> None:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self.client.ask("/health", None, lambda _: None)
+            except ServerError:
+                if self.process.poll() is not None or time.monotonic() > end:
+                    self.close()
+                    raise ServerError(f"{self.binary} did not start:\n{tail(self.log)}") from None
+            time.sleep(0.05)
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids in the model's own vocabulary."""
+        return str(self.client.ask("/detokenize", {"tokens": ids}, lambda found: found["content"]))
 
     def ask(self, prompt: list[int], gamma: int) -> Answer:
         """Return the greedy continuation of a prompt, and its counts with a drafter of γ tokens per block."""
@@ -148,9 +142,10 @@ def _with_timings(found: Any) -> dict[str, Any]:
 def llama_answer(found: dict[str, Any], seconds: float, gamma: int, length: int, prompt: int) -> Answer:
     """Return what an answer of llama-server's /completion says.
 
-    It counts drafts, not calls. A text that stops at the limit has as many calls as tokens that no draft brought. One
-    that ended by itself may have lost the end of its last block; all of its blocks have γ drafts, except those that
-    begin fewer than γ tokens before the limit, which it rarely reaches.
+    It counts drafts, not calls. In a text of the full length, each call brought one token that was not drafted. A text
+    that ended by itself may end within its last block; all of its blocks have γ drafts, except those that begin at most
+    γ tokens before the full length, which such a text rarely reaches. A draft that ends the text is not counted as
+    accepted.
 
     Args:
         found: the answer's JSON.
@@ -219,8 +214,8 @@ class OpenVino:
 def openvino_answer(found: dict[str, Any]) -> Answer:
     """Return what benchmarks/openvino_client.py says of a text.
 
-    Its counter of accepted drafts leaves out each text's last block, so that the accepted drafts are counted here: each
-    target call yields one token of its own.
+    OpenVINO's counter of accepted drafts leaves out each text's last block, so that they are counted here: each target
+    call yields one token of its own. Its drafter reads the prompt after the first token, in the time of decoding.
     """
     tokens, calls = found["tokens"], found["target_calls"] - 1
     accepted = len(tokens) - 1 - calls
@@ -239,9 +234,3 @@ def _end(process: "subprocess.Popen[Any]") -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def close_all(processes: Sequence[Process]) -> None:
-    """Stop all processes."""
-    for process in processes:
-        process.close()

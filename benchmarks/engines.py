@@ -20,6 +20,7 @@ after each repeat. benchmarks/engine_counts.py says what the columns are.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -30,9 +31,12 @@ from benchmarks.engine_counts import ALL, Answer, Measurement, record, summarise
 from benchmarks.engine_processes import LlamaServer, OpenVino, Settings
 from drafter.artifacts.manifest import read_jsonl, write_json
 from drafter.data.conversations import UnusableConversation, opening
+from drafter.data.http_client import ServerError
 from drafter.data.prompts import encode_prompt
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_limit, load_tokenizer
+
+SAMPLE = "A sentence whose ids must be the same text in both vocabularies: café, 1,234.5 and naïve λ."
 
 
 class Prompt(NamedTuple):
@@ -65,18 +69,17 @@ def main() -> None:
     stops = end_of_turn_ids(arguments.tokenizer, tokenizer)
     settings = Settings(arguments.threads, context, arguments.length, arguments.exact, stops, logs)
     measurements: list[Measurement] = []
-    with ExitStack() as stack:
-        decoders = start(arguments, settings, stack)
-        for decoder in decoders:
-            decoder.ask(prompts[0].ids, decoder.gamma)
-        for repeat in range(arguments.repeats):
-            for number, prompt in enumerate(prompts):
-                for decoder in turn(decoders, number + repeat):
-                    answer = decoder.ask(prompt.ids, decoder.gamma)
-                    which = (prompt.name, prompt.task, repeat, decoder.name, decoder.gamma)
-                    measurements.append(Measurement(*which, answer))
-            write(arguments, measurements)
-            print(f"repeat {repeat + 1} of {arguments.repeats}, {len(prompts)} prompts", flush=True)
+    try:
+        with ExitStack() as stack:
+            decoders = start(arguments, settings, stack)
+            for decoder in decoders:  # the first request allocates
+                decoder.ask(prompts[0].ids, decoder.gamma)
+            for repeat in range(arguments.repeats):
+                measurements += one_pass(decoders, prompts, repeat)
+                write(arguments, measurements)
+                print(f"repeat {repeat + 1} of {arguments.repeats}, {len(prompts)} prompts", flush=True)
+    except ServerError as problem:
+        raise SystemExit(f"{problem}\nThe logs are in {logs}") from None
     found = table(arguments.engine, summarise(measurements))
     print(f"\n{found.title}\n\n{found.markdown()}")
 
@@ -109,9 +112,37 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     for name in ("target", "drafter", "prompts"):
         if not (path := getattr(found, name)).exists():
             parser.error(f"--{name} is '{path}', which does not exist")
-    if found.engine == "llama-server" and (folder := next(filter(Path.is_dir, (found.target, found.drafter)), None)):
-        parser.error(f"'{folder}' is a directory; llama-server reads GGUF files")
+        if name != "prompts" and not is_model(path, found.engine):
+            what = "GGUF file" if found.engine == "llama-server" else "directory with an openvino_model.xml"
+            parser.error(f"--{name} is '{path}', must be a {what}: docs/SERVING.md says how to convert a model")
+    program, option = (found.binary, "binary") if found.engine == "llama-server" else (found.python, "python")
+    if not shutil.which(program):
+        parser.error(f"--{option} is '{program}', which is not an installed command")
     return found
+
+
+def is_model(path: Path, engine: str) -> bool:
+    """Return whether an engine can load what lies at a path."""
+    return path.is_file() if engine == "llama-server" else (path / "openvino_model.xml").exists()
+
+
+def check_vocabulary(arguments: argparse.Namespace, sample: list[int], text: Callable[[list[int]], str]) -> None:
+    """Check that a converted model has the tokenizer's vocabulary, because it gets token ids.
+
+    Args:
+        arguments: of the command.
+        sample: token ids, which should not be control tokens.
+        text: decodes ids in the converted model's vocabulary.
+
+    Raises:
+        SystemExit: the two decode the sample differently.
+    """
+    ours = load_tokenizer(arguments.tokenizer).decode(sample, clean_up_tokenization_spaces=False)
+    if ours.strip() != (theirs := text(sample)).strip():
+        raise SystemExit(
+            f"--tokenizer {arguments.tokenizer} is not that of --target {arguments.target}: the same ids are "
+            f"{ours[:60]!r} and {theirs[:60]!r}"
+        )
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
@@ -137,23 +168,42 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
 
 def start(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> list[Decoder]:
-    """Start the processes of all decoders, which the stack ends."""
+    """Start the processes of all decoders, which the stack ends.
+
+    Raises:
+        ServerError: a process did not start.
+        SystemExit: the target has another vocabulary than the tokenizer.
+    """
     target, drafter = str(arguments.target), str(arguments.drafter)
+    sample = load_tokenizer(arguments.tokenizer)(SAMPLE, add_special_tokens=False)["input_ids"]
 
-    def process(model: str, with_drafter: str | None, gamma: int) -> Callable[[list[int], int], Answer]:
-        one: LlamaServer | OpenVino
-        if arguments.engine == "openvino":
-            one = OpenVino(arguments.python, model, with_drafter, settings)
-        else:
-            one = LlamaServer(arguments.binary, model, with_drafter, gamma, settings)
-        stack.callback(one.close)
-        return one.ask
+    def openvino(model: str, with_drafter: str | None = None) -> OpenVino:
+        process = OpenVino(arguments.python, model, with_drafter, settings)
+        stack.callback(process.close)
+        return process
 
-    decoders = [Decoder("target", 0, process(target, None, 0)), Decoder("drafter", 0, process(drafter, None, 0))]
+    def llama(model: str, with_drafter: str | None = None, gamma: int = 0) -> LlamaServer:
+        process = LlamaServer(arguments.binary, model, with_drafter, gamma, settings)
+        stack.callback(process.close)
+        return process
+
     if arguments.engine == "openvino":  # one process has every gamma
-        ask = process(target, drafter, 0)
-        return decoders + [Decoder("pair", gamma, ask) for gamma in arguments.gammas]
-    return decoders + [Decoder("pair", gamma, process(target, drafter, gamma)) for gamma in arguments.gammas]
+        check_vocabulary(arguments, sample, load_tokenizer(target).decode)
+        alone = [Decoder("target", 0, openvino(target).ask), Decoder("drafter", 0, openvino(drafter).ask)]
+        ask = openvino(target, drafter).ask
+        return alone + [Decoder("pair", gamma, ask) for gamma in arguments.gammas]
+    first = llama(target)
+    check_vocabulary(arguments, sample, first.decode)
+    alone = [Decoder("target", 0, first.ask), Decoder("drafter", 0, llama(drafter).ask)]
+    return alone + [Decoder("pair", gamma, llama(target, drafter, gamma).ask) for gamma in arguments.gammas]
+
+
+def one_pass(decoders: Sequence[Decoder], prompts: Sequence[Prompt], repeat: int) -> Iterator[Measurement]:
+    """Yield what each prompt gives by each decoder, one request after the other."""
+    for number, prompt in enumerate(prompts):
+        for decoder in turn(decoders, number + repeat):
+            answer = decoder.ask(prompt.ids, decoder.gamma)
+            yield Measurement(prompt.name, prompt.task, repeat, decoder.name, decoder.gamma, answer)
 
 
 def turn(decoders: Sequence[Decoder], number: int) -> Iterator[Decoder]:
