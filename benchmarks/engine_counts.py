@@ -1,7 +1,7 @@
 """Pair the requests that an engine answered with and without a drafter, and report rates, ratios and block efficiency.
 
 The first token of a text comes from the call that reads the prompt. Decoding is what follows: its tokens, its seconds
-and its target calls are counted from there, so that with equal texts ratio = τ / block cost holds exactly.
+and its target calls are counted from there, so that ratio = τ / block cost holds exactly.
 """
 
 from collections.abc import Iterable, Sequence
