@@ -118,6 +118,17 @@ def compared(engine, rows, calls, accepted, pair):
     assert (found, drafts) == pytest.approx((sum(calls), sum(accepted)), rel=0.03)
 
 
+def by_openvino(asked):
+    """The rows of the client that the benchmark of engines uses, which takes one prompt per line."""
+    settings = {name: asked[name] for name in ("target", "drafter", "stop_ids")} | {"exact": True, "threads": None}
+    each = {name: asked[name] for name in ("max_new_tokens", "num_speculative_tokens")}
+    lines = [settings, *(each | {"prompt": prompt} for prompt in asked["prompts"])]
+    command = [*map(str, [PYTHON, ROOT / "benchmarks" / "openvino_client.py"])]
+    found = subprocess.run(command, input="\n".join(map(json.dumps, lines)), capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return [json.loads(line) for line in found.stdout.splitlines() if line.startswith('{"tokens"')]
+
+
 def test_openvino(pair, tmp_path):
     needs(ENVIRONMENT / "bin" / "optimum-cli", "optimum-intel")
     drafter = export(tmp_path / "drafter", "export.format=openvino", f"openvino.command={ENVIRONMENT}/bin/optimum-cli")
@@ -125,9 +136,8 @@ def test_openvino(pair, tmp_path):
     task = ["--task", "text-generation-with-past", "--weight-format", "fp32"]
     command = [ENVIRONMENT / "bin" / "optimum-cli", "export", "openvino", "--model", TARGET, *task, target]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
-    client = [PYTHON, HERE / "openvino_client.py"]
-    assert texts(answered(client, pair.asked(target, None))) == pair.alone
-    found = answered(client, pair.asked(target, drafter))
+    assert texts(by_openvino(pair.asked(target, None))) == pair.alone
+    found = by_openvino(pair.asked(target, drafter))
     assert texts(found) == pair.alone
     # Its first call reads the prompt and writes a token, without drafts; its counter leaves out a text's last block.
     blocks = pair.accepted(GAMMA, first=1)
