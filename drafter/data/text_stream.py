@@ -5,9 +5,9 @@ therefore returns text only when later tokens can no longer change it. The texts
 `decode_answer` makes of all tokens.
 """
 
-import os
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,9 @@ class TextStream:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.drafted: list[bool] = []
-        self.begin = self.returned = 0  # the token at which decoding begins, and the number of tokens with returned text
+        self.begin = self.returned = (
+            0  # the token at which decoding begins, and the number of tokens with returned text
+        )
 
     def feed(self, token: int, drafted: bool) -> list[Piece]:
         """Add a token, and return the text that is now complete, in pieces by the token that completes each."""
@@ -63,7 +65,7 @@ class TextStream:
         pieces = []
         for number in range(self.returned, end):
             so_far = text if number + 1 == end else self._decode(number + 1)
-            reached = max(position, len(os.path.commonprefix([so_far, text])))
+            reached = max(position, _common_length(so_far, text))
             if reached > position:
                 pieces.append(Piece(text[position:reached], self.drafted[number]))
             position = reached
@@ -75,3 +77,8 @@ class TextStream:
 
     def _decode(self, end: int) -> str:
         return decode_answer(self.tokenizer, self.tokens[self.begin : end])
+
+
+def _common_length(one: str, other: str) -> int:
+    """Return the length of the beginning that two texts have in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
