@@ -66,7 +66,7 @@ def converse(session: ChatSession, screen: ChatScreen, messages: Iterable[str], 
 def take_turn(session: ChatSession, screen: ChatScreen, message: str, with_comparison: bool) -> None:
     """Answer a message, then let the target answer it alone, and print the line about both.
 
-    The target alone always comes second: its time does not depend on the order, and nobody waits for a silent run first.
+    The target alone always comes second, because its run is silent, and nobody should wait for a silent run first.
     """
     prompt, alone = session.prompt(message), None
     if prompt.dropped:

@@ -52,12 +52,20 @@ class TextStream:
         """Add a token, and return the text that is now complete, in pieces by the token that completes each."""
         self.tokens.append(token)
         self.drafted.append(drafted)
-        is_byte = BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or "")
-        return [] if is_byte or self._decode(len(self.tokens)).endswith(REPLACEMENT) else self._return()
+        return self._return() if self._ends_complete() else []
 
     def finish(self) -> list[Piece]:
         """Return the remaining text after the last token; a character that stays incomplete is a replacement one."""
         return self._return() if self.returned < len(self.tokens) else []
+
+    def _ends_complete(self) -> bool:
+        """Return whether no later token can change the text of the last one."""
+        last = self.tokens[-1]
+        if BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(last) or ""):
+            return False
+        # A token without text, such as a control token, does not end a row of bytes.
+        has_text = decode_answer(self.tokenizer, [last]) != ""
+        return has_text and not self._decode(len(self.tokens)).endswith(REPLACEMENT)
 
     def _return(self) -> list[Piece]:
         end = len(self.tokens)
