@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from drafter.data.control_tokens import NEUTRAL
-from drafter.data.conversations import UnusableConversation
-from drafter.data.prompts import check_embedding
+from drafter.data.conversations import Conversation, UnusableConversation
+from drafter.data.prompts import check_embedding, encode_conversation
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.decoders import Compiled
 from drafter.decoding.options import DecodingOptions, check_draft_length, max_draft_length
@@ -22,7 +22,7 @@ from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_limit, load_config, load_target, load_tokenizer, vocabulary_width
 from drafter.warping import Sampling
 from experiments.running.chat_screen import ChatScreen
-from experiments.running.chat_session import ChatSession, Pair, summary
+from experiments.running.chat_session import ChatSession, Pair, summary, system_messages
 from experiments.running.commands import command
 from experiments.running.inputs import frozen_drafter, target_source
 from experiments.running.tasks import draft_length
@@ -95,12 +95,10 @@ def check(cfg: DictConfig) -> PreTrainedTokenizerBase:
         raise ValueError("chat.prompt is empty: give a message, or null to read messages from the terminal")
     check_can_decode(load_config(target))
     check_drafter(cfg)
-    context = context_of(cfg)
-    if chat.max_new_tokens >= context:
-        raise ValueError(f"chat.max_new_tokens is {chat.max_new_tokens}, must be below the context of {context} tokens")
     tokenizer = load_tokenizer(target)
     if tokenizer.chat_template is None:
         raise ValueError(f"target.path is {cfg.target.path}, which has no chat template: give the path of a chat model")
+    check_opening(cfg, tokenizer)
     check_embedding(tokenizer, vocabulary_width(target), cfg.target.path)
     check_pair(target, chat.drafter, cfg.pad_vocabulary)
     return tokenizer
@@ -115,6 +113,21 @@ def check_drafter(cfg: DictConfig) -> None:
         check_can_decode(load_config(drafter_source(cfg.chat.drafter, target_source(cfg))))
     except OSError as problem:
         raise ValueError(f"chat.drafter is {cfg.chat.drafter}, which is no model: {remedy}") from problem
+
+
+def check_opening(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a system message that the chat template refuses, and a context without room for a short message."""
+    chat, context = cfg.chat, context_of(cfg)
+    messages = [*system_messages(chat.system), {"role": "user", "content": NEUTRAL}]
+    try:
+        length = len(encode_conversation(tokenizer, Conversation(messages)))
+    except UnusableConversation as problem:
+        raise ValueError(f"chat.system: {problem}") from None
+    if length + chat.max_new_tokens > context:
+        raise ValueError(
+            f"chat.max_new_tokens is {chat.max_new_tokens}, and the template with chat.system and a short message has "
+            f"{length} tokens, which exceeds the context of {context} tokens: shorten one of the two"
+        )
 
 
 def context_of(cfg: DictConfig) -> int:

@@ -10,7 +10,6 @@ from drafter.data.text_stream import Piece
 from drafter.interruptions import Interrupted
 
 GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-ERASE = "\r\x1b[K"  # the current line
 
 
 class ChatScreen:
@@ -69,4 +68,4 @@ class ChatScreen:
             yield
         finally:
             if self.is_seen:
-                print(ERASE, end="", flush=True)
+                print("\r" + " " * len(text) + "\r", end="", flush=True)

@@ -71,6 +71,11 @@ class Answer(NamedTuple):
     seconds: float
 
 
+def system_messages(system: str | None) -> list[Message]:
+    """Return the messages at the beginning of a conversation: the system message, if there is one."""
+    return [{"role": "system", "content": str(system)}] if system else []
+
+
 class ChatSession:
     """A conversation that goes on from turn to turn.
 
@@ -84,7 +89,7 @@ class ChatSession:
 
     def __init__(self, pair: Pair, tokenizer: PreTrainedTokenizerBase, context: int, system: str | None, seed: int):
         self.pair, self.tokenizer, self.context, self.seed = pair, tokenizer, context, seed
-        self.system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.system = system_messages(system)
         self.turns: list[list[Message]] = []
         self.generator = pair.generator(seed)
 
@@ -119,8 +124,8 @@ class ChatSession:
         def show_pieces(pieces: list[Piece]) -> None:
             nonlocal shown
             for piece in pieces:
-                shown += piece.text
                 show(piece)
+                shown += piece.text
 
         def show_block(block: Block) -> None:
             nonlocal showing
@@ -133,8 +138,8 @@ class ChatSession:
         target, drafter, gamma, options = self.pair
         try:
             decoded = speculative_decode(target, drafter, prompt.ids, gamma, options, self.generator, show_block)
-        finally:
             show_pieces(stream.finish())
+        finally:
             if shown or decoded:
                 # A template that begins answers with a space adds it again.
                 answered = {"role": "assistant", "content": shown.strip()}
