@@ -8,7 +8,8 @@ import signal
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.prompts import encode_conversation
@@ -25,7 +26,6 @@ from experiments.running.chat_screen import GREEN, PLAIN, ChatScreen
 from experiments.running.chat_session import Answer, ChatSession, Pair, compare, summary
 from tests.chat_target import CONTROLS, chat_tokenizer, save_chat_target
 from tests.experiments.test_pipeline import stage
-from tests.tokenizer_kinds import tokenizer_of_kind
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|stop|>{% endfor %}"
@@ -37,20 +37,30 @@ GREEDY = Sampling(0)
 
 
 def byte_tokenizer():
-    """Return a tokenizer in which most characters beyond ASCII are several tokens."""
-    return tokenizer_of_kind("byte-level", TEMPLATE, None, "<end>", control=ROLES)
+    """Return a tokenizer whose tokens are bytes, so that every character beyond ASCII is several tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    made.add_special_tokens({"additional_special_tokens": ROLES})
+    made.chat_template = TEMPLATE
+    return made
 
 
 def byte_model(tokenizer, seed):
-    """Return a model that prefers bytes of characters beyond ASCII to other tokens."""
+    """Return a model that writes the bytes of a few characters, in no order, and rarely other tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    model.lm_head.weight.data.mul_(20)
-    model.lm_head.weight.data[tokenizer.convert_tokens_to_ids(ROLES)] = -1
+    written = tokenizer("a bcdéèêë\n")["input_ids"]
+    others = [token for token in range(len(tokenizer)) if token not in written]
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(8)  # so that it does not repeat itself
+    model.lm_head.weight.data[others] *= 0.3
     return model.requires_grad_(False).eval()
 
 
