@@ -4,6 +4,7 @@ The text appears as blocks are verified. Tokens that the drafter drafted and the
 own are plain. A line after each answer compares the token rate with that of the target alone.
 """
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -26,6 +27,8 @@ from experiments.running.chat_session import ChatSession, Pair, summary, system_
 from experiments.running.commands import command
 from experiments.running.inputs import frozen_drafter, target_source
 from experiments.running.tasks import draft_length
+
+log = logging.getLogger(__name__)
 
 
 @command("chat")
@@ -160,6 +163,7 @@ def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSes
     drafter = drafter.to(target.device)
     gamma = draft_length(chat.num_speculative_tokens, chat.adaptive, "chat.num_speculative_tokens")
     if chat.compile:
+        log.info("the first calls compile both models, which takes minutes")
         most = max_draft_length(gamma) + 1
         target, drafter = (Compiled(model, context + most, longest=max(9, most)) for model in (target, drafter))
     pair = Pair(target, drafter, gamma, options_of(cfg, end_of_turn_ids(target_source(cfg), tokenizer)))
