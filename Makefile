@@ -20,7 +20,7 @@ DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
-  plan dry-run test-serving trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
+  plan dry-run test-serving chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -89,6 +89,9 @@ evaluate: setup ## stage 4: speculative decoding against the baseline
 
 gamma: setup ## which gamma pays on this machine, for the drafter of LOSSES and SEEDS that come first
 	$(RUN).gamma scale=$(SCALE) gamma.drafter=$(DRAFTER) $(ARGS)
+
+chat: setup ## a chat in the terminal with that drafter and its target
+	$(RUN).chat scale=$(SCALE) chat.drafter=$(DRAFTER) $(ARGS)
 
 trim: setup ## how many tokens the drafter's head should keep, for LOSSES and SEEDS that come first
 	$(RUN).trim scale=$(SCALE) trim.drafter=$(DRAFTER) $(ARGS)

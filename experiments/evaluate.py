@@ -35,7 +35,7 @@ from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 from experiments.running.progress import Progress
-from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
+from experiments.running.tasks import check_tasks, decoding_settings, draft_length, read_tasks
 from experiments.running.turns import Work, check_fits, decode_turns, fits, part_rows, target_answer, turns_by_task
 
 log = logging.getLogger(__name__)
@@ -134,16 +134,8 @@ def check(cfg: DictConfig) -> None:
 
 
 def gamma_of(gamma: int | str, cfg: DictConfig) -> int | Adaptive:
-    """Return γ as a number, or the adaptive rule of evaluate.adaptive for "adaptive".
-
-    Raises:
-        ValueError: another word is given.
-    """
-    if isinstance(gamma, str):
-        if gamma != "adaptive":
-            raise ValueError(f"evaluate.num_speculative_tokens has '{gamma}': numbers and 'adaptive' are allowed")
-        return Adaptive(**plain(cfg.evaluate.adaptive))
-    return gamma
+    """Return γ as a number, or the adaptive rule of evaluate.adaptive for "adaptive"."""
+    return draft_length(gamma, cfg.evaluate.adaptive, "evaluate.num_speculative_tokens")
 
 
 def finish(

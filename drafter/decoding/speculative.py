@@ -11,7 +11,7 @@ that it was drawn from.
 Shapes: B sequences, G drafted tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ def speculative_decode(
     num_speculative_tokens: int | Adaptive,
     options: DecodingOptions,
     generator: torch.Generator | None = None,
+    on_block: Callable[[Block], None] | None = None,
 ) -> Decoded:
     """Continue a prompt with the target's distribution, in blocks that the drafter drafts.
 
@@ -49,6 +50,7 @@ def speculative_decode(
         num_speculative_tokens: gamma, the number of drafted tokens per block, or the rule that chooses it.
         options: length limit, sampling and stop tokens.
         generator: the source of random numbers; None for PyTorch's default.
+        on_block: is called with each block as soon as it is verified, for example to show its text.
 
     Raises:
         ValueError: num_speculative_tokens is below 1, the prompt is empty or fills the context, or a model cannot be
@@ -56,7 +58,8 @@ def speculative_decode(
     """
     check_draft_length(num_speculative_tokens)
     check_prompt(prompt)
-    return _decode(decoder_of(target), decoder_of(drafter), [prompt], 1, num_speculative_tokens, options, generator)[0]
+    pair = decoder_of(target), decoder_of(drafter)
+    return _decode(*pair, [prompt], 1, num_speculative_tokens, options, generator, on_block)[0]
 
 
 def speculative_decode_batch(
@@ -158,6 +161,7 @@ def _decode(
     num_speculative_tokens: int | Adaptive,
     options: DecodingOptions,
     generator: torch.Generator | None,
+    on_block: Callable[[Block], None] | None = None,
 ) -> list[Decoded]:
     """Draft and verify blocks until every sequence has ended."""
     clock = Clock(target.model.device)
@@ -183,6 +187,8 @@ def _decode(
         ):
             block = truncate_block(tokens, accepted, bonus, probabilities, generation.remaining, options.stop_ids)
             generation.append(block, len(tokens))
+            if on_block:
+                on_block(block)
         active = _replace_finished(target, drafter, active, waiting, options.stop_ids)
         # A call has equally many tokens in each row, so some rows repeat tokens that are cached already.
         missing = max((len(one.tokens) - one.drafter_cached for one in active), default=0)

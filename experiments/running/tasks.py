@@ -13,7 +13,7 @@ from drafter.data.dialogues import TOO_LONG, Continuation, begin, choose_points
 from drafter.data.prompts import encode_prompts
 from drafter.data.selection import Row
 from drafter.decoding.evaluation import Task
-from drafter.decoding.options import DecodingOptions
+from drafter.decoding.options import Adaptive, DecodingOptions
 from drafter.metrics import turn_id
 from drafter.warping import Sampling
 from experiments.running.data_settings import turns_of
@@ -53,6 +53,24 @@ def options_of(
         return DecodingOptions(settings.max_new_tokens, Sampling(**{**defaults, **overrides}), stop_ids)
     except ValueError as error:
         raise ValueError(f"task.{task}: {error}") from None
+
+
+def draft_length(gamma: Any, adaptive: DictConfig, key: str) -> int | Adaptive:
+    """Return γ as a number, or the adaptive rule for "adaptive".
+
+    Args:
+        gamma: the configured value.
+        adaptive: the settings of the rule.
+        key: the key of the value, for the error.
+
+    Raises:
+        ValueError: another word is given.
+    """
+    if isinstance(gamma, str):
+        if gamma != "adaptive":
+            raise ValueError(f"{key} has '{gamma}': numbers and 'adaptive' are allowed")
+        return Adaptive(**plain(adaptive))
+    return gamma
 
 
 def check_tasks(cfg: DictConfig, overrides: Mapping[str, Any]) -> None:

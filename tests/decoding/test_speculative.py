@@ -100,6 +100,17 @@ def test_greedy_output_equals_the_targets(target, drafter, gamma):
         assert [token for block in decoded.blocks for token in block.emitted] == decoded.tokens
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)])
+def test_each_block_is_given_to_a_function_which_changes_nothing(target, drafter, sampling):
+    seen, options = [], DecodingOptions(30, sampling, stop_ids=[5])
+    runs = [
+        speculative_decode(target, drafter, [1, 2, 3], 3, options, torch.Generator().manual_seed(0), on_block)
+        for on_block in (None, lambda block: seen.append((block, torch.rand(1))))
+    ]
+    assert runs[0].tokens == runs[1].tokens
+    assert runs[0].blocks == runs[1].blocks == [block for block, _ in seen]
+
+
 def test_greedy_output_agrees_with_generation_by_transformers(target):
     prompt = [3, 1, 4, 1, 5]
     ours = autoregressive_decode(target, prompt, DecodingOptions(20)).tokens

@@ -123,9 +123,8 @@ def shown(monkeypatch, capsys, name, *given):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_hydras_help_config_info_and_completion(monkeypatch, capsys, name):
-    key = {"pipeline": "losses", "plan": "plan", "starts": "publish", "export": "export", "tables": "publish"}.get(
-        name, "out"
-    )
+    keys = {"pipeline": "losses", "plan": "plan", "starts": "publish", "export": "export", "tables": "publish"}
+    key = {**keys, "chat": "chat"}.get(name, "out")
     assert "== Configuration groups ==" in shown(monkeypatch, capsys, name, "--help")
     assert re.search(rf"^{key}:", shown(monkeypatch, capsys, name, "--cfg", "job"), re.MULTILINE)
     assert "conf" in shown(monkeypatch, capsys, name, "--info", "searchpath")

@@ -1,0 +1,176 @@
+"""Chat with a target and its drafter in the terminal. Config: conf/chat.yaml.
+
+The text appears as blocks are verified. Tokens that the drafter drafted and the target accepted are green, the target's
+own are plain. A line after each answer compares the token rate with that of the target alone.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from drafter.data.control_tokens import NEUTRAL
+from drafter.data.conversations import Conversation, UnusableConversation
+from drafter.data.prompts import check_embedding, encode_conversation
+from drafter.decoding.capabilities import check_can_decode
+from drafter.decoding.decoders import Compiled
+from drafter.decoding.options import DecodingOptions, check_draft_length, max_draft_length
+from drafter.interruptions import Interrupted
+from drafter.models.compatibility import check_pair, drafter_source
+from drafter.models.end_of_turn import end_of_turn_ids
+from drafter.models.loading import context_limit, load_config, load_target, load_tokenizer, vocabulary_width
+from drafter.warping import Sampling
+from experiments.running.chat_screen import ChatScreen
+from experiments.running.chat_session import ChatSession, Pair, summary, system_messages
+from experiments.running.commands import command
+from experiments.running.inputs import frozen_drafter, target_source
+from experiments.running.tasks import draft_length
+
+log = logging.getLogger(__name__)
+
+
+@command("chat")
+def main(cfg: DictConfig) -> None:
+    """Answer chat.prompt, or the messages from standard input, one after another."""
+    tokenizer = check(cfg)
+    if cfg.dry_run:
+        return print(f"{cfg.chat.drafter} can draft for {cfg.target.path}")
+    session, screen = open_session(cfg, tokenizer), ChatScreen()
+    if cfg.chat.prompt is not None:
+        return take_turn(session, screen, str(cfg.chat.prompt), cfg.chat.compare)
+    if screen.is_typed:
+        screen.note(
+            f"{cfg.target.path} answers, {cfg.chat.drafter} drafts"
+            + (", in green what was drafted and accepted" if screen.has_colours else "")
+            + ". /new starts again, /quit or Ctrl-D ends, Ctrl-C stops an answer.\n"
+        )
+    converse(session, screen, screen.messages(), cfg.chat.compare)
+
+
+def converse(session: ChatSession, screen: ChatScreen, messages: Iterable[str], with_comparison: bool) -> None:
+    """Answer the messages. What cannot be answered, or is stopped, leaves the conversation ready for the next one."""
+    for message in messages:
+        if message == "/new":
+            session.start_again()
+            screen.note("A new conversation.\n")
+            continue
+        try:
+            take_turn(session, screen, message, with_comparison)
+        except UnusableConversation as problem:
+            screen.note(f"Not answered: {problem}")
+        except Interrupted as interruption:
+            screen.require_typed(interruption)
+            screen.note("\nStopped.")
+        print()
+
+
+def take_turn(session: ChatSession, screen: ChatScreen, message: str, with_comparison: bool) -> None:
+    """Answer a message, then let the target answer it alone, and print the line about both.
+
+    The target alone always comes second, because its run is silent, and nobody should wait for a silent run first.
+    """
+    prompt, alone = session.prompt(message), None
+    if prompt.dropped:
+        screen.note(f"The context is full: the oldest turns are forgotten ({prompt.dropped}).")
+    answer = session.answer(prompt, screen.show)
+    print()
+    if with_comparison:
+        try:
+            with screen.passing("The target alone …"):
+                alone = session.answer_alone(prompt)
+        except Interrupted as interruption:
+            screen.require_typed(interruption)
+    screen.note(summary(answer, alone, session.pair.options))
+
+
+def check(cfg: DictConfig) -> PreTrainedTokenizerBase:
+    """Refuse settings and models that cannot chat, before any weights are loaded, and return the target's tokenizer.
+
+    Raises:
+        ValueError: names the setting or the model, and what to do.
+    """
+    target, chat = target_source(cfg), cfg.chat
+    check_draft_length(draft_length(chat.num_speculative_tokens, chat.adaptive, "chat.num_speculative_tokens"))
+    options_of(cfg, [])
+    if chat.prompt is not None and not str(chat.prompt).strip():
+        raise ValueError("chat.prompt is empty: give a message, or null to read messages from the terminal")
+    check_can_decode(load_config(target))
+    check_drafter(cfg)
+    tokenizer = load_tokenizer(target)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"target.path is {cfg.target.path}, which has no chat template: give the path of a chat model")
+    check_opening(cfg, tokenizer)
+    check_embedding(tokenizer, vocabulary_width(target), cfg.target.path)
+    check_pair(target, chat.drafter, cfg.pad_vocabulary)
+    return tokenizer
+
+
+def check_drafter(cfg: DictConfig) -> None:
+    """Refuse a drafter that does not exist, and say where one comes from."""
+    remedy = "`make demo` makes one for the default target; otherwise give the directory of a finetuning or an export"
+    if cfg.chat.drafter is None:
+        raise ValueError(f"chat.drafter is null: {remedy}")
+    try:
+        check_can_decode(load_config(drafter_source(cfg.chat.drafter, target_source(cfg))))
+    except OSError as problem:
+        raise ValueError(f"chat.drafter is {cfg.chat.drafter}, which is no model: {remedy}") from problem
+
+
+def check_opening(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a system message that the chat template refuses, and a context without room for a short message."""
+    chat, context = cfg.chat, context_of(cfg)
+    messages = [*system_messages(chat.system), {"role": "user", "content": NEUTRAL}]
+    try:
+        length = len(encode_conversation(tokenizer, Conversation(messages)))
+    except UnusableConversation as problem:
+        raise ValueError(f"chat.system: {problem}") from None
+    if length + chat.max_new_tokens > context:
+        raise ValueError(
+            f"chat.max_new_tokens is {chat.max_new_tokens}, and the template with chat.system and a short message has "
+            f"{length} tokens, which exceeds the context of {context} tokens: shorten one of the two"
+        )
+
+
+def context_of(cfg: DictConfig) -> int:
+    """Return the most tokens of a conversation: chat.context, or the shorter context of the two models.
+
+    Raises:
+        ValueError: chat.context exceeds it.
+    """
+    target = target_source(cfg)
+    limit = min(context_limit(target), context_limit(drafter_source(cfg.chat.drafter, target)))
+    context = cfg.chat.context or limit
+    if context > limit:
+        raise ValueError(f"chat.context is {context}, and the shorter context of the two models is {limit}")
+    return int(context)
+
+
+def options_of(cfg: DictConfig, stop_ids: list[int]) -> DecodingOptions:
+    """Return how answers are decoded."""
+    try:
+        return DecodingOptions(cfg.chat.max_new_tokens, Sampling(cfg.chat.temperature, cfg.chat.top_p), stop_ids)
+    except ValueError as problem:
+        raise ValueError(f"chat.{problem}") from None
+
+
+def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSession:
+    """Load the models, make their first calls, and return a conversation without a turn."""
+    chat, context = cfg.chat, context_of(cfg)
+    drafter = frozen_drafter(cfg, chat.drafter)
+    target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
+    drafter = drafter.to(target.device)
+    gamma = draft_length(chat.num_speculative_tokens, chat.adaptive, "chat.num_speculative_tokens")
+    if chat.compile:
+        log.info("the first calls compile both models, which takes minutes")
+        most = max_draft_length(gamma) + 1
+        target, drafter = (Compiled(model, context + most, longest=max(9, most)) for model in (target, drafter))
+    pair = Pair(target, drafter, gamma, options_of(cfg, end_of_turn_ids(target_source(cfg), tokenizer)))
+    session = ChatSession(pair, tokenizer, context, chat.system, cfg.seed)
+    pair.warm_up(session.prompt(NEUTRAL).ids)
+    return session
+
+
+if __name__ == "__main__":
+    main()
