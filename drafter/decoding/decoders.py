@@ -99,8 +99,10 @@ class Decoder:
 class Compiled:
     """A model whose short calls are compiled (torch.compile), with a cache of a fixed size, for one sequence at a time.
 
-    It pays where Python overhead dominates a call, as with small models on a CPU. The first call with each number of
-    tokens takes some ten seconds to compile; later sequences reuse the compiled calls.
+    It pays where Python overhead dominates a call, as with small models on a CPU. There the weights become constants of
+    the compiled calls ("freezing"), so that they are packed for their number of rows. The first call with each number
+    of tokens takes seconds to minutes to compile; later sequences reuse the compiled calls. `Padded` with
+    `COMPILED_WIDTHS` keeps the number of compilations small.
 
     Args:
         model: a model that works with transformers' static cache.
@@ -130,9 +132,16 @@ class Compiled:
     def _logits(self, ids_BT: torch.Tensor, _: Cache, keep: int) -> torch.Tensor:
         count = ids_BT.shape[1]
         if count not in self.calls:
-            self.calls[count] = self._call() if count > self.longest else torch.compile(self._call(), dynamic=False)
+            self.calls[count] = self._call() if count > self.longest else self._compiled()
         # The call computes the logits of all tokens, so that one compiled function serves every `keep`.
         return self.calls[count](ids_BT)[:, -keep:]
+
+    def _compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        frozen = self.device.type == "cpu"
+        compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
+            self._call(), dynamic=False, options={"freezing": True} if frozen else None
+        )
+        return compiled
 
     def _call(self) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(ids_BT: torch.Tensor) -> torch.Tensor:
@@ -171,6 +180,9 @@ def plain_model(model: Decodable) -> PreTrainedModel:
     while isinstance(model, Compiled | Padded):
         model = model.model
     return model
+
+
+COMPILED_WIDTHS = {count: next(width for width in (1, 5, 9) if width >= count) for count in range(1, 10)}
 
 
 def masks_and_positions(positions_BT: torch.Tensor, end: int) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ class GammaRow(NamedTuple):
     block_efficiency: float
     cost: float
     predicted: float
-    measured: Estimate
+    measured: Estimate | None  # None: not decoded
 
 
 def gamma_page(
@@ -58,7 +58,7 @@ def gamma_page(
                 f"{timings.verification(row.gamma):.2f}",
                 f"{row.cost:.2f}",
                 f"{row.predicted:.2f}",
-                with_interval(row.measured),
+                with_interval(row.measured) if row.measured else "",
             ]
             for row in of_task
         ]
@@ -69,8 +69,7 @@ def gamma_page(
 
 def verdict(rows: list[GammaRow]) -> str:
     """Return one sentence for one task: the best gamma, or that none pays and why."""
-    best = max(rows, key=lambda row: row.measured[0])
-    value, low, high = best.measured
+    (value, low, high), best = max(((row.measured, row) for row in rows if row.measured), key=lambda one: one[0])
     speed = f"{value:.2f} [{low:.2f}, {high:.2f}] times as fast as the target alone"
     if value > 1:
         certain = "" if low > 1 else ", within the noise of 1"
