@@ -4,7 +4,7 @@ A product of a few rows with a weight matrix reads the whole matrix, and its tim
 rows. That of PyTorch's default library does, up to several times; with packed weights it does not. Of a single row the
 default is the faster one. Such products are most of the time of decoding on a CPU, side by side or with a drafter.
 
-The packed weights are a copy, so that the model takes twice its memory. Results differ by rounding.
+The packed weights are a copy, so that the model takes twice its memory. Logits differ by rounding.
 """
 
 from collections.abc import Container
@@ -13,8 +13,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 SMALLEST = 2**24  # parameters: in smaller models, other work takes most of the time of a call
+LARGEST = 2**30  # parameters: a copy of larger models might not fit into memory
 ROWS = range(4, 97)  # the numbers of rows for which packed weights were faster wherever this was measured
 
 
@@ -28,7 +30,7 @@ def pack(model: nn.Module, rows: Container[int] = ROWS) -> nn.Module:
         rows: the numbers of rows for which the packed weights are used.
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
-    if sum(layer.weight.numel() for layer in layers) < SMALLEST or not all(map(_can_be_packed, layers)):
+    if not SMALLEST <= sum(layer.weight.numel() for layer in layers) <= LARGEST or not all(map(_can_be_packed, layers)):
         return model
     for layer in layers:
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, None)
@@ -44,6 +46,7 @@ def _can_be_packed(layer: nn.Linear) -> bool:
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and not weight.requires_grad
+        and not isinstance(weight, DTensor)  # a part of a weight that is split over ranks
     )
 
 
