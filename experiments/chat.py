@@ -15,12 +15,13 @@ from drafter.data.control_tokens import NEUTRAL
 from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.prompts import check_embedding, encode_conversation
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import Compiled
+from drafter.decoding.decoders import COMPILED_WIDTHS, Compiled, Padded
 from drafter.decoding.options import DecodingOptions, check_draft_length, max_draft_length
 from drafter.interruptions import Interrupted
 from drafter.models.compatibility import check_pair, drafter_source
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_limit, load_config, load_target, load_tokenizer, vocabulary_width
+from drafter.models.packing import pack
 from drafter.warping import Sampling
 from experiments.running.chat_screen import ChatScreen
 from experiments.running.chat_session import ChatSession, Pair, summary, system_messages
@@ -165,7 +166,11 @@ def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSes
     if chat.compile:
         log.info("the first calls compile both models, which takes minutes")
         most = max_draft_length(gamma) + 1
-        target, drafter = (Compiled(model, context + most, longest=max(9, most)) for model in (target, drafter))
+        capacity = context + max(most, *COMPILED_WIDTHS)
+        target, drafter = (Compiled(model, capacity, longest=max(9, most)) for model in (target, drafter))
+        target = Padded(target, COMPILED_WIDTHS)
+    else:
+        target, drafter = pack(target), pack(drafter)
     pair = Pair(target, drafter, gamma, options_of(cfg, end_of_turn_ids(target_source(cfg), tokenizer)))
     session = ChatSession(pair, tokenizer, context, chat.system, cfg.seed)
     pair.warm_up(session.prompt(NEUTRAL).ids)

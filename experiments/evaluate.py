@@ -26,6 +26,7 @@ from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.inspection import num_parameters
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
+from drafter.models.packing import pack
 from drafter.models.sharding import check_parallel
 from drafter.ranks import deal, join, wait_for_all
 from experiments.reporting.identity import DrafterIdentity, identity_of
@@ -68,8 +69,8 @@ def main(cfg: DictConfig) -> None:
         return log.info("%s is up to date (%d drafters)", cfg.out, len(stages))
     ranks = join(cfg.target.parallel == "tensor")
     tokenizer = load_tokenizer(target_source(cfg))
-    target = load_target(target_source(cfg)).to(ranks.device)
-    drafters = {path: frozen_drafter(cfg, path).to(ranks.device) for path in pending}
+    target = pack(load_target(target_source(cfg)).to(ranks.device))
+    drafters = {path: pack(frozen_drafter(cfg, path).to(ranks.device)) for path in pending}
     contexts = {path: context_length(drafter) for path, drafter in drafters.items()}
     stops, of_target = end_of_turn_ids(target_source(cfg), tokenizer), context_length(target)
     work = read_tasks(

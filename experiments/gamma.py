@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import Compiled
+from drafter.decoding.decoders import COMPILED_WIDTHS, Compiled, Decodable, Padded
 from drafter.decoding.evaluation import Task
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
@@ -26,6 +26,7 @@ from drafter.decoding.timings import measure_call_timings
 from drafter.metrics import Counts, by_prompt, count, estimate
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
+from drafter.models.packing import pack
 from experiments.reporting.figures import draw_gammas
 from experiments.reporting.gamma_page import GammaRow, gamma_page
 from experiments.running import dry_run
@@ -35,6 +36,7 @@ from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import decode_turns
 
 log = logging.getLogger(__name__)
+WIDEST = 16  # the most tokens of a call to which another one may be padded
 
 
 @command("gamma")
@@ -53,37 +55,46 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
+    if not cfg.gamma.compile:  # a compiled call has packed weights of its own
+        pack(target), pack(drafter)
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     context = min(map(context_length, (target, drafter)))
     work = read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {})
-    models = [target, drafter]
+    models: list[Decodable] = [target, drafter]
     if cfg.gamma.compile:
         ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
-        longest = (context if work.continuations else max(ends)) + cfg.gamma.largest + 1
-        models = [Compiled(model, longest) for model in models]
-    timings = measure_call_timings(models[0], models[1], work.tasks[0].prompt, cfg.gamma.largest)
+        longest = (context if work.continuations else max(ends)) + max(cfg.gamma.largest + 1, WIDEST)
+        models = [Compiled(target, longest), Compiled(drafter, longest)]
+    prompt, widths, largest = work.tasks[0].prompt, dict[int, int](), cfg.gamma.largest
+    if cfg.gamma.compile:
+        widths = {count: width for count, width in COMPILED_WIDTHS.items() if count < width and count <= largest + 1}
+    elif cfg.gamma.pad:
+        most = min(max(largest, WIDEST - 1), len(prompt) - 1)
+        widths = measure_call_timings(target, drafter, prompt, most).widths()
+    models[0] = Padded(models[0], widths)
+    timings = measure_call_timings(models[0], models[1], prompt, largest)
+    gammas = list(cfg.gamma.decode or range(1, largest + 1))
     rows, counts, left_out = [], [], {}
     for name in cfg.task:
-        decode_turn = partial(
-            decode_prompt, target=models[0], drafter=models[1], largest=cfg.gamma.largest, seed=cfg.seed
-        )
+        decode_turn = partial(decode_prompt, target=models[0], drafter=models[1], gammas=gammas, seed=cfg.seed)
         reached = [
             decode_turns(work, task, decode_turn, lambda one: one.tokens) for task in work.tasks if task.name == name
         ]
         turns = [turn for one in reached for turn in one.turns]
         tasks, found = [task for task, _ in turns], [decoded for _, decoded in turns]
         left_out[name] = sum((one.left_out for one in reached), work.left_out.get(name, Counter()))
-        efficiencies = block_efficiencies(tasks, found, target, drafter, cfg.gamma.largest)
+        efficiencies = block_efficiencies(tasks, found, target, drafter, largest)
         for gamma, efficiency in enumerate(efficiencies, start=1):
-            of_gamma = {task.prompt_id: one.counts[gamma] for task, one in zip(tasks, found, strict=True)}
+            pairs = zip(tasks, found, strict=True)
+            of_gamma = {task.prompt_id: one.counts[gamma] for task, one in pairs if gamma in one.counts}
             cost = timings.block(gamma)
-            speedup = estimate(by_prompt(of_gamma, of_gamma.values()), "token_rate_ratio")
+            speedup = estimate(by_prompt(of_gamma, of_gamma.values()), "token_rate_ratio") if of_gamma else None
             rows.append(GammaRow(name, gamma, efficiency, cost, efficiency / cost, speedup))
             counts += [
                 {"task": name, "gamma": gamma, "prompt": prompt, **values._asdict()}
                 for prompt, values in of_gamma.items()
             ]
-    page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile)
+    page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile, widths)
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
     write_text(stage.directory / "gamma.md", page)
@@ -91,7 +102,8 @@ def main(cfg: DictConfig) -> None:
     stage.finish(
         counts={
             "c": timings.ratio,
-            "v": [timings.verification(g) for g in range(1, cfg.gamma.largest + 1)],
+            "widths": {str(count): width for count, width in widths.items()},
+            "v": [timings.verification(g) for g in range(1, largest + 1)],
             "stop_ids": stops,
             **({"turns_left_out": left_out} if work.continuations else {}),
         }
@@ -104,6 +116,13 @@ def check(cfg: DictConfig) -> None:
     check_can_decode(load_config(target_source(cfg)))
     if cfg.gamma.largest < 1:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at least 1")
+    decoded, longest = cfg.gamma.decode, max(COMPILED_WIDTHS) - 1
+    if decoded is not None and (not decoded or not all(1 <= gamma <= cfg.gamma.largest for gamma in decoded)):
+        raise ValueError(
+            f"gamma.decode is {plain(decoded)}, must be null or some of 1 to gamma.largest={cfg.gamma.largest}"
+        )
+    if cfg.gamma.compile and cfg.gamma.largest > longest:
+        raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at most {longest} with gamma.compile=true")
     check_tasks(cfg, {})
 
 
@@ -114,14 +133,12 @@ class DecodedPrompt(NamedTuple):
     counts: dict[int, Counts]
 
 
-def decode_prompt(
-    task: Task, target: PreTrainedModel | Compiled, drafter: PreTrainedModel | Compiled, largest: int, seed: int
-) -> DecodedPrompt:
-    """Decode a prompt with the target alone, then with the drafter at γ = 1 … largest."""
+def decode_prompt(task: Task, target: Decodable, drafter: Decodable, gammas: list[int], seed: int) -> DecodedPrompt:
+    """Decode a prompt with the target alone, then with the drafter at each γ."""
     generator = task.random(target.device, seed)
     baseline = autoregressive_decode(target, task.prompt, task.options, generator)
     counts = {}
-    for gamma in range(1, largest + 1):
+    for gamma in gammas:
         decoded = speculative_decode(target, drafter, task.prompt, gamma, task.options, generator)
         counts[gamma] = count(decoded, baseline)
     return DecodedPrompt(baseline.tokens, counts)

@@ -18,6 +18,7 @@ from drafter.data.batches import by_budget
 from drafter.decoding import side_by_side
 from drafter.decoding.capabilities import check_side_by_side
 from drafter.models.loading import load_generation_config
+from drafter.models.packing import pack
 from drafter.models.source import Model, ModelSource
 
 # Fields of a generation config that do not affect sampling. `end_of_turn_ids` decides where a response ends.
@@ -82,9 +83,10 @@ def transformers_engine(target: PreTrainedModel, limits: Limits, batch_tokens: i
     `decoding.side_by_side` keeps a batch full by giving the row of a finished response to the next prompt. Some
     architectures do not accept the masks that this takes, or have a sliding window shorter than the sequences (see
     `capabilities.check_side_by_side`); for these there is `rounds_engine`. Random numbers come from torch's global
-    generator. Padding counts towards `batch_tokens`.
+    generator. Padding counts towards `batch_tokens`. On a CPU, the weights of the target are packed (see
+    `models.packing`).
     """
-    in_rounds = rounds_engine(target, limits, batch_tokens)
+    in_rounds = rounds_engine(pack(target), limits, batch_tokens)
 
     def generate(requests: list[Request]) -> Sequence[list[int] | Failure]:
         longest = max((len(request.prompt_ids) for request in requests), default=0) + limits.max_new_tokens

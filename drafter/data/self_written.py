@@ -8,8 +8,8 @@ any number of ranks writes the same files. Whether another round of shards is ne
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
 from drafter.data.control_tokens import ControlTokenError, control_ids, control_pattern
-from drafter.data.conversations import Message
 from drafter.data.engines import Engine, Failure, Request, hashed_seed
 from drafter.data.near_duplicates import SeenTexts
 from drafter.data.prompts import encode_prompt
-from drafter.data.user_turn import UserTurn, begin_user_turn
+from drafter.data.steering import Recipe
+from drafter.data.user_turn import UserTurn
 from drafter.progress import Report, silent
 from drafter.ranks import Ranks, from_first, wait_for_all
 from drafter.ranks import deal as deal_shards
@@ -37,48 +37,10 @@ SCHEMA = pa.schema(
         ("left_out", pa.string()),
     ]
 )
-PLACEHOLDER = "OK."  # the answer to an example
 LEAST = 0.02  # the share of a round that must be usable, or writing stops
 MARGIN, GROWTH = 1.1, 16  # of a round: what is expected to be needed, and at most so many times what there is
+SENTENCE = re.compile(r".*[.!?][\"'”’)]*(?=\s|$)", re.DOTALL)
 REPEATED = re.compile(r"(.{1,24}?)\1{4,}", re.DOTALL)
-
-
-class Recipe(NamedTuple):
-    """How the target writes.
-
-    Attributes:
-        name: the name of the source.
-        seed: of the run.
-        temperature: of sampling, above 0.
-        systems: system prompts, which the messages take in turn; None for no system prompt.
-        examples: messages of a user that steer the target.
-        shown: how many of the examples precede each message.
-        with_answers: whether the target also answers its messages.
-    """
-
-    name: str
-    seed: int
-    temperature: float
-    systems: tuple[str | None, ...] = (None,)
-    examples: tuple[str, ...] = ()
-    shown: int = 3
-    with_answers: bool = False
-
-    def before(self, number: int) -> list[Message]:
-        """Return the messages before the message of a number: a system prompt, and examples as earlier turns.
-
-        The examples move on by one from message to message, so that each of them comes first, second and last as often.
-        """
-        system = self.systems[number % len(self.systems)]
-        messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        for shown in range(min(self.shown, len(self.examples))):
-            example = self.examples[(number // len(self.systems) + shown) % len(self.examples)]
-            messages += [{"role": "user", "content": example}, {"role": "assistant", "content": PLACEHOLDER}]
-        return messages
-
-    def every_before(self) -> Iterator[list[Message]]:
-        """Yield what `before` returns for all numbers, each once: it repeats after as many as these."""
-        return map(self.before, range(len(self.systems) * max(1, len(self.examples))))
 
 
 class Writer:
@@ -105,19 +67,22 @@ class Writer:
         self.recipe, self.tokenizer, self.engine, self.answer = recipe, tokenizer, engine, answer
         self.stop_ids, self.known_ids = stop_ids, known_ids
         self.controls, self.pattern = control_ids(tokenizer), control_pattern(tokenizer)
-        self._turns: dict[str, UserTurn] = {}
+        self._turns: dict[int, UserTurn] = {}
 
     def write(self, shard: int, size: int) -> list[rows.Row]:
         """Return the rows of a shard, those that cannot be used included, with the reason in `left_out`."""
         recipe = self.recipe
-        turns = [self._turn(recipe.before(shard * size + index)) for index in range(size)]
+        turns = [self._turn(shard * size + index) for index in range(size)]
         requests = [
             Request(f"{recipe.name}:{shard:05d}-{index:04d}", recipe.name, "train", recipe.temperature, turn.prefix_ids)
             for index, turn in enumerate(turns)
         ]
         torch.manual_seed(seed_of(recipe, shard))
+        order = sorted(range(size), key=lambda index: requests[index].prompt_ids)  # equal prompts are read once
+        responses = dict(zip(order, self.engine([requests[index] for index in order]), strict=True))
         written = []
-        for request, turn, response in zip(requests, turns, self.engine(requests), strict=True):
+        for index, (request, turn) in enumerate(zip(requests, turns, strict=True)):
+            response = responses[index]
             tokens = [] if isinstance(response, Failure) else response
             text, left_out = self.read(tokens, turn.end_text)
             fields = {"text": text, "left_out": left_out, "answer": "", "tokens": len(tokens)}
@@ -136,6 +101,8 @@ class Writer:
         if end_text and end_text in text:
             text, ended, body = text.partition(end_text)[0], True, []
         text = text.strip()
+        if not ended and self.recipe.requests and (complete := SENTENCE.match(text)):
+            text, ended = complete.group(), True
         if not ended:
             return text, "too long"
         if self.controls.intersection(body) or self.pattern.search(text):
@@ -144,11 +111,11 @@ class Writer:
             return text, "empty"
         return text, "degenerate" if is_degenerate(text) else ""
 
-    def _turn(self, before: list[Message]) -> UserTurn:
-        key = repr(before)
-        if key not in self._turns:
-            self._turns[key] = begin_user_turn(self.tokenizer, before)
-        return self._turns[key]
+    def _turn(self, number: int) -> UserTurn:
+        number %= self.recipe.period
+        if number not in self._turns:
+            self._turns[number] = self.recipe.turn(self.tokenizer, number)
+        return self._turns[number]
 
     def _add_answers(self, written: list[rows.Row], answer: Engine) -> None:
         """Let the target answer the messages, as a user's messages are answered."""

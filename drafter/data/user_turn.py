@@ -43,11 +43,7 @@ def begin_user_turn(tokenizer: PreTrainedTokenizerBase, before: list[Message]) -
     Raises:
         ValueError: the tokenizer has no chat template, or the template does not write each message in the same place.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the target's tokenizer has no chat template: a base model cannot write a user's messages, so give a chat "
-            "model, or instructions from files (data=files)"
-        )
+    require_chat_template(tokenizer)
     try:
         parts = [_around(tokenizer, before, marker) for marker in MARKERS]
         encoded = [encode_conversation(tokenizer, _with_user(before, text), False) for text in _openings(tokenizer)]
@@ -73,6 +69,19 @@ def begin_user_turn(tokenizer: PreTrainedTokenizerBase, before: list[Message]) -
     end = leading_control(tokenizer, parts[0][1])
     text = "" if end is not None else parts[0][1].strip().split("\n")[0]
     return UserTurn(encoded[0][:length], end, text)
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without a chat template.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the target's tokenizer has no chat template: a base model cannot write a user's messages, so give a chat "
+            "model, or instructions from files (data=files)"
+        )
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from drafter.decoding.batched import RaggedDecoder
-from drafter.decoding.decoders import Compiled, Decoder
+from drafter.decoding.decoders import Compiled, Decodable, Decoder, Padded, plain_model
 from drafter.models.inspection import vocabulary_rows
 from drafter.models.loading import context_length
 
@@ -32,16 +32,19 @@ CAN_ROLL_BACK = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 UNSUPPORTED = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)
 
 
-def decoder_of(model: PreTrainedModel | Compiled) -> Decoder:
+def decoder_of(model: Decodable) -> Decoder:
     """Return a decoder for a new sequence.
 
     Raises:
         ValueError: the model's cache cannot discard a rejected draft (see `check_decodes`).
     """
-    check_decodes(model.model if isinstance(model, Compiled) else model)
+    plain, widths = plain_model(model), None
+    check_decodes(plain)
+    if isinstance(model, Padded):
+        model, widths = model
     if isinstance(model, Compiled):
-        return model.decoder()
-    return Decoder(model, explicit_positions=_accepts_positions(model) and _window(model) is None)
+        return model.decoder(widths)
+    return Decoder(plain, explicit_positions=_accepts_positions(plain) and _window(plain) is None, widths=widths)
 
 
 def check_decodes(model: Any) -> None:

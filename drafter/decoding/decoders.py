@@ -7,9 +7,9 @@ Shapes: B rows, T tokens of a call, C the cache's capacity in tokens, V vocabula
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 from drafter.models.inspection import body, has_plain_head
+from drafter.models.loading import context_length
 
 # Model -> whether its logits are just the output embedding of its last hidden states.
 _HAS_PLAIN_HEAD: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
@@ -47,6 +48,7 @@ class Decoder:
         capacity: the longest sequence that the cache can hold; None for no limit.
         explicit_positions: pass masks and positions to calls of several new tokens, which is faster than to let the
             model compute them.
+        widths: see `Padded`.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Decoder:
         call: Callable[..., torch.Tensor] | None = None,
         capacity: int | None = None,
         explicit_positions: bool = False,
+        widths: Mapping[int, int] | None = None,
     ):
         self.model, self.capacity, self.explicit_positions = model, capacity, explicit_positions
+        self.widths = widths or {}
         self.length = 0
         self.cache = DynamicCache() if cache is None else cache
         self.call = call or logits_of(model)
@@ -74,12 +78,16 @@ class Decoder:
             raise ValueError(f"a sequence of {end} tokens exceeds the compiled decoder's capacity of {self.capacity}")
         if start < self.length:
             self.cache.crop(start - self.length)
-        self.length = end
+        padding = self.widths.get(len(ids[0]), 0) - len(ids[0]) if start else 0
+        if padding <= 0 or end + padding > min(self.capacity or end + padding, context_length(self.model)):
+            padding = 0
+        self.length = end + padding  # the next call begins at `end` at the latest, and discards the padding
         device = self.model.device
         arguments = {}
-        if self.explicit_positions and start and len(ids[0]) > 1:
-            arguments = masks_and_positions(torch.arange(start, end, device=device)[None], end)
-        return self.call(torch.tensor(ids, device=device), self.cache, keep, **arguments)
+        if self.explicit_positions and start and self.length - start > 1:
+            arguments = masks_and_positions(torch.arange(start, self.length, device=device)[None], self.length)
+        padded = torch.tensor([[*ids[0], *ids[0][-1:] * padding]], device=device)
+        return self.call(padded, self.cache, keep + padding, **arguments)[:, :keep]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Do nothing: there is only one row."""
@@ -91,8 +99,10 @@ class Decoder:
 class Compiled:
     """A model whose short calls are compiled (torch.compile), with a cache of a fixed size, for one sequence at a time.
 
-    It pays where Python overhead dominates a call, as with small models on a CPU. The first call with each number of
-    tokens takes some ten seconds to compile; later sequences reuse the compiled calls.
+    It pays where Python overhead dominates a call, as with small models on a CPU. There the weights become constants of
+    the compiled calls ("freezing"), so that they are packed for their number of rows. The first call with each number
+    of tokens takes seconds to minutes to compile; later sequences reuse the compiled calls. `Padded` with
+    `COMPILED_WIDTHS` keeps the number of compilations small.
 
     Args:
         model: a model that works with transformers' static cache.
@@ -114,17 +124,24 @@ class Compiled:
         return self.model.device
 
     @torch.inference_mode()
-    def decoder(self) -> Decoder:
+    def decoder(self, widths: Mapping[int, int] | None = None) -> Decoder:
         """Return a decoder for a new sequence. It shares the cache, so the previous decoder becomes invalid."""
         self.cache.reset()
-        return Decoder(self.model, self.cache, self._logits, self.capacity)
+        return Decoder(self.model, self.cache, self._logits, self.capacity, widths=widths)
 
     def _logits(self, ids_BT: torch.Tensor, _: Cache, keep: int) -> torch.Tensor:
         count = ids_BT.shape[1]
         if count not in self.calls:
-            self.calls[count] = self._call() if count > self.longest else torch.compile(self._call(), dynamic=False)
+            self.calls[count] = self._call() if count > self.longest else self._compiled()
         # The call computes the logits of all tokens, so that one compiled function serves every `keep`.
         return self.calls[count](ids_BT)[:, -keep:]
+
+    def _compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        frozen = self.device.type == "cpu"
+        compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
+            self._call(), dynamic=False, options={"freezing": True} if frozen else None
+        )
+        return compiled
 
     def _call(self) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(ids_BT: torch.Tensor) -> torch.Tensor:
@@ -133,6 +150,39 @@ class Compiled:
 
         # torch.compile caches by code object and tries every entry of it in turn: a copy keeps each list at one entry.
         return FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
+
+
+class Padded(NamedTuple):
+    """A model whose calls with some numbers of tokens are padded, for one sequence at a time.
+
+    On a CPU, a call with more tokens may take less time: libraries for matrix products have fast ways for some numbers
+    of rows alone. What is computed for the padding is discarded. `CallTimings.widths` says which numbers pay.
+
+    Attributes:
+        model: the model.
+        widths: number of tokens -> number of tokens with padding. Calls with another number, and prompts, have none.
+    """
+
+    model: PreTrainedModel | Compiled
+    widths: Mapping[int, int]
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self.model.device
+
+
+Decodable: TypeAlias = PreTrainedModel | Compiled | Padded  # what can decode a sequence
+
+
+def plain_model(model: Decodable) -> PreTrainedModel:
+    """Return the model that is compiled or padded."""
+    while isinstance(model, Compiled | Padded):
+        model = model.model
+    return model
+
+
+COMPILED_WIDTHS = {count: next(width for width in (1, 5, 9) if width >= count) for count in range(1, 10)}
 
 
 def masks_and_positions(positions_BT: torch.Tensor, end: int) -> dict[str, torch.Tensor]:

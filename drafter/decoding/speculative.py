@@ -21,7 +21,7 @@ from drafter.decoding.acceptance import Block, Verification, truncate_block, ver
 from drafter.decoding.batched import RaggedDecoder
 from drafter.decoding.capabilities import check_side_by_side, decoder_of
 from drafter.decoding.clock import Clock
-from drafter.decoding.decoders import CachedModel, Compiled
+from drafter.decoding.decoders import CachedModel, Decodable, plain_model
 from drafter.decoding.generation import Decoded, Generation
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, check_prompt, max_draft_length
 from drafter.models.loading import context_length
@@ -29,8 +29,8 @@ from drafter.warping import Sampling, draw, warp
 
 
 def speculative_decode(
-    target: PreTrainedModel | Compiled,
-    drafter: PreTrainedModel | Compiled,
+    target: Decodable,
+    drafter: Decodable,
     prompt: list[int],
     num_speculative_tokens: int | Adaptive,
     options: DecodingOptions,
@@ -101,7 +101,7 @@ def speculative_decode_batch(
 
 @torch.inference_mode()
 def autoregressive_decode(
-    target: PreTrainedModel | Compiled,
+    target: Decodable,
     prompt: list[int],
     options: DecodingOptions,
     generator: torch.Generator | None = None,
@@ -133,13 +133,13 @@ def autoregressive_decode(
     return Decoded(sequence[len(prompt) :], blocks, clock.seconds(1))
 
 
-def max_length(prompt: list[int], options: DecodingOptions, *models: PreTrainedModel | Compiled) -> int:
+def max_length(prompt: list[int], options: DecodingOptions, *models: Decodable) -> int:
     """Return the number of tokens at which a sequence ends: by its options, or by the shortest context of the models.
 
     Raises:
         ValueError: the prompt fills the context.
     """
-    context = min(context_length(model.model if isinstance(model, Compiled) else model) for model in models)
+    context = min(context_length(plain_model(model)) for model in models)
     if len(prompt) >= context:
         raise ValueError(f"the prompt has {len(prompt)} tokens, and the context of the models is {context}: shorten it")
     return min(len(prompt) + options.max_new_tokens, context)

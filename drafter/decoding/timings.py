@@ -10,14 +10,14 @@ import statistics
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
 
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.clock import now
-from drafter.decoding.decoders import Compiled
+from drafter.decoding.decoders import Decodable
 
 REPEATS = 15
 WARM_UP = 2
+LEAST_GAIN = 0.05  # of the time of a call, for which it is padded
 
 
 class CallTimings(NamedTuple):
@@ -40,15 +40,26 @@ class CallTimings(NamedTuple):
         """Return v(gamma), the ratio of a target call with gamma + 1 tokens to one with one token."""
         return self.target[gamma] / self.target[0]
 
+    def widths(self) -> dict[int, int]:
+        """Return the padding that pays: number of tokens -> a larger one whose target calls took less time.
+
+        >>> CallTimings(0.1, [1.0, 1.7, 2.0, 1.3, 1.25]).widths()
+        {2: 5, 3: 5}
+        """
+        cheapest = {}
+        for count, seconds in enumerate(self.target, start=1):
+            least = min(self.target[count - 1 :])
+            if least < (1 - LEAST_GAIN) * seconds:
+                cheapest[count] = self.target.index(least, count) + 1
+        return cheapest
+
     def block(self, gamma: int) -> float:
         """Return the time of a block, c gamma + v(gamma), in target calls with one token."""
         return self.ratio * gamma + self.verification(gamma)
 
 
 @torch.inference_mode()
-def measure_call_timings(
-    target: PreTrainedModel | Compiled, drafter: PreTrainedModel | Compiled, prompt: list[int], largest: int
-) -> CallTimings:
+def measure_call_timings(target: Decodable, drafter: Decodable, prompt: list[int], largest: int) -> CallTimings:
     """Return the median wall-clock time of each kind of call, with a prompt in the cache.
 
     The kinds of calls take turns, so that a change in the machine's speed affects all alike.

@@ -142,9 +142,10 @@ def draw_gammas(rows: Sequence[GammaRow], path: Path) -> str:
         for axis, task in zip(axes[0], tasks, strict=True):
             of_task = [row for row in rows if row.task == task]
             gammas = [row.gamma for row in of_task]
-            value, low, high = np.array([row.measured for row in of_task]).T
+            decoded = [row.gamma for row in of_task if row.measured]
+            value, low, high = np.array([row.measured for row in of_task if row.measured]).T
             axis.plot(gammas, [row.predicted for row in of_task], color=PALETTE[0], label="predicted")
-            axis.errorbar(gammas, value, (value - low, high - value), fmt="o", color=PALETTE[5], label="measured")
+            axis.errorbar(decoded, value, (value - low, high - value), fmt="o", color=PALETTE[5], label="measured")
             axis.axhline(1, color="#333333", linewidth=0.8)
             axis.set_title(task.replace("_", " "))
             axis.set_xlabel("γ")

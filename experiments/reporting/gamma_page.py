@@ -1,5 +1,7 @@
 """Write the page on which gamma pays: a row for each task and gamma, and a verdict for each task."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from drafter.metrics import Estimate
@@ -7,6 +9,8 @@ from experiments.reporting.tabular import Table, with_interval
 
 if TYPE_CHECKING:
     from drafter.decoding.timings import CallTimings
+
+NO_WIDTHS: Mapping[int, int] = MappingProxyType({})
 
 
 class GammaRow(NamedTuple):
@@ -17,10 +21,12 @@ class GammaRow(NamedTuple):
     block_efficiency: float
     cost: float
     predicted: float
-    measured: Estimate
+    measured: Estimate | None  # None: not decoded
 
 
-def gamma_page(rows: list[GammaRow], timings: "CallTimings", drafter: str, compiled: bool) -> str:
+def gamma_page(
+    rows: list[GammaRow], timings: "CallTimings", drafter: str, compiled: bool, widths: Mapping[int, int] = NO_WIDTHS
+) -> str:
     """Return the page in Markdown.
 
     Args:
@@ -28,6 +34,7 @@ def gamma_page(rows: list[GammaRow], timings: "CallTimings", drafter: str, compi
         timings: the call timings that the predictions rest on.
         drafter: the name of the drafter.
         compiled: whether both models were compiled.
+        widths: number of tokens -> number to which target calls were padded.
     """
     how = "both models compiled" if compiled else "no model compiled"
     lines = [
@@ -38,6 +45,9 @@ def gamma_page(rows: list[GammaRow], timings: "CallTimings", drafter: str, compi
         f"as long. A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the bonus token.",
         "",
     ]
+    if widths:
+        padded = ", ".join(f"{count} to {width}" for count, width in sorted(widths.items()))
+        lines += [f"Target calls are padded where that is faster on this machine: {padded} tokens.", ""]
     columns = ["γ", "τ", "v", "cγ + v", "predicted speed-up", "measured"]
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task]
@@ -48,7 +58,7 @@ def gamma_page(rows: list[GammaRow], timings: "CallTimings", drafter: str, compi
                 f"{timings.verification(row.gamma):.2f}",
                 f"{row.cost:.2f}",
                 f"{row.predicted:.2f}",
-                with_interval(row.measured),
+                with_interval(row.measured) if row.measured else "",
             ]
             for row in of_task
         ]
@@ -59,8 +69,7 @@ def gamma_page(rows: list[GammaRow], timings: "CallTimings", drafter: str, compi
 
 def verdict(rows: list[GammaRow]) -> str:
     """Return one sentence for one task: the best gamma, or that none pays and why."""
-    best = max(rows, key=lambda row: row.measured[0])
-    value, low, high = best.measured
+    (value, low, high), best = max(((row.measured, row) for row in rows if row.measured), key=lambda one: one[0])
     speed = f"{value:.2f} [{low:.2f}, {high:.2f}] times as fast as the target alone"
     if value > 1:
         certain = "" if low > 1 else ", within the noise of 1"
@@ -68,5 +77,5 @@ def verdict(rows: list[GammaRow]) -> str:
     return (
         f"No γ pays on this machine: at the best, γ = {best.gamma}, decoding is {speed}. A block there costs "
         f"{best.cost:.2f} target calls and gives {best.block_efficiency:.2f} tokens: to pay, it would have to give "
-        f"more than it timings."
+        f"more than it costs."
     )

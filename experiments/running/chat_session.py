@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from drafter.data.conversations import Conversation, Message, UnusableConversation
 from drafter.data.prompts import encode_conversation
 from drafter.data.text_stream import Piece, TextStream
 from drafter.decoding.acceptance import Block
 from drafter.decoding.capabilities import decoder_of
-from drafter.decoding.decoders import Compiled
+from drafter.decoding.decoders import Decodable
 from drafter.decoding.generation import Decoded
 from drafter.decoding.options import Adaptive, DecodingOptions, max_draft_length
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
@@ -26,8 +26,8 @@ TOO_LONG = (
 class Pair(NamedTuple):
     """A target and its drafter, and how they decode together."""
 
-    target: PreTrainedModel | Compiled
-    drafter: PreTrainedModel | Compiled
+    target: Decodable
+    drafter: Decodable
     num_speculative_tokens: int | Adaptive
     options: DecodingOptions
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from drafter.artifacts.manifest import digest
 from drafter.data.files import is_local
 from drafter.data.sources import Source, entries
+from drafter.data.templates import parse
 from experiments.running.inputs import plain
 
 INSTRUCTIONS, TEXT = "instructions", "text"
@@ -36,7 +37,7 @@ class SelfSource:
     @property
     def rows(self) -> Source:
         """Return the written rows as an ordinary source."""
-        template = "{prompt}" if self.part == INSTRUCTIONS else "{text}"
+        template = self.settings.template if self.part == INSTRUCTIONS else "{text}"
         return Source(f"{self.directory}/{self.part}.jsonl", template, weight=self.settings.weight)
 
     def identity(self) -> dict[str, Any]:
@@ -56,6 +57,8 @@ class Settings:
         examples: messages of a user, or the path of a file of them, that steer the target.
         examples_shown: how many of them precede each message.
         example_template: makes the message of a row of the examples' file.
+        requests: what the target is asked for, in turn: its answers are then the messages.
+        template: makes the instruction of a message, which is its field `prompt`.
         max_new_tokens: of a message; null: prepare.max_prompt_tokens.
         max_answer_tokens: of an answer, in pretraining text.
         weight: how often the source is drawn from, relative to the others.
@@ -68,6 +71,8 @@ class Settings:
     examples: Any = None
     examples_shown: int = 3
     example_template: str = "{prompt}"
+    requests: Any = None
+    template: str = "{prompt}"
     max_new_tokens: int | None = None
     max_answer_tokens: int = 256
     weight: float = 1.0
@@ -83,6 +88,8 @@ class Settings:
         """Return the settings that determine the rows. Of the examples, the texts count, not the path of their file."""
         names = ("number", "temperature", "top_p", "examples_shown", "max_new_tokens", "max_answer_tokens")
         found = {name: getattr(self, name) for name in names}
+        found |= {"requests": digest(list(self.requests))} if self.requests else {}
+        found |= {} if self.template == "{prompt}" else {"template": self.template}
         return {**found, "system": list(self.systems), "examples": digest(list(self.read_examples))}
 
 
@@ -137,7 +144,13 @@ def settings_of(given: Mapping[str, Any], owner: str) -> Settings:
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{owner} has {unknown}; a source of kind self has {known}")
     settings = Settings(**values)
+    is_text = owner.startswith("data.pretraining")
     for name, allowed, wanted in (
+        ("template", not is_text or settings.template == "{prompt}", "left out: the text is a message and its answer"),
+        ("template", {one.name for one in parse(settings.template)[0]} == {"prompt"}, "a text with {prompt} in it"),
+        ("requests", settings.requests is None or _are_texts(settings.requests), "a list of texts, or null"),
+        ("requests", not (settings.requests and settings.examples), "null beside examples, which steer a user"),
+        ("requests", not (settings.requests and is_text), "left out: the text is a message and its answer"),
         ("number", settings.number is None or settings.number >= 1, "at least 1, or null"),
         ("temperature", settings.temperature > 0, "above 0: greedy decoding would write the same message each time"),
         ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
@@ -162,6 +175,10 @@ def _read_examples(settings: Settings, owner: str) -> tuple[str, ...]:
             raise FileNotFoundError(f"{owner}.examples is '{given}', which is neither a list of texts nor a local file")
         template = "{text}" if Path(given).suffix == ".txt" else settings.example_template
         return tuple(entry.text for entry in entries(Source(given, template)) if entry.text)
-    if not isinstance(given, list) or not all(isinstance(one, str) and one.strip() for one in given):
+    if given and not _are_texts(given):
         raise ValueError(f"{owner}.examples is {given!r}, must be a list of texts or the path of a file")
     return tuple(given)
+
+
+def _are_texts(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(isinstance(one, str) and one.strip() for one in given)

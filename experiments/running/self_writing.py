@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import Stage, sha256, write_jsonl
 from drafter.data.control_tokens import NEUTRAL
-from drafter.data.conversations import Conversation, UnusableConversation
+from drafter.data.conversations import Conversation, Message, UnusableConversation
 from drafter.data.engines import Engine, Limits, transformers_engine, vllm_engine
 from drafter.data.prompts import encode_conversation, encode_prompt, known_ids
-from drafter.data.self_written import PLACEHOLDER, SCHEMA, Collection, Recipe, Writer, write_until_enough
-from drafter.data.user_turn import UserTurn, begin_user_turn
+from drafter.data.self_written import SCHEMA, Collection, Writer, write_until_enough
+from drafter.data.steering import PLACEHOLDER, Recipe
+from drafter.data.user_turn import UserTurn
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_limit, load_target, load_tokenizer, vocabulary_width
 from drafter.models.sharding import check_parallel
@@ -51,7 +52,8 @@ def claim_source(cfg: DictConfig, source: SelfSource) -> Stage:
         "seed": cfg.seed,
         "target_dtype": cfg.target.dtype,
     }
-    del settings["weight"]  # it decides how often rows are drawn, not what they are
+    for name in ("weight", "template"):  # they decide how rows are used, not what the target writes
+        settings.pop(name, None)
     return claim(cfg, SELF_WRITTEN, settings, target_inputs(cfg), source.directory, module="prepare")
 
 
@@ -115,14 +117,11 @@ def engines(cfg: DictConfig, limits: list[Limits], ranks: Ranks) -> Iterator[Eng
 def recipe_of(cfg: DictConfig, source: SelfSource) -> Recipe:
     """Return how the target writes the messages of a source."""
     settings = source.settings
-    return Recipe(
-        f"{source.part} {source.name}",
-        cfg.seed,
-        float(settings.temperature),
-        settings.systems,
-        settings.read_examples,
-        settings.examples_shown,
-        source.part == TEXT,
+    return _steering(source)._replace(
+        name=f"{source.part} {source.name}",
+        seed=cfg.seed,
+        temperature=float(settings.temperature),
+        with_answers=source.part == TEXT,
     )
 
 
@@ -167,29 +166,30 @@ def message_limit(cfg: DictConfig, source: SelfSource) -> int:
 
 def first_turn(source: SelfSource, tokenizer: PreTrainedTokenizerBase) -> UserTurn:
     """Return the user's turn of the first message of a source."""
-    return begin_user_turn(tokenizer, _steering(source).before(0))
+    return _steering(source).turn(tokenizer, 0)
 
 
 def longest_turn(source: SelfSource, tokenizer: PreTrainedTokenizerBase) -> UserTurn:
-    """Return the user's turn that most tokens precede, of all system prompts and examples of a source.
+    """Return the turn that most tokens precede, of all system prompts, examples and requests of a source.
 
     Raises:
         ValueError: the chat template cannot write one of them, which the error quotes.
     """
-    lengths = []
-    for before in _steering(source).every_before():
+    steering, lengths = _steering(source), []
+    asked: list[Message] = [] if steering.requests else [{"role": "user", "content": NEUTRAL}]
+    for number, before in enumerate(steering.every_before()):
         try:
-            asked = Conversation([*before, {"role": "user", "content": NEUTRAL}])
-            lengths.append((len(encode_conversation(tokenizer, asked)), before))
+            lengths.append((len(encode_conversation(tokenizer, Conversation([*before, *asked]))), number))
         except UnusableConversation as problem:
             given = [message["content"] for message in before if message["content"] != PLACEHOLDER]
-            raise ValueError(f"{source.owner}: {problem}. The system prompt and examples were {given!r:.200}") from None
-    return begin_user_turn(tokenizer, max(lengths, key=lambda one: one[0])[1])
+            raise ValueError(f"{source.owner}: {problem}. The messages before it were {given!r:.200}") from None
+    return steering.turn(tokenizer, max(lengths)[1])
 
 
 def _steering(source: SelfSource) -> Recipe:
     settings = source.settings
-    return Recipe("", 0, 1.0, settings.systems, settings.read_examples, settings.examples_shown)
+    steered = (settings.systems, settings.read_examples, settings.examples_shown, tuple(settings.requests or ()))
+    return Recipe("", 0, 1.0, *steered)
 
 
 def check_sources(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,7 +8,8 @@ import torch
 from drafter.artifacts.storage import Folder
 from drafter.data import self_written
 from drafter.data.engines import Limits, transformers_engine
-from drafter.data.self_written import Collection, Recipe, Writer, is_degenerate, write_until_enough
+from drafter.data.self_written import Collection, Writer, is_degenerate, write_until_enough
+from drafter.data.steering import Recipe
 from drafter.ranks import Ranks
 from tests.chat_target import VOCABULARY, chat_model, chat_tokenizer
 
@@ -79,6 +80,43 @@ def test_system_prompts_and_examples_take_turns():
     assert [messages[0]["content"] for messages in before] == ["one", "a", "one", "b", "one", "c"]
     asked = [[message["content"] for message in messages if message["role"] == "user"] for messages in before]
     assert asked == [["a", "b"], ["a", "b"], ["b", "c"], ["b", "c"], ["c", "a"], ["c", "a"]]
+
+
+def test_the_answers_to_requests_are_the_messages_and_requests_take_turns():
+    asked = []
+    recipe = Recipe("mine", 0, 1.0, ("who", None), requests=("what ?", "why ?", "who ?"))
+    writer = Writer(recipe, chat_tokenizer(), lambda requests: asked.extend(requests) or [[STOP]] * 12, [STOP], KNOWN)
+    writer.write(0, 12)
+    prompts = {request.id: chat_tokenizer().decode(request.prompt_ids) for request in asked}
+    assert [prompts[f"mine:00000-{number:04d}"].split()[-4:-2] for number in range(0, 12, 2)] == [
+        ["what", "?"], ["why", "?"], ["who", "?"], ["what", "?"], ["why", "?"], ["who", "?"]
+    ]  # fmt: skip
+    assert all(prompt.endswith("<|reply|>") for prompt in prompts.values())
+    assert recipe.period == len(set(prompts.values())) == 6
+    assert [request.prompt_ids for request in asked] == sorted(request.prompt_ids for request in asked)
+
+
+def test_responses_belong_to_their_requests_whatever_the_order_of_the_prompts():
+    recipe = Recipe("mine", 0, 1.0, requests=("why ?", "who ?", "what ?"))
+    writer = Writer(
+        recipe, chat_tokenizer(), lambda found: [[*one.prompt_ids[1:2], STOP] for one in found], [STOP], KNOWN
+    )
+    rows = writer.write(0, 6)
+    assert [row["text"] for row in rows] == ["why", "who", "what"] * 2
+    assert [row["id"] for row in rows] == [f"mine:00000-{number:04d}" for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "reason"),
+    [
+        ("the cat ran . the dog", "the cat ran .", ""),
+        ("the cat ran . the dog ran !", "the cat ran . the dog ran !", ""),
+        ("the cat ran . the dog <|stop|>", "the cat ran . the dog", ""),
+        ("the cat ran", "the cat ran", "too long"),
+    ],
+)
+def test_an_answer_to_a_request_that_reaches_the_limit_ends_with_its_last_complete_sentence(words, text, reason):
+    assert stubbed(requests=("why ?",)).read(ids(words)) == (text, reason)
 
 
 def test_duplicates_are_counted_in_the_order_of_the_shards_and_what_is_beyond_the_number_is_not_needed():

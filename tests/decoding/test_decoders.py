@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from drafter.decoding.decoders import Compiled
+from drafter.decoding.capabilities import decoder_of
+from drafter.decoding.decoders import Compiled, Padded
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.decoding.timings import REPEATS, WARM_UP, CallTimings, measure_call_timings
+from drafter.warping import Sampling
 from tests.conftest import VOCABULARY, small_model
 
 STOP = DecodingOptions(30, stop_ids=[5])
@@ -46,6 +48,49 @@ def test_only_short_calls_are_compiled(target, monkeypatch):
 def test_a_sequence_beyond_the_capacity_is_refused(target):
     with pytest.raises(ValueError, match="a sequence of 9 tokens exceeds the compiled decoder's capacity of 8"):
         autoregressive_decode(Compiled(target, 8), [1, 2, 3], DecodingOptions(20))
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padded_calls_change_nothing_but_their_width(target, drafter, temperature, compiled):
+    options = DecodingOptions(40, Sampling(temperature), stop_ids=[5])
+    widths = []
+    model = Compiled(target, 60) if compiled else target
+
+    def record(module, arguments, named):
+        widths.append((named["input_ids"] if "input_ids" in named else arguments[0]).shape[1])
+
+    for seed in range(4):
+        prompt = torch.randint(0, VOCABULARY, (7 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        plain = speculative_decode(target, drafter, prompt, 3, options, torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            handle = target.model.register_forward_pre_hook(record, with_kwargs=True)
+            padded = Padded(model, {2: 6, 3: 6, 4: 6})
+            found = speculative_decode(padded, drafter, prompt, 3, options, torch.Generator().manual_seed(seed))
+            handle.remove()
+        assert found.tokens == plain.tokens
+        assert [block[:3] for block in found.blocks] == [block[:3] for block in plain.blocks]
+    assert set(widths[1:]) & {6}
+    assert not set(widths) & {2, 3, 4}
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("capacity", [None, 128])
+def test_a_call_is_not_padded_beyond_the_context_or_the_capacity(target, capacity):
+    decoder = decoder_of(Padded(target if capacity is None else Compiled(target, capacity), {2: 8}))
+    decoder.forward([[1] * 120], [0], 1)
+    lengths = []
+    for start in (120, 119, 126):  # with padding: 128, 127, 134 tokens, and the context has 128
+        assert decoder.forward([[4, 5]], [start], 2).shape[1] == 2
+        lengths.append(decoder.length)
+    assert lengths == [128, 127, 128]
+
+
+def test_the_widths_that_pay_are_those_of_shorter_calls():
+    assert CallTimings(0.1, [1.0, 1.7, 2.0, 1.3, 1.25]).widths() == {2: 5, 3: 5}  # 4% are not worth it
+    assert CallTimings(0.1, [2.0, 1.0, 3.0]).widths() == {1: 2}
+    assert CallTimings(0.1, [1.0, 1.0, 1.1, 1.2]).widths() == {}
 
 
 def test_a_block_takes_the_time_of_its_drafts_and_its_verification():

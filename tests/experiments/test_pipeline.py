@@ -186,9 +186,30 @@ def test_the_gamma_report_names_the_best_gamma_of_each_task(world, tmp_path):
         assert row["block_efficiency"] == pytest.approx(tokens / calls)
 
 
+def test_gammas_that_are_not_decoded_are_predicted_and_compiled_calls_have_few_widths(world, tmp_path, monkeypatch):
+    overrides, root = world
+    widths = set()
+
+    def compiled(function, **_):
+        return lambda ids: widths.add(ids.shape[1]) or function(ids)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    how = ["gamma.largest=3", "gamma.decode=[2]", "gamma.compile=true", "gamma.prompts_per_task=2"]
+    stage("gamma", [*overrides, f"gamma.drafter={root}/finetune/kld-seed1", *how, f"out={tmp_path}/gamma"])
+    rows = read_jsonl(tmp_path / "gamma" / "kld-seed1" / "gamma.jsonl")
+    assert [(row["gamma"], row["measured"] is not None) for row in rows] == [(1, False), (2, True), (3, False)] * 2
+    assert widths - {7} == {1, 2, 5}  # 7: short prompts; of the target 1 and 5; of the drafter 1, and 2 after a block
+    page = (tmp_path / "gamma" / "kld-seed1" / "gamma.md").read_text()
+    assert "padded where that is faster on this machine: 2 to 5, 3 to 5, 4 to 5 tokens" in page
+    assert page.count("γ = 2") == 2
+
+
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
+        ("gamma", "gamma.decode=[0]", ValueError, r"gamma.decode is \[0\], must be null or some of 1 to gamma.larg"),
+        ("gamma", "gamma.decode=[9]", ValueError, r"gamma.decode is \[9\], must be null or some of 1 to gamma.larg"),
+        ("gamma", "gamma.compile=true gamma.largest=9", ValueError, "must be at most 8 with gamma.compile=true"),
         ("evaluate", "evaluate.num_speculative_tokens=[3,many]", ValueError, "has 'many': numbers and 'adaptive'"),
         ("gamma", "gamma.largest=0", ValueError, "gamma.largest is 0"),
         ("respond", "respond.top_p=0.5", ArtifactError, "settings.top_p: found 0.95, requested 0.5"),

@@ -1,6 +1,7 @@
 """Tests of the stage `prepare` with instructions and text that the target writes itself."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -14,6 +15,8 @@ from experiments.pipeline import main
 from tests.chat_target import VOCABULARY, chat_tokenizer, save_chat_target
 from tests.conftest import save_target, write_jsonl
 from tests.experiments.test_pipeline import snapshot, stage
+
+CHANGES = re.compile(r" (?=\+)")  # between two overrides
 
 
 def overrides(folder, target):
@@ -92,12 +95,27 @@ def test_a_second_run_writes_nothing_and_the_weight_does_not_matter_to_what_is_w
         stage("prepare", [*command, "data.instructions.self.weight=2"])
 
 
+def test_a_template_makes_the_instructions_of_the_messages_that_are_written_already(prepared, tmp_path):
+    folder, command = prepared
+    shutil.copytree(folder / "run" / "instructions", tmp_path / "run" / "instructions")
+    before = snapshot(tmp_path / "run" / "instructions")
+    change = [f"root={tmp_path}/run", "+data.instructions.self.template='who saw : {prompt}'"]
+    stage("prepare", [*command, *change])
+    assert snapshot(tmp_path / "run" / "instructions") == before
+    messages = {row["prompt"] for row in read_jsonl(tmp_path / "run" / "instructions" / "self" / "instructions.jsonl")}
+    data = tmp_path / "run" / "data"
+    prompts = [row["prompt"] for name in ("instructions", "tasks") for row in read_jsonl(data / f"{name}.jsonl")]
+    assert prompts
+    assert all(prompt.removeprefix("who saw : ") in messages - {prompt} for prompt in prompts)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("data.instructions.self.temperature=0.7", r"instructions/self was made differently.*settings\.temperature"),
         ("data.instructions.self.examples=[who ran ?]", r"instructions/self was made differently.*settings\.examples"),
         ("data.instructions.self.number=50", r"instructions/self was made differently.*settings\.number"),
+        ("+data.instructions.self.requests=[why ?]", r"instructions/self was made differently.*settings\.requests"),
         ("data.pretraining.top_p=0.5", r"text/pretraining was made differently.*settings\.top_p"),
         ("seed=5", r"instructions/self was made differently.*settings\.seed"),
     ],
@@ -138,10 +156,18 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("data.instructions.self.temperature=0", "data.instructions.self.temperature is 0, must be above 0"),
         ("data.instructions.self.top_p=1.5", "data.instructions.self.top_p is 1.5"),
         ("+data.instructions.self.steer=x", r"data.instructions.self has \['steer'\]; a source of kind self has"),
+        ("+data.instructions.self.template='Answer!'", "template 'Answer!' has no field"),
+        ("+data.instructions.self.template='{{text}}'", "template is '{text}', must be a text with {prompt} in it"),
+        ("+data.pretraining.template='Q: {{prompt}}'", "data.pretraining.template is 'Q: {prompt}', must be left out"),
         ("data.instructions.self.number=0", "data.instructions.self.number is 0, must be at least 1"),
         ("data.instructions.self.system=[1]", "data.instructions.self.system is"),
         ("data.instructions.self.examples=[1]", "data.instructions.self.examples is .*must be a list of texts or"),
         ("data.instructions.self.examples=nowhere", "examples is 'nowhere', which is neither"),
+        ("+data.instructions.self.requests=[1]", "requests is .1., must be a list of texts, or null"),
+        ("+data.instructions.self.requests=[]", "requests is .., must be a list of texts, or null"),
+        ("+data.instructions.self={{requests: [why], examples: [who]}}", "must be null beside examples"),
+        ("+data.pretraining.requests=[why]", "data.pretraining.requests is .*must be left out"),
+        ("+data.instructions.self.requests=[cat,'{long}']", "up to 123 tokens precede a message, and it may have 40"),
         ("data.instructions.self.max_new_tokens=300", "together they exceed the target's context of 128"),
         ("data.instructions.self.system=[cat,{long}]", "up to 121 tokens precede a message, and it may have 40"),
         ("data.instructions.self.examples=[cat,dog,man,{long}]", "up to 13. tokens precede a message, and it may"),
@@ -155,6 +181,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(prepared, tmp_p
         ("task=docstrings", "task.open_ended.path is null, and data=self has no docstrings to ask about: task=self"),
         ("task.prompts.source=mine", "task.prompts.source is 'mine', must be a source .*: self"),
         ("data.instructions.self.kind=other", "must be files, conversations or self"),
+        ("target.path={base} +data.instructions.self.requests=[why]", "has no chat template"),
         ("target.path={base}", "has no chat template: a base model cannot write a user's messages"),
     ],
 )  # fmt: skip
@@ -163,7 +190,7 @@ def test_wrong_settings_are_refused_before_the_target_is_loaded(prepared, tmp_pa
     save_target(tmp_path / "base")
     change = change.format(base=tmp_path / "base", long="cat " * 120)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        stage("prepare", [*command, f"root={tmp_path}/run", change, f"dry_run={dry_run}"])
+        stage("prepare", [*command, f"root={tmp_path}/run", *CHANGES.split(change), f"dry_run={dry_run}"])
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,107 @@
+"""Write SmolLM2-135M-Instruct as a model directory, from the hub or from the Python package that contains it.
+
+Config: conf/smollm2_target.yaml. The package has the model as a 4-bit GGUF, which transformers dequantises. Its weights
+then differ from the hub's by the quantisation, so that each is a target of its own; `origin.json` in the directory says
+which one it is. In both cases the weights are written in bfloat16.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from drafter.models.loading import load_model, load_tokenizer
+from drafter.models.source import ModelSource
+from experiments.running.commands import command
+
+log = logging.getLogger(__name__)
+ORIGIN = "origin.json"
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
+
+
+@command("smollm2_target")
+def main(cfg: DictConfig) -> None:
+    """Write the directory, unless it is there.
+
+    Raises:
+        ValueError: `origin` is unknown, or the directory is there with the other origin.
+        OSError: neither the hub nor the package can be read.
+    """
+    if cfg.origin not in (None, "hub", "package"):
+        raise ValueError(f"origin is {cfg.origin!r}, must be hub, package or null")
+    out = Path(cfg.out)
+    if (out / ORIGIN).exists():
+        found = json.loads((out / ORIGIN).read_text(encoding="utf-8"))["origin"]
+        if cfg.origin not in (None, found):
+            raise ValueError(
+                f"{out} has the model of origin={found}: give origin={cfg.origin} another directory, out=…"
+            )
+        log.info("%s is up to date (origin=%s)", out, found)
+        return
+    origin, (model, tokenizer, described) = load(cfg)
+    write(model, tokenizer, out, {"origin": origin, "from": described})
+
+
+def load(cfg: DictConfig) -> tuple[str, Loaded]:
+    """Return the origin, and the model with its tokenizer and a description of where it is from."""
+    if cfg.origin == "package":
+        return "package", from_package(cfg)
+    try:
+        return "hub", from_hub(cfg)
+    except OSError as problem:
+        if cfg.origin == "hub":
+            raise
+        log.info("the hub cannot be reached (%.60s…): looking for the package %s", problem, cfg.package.module)
+        return "package", from_package(cfg)
+
+
+def from_hub(cfg: DictConfig) -> Loaded:
+    """Load the model from the hub."""
+    source = ModelSource(cfg.hub.path, cfg.hub.revision, dtype="bfloat16")
+    tokenizer, commit = load_tokenizer(source), source.where()["revision"]
+    return load_model(source), tokenizer, f"{cfg.hub.path}, revision {commit}"
+
+
+def from_package(cfg: DictConfig) -> Loaded:
+    """Load the model from the GGUF in the package, dequantised.
+
+    Raises:
+        OSError: the package, or the package that reads GGUF, is not installed.
+    """
+    needed = [name for name in (cfg.package.module, "gguf") if not importlib.util.find_spec(name)]
+    if needed:
+        raise OSError(
+            f"SmolLM2-135M-Instruct is not there: the hub was not reached or not asked, and the Python package "
+            f"{' and '.join(needed)} is not installed. `{cfg.package.install}` installs what is needed"
+        )
+    spec = importlib.util.find_spec(cfg.package.module)
+    folder = os.path.dirname(str(spec.origin if spec else ""))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=cfg.package.file)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=cfg.package.file, dtype=torch.float32)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are no longer quantised
+    config.dtype, config._name_or_path = torch.bfloat16, ""
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantised.state_dict())
+    return model, tokenizer, f"{cfg.package.file} of the Python package {cfg.package.module}, dequantised"
+
+
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, origin: dict[str, str]) -> None:
+    """Write the model in bfloat16 with its tokenizer, and last where it is from."""
+    config = model.config
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    log.info("wrote %s: %s", out, origin["from"])
+
+
+if __name__ == "__main__":
+    main()
