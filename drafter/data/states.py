@@ -47,11 +47,7 @@ def states_engine(
     Raises:
         ValueError: the target's logits are not those of its hidden states, or it cannot generate side by side.
     """
-    if not has_plain_head(target):
-        raise ValueError(
-            f"respond.states={dtype}: {type(target).__name__} changes its logits after the output embedding (by a "
-            f"scale or a soft cap), so they cannot be computed from hidden states: give respond.states=null"
-        )
+    require_plain_head(target)
     try:
         check_side_by_side(target, max(len(request.prompt_ids) for request in requests) + limits.max_new_tokens)
     except ValueError as problem:
@@ -63,6 +59,19 @@ def states_engine(
         return without_states(part) if found is None else found
 
     return generate
+
+
+def require_plain_head(target: PreTrainedModel) -> None:
+    """Refuse a target whose states are of no use. It may be on the meta device.
+
+    Raises:
+        ValueError: the target changes its logits after the output embedding.
+    """
+    if not has_plain_head(target):
+        raise ValueError(
+            f"respond.states: {type(target).__name__} changes its logits after the output embedding (by a scale or a "
+            f"soft cap), so they cannot be computed from hidden states: give respond.states=null"
+        )
 
 
 def without_states(schema: pa.Schema) -> pa.Schema:

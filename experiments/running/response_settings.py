@@ -6,8 +6,10 @@ from omegaconf import DictConfig
 
 from drafter.data.columns import ARROW_TYPES
 from drafter.data.dialogues import TURNS
+from drafter.data.states import require_plain_head
+from drafter.models.loading import meta_model
 from drafter.models.sharding import check_parallel
-from experiments.running.inputs import plain
+from experiments.running.inputs import plain, target_source
 
 BY = ("target", "drafter", "mixture", "reference", "log", "replay")
 # Arguments of vllm.LLM that set memory and devices, and do not change the distribution of the responses.
@@ -100,3 +102,4 @@ def check_states(cfg: DictConfig) -> None:
                 f"respond.states={settings.states} needs respond.{name}={wanted}, which is {settings[name]}: only then "
                 f"does this process have the target's hidden states. Give respond.states=null"
             )
+    require_plain_head(meta_model(target_source(cfg)))

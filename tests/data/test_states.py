@@ -122,7 +122,7 @@ def test_training_with_the_live_target_does_not_read_the_states(responses):
 
 
 def test_targets_that_cannot_keep_their_states_are_refused(target):
-    with pytest.raises(ValueError, match=r"respond.states=bfloat16: Capped changes its logits"):
+    with pytest.raises(ValueError, match=r"respond.states: Capped changes its logits"):
         states_engine(capped(target), LIMITS, 40, "bfloat16", requests())
     sliding = small_model(3)
     sliding.config.sliding_window = 4
