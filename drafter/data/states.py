@@ -16,13 +16,7 @@ from transformers import PreTrainedModel
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import ArtifactError
 from drafter.data.columns import to_array, to_tensor
-from drafter.data.engines import (
-    Failure,
-    Limits,
-    Request,
-    generate_side_by_side,
-    transformers_engine,
-)
+from drafter.data.engines import Failure, Limits, Request, generate_side_by_side, transformers_engine
 from drafter.decoding.capabilities import check_side_by_side
 from drafter.decoding.side_by_side import Generated
 from drafter.models.inspection import has_plain_head
@@ -52,11 +46,11 @@ def states_engine(
         check_side_by_side(target, max(len(request.prompt_ids) for request in requests) + limits.max_new_tokens)
     except ValueError as problem:
         raise ValueError(f"respond.states={dtype} needs generation side by side, give null: {problem}") from problem
-    without_states = transformers_engine(target, limits, batch_tokens)
+    plain_engine = transformers_engine(target, limits, batch_tokens)
 
     def generate(part: list[Request]) -> Sequence[list[int] | Failure | Generated]:
         found = generate_side_by_side(target, part, limits, batch_tokens, getattr(torch, dtype))
-        return without_states(part) if found is None else found
+        return plain_engine(part) if found is None else found
 
     return generate
 

@@ -173,18 +173,15 @@ def write_cache(
     """
     head: Any = target.get_output_embeddings()
     _require_finite(head.weight, "output embedding")
-    plain_head = isinstance(target, PreTrainedModel) and has_plain_head(target)
+    required = not isinstance(target, PreTrainedModel)  # there is nothing to compute missing states with
+    plain_head = not required and has_plain_head(target)
     added = format.fields(vocabulary_rows(target))
     schema = pa.schema([*without_states(responses.schema), *added], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
     sizes = [min(shard_size, len(responses) - start) for start in starts]
     for number, tell in deal_missing(folder, sizes, seed, world_size, report):
         shard, undecided = responses[starts[number] : starts[number] + shard_size], []
-        asked = [
-            row
-            for row in shard
-            if not (take_states and has_states(row, responses, head, required=not isinstance(target, PreTrainedModel)))
-        ]
+        asked = [row for row in shard if not (take_states and has_states(row, responses, head, required))]
         lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in asked]
         for batch in by_budget(lengths, batch_tokens):
             for i, columns in zip(batch, _rows(target, [asked[i] for i in batch], format, plain_head), strict=True):

@@ -121,7 +121,7 @@ def generate(
             hidden state if `has_plain_head(model)`. The tokens do not depend on it.
 
     Raises:
-        ValueError: the model's logits are not finite.
+        ValueError: the model's logits are not finite, or its states are not in the dtype `states`.
     """
     sequences = [
         _Sequence(list(prompt), len(prompt), temperature)
@@ -139,8 +139,11 @@ def generate(
                     f"target.dtype=float32, and check that its weights are complete"
                 )
             hidden_BH = latest[0][:, -1].to("cpu", states) if states else None
-            warmth = [one.temperature if one else 0.0 for one in batch.rows]
-            temperature_B = torch.tensor(warmth, device=logits_BV.device)
+            if hidden_BH is not None and not hidden_BH.isfinite().all():
+                raise ValueError(f"the model's hidden states exceed the range of {states}: keep them in bfloat16")
+            temperature_B = torch.tensor(
+                [one.temperature if one else 0.0 for one in batch.rows], device=logits_BV.device
+            )
             for row, token in enumerate(sample(logits_BV, temperature_B, top_p).tolist()):
                 if one := batch.rows[row]:
                     one.tokens.append(token)

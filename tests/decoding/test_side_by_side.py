@@ -114,6 +114,15 @@ def test_states_are_kept_in_the_dtype_that_is_asked_for(target):
         assert other.hidden_NH.shape == (4, 32)
 
 
+def test_states_beyond_the_range_of_their_dtype_are_refused():
+    model = small_model(4)
+    model.model.norm.weight *= 1e5
+    how = {"top_p": 1.0, "max_new_tokens": 4, "stop_ids": [], "batch_tokens": 100}
+    assert generate(model, [[1, 2]], [0.0], **how, states=torch.bfloat16)[0].hidden_NH.abs().max() > 65504
+    with pytest.raises(ValueError, match=r"exceed the range of torch.float16: keep them in bfloat16"):
+        generate(model, [[1, 2]], [0.0], **how, states=torch.float16)
+
+
 def test_another_dtype_works():
     model = small_model(4).to(torch.bfloat16)
     assert len(greedily(model, prompts(5), 100, limit=4)) == 5

@@ -31,6 +31,10 @@ def test_a_finetuning_on_states_that_responding_kept_is_that_on_an_ordinary_cach
     with monkeypatch.context() as patch:
         patch.setattr(caching, "load_target", None)
         stage("cache", [*given, *exact, f"out={tmp_path}/taken"])
+    with initialize_config_module("conf", version_base="1.3"):
+        for how, number in (([], len(ours)), (["target.dtype=bfloat16"], 0), (["cache=sparse"], 0)):
+            cfg = configured("cache", [*given, *(exact if "cache=sparse" not in how else []), *how])
+            assert caching.count_states(cfg, ours) == number
     counts = {name: read_manifest(tmp_path / name, "cache")["counts"] for name in ("own", "rounded", "taken")}
     assert {name: one["taken_from_responses"] for name, one in counts.items()} == {
         "own": 0,
