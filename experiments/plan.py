@@ -57,6 +57,7 @@ def world_of(settings: DictConfig, jobs: list[Job]) -> World:
         expected.response_tokens,
         expected.block_efficiency,
         sum(job.stage == "finetune" for job in jobs),
+        next(job.cfg.respond.states for job in jobs if job.stage == "respond"),
     )
 
 

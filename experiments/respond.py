@@ -2,10 +2,10 @@
 
 from omegaconf import DictConfig
 
-from experiments.running import dry_run, responding
+from experiments.running import dry_run, responding, response_settings
 from experiments.running.commands import command
 
-check = responding.check
+check = response_settings.check
 
 
 @command("respond")

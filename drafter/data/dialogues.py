@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from drafter.data.control_tokens import control_pattern
 from drafter.data.conversations import Conversation, UnusableConversation, is_logged
 from drafter.data.engines import Engine, Failure, Request
 from drafter.data.prompts import encode_conversation
+from drafter.data.states import StatesEngine, states_column
+from drafter.decoding.side_by_side import Generated
 
 TURNS = ("all", "first", "last")
 TOO_LONG = "too long for the context"
@@ -80,10 +83,11 @@ def choose_points(conversation: Conversation, turns: str, only_logged: bool = Fa
 
 
 class Turn(NamedTuple):
-    """The prompt and the response of one answer, as token ids."""
+    """The prompt and the response of one answer, as token ids, and the target's states if the engine kept them."""
 
     prompt_ids: list[int]
     response_ids: list[int]
+    hidden_NH: torch.Tensor | None = None
 
 
 class Answered(NamedTuple):
@@ -165,7 +169,9 @@ def replace_answer(conversation: Conversation, point: int, text: str) -> Convers
     return conversation._replace(messages=messages)
 
 
-def answer(engine: Engine, requests: Sequence[Request], following: Continuation, known_ids: set[int]) -> list[Answered]:
+def answer(
+    engine: StatesEngine, requests: Sequence[Request], following: Continuation, known_ids: set[int]
+) -> list[Answered]:
     """Answer every turn of every request. The first turns of all are generated together, then the second ones, etc.
 
     A response fails if it is empty or has an id that is none of `known_ids`, the ids of both tokenizer and target. If
@@ -175,12 +181,13 @@ def answer(engine: Engine, requests: Sequence[Request], following: Continuation,
     pending = dict(enumerate(requests))
     while pending:
         responses = engine(list(pending.values()))
-        for (number, request), response in zip(list(pending.items()), responses, strict=True):
+        for (number, request), given in zip(list(pending.items()), responses, strict=True):
             del pending[number]
+            response, hidden_NH = given if isinstance(given, Generated) else (given, None)
             one, reason = answered[number], _failure(response, known_ids)
             if reason is None:
                 assert not isinstance(response, Failure)
-                one.turns.append(Turn(request.prompt_ids, response))
+                one.turns.append(Turn(request.prompt_ids, response, hidden_NH))
                 step = following.following(request, response)
                 if isinstance(step, Request):
                     pending[number] = step
@@ -208,7 +215,8 @@ def rows_of(answered: Answered, stop_ids: list[int]) -> list[dict[str, Any]]:
 
     `prompt_ids` and `response_ids` of a row are the tokens of all its turns. `turns` are the numbers of tokens of the
     parts of the sequence in order: given, generated, given, generated, … A row that does not begin with the first turn
-    has the number of its first turn in its id.
+    has the number of its first turn in its id. `hidden` has the states of all responses, or nothing if one has none. A
+    state depends only on the tokens before it, and those in a joined row are those that the turn was generated after.
     """
     found: list[dict[str, Any]] = []
     sequence: list[int] = []
@@ -216,14 +224,16 @@ def rows_of(answered: Answered, stop_ids: list[int]) -> list[dict[str, Any]]:
         if not found or turn.prompt_ids[: len(sequence)] != sequence:
             sequence, name = [], answered.request.id if number == 0 else f"{answered.request.id}#{number + 1}"
             parts: dict[str, Any] = {"prompt_ids": [], "response_ids": [], "turns": [], "truncated": False}
+            parts["hidden"] = []
             found.append({**answered.request._asdict(), "id": name, **parts})
         row, given = found[-1], turn.prompt_ids[len(sequence) :]
         row["prompt_ids"] += given
         row["response_ids"] += turn.response_ids
         row["turns"] += [len(given), len(turn.response_ids)]
         row["truncated"] = turn.response_ids[-1] not in stop_ids
+        row["hidden"].append(turn.hidden_NH)
         sequence = turn.prompt_ids + turn.response_ids
-    return found
+    return [row | {"hidden": states_column(row["hidden"])} for row in found]
 
 
 def log_engine(tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> Engine:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from drafter.data.batches import by_budget
 from drafter.decoding import side_by_side
 from drafter.decoding.capabilities import check_side_by_side
+from drafter.decoding.side_by_side import Generated
 from drafter.models.loading import load_generation_config
 from drafter.models.packing import pack
 from drafter.models.source import Model, ModelSource
@@ -89,22 +90,35 @@ def transformers_engine(target: PreTrainedModel, limits: Limits, batch_tokens: i
     in_rounds = rounds_engine(pack(target), limits, batch_tokens)
 
     def generate(requests: list[Request]) -> Sequence[list[int] | Failure]:
-        longest = max((len(request.prompt_ids) for request in requests), default=0) + limits.max_new_tokens
-        try:
-            check_side_by_side(target, longest)
-        except ValueError:
-            return in_rounds(requests)
-        return side_by_side.generate(
-            target,
-            [request.prompt_ids for request in requests],
-            [request.temperature for request in requests],
-            top_p=limits.top_p,
-            max_new_tokens=limits.max_new_tokens,
-            stop_ids=set(limits.stop_ids),
-            batch_tokens=batch_tokens,
-        )
+        found = generate_side_by_side(target, requests, limits, batch_tokens)
+        return in_rounds(requests) if found is None else [one.tokens for one in found]
 
     return generate
+
+
+def generate_side_by_side(
+    target: PreTrainedModel,
+    requests: list[Request],
+    limits: Limits,
+    batch_tokens: int,
+    states: torch.dtype | None = None,
+) -> list[Generated] | None:
+    """Return responses generated side by side, and their states if `states` is given; None if the target cannot."""
+    longest = max((len(request.prompt_ids) for request in requests), default=0) + limits.max_new_tokens
+    try:
+        check_side_by_side(target, longest)
+    except ValueError:
+        return None
+    return side_by_side.generate(
+        target,
+        [request.prompt_ids for request in requests],
+        [request.temperature for request in requests],
+        top_p=limits.top_p,
+        max_new_tokens=limits.max_new_tokens,
+        stop_ids=set(limits.stop_ids),
+        batch_tokens=batch_tokens,
+        states=states,
+    )
 
 
 def rounds_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int, first_round: int = 16) -> Engine:

@@ -32,6 +32,7 @@ from drafter.data.batches import Batch, by_budget, collate, cut, next_tokens, re
 from drafter.data.batches import Sequence as Sample
 from drafter.data.dealing import deal_missing
 from drafter.data.engines import Limits, Request, transformers_engine
+from drafter.data.states import without_states
 from drafter.data.target_cache import live_target
 from drafter.decoding.expected_efficiency import acceptance_of_written
 from drafter.models.inspection import has_plain_head
@@ -98,7 +99,7 @@ def write_replays(
             "without_rejection": found.count(0),
         }
         if writes:
-            rows.write_shard(folder, number, [*kept, *written], responses.schema, notes)
+            rows.write_shard(folder, number, [*kept, *written], without_states(responses.schema), notes)
         tell(len(kept), sum(len(row["response_ids"]) for row in written))
     return len(parts)
 

@@ -14,7 +14,9 @@ from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
 from drafter.data.dealing import deal_missing
 from drafter.data.dialogues import Continuation, Dialogue, answer, rows_of
-from drafter.data.engines import Engine, Request
+from drafter.data.engines import Request
+from drafter.data.states import StatesEngine
+from drafter.data.target_cache import ExactFormat
 from drafter.progress import Report, silent
 
 COLUMNS = pa.schema(
@@ -31,9 +33,13 @@ COLUMNS = pa.schema(
 )
 
 
-def schema(top_p: float) -> pa.Schema:
-    """Return the columns of the responses, with the top-p of their sampling, which finetuning reads for validation."""
-    return COLUMNS.with_metadata({b"top_p": str(top_p).encode()})
+def schema(top_p: float, states: str | None = None) -> pa.Schema:
+    """Return the columns of the responses, with the top-p of their sampling, which finetuning reads for validation.
+
+    With `states`, a dtype, there is the column of an exact cache. It is empty in rows whose states were not kept.
+    """
+    columns = [*COLUMNS, *([ExactFormat(states).field()] if states else [])]
+    return pa.schema(columns, {b"top_p": str(top_p).encode()})
 
 
 class Instruction(NamedTuple):
@@ -66,7 +72,7 @@ def shards(requests: list[Request], shard_size: int) -> list[list[Request]]:
 
 
 def write_responses(
-    engine: Engine,
+    engine: StatesEngine,
     parts: list[list[Request]],
     folder: Folder,
     schema: pa.Schema,
@@ -85,13 +91,15 @@ def write_responses(
     for number, tell in deal_missing(folder, [len(part) for part in parts], seed, world_size, report):
         answered = answer(engine, parts[number], following, known_ids)
         written = [row for one in answered for row in rows_of(one, following.stop_ids)]
-        notes = {
+        notes: dict[str, Any] = {
             "failed": Counter(one.failure for one in answered if one.failure),
             "truncated": sum(row["truncated"] for row in written),
             "cut_in_thinking": sum(following.is_cut_in_thinking(turn) for one in answered for turn in one.turns),
             "answers": sum(len(one.turns) for one in answered),
             "turns_left_out": sum((one.left_out for one in answered), Counter[str]()),
         }
+        if "hidden" in schema.names:
+            notes["with_states"] = sum(len(row["hidden"]) > 0 for row in written)
         if writes:
             rows.write_shard(folder, number, written, schema, notes)
         tell(len(parts[number]), sum(len(row["response_ids"]) for row in written))

@@ -22,8 +22,10 @@ from drafter.artifacts import rows
 from drafter.artifacts.manifest import ArtifactError, read_manifest, require
 from drafter.artifacts.storage import Folder
 from drafter.data.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
+from drafter.data.columns import number_column, to_array, to_tensor
 from drafter.data.dealing import deal_missing
 from drafter.data.forward import hidden_at
+from drafter.data.states import has_states, without_states
 from drafter.losses.chunked import CHUNK_ENTRIES, Head
 from drafter.losses.distributions import Drawn, Sparse, Target
 from drafter.models.inspection import has_plain_head, vocabulary_rows
@@ -31,7 +33,6 @@ from drafter.models.loading import OutputEmbedding, embedding_checksum
 from drafter.progress import Report, silent
 from drafter.warping import double
 
-ARROW_TYPES = {"bfloat16": pa.uint16(), "float16": pa.float16(), "float32": pa.float32()}
 Logits = Callable[[slice], torch.Tensor]  # rows of the N positions -> (n, V)
 
 
@@ -40,9 +41,13 @@ class ExactFormat(NamedTuple):
 
     dtype: str = "bfloat16"
 
+    def field(self) -> pa.Field:
+        """Return the column of the states, which responses may have already (see `states`)."""
+        return number_column("hidden", self.dtype)
+
     def fields(self, vocabulary: int) -> list[pa.Field]:
         """Return the columns that the format adds to those of the responses."""
-        return [_field("hidden", self.dtype)]
+        return [self.field()]
 
     def columns(self, hidden_NH: torch.Tensor | None, logits: Logits, tokens_N: torch.Tensor) -> dict[str, Any]:
         """Return what is stored for N positions: one array of shape (N, …) per column."""
@@ -51,7 +56,7 @@ class ExactFormat(NamedTuple):
                 "this target changes its logits after the output embedding (by a scale or a soft cap), so they cannot "
                 "be computed from hidden states: use cache=sparse, or the live target (inputs.cache=null)"
             )
-        return {"hidden": _to_array(hidden_NH, self.dtype)}
+        return {"hidden": to_array(hidden_NH, self.dtype)}
 
 
 class SparseFormat(NamedTuple):
@@ -72,7 +77,7 @@ class SparseFormat(NamedTuple):
         k = {b"top_k": str(self.top_k).encode()}
         return [
             pa.field("ids", pa.list_(ids), metadata=k),
-            *(_field(name, self.dtype) for name in ("log_q", "log_rest")),
+            *(number_column(name, self.dtype) for name in ("log_q", "log_rest")),
         ]
 
     def columns(self, hidden_NH: torch.Tensor | None, logits: Logits, tokens_N: torch.Tensor) -> dict[str, Any]:
@@ -89,8 +94,8 @@ class SparseFormat(NamedTuple):
         drawn = Drawn.cat(parts)
         return {
             "ids": drawn.ids_NK[:, :-1].cpu().numpy(),
-            "log_q": _to_array(drawn.log_q_NK, self.dtype),
-            "log_rest": _to_array(drawn.log_rest_N, self.dtype),
+            "log_q": to_array(drawn.log_q_NK, self.dtype),
+            "log_rest": to_array(drawn.log_rest_N, self.dtype),
         }
 
 
@@ -104,14 +109,14 @@ def restore(row: rows.Row, schema: pa.Schema) -> torch.Tensor | Drawn | None:
     """
     count = len(row["response_ids"])
     if "hidden" in row:
-        return _to_tensor(row, schema, "hidden").reshape(count, -1)
+        return to_tensor(row, schema, "hidden").reshape(count, -1)
     if "ids" not in row:
         return None
     ids_NK = np.concatenate([row["ids"].reshape(count, -1), row["response_ids"][:, None]], axis=1, dtype=np.int64)
     return Drawn(
         torch.from_numpy(ids_NK),
-        _to_tensor(row, schema, "log_q").reshape(count, -1),
-        _to_tensor(row, schema, "log_rest"),
+        to_tensor(row, schema, "log_q").reshape(count, -1),
+        to_tensor(row, schema, "log_rest"),
         int(schema.field("ids").metadata[b"top_k"]),
     )
 
@@ -140,7 +145,7 @@ def require_output_embedding(directory: str, embedding: nn.Module) -> None:
 
 
 def write_cache(
-    target: PreTrainedModel,
+    target: PreTrainedModel | OutputEmbedding,
     responses: rows.Rows,
     folder: Folder,
     format: Format,
@@ -151,33 +156,45 @@ def write_cache(
     world_size: int = 1,
     writes: bool = True,
     report: Report = silent,
+    take_states: bool = False,
 ) -> tuple[int, pa.Schema]:
     """Store the distributions at all response positions, in files of `shard_size` rows. Keep files that are complete.
 
-    A file depends only on its number and the seed, so that any number of ranks writes the same files.
+    A file depends only on its number and the seed, so that any number of ranks writes the same files. With
+    `take_states`, states that the responses have are taken as they are, and the target runs over the other rows alone.
+    If all rows have states, its output embedding is enough.
 
     Returns:
         The number of files and the schema of the rows, both for `rows.finish`.
 
     Raises:
         ValueError: a hidden state or a logit is not finite, or the format does not suit the target.
+        ArtifactError: a row's states are not those of its response.
     """
-    _require_finite(target.get_output_embeddings().weight, "output embedding")
-    plain_head = has_plain_head(target)
-    schema = pa.schema([*responses.schema, *format.fields(vocabulary_rows(target))], responses.schema.metadata)
+    head: Any = target.get_output_embeddings()
+    _require_finite(head.weight, "output embedding")
+    required = not isinstance(target, PreTrainedModel)  # there is nothing to compute missing states with
+    plain_head = not required and has_plain_head(target)
+    added = format.fields(vocabulary_rows(target))
+    schema = pa.schema([*without_states(responses.schema), *added], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
     sizes = [min(shard_size, len(responses) - start) for start in starts]
     for number, tell in deal_missing(folder, sizes, seed, world_size, report):
         shard, undecided = responses[starts[number] : starts[number] + shard_size], []
-        lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in shard]
+        asked = [row for row in shard if not (take_states and has_states(row, responses, head, required))]
+        lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in asked]
         for batch in by_budget(lengths, batch_tokens):
-            for i, columns in zip(batch, _rows(target, [shard[i] for i in batch], format, plain_head), strict=True):
-                shard[i] |= {name: array.reshape(-1) for name, array in columns.items()}
+            for i, columns in zip(batch, _rows(target, [asked[i] for i in batch], format, plain_head), strict=True):
+                asked[i] |= {name: array.reshape(-1) for name, array in columns.items()}
                 if "log_rest" in columns:
-                    undecided += np.exp(double(_to_tensor(shard[i], schema, "log_rest")).numpy()).tolist()
+                    undecided += np.exp(double(to_tensor(asked[i], schema, "log_rest")).numpy()).tolist()
             tell(len(batch), sum(lengths[i] for i in batch))
+        taken = len(shard) - len(asked)
+        if taken:
+            tell(taken, 0)
         if writes:
-            rows.write_shard(folder, number, shard, schema, {"undecided_mass": sum(undecided)})
+            notes = {"undecided_mass": sum(undecided), **({"taken": taken} if take_states else {})}
+            rows.write_shard(folder, number, shard, schema, notes)
     return len(starts), schema
 
 
@@ -242,20 +259,3 @@ def _require_finite(values: torch.Tensor, what: str) -> None:
         raise ValueError(
             f"the target's {what}: not finite. Check that its weights are complete, and try target.dtype=float32"
         )
-
-
-def _field(name: str, dtype: str) -> pa.Field:
-    if dtype not in ARROW_TYPES:
-        raise ValueError(f"cache.format.dtype is '{dtype}', must be one of {', '.join(ARROW_TYPES)}")
-    return pa.field(name, pa.list_(ARROW_TYPES[dtype]), metadata={b"dtype": dtype.encode()})
-
-
-def _to_array(values: torch.Tensor, dtype: str) -> np.ndarray:
-    """Return an array of the dtype. numpy and Arrow lack bfloat16, whose bits are returned as uint16."""
-    values = values.to(getattr(torch, dtype)).cpu()
-    return values.view(torch.uint16).numpy() if dtype == "bfloat16" else values.numpy()
-
-
-def _to_tensor(row: rows.Row, schema: pa.Schema, name: str) -> torch.Tensor:
-    values = torch.from_numpy(np.array(row[name]))  # a copy, because Arrow's buffers are read-only
-    return values.view(torch.bfloat16) if schema.field(name).metadata[b"dtype"] == b"bfloat16" else values

@@ -5,13 +5,17 @@ stays full until no prompt waits. The cache has room for the longest sequence th
 longest that is possible: it grows with the sequences, and if it would exceed the limit, the sequences that were added
 last are set aside and read again later.
 
-Shapes: B rows, V vocabulary.
+Shapes: B rows, V vocabulary, N generated tokens of a sequence, H hidden size.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from drafter.decoding.batched import RaggedDecoder
@@ -21,11 +25,19 @@ STEP = 64  # tokens by which the cache grows
 FREE_SHARE = 8  # wait until a row in so many is free, and read the new prompts together
 
 
+class Generated(NamedTuple):
+    """The tokens generated after a prompt, and the last hidden states that they were drawn from, shape (N, H)."""
+
+    tokens: list[int]
+    hidden_NH: torch.Tensor | None
+
+
 @dataclass
 class _Sequence:
     tokens: list[int]
     prompt_length: int
     temperature: float
+    hidden: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Batch:
@@ -90,7 +102,8 @@ def generate(
     max_new_tokens: int,
     stop_ids: Collection[int],
     batch_tokens: int,
-) -> list[list[int]]:
+    states: torch.dtype | None = None,
+) -> list[Generated]:
     """Return the tokens generated after each prompt, up to and including the first stop token.
 
     Random numbers come from torch's global generator. Prompts of equal tokens should follow each other: if they are
@@ -104,9 +117,11 @@ def generate(
         max_new_tokens: the most tokens to generate after a prompt.
         stop_ids: tokens that end a sequence.
         batch_tokens: the most tokens in the cache, padding included. A single sequence may exceed it.
+        states: keep the input of the output embedding at each generated token, on the CPU in this dtype. It is the last
+            hidden state if `has_plain_head(model)`. The tokens do not depend on it.
 
     Raises:
-        ValueError: the model's logits are not finite.
+        ValueError: the model's logits are not finite, or its states are not in the dtype `states`.
     """
     sequences = [
         _Sequence(list(prompt), len(prompt), temperature)
@@ -114,21 +129,41 @@ def generate(
     ]
     batch = _Batch(model, list(sequences), batch_tokens)
     batch.arrange()
-    while batch.active:
-        logits_BV = batch.forward()
-        if not logits_BV.isfinite().all():
-            raise ValueError(
-                f"the model's logits are not finite after {_longest(batch.active)} tokens: try target.dtype=float32, "
-                f"and check that its weights are complete"
+    latest: list[torch.Tensor] = []  # the input of the output embedding in the latest call, shape (B, 1, H)
+    with _inputs_of_head(model, latest) if states else nullcontext():
+        while batch.active:
+            logits_BV = batch.forward()
+            if not logits_BV.isfinite().all():
+                raise ValueError(
+                    f"the model's logits are not finite after {_longest(batch.active)} tokens: try "
+                    f"target.dtype=float32, and check that its weights are complete"
+                )
+            hidden_BH = latest[0][:, -1].to("cpu", states) if states else None
+            if hidden_BH is not None and not hidden_BH.isfinite().all():
+                raise ValueError(f"the model's hidden states exceed the range of {states}: keep them in bfloat16")
+            temperature_B = torch.tensor(
+                [one.temperature if one else 0.0 for one in batch.rows], device=logits_BV.device
             )
-        temperature_B = torch.tensor([one.temperature if one else 0.0 for one in batch.rows], device=logits_BV.device)
-        for row, token in enumerate(sample(logits_BV, temperature_B, top_p).tolist()):
-            if one := batch.rows[row]:
-                one.tokens.append(token)
-                if token in stop_ids or len(one.tokens) - one.prompt_length >= max_new_tokens:
-                    batch.rows[row] = None
-        batch.arrange()
-    return [one.tokens[one.prompt_length :] for one in sequences]
+            for row, token in enumerate(sample(logits_BV, temperature_B, top_p).tolist()):
+                if one := batch.rows[row]:
+                    one.tokens.append(token)
+                    if hidden_BH is not None:
+                        one.hidden.append(hidden_BH[row])
+                    if token in stop_ids or len(one.tokens) - one.prompt_length >= max_new_tokens:
+                        batch.rows[row] = None
+            batch.arrange()
+    return [
+        Generated(one.tokens[one.prompt_length :], torch.stack(one.hidden) if one.hidden else None) for one in sequences
+    ]
+
+
+def _inputs_of_head(model: PreTrainedModel, latest: list[torch.Tensor]) -> RemovableHandle:
+    """Keep the input of each call of the output embedding in `latest`, until the handle is removed."""
+
+    def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        latest[:] = inputs[:1]
+
+    return model.get_output_embeddings().register_forward_pre_hook(keep, prepend=True)
 
 
 def _longest(sequences: list[_Sequence]) -> int:

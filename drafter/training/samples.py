@@ -152,7 +152,8 @@ class Responses:
 
     def __getitems__(self, indices: list[int]) -> list[Sequence]:
         read = self.rows.read(self.indices[indices].tolist())
-        sequences = [response_sequence(row, restore(row, self.rows.schema)) for row in read]
+        cached = self.rows.stage == "cache"  # responses may have states too, which belong to the cache made of them
+        sequences = [response_sequence(row, restore(row, self.rows.schema) if cached else None) for row in read]
         for row, sequence in zip(read, sequences, strict=True):
             check_tokens(sequence.ids_T, self.vocabulary, f"the row '{row['id']}' of {self.rows.folder}")
         return [cut(sequence, self.context) for sequence in sequences]

@@ -72,20 +72,26 @@ def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
 
 
 def estimate_cache(cfg: DictConfig, world: World) -> StageEstimate:
-    """Estimate one forward pass of the target per response; only the sparse format needs the output embedding."""
+    """Estimate one forward pass of the target per response; only the sparse format needs the output embedding.
+
+    There is none if the responses have the states that the cache stores.
+    """
     width, shape, tokens = BYTES[cfg.target.dtype], world.target, cfg.cache.batch_tokens
     device, number, (split, shares) = world.device(width < 4), num_responses(cfg), world.shares(cfg)
     scored = world.response / world.length if cfg.cache.format.kind == "sparse" else 0.0
     one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored)
     memory = generation_memory(shape, 0, 0, width, split)
     memory["activations"] = ACTIVATIONS * tokens * shape.hidden * width
+    read = number * world.length
+    if cfg.cache.format.kind == "exact" and cfg.cache.format.dtype == world.states:
+        memory, read = {"weights": shape.head * width}, 0.0
     return StageEstimate(
         "cache",
-        number * world.length,
-        operations(shape, number * world.length, world.length / 2, number * world.length * scored),
+        read,
+        operations(shape, read, world.length / 2, read * scored),
         memory | process_memory(world),
         number * world.response * cached_bytes(cfg, shape),
-        number * world.length / tokens / shares * one,
+        read / tokens / shares * one,
         "target.parallel=tensor, or lower cache.batch_tokens",
     )
 

@@ -23,7 +23,7 @@ def estimate_respond(cfg: DictConfig, world: World) -> StageEstimate:
         operations(shape, number * world.length, world.length / 2),
         generation_memory(shape, sequences, world.length + world.response, width, world.shares(cfg)[0])
         | process_memory(world),
-        number * world.length * 4,
+        number * (world.length * 4 + world.response * shape.hidden * BYTES.get(settings.states, 0)),
         0.0 if settings.by == "reference" else seconds,
         "target.parallel=tensor, or lower respond.batch_tokens",
     )

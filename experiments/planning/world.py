@@ -20,6 +20,7 @@ class World(NamedTuple):
     response: float
     block_efficiency: float
     finetunings: int
+    states: str | None = None  # the dtype of the target's states that the responses have (respond.states)
 
     @property
     def length(self) -> float:

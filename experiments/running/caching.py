@@ -6,8 +6,9 @@ import hydra
 from omegaconf import DictConfig
 
 from drafter.artifacts import rows
-from drafter.data.target_cache import Format, write_cache
-from drafter.models.loading import embedding_checksum, load_target
+from drafter.artifacts.manifest import read_manifest
+from drafter.data.target_cache import ExactFormat, Format, write_cache
+from drafter.models.loading import embedding_checksum, load_output_embedding, load_target
 from drafter.models.sharding import check_parallel
 from drafter.ranks import join, wait_for_all
 from experiments.running.identity import named_values
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def cache(cfg: DictConfig) -> None:
-    """Run the target once over every response and store its distributions."""
+    """Store the target's distributions. Run the target once over every response that does not have its states."""
     check(cfg)
     inputs = {"responses": responses_fingerprint(cfg), **target_inputs(cfg)}
     settings = {name: value for name, value in plain(cfg.cache).items() if name != "batch_tokens"}
@@ -29,19 +30,22 @@ def cache(cfg: DictConfig) -> None:
         return log.info("%s is up to date", cfg.out)
     ranks = join(cfg.target.parallel == "tensor")
     responses = rows.Rows(cfg.inputs.responses, "respond")
-    target = load_target(target_source(cfg)).to(ranks.device)
+    format, source, with_states = format_of(cfg), target_source(cfg), count_states(cfg, responses)
+    complete = with_states == len(responses)
+    target = load_output_embedding(source) if complete else load_target(source).to(ranks.device)
     with Progress("cache", "row", ranks.world_size) as progress:
         count, schema = write_cache(
             target,
             responses,
             stage.folder,
-            format_of(cfg),
+            format,
             batch_tokens=cfg.cache.batch_tokens,
             shard_size=cfg.cache.shard_size,
             seed=cfg.seed,
             world_size=ranks.world_size,
             writes=ranks.writes,
             report=progress,
+            take_states=with_states > 0,
         )
     head = embedding_checksum(target.get_output_embeddings())
     wait_for_all()
@@ -55,11 +59,22 @@ def cache(cfg: DictConfig) -> None:
             "bytes_per_token": round(size / tokens, 1),
             "undecided_mass": sum(note["undecided_mass"] for note in notes) / tokens,
             "output_embedding": head,
+            "taken_from_responses": sum(note.get("taken", 0) for note in notes),
             "target": target_named(cfg),
         }
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
     wait_for_all()  # the next stage of this process may read the cache
+
+
+def count_states(cfg: DictConfig, responses: rows.Rows) -> int:
+    """Return how many responses have the states that this cache stores, from the target in the same precision."""
+    manifest, format = read_manifest(cfg.inputs.responses, "respond"), format_of(cfg)
+    if not isinstance(format, ExactFormat) or manifest["settings"]["target_dtype"] != cfg.target.dtype:
+        return 0
+    found: int = manifest["counts"].get("with_states", 0)
+    same = "hidden" in responses.schema.names and responses.schema.field("hidden").equals(format.field(), True)
+    return found if same else 0
 
 
 def format_of(cfg: DictConfig) -> Format:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import read_manifest
 from drafter.data.replays import Pair, Replay, write_replays
+from drafter.data.states import without_states
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.loading import load_target, load_tokenizer
@@ -53,7 +54,7 @@ def write(cfg: DictConfig) -> None:
         )
     wait_for_all()
     if ranks.first:
-        files, notes = rows.finish(stage.folder, count, responses.schema)
+        files, notes = rows.finish(stage.folder, count, without_states(responses.schema))
         counts: dict[str, Any] = {name: sum(note[name] for note in notes) for name in notes[0]}
         stage.finish(files, {**counts, "stop_ids": stop_ids, "target": target_named(cfg)})
         log.info("%s: %s", cfg.out, counts)

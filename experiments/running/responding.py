@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drafter.artifacts import rows
 from drafter.data.conversations import UnusableConversation, read_conversation
-from drafter.data.dialogues import TURNS, Continuation, begin, choose_points, log_engine
+from drafter.data.dialogues import Continuation, begin, choose_points, log_engine
 from drafter.data.engines import (
     Engine,
     Limits,
@@ -26,10 +26,10 @@ from drafter.data.prompts import encode_prompt, encode_text, known_ids, thinking
 from drafter.data.responses import Instruction, plan, schema, shards, write_responses
 from drafter.data.selection import read_instructions
 from drafter.data.served import served_engine
+from drafter.data.states import StatesEngine, states_engine
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.loading import context_limit, load_target, load_tokenizer, vocabulary_width
-from drafter.models.sharding import check_parallel
 from drafter.models.source import Model, ModelSource
 from drafter.ranks import Ranks, join, wait_for_all
 from experiments.running import replaying
@@ -43,23 +43,10 @@ from experiments.running.inputs import (
     target_source,
 )
 from experiments.running.progress import Progress
+from experiments.running.response_settings import check, settings_of
 
 log = logging.getLogger(__name__)
 CUT_SHARE = 0.1  # of the answers; more cut ones give a warning
-BY = ("target", "drafter", "mixture", "reference", "log", "replay")
-# Arguments of vllm.LLM that set memory and devices, and do not change the distribution of the responses.
-VLLM_RESOURCES = {
-    "gpu_memory_utilization",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "swap_space",
-    "cpu_offload_gb",
-    "enforce_eager",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "block_size",
-    "disable_log_stats",
-}
 
 
 def respond(cfg: DictConfig) -> None:
@@ -76,16 +63,18 @@ def respond(cfg: DictConfig) -> None:
     ranks, settings = join(cfg.target.parallel == "tensor"), cfg.respond
     tokenizer = load_tokenizer(target_source(cfg))
     requests, skipped = plan_requests(cfg, tokenizer)
-    parts = shards(requests, settings.shard_size)
+    parts, columns = shards(requests, settings.shard_size), schema(settings.top_p, settings.states)
     limits = Limits(settings.top_p, settings.max_new_tokens, end_of_turn_ids(target_source(cfg), tokenizer))
     longest_prompt = context_limit(target_source(cfg)) - limits.max_new_tokens
     following = Continuation(tokenizer, limits.stop_ids, longest_prompt, settings.by == "log", thinking_ids(tokenizer))
     with Progress("respond", "row", ranks.world_size) as progress:
         write_responses(
-            engine(cfg, limits, ranks, tokenizer),
+            engine_with_states(cfg, limits, ranks, requests)
+            if settings.states
+            else engine(cfg, limits, ranks, tokenizer),
             parts,
             stage.folder,
-            schema(settings.top_p),
+            columns,
             following=following,
             known_ids=known_ids(tokenizer, vocabulary_width(target_source(cfg))),
             seed=cfg.seed,
@@ -95,7 +84,7 @@ def respond(cfg: DictConfig) -> None:
         )
     wait_for_all()
     if ranks.first:
-        files, notes = rows.finish(stage.folder, len(parts), schema(settings.top_p))
+        files, notes = rows.finish(stage.folder, len(parts), columns)
         failed = sum((Counter(note["failed"]) for note in notes), Counter[str]())
         counts = {
             "asked": len(requests) + skipped.total(),
@@ -109,6 +98,8 @@ def respond(cfg: DictConfig) -> None:
             "stop_ids": limits.stop_ids,
             "target": target_named(cfg),
         }
+        if settings.states:
+            counts["with_states"] = sum(note["with_states"] for note in notes)
         stage.finish(files, counts)
         log.info("%s: %s", cfg.out, counts)
         warn_of_cut_answers(counts, limits.max_new_tokens)
@@ -129,17 +120,6 @@ def warn_of_cut_answers(counts: dict[str, Any], limit: int) -> None:
         f", {in_thinking} of them inside their thinking: these teach thinking alone" if in_thinking else "",
         ", or switch thinking off (target.template_kwargs={enable_thinking: false})" if in_thinking else "",
     )
-
-
-def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """Return the settings that determine the responses and their files. Batch sizes are not among them."""
-    settings: dict[str, Any] = plain(cfg.respond)
-    del settings["batch_tokens"], settings["replay"]
-    settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_RESOURCES}
-    served = settings.pop("openai")
-    if settings["engine"] == "openai":  # where the server is, and how it is asked, does not change the responses
-        settings["openai"] = {"model": served["model"]}
-    return {**settings, "seed": cfg.seed, "target_dtype": cfg.target.dtype}
 
 
 def plan_requests(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], Counter[str]]:
@@ -190,6 +170,14 @@ def encode_instruction(
         return Instruction(row, *begin(tokenizer, conversation, points))
     except UnusableConversation as problem:
         return problem.reason
+
+
+def engine_with_states(cfg: DictConfig, limits: Limits, ranks: Ranks, requests: list[Request]) -> StatesEngine:
+    """Build the generator of `respond.states`: the target, which keeps its hidden states."""
+    if ranks.first:
+        log_ignored_settings(target_source(cfg))
+    target = load_target(target_source(cfg)).to(ranks.device)
+    return states_engine(target, limits, cfg.respond.batch_tokens, cfg.respond.states, requests)
 
 
 def engine(cfg: DictConfig, limits: Limits, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -252,48 +240,3 @@ def log_ignored_settings(model: Model) -> None:
             ModelSource.from_model(model).path,
             ", ".join(f"{name}={value}" for name, value in found.items()),
         )
-
-
-def check(cfg: DictConfig) -> None:
-    """Check the settings before a model is loaded.
-
-    Raises:
-        ValueError: a setting is out of range; names the setting and the range.
-    """
-    settings = cfg.respond
-    if settings.engine == "openai":
-        check_openai(cfg)
-    check_parallel(cfg.target.parallel, "tensor", "respond")
-    for name, allowed, wanted in (
-        ("temperatures", settings.temperatures and min(settings.temperatures) >= 0, "0 (greedy) or above, one or more"),
-        ("top_p", 0 < settings.top_p <= 1, "above 0, at most 1"),
-        ("num_responses", settings.num_responses >= 10, "at least 10 (validation gets a tenth in addition)"),
-        ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
-        ("by", settings.by in BY, f"one of {', '.join(BY)}"),
-        ("turns", settings.turns in TURNS, f"one of {', '.join(TURNS)}"),
-        ("replay", min(settings.replay.values()) >= 1, "at least 1 of each"),
-        ("engine", settings.engine in ("transformers", "vllm", "openai"), "transformers, vllm or openai"),
-    ):
-        if not allowed:
-            raise ValueError(f"respond.{name} is {settings[name]}, must be {wanted}")
-
-
-def check_openai(cfg: DictConfig) -> None:
-    """Check the settings of a served target.
-
-    Raises:
-        ValueError: a setting is missing or out of range; names the setting and the range.
-    """
-    how = cfg.respond.openai
-    for name, allowed, wanted in (
-        ("url", how.url, "the address of the server, such as http://127.0.0.1:8080/v1"),
-        ("model", how.model, "the name under which the server has the target (its /v1/models lists it)"),
-        ("concurrency", how.concurrency >= 1, "at least 1"),
-        ("timeout", how.timeout > 0, "above 0 seconds"),
-        ("retries", how.retries >= 0, "at least 0"),
-        ("patience", how.patience >= 0, "at least 0 seconds"),
-    ):
-        if not allowed:
-            raise ValueError(f"respond.openai.{name} is {how[name]}, must be {wanted}")
-    if cfg.target.parallel:
-        raise ValueError(f"target.parallel={cfg.target.parallel}, must be null with respond.engine=openai")

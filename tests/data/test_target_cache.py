@@ -8,8 +8,9 @@ import torch
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import ArtifactError
 from drafter.artifacts.storage import Folder
-from drafter.data import dealing, target_cache
+from drafter.data import dealing
 from drafter.data.batches import collate, response_sequence
+from drafter.data.columns import number_column
 from drafter.data.responses import schema
 from drafter.data.target_cache import (
     ExactFormat,
@@ -147,7 +148,7 @@ class EarlierSparseFormat(SparseFormat):
     """The format with the column `log_z`, which earlier versions wrote and nothing reads."""
 
     def fields(self, vocabulary):
-        return [*super().fields(vocabulary), target_cache._field("log_z", self.dtype)]
+        return [*super().fields(vocabulary), number_column("log_z", self.dtype)]
 
     def columns(self, hidden_NH, logits, tokens_N):
         columns = super().columns(hidden_NH, logits, tokens_N)

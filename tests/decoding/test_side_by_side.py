@@ -20,8 +20,8 @@ def prompts(count, longest=9):
 
 
 def greedily(model, asked, batch_tokens, limit=20):
-    zeros = [0.0] * len(asked)
-    return generate(model, asked, zeros, top_p=1.0, max_new_tokens=limit, stop_ids=STOPS, batch_tokens=batch_tokens)
+    how = {"top_p": 1.0, "max_new_tokens": limit, "stop_ids": STOPS, "batch_tokens": batch_tokens}
+    return [one.tokens for one in generate(model, asked, [0.0] * len(asked), **how)]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000], ids=["one at a time", "a few", "all at once"])
@@ -62,9 +62,8 @@ def test_sampled_tokens_have_the_warped_distribution(target):
     prompt, count = [3, 1, 4], 8_000
     torch.manual_seed(0)
     temperatures = [4.0, 9.0] * count
-    drawn = generate(
-        target, [prompt] * (2 * count), temperatures, top_p=0.9, max_new_tokens=1, stop_ids=[], batch_tokens=10**6
-    )
+    how = {"top_p": 0.9, "max_new_tokens": 1, "stop_ids": [], "batch_tokens": 10**6}
+    drawn = [one.tokens for one in generate(target, [prompt] * (2 * count), temperatures, **how)]
     logits_V = target(torch.tensor([prompt])).logits[0, -1]
     for offset, temperature in enumerate((4.0, 9.0)):
         expected_V = warp(logits_V, Sampling(temperature, 0.9)) * count
@@ -83,6 +82,45 @@ def test_no_prompts_give_no_sequences(target):
 
 def test_a_sequence_may_be_longer_than_the_limit(target):
     assert greedily(target, [[1] * 30], 5, limit=3)[0] == greedily(target, [[1] * 30], 500, limit=3)[0]
+
+
+@pytest.mark.parametrize("batch_tokens", [60, 10_000], ids=["a few", "all at once"])
+def test_states_are_those_of_a_pass_over_the_complete_sequence(target, monkeypatch, batch_tokens):
+    monkeypatch.setattr(side_by_side, "STEP", 3)  # sequences are set aside, and read again
+    asked = [*prompts(20), [5], [5], [1, 2, 3], [1, 2, 3]]
+    warmth = [(0.0, 0.7, 1.0)[number % 3] for number in range(len(asked))]
+    how = {"top_p": 0.95, "max_new_tokens": 20, "stop_ids": STOPS, "batch_tokens": batch_tokens}
+    torch.manual_seed(0)
+    found = generate(target, asked, warmth, **how, states=torch.float32)
+    torch.manual_seed(0)
+    without = generate(target, asked, warmth, **how)
+    assert [one.tokens for one in found] == [one.tokens for one in without]
+    assert {one.hidden_NH for one in without} == {None}
+    for prompt, (tokens, hidden_NH) in zip(asked, found, strict=True):
+        expected_NH = target.model(torch.tensor([prompt + tokens])).last_hidden_state[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(hidden_NH, expected_NH, rtol=1e-4, atol=1e-4)  # float32 in another batch
+        logits_NV, expected_NV = target.lm_head(hidden_NH), target.lm_head(expected_NH)
+        assert logits_NV.argmax(-1).tolist() == expected_NV.argmax(-1).tolist()
+    assert not target.lm_head._forward_pre_hooks
+
+
+def test_states_are_kept_in_the_dtype_that_is_asked_for(target):
+    how = {"top_p": 1.0, "max_new_tokens": 4, "stop_ids": [], "batch_tokens": 100}
+    exact, rounded = (
+        generate(target, [[1, 2], [3]], [0.0, 0.0], **how, states=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    for one, other in zip(exact, rounded, strict=True):
+        assert torch.equal(one.hidden_NH.bfloat16(), other.hidden_NH)
+        assert other.hidden_NH.shape == (4, 32)
+
+
+def test_states_beyond_the_range_of_their_dtype_are_refused():
+    model = small_model(4)
+    model.model.norm.weight *= 1e5
+    how = {"top_p": 1.0, "max_new_tokens": 4, "stop_ids": [], "batch_tokens": 100}
+    assert generate(model, [[1, 2]], [0.0], **how, states=torch.bfloat16)[0].hidden_NH.abs().max() > 65504
+    with pytest.raises(ValueError, match=r"exceed the range of torch.float16: keep them in bfloat16"):
+        generate(model, [[1, 2]], [0.0], **how, states=torch.float16)
 
 
 def test_another_dtype_works():

@@ -112,6 +112,26 @@ def test_the_plan_shows_the_price_and_the_smaller_disk_of_a_sparse_cache():
     assert sparse["cache"]["disk"].endswith(" GB")
 
 
+def test_states_of_the_responses_save_the_pass_of_the_cache():
+    shape = Shape(3_440_000, 3_000_000, 4, 256, 256, 8192, 2048)
+    with initialize_config_module("conf", version_base="1.3"):
+        hardware = compose("plan", ["hardware=cpu"]).hardware
+        plain = World(hardware, 1, shape, shape, prompt=90, response=25, block_efficiency=1.4, finetunings=1)
+        kept = plain._replace(states="bfloat16")
+        (with_pass,), (without,), (sparse,) = (
+            estimates(Job("cache", configured("cache", ["scale=smoke", *change]), None), world)
+            for world, change in ((plain, []), (kept, []), (kept, ["cache=sparse"]))
+        )
+        (alone,), (keeping,) = (
+            estimates(Job("respond", configured("respond", ["scale=smoke", *change]), None), plain)
+            for change in ([], ["respond.states=bfloat16"])
+        )
+    assert (without.operations, without.seconds, without.disk) == (0, 0, with_pass.disk)
+    assert without.memory["weights"] < with_pass.memory["weights"]
+    assert with_pass.operations > 0 < sparse.operations
+    assert keeping.disk > 2 * alone.disk
+
+
 def test_what_the_target_writes_itself_is_planned():
     shape = Shape(3_440_000, 3_000_000, 4, 256, 256, 8192, 2048)
     with initialize_config_module("conf", version_base="1.3"):
