@@ -203,3 +203,10 @@ def test_muon_is_refused_where_matrices_are_sharded():
     cfg = compose_config("finetune", "optimizer=muon", "trainer=fsdp2")
     with pytest.raises(ValueError, match="optimizer=muon needs complete matrices"):
         optimization(cfg)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "base"))
+def test_a_command_writes_no_log_into_the_working_directory(name):
+    settings = compose(name, return_hydra_config=True).hydra
+    folder = OmegaConf.to_container(settings, resolve=False)["run"]["dir"]
+    assert folder != "." or "file" not in settings.job_logging.handlers
