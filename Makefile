@@ -63,7 +63,7 @@ check: setup ## formatting, lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-# SmolLM2-135M-Instruct from nothing: the target, its data, a drafter, the report and the best gamma.
+# SmolLM2-135M-Instruct from nothing: the target, its data, a drafter and the report.
 SMOLLM2 := scale=smollm2 losses=[kld] seeds=[1] optimizer=muon init.steps=0
 smollm2: setup ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (hours on two cores)
 	$(RUN).smollm2_target || { $(PY) -m pip install --quiet --disable-pip-version-check 'gguf>=0.17,<1' && \

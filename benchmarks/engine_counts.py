@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from drafter.decoding.generation import first_difference
 from drafter.metrics import Counts, Estimate, by_prompt, estimate
 from experiments.reporting.tabular import Table, with_interval
 
@@ -85,18 +86,6 @@ class Pair(NamedTuple):
     def first_difference(self) -> int | None:
         """Return the position of the first token in which the texts differ, or None."""
         return first_difference(self.drafted.tokens, self.alone.tokens)
-
-
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Return the position of the first difference, which may be the end of the shorter sequence; None if equal.
-
-    >>> first_difference([1, 2, 3], [1, 5, 3]), first_difference([1], [1, 2]), first_difference([1], [1])
-    (1, 1, None)
-    """
-    if list(one) == list(other):
-        return None
-    pairs = zip(one, other, strict=False)
-    return next((position for position, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 class Summary(NamedTuple):

@@ -15,7 +15,7 @@ from drafter.data.control_tokens import NEUTRAL
 from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.prompts import check_embedding, encode_conversation
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import COMPILED_WIDTHS, Compiled, Padded
+from drafter.decoding.decoders import compiled_pair
 from drafter.decoding.options import DecodingOptions, check_draft_length, max_draft_length
 from drafter.interruptions import Interrupted
 from drafter.models.compatibility import check_pair, drafter_source
@@ -165,10 +165,7 @@ def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSes
     gamma = draft_length(chat.num_speculative_tokens, chat.adaptive, "chat.num_speculative_tokens")
     if chat.compile:
         log.info("the first calls compile both models, which takes minutes")
-        most = max_draft_length(gamma) + 1
-        capacity = context + max(most, *COMPILED_WIDTHS)
-        target, drafter = (Compiled(model, capacity, longest=max(9, most)) for model in (target, drafter))
-        target = Padded(target, COMPILED_WIDTHS)
+        target, drafter = compiled_pair(target, drafter, context, max_draft_length(gamma))
     else:
         target, drafter = pack(target), pack(drafter)
     pair = Pair(target, drafter, gamma, options_of(cfg, end_of_turn_ids(target_source(cfg), tokenizer)))

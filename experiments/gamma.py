@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import COMPILED_WIDTHS, Compiled, Decodable, Padded
+from drafter.decoding.decoders import COMPILED_WIDTHS, Decodable, Padded, compiled_pair
 from drafter.decoding.evaluation import Task
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
@@ -55,23 +55,22 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
-    if not cfg.gamma.compile:  # a compiled call has packed weights of its own
-        pack(target), pack(drafter)
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     context = min(map(context_length, (target, drafter)))
     work = read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {})
-    models: list[Decodable] = [target, drafter]
-    if cfg.gamma.compile:
-        ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
-        longest = (context if work.continuations else max(ends)) + max(cfg.gamma.largest + 1, WIDEST)
-        models = [Compiled(target, longest), Compiled(drafter, longest)]
     prompt, widths, largest = work.tasks[0].prompt, dict[int, int](), cfg.gamma.largest
-    if cfg.gamma.compile:
+    models: tuple[Decodable, Decodable]
+    if cfg.gamma.compile:  # a compiled call has packed weights of its own
+        ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
+        models = compiled_pair(target, drafter, context if work.continuations else max(ends), largest)
         widths = {count: width for count, width in COMPILED_WIDTHS.items() if count < width and count <= largest + 1}
-    elif cfg.gamma.pad:
-        most = min(max(largest, WIDEST - 1), len(prompt) - 1)
-        widths = measure_call_timings(target, drafter, prompt, most).widths()
-    models[0] = Padded(models[0], widths)
+    else:
+        pack(target)
+        pack(drafter)
+        if cfg.gamma.pad:
+            most = min(max(largest, WIDEST - 1), len(prompt) - 1)
+            widths = measure_call_timings(target, drafter, prompt, most).widths()
+        models = Padded(target, widths), drafter
     timings = measure_call_timings(models[0], models[1], prompt, largest)
     gammas = list(cfg.gamma.decode or range(1, largest + 1))
     rows, counts, left_out = [], [], {}

@@ -8,7 +8,6 @@ which one it is. In both cases the weights are written in bfloat16.
 import importlib.util
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -73,14 +72,13 @@ def from_package(cfg: DictConfig) -> Loaded:
     Raises:
         OSError: the package, or the package that reads GGUF, is not installed.
     """
-    needed = [name for name in (cfg.package.module, "gguf") if not importlib.util.find_spec(name)]
-    if needed:
+    specs = {name: importlib.util.find_spec(name) for name in (cfg.package.module, "gguf")}
+    if needed := [name for name, spec in specs.items() if spec is None]:
         raise OSError(
             f"SmolLM2-135M-Instruct is not there: the hub was not reached or not asked, and the Python package "
             f"{' and '.join(needed)} is not installed. `{cfg.package.install}` installs what is needed"
         )
-    spec = importlib.util.find_spec(cfg.package.module)
-    folder = os.path.dirname(str(spec.origin if spec else ""))
+    folder = str(Path(specs[cfg.package.module].origin).parent)  # type: ignore[union-attr, arg-type]
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=cfg.package.file)
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=cfg.package.file, dtype=torch.float32)
     config = quantised.config

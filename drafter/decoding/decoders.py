@@ -185,6 +185,16 @@ def plain_model(model: Decodable) -> PreTrainedModel:
 COMPILED_WIDTHS = {count: next(width for width in (1, 5, 9) if width >= count) for count in range(1, 10)}
 
 
+def compiled_pair(
+    target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gamma: int
+) -> tuple[Padded, Compiled]:
+    """Return both models compiled for sequences of `longest` tokens and this gamma, the target padded to few widths."""
+    widest = max(COMPILED_WIDTHS)
+    capacity = longest + max(gamma + 1, widest)
+    models = [Compiled(model, capacity, max(gamma + 1, widest)) for model in (target, drafter)]
+    return Padded(models[0], COMPILED_WIDTHS), models[1]
+
+
 def masks_and_positions(positions_BT: torch.Tensor, end: int) -> dict[str, torch.Tensor]:
     """Return a model's arguments for tokens at given positions: position ids, and a causal mask over `end` keys."""
     visible_BTC = torch.arange(end, device=positions_BT.device) <= positions_BT[..., None]

@@ -53,3 +53,15 @@ class Generation:
     def is_finished(self, stop_ids: Sequence[int]) -> bool:
         """Return whether the last block ended the sequence."""
         return self.remaining <= 0 or self.blocks[-1].emitted[-1] in stop_ids
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Return the position of the first difference, which may be the end of the shorter sequence; None if equal.
+
+    >>> first_difference([1, 2, 3], [1, 5, 3]), first_difference([1], [1, 2]), first_difference([1], [1])
+    (1, 1, None)
+    """
+    if list(one) == list(other):
+        return None
+    pairs = zip(one, other, strict=False)
+    return next((position for position, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -23,13 +23,17 @@ ROWS = range(4, 97)  # the numbers of rows for which packed weights were faster 
 def pack(model: nn.Module, rows: Container[int] = ROWS) -> nn.Module:
     """Pack the linear layers of a frozen model in float32 on a CPU, in place, and return the model.
 
-    Nothing is done to any other model, or where oneDNN is missing. The weights may not be changed afterwards.
+    Nothing is done to any other model, to one that is packed, or where oneDNN is missing. Do not change the weights
+    afterwards.
 
     Args:
         model: the model.
         rows: the numbers of rows for which the packed weights are used.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return model
+    # A layer with a `forward` of its own is packed already.
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
     if not SMALLEST <= sum(layer.weight.numel() for layer in layers) <= LARGEST or not all(map(_can_be_packed, layers)):
         return model
     for layer in layers:
@@ -41,9 +45,7 @@ def pack(model: nn.Module, rows: Container[int] = ROWS) -> nn.Module:
 def _can_be_packed(layer: nn.Linear) -> bool:
     weight = layer.weight
     return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and weight.device.type == "cpu"
+        weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and not weight.requires_grad
         and not isinstance(weight, DTensor)  # a part of a weight that is split over ranks

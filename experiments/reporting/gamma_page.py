@@ -1,7 +1,6 @@
 """Write the page on which gamma pays: a row for each task and gamma, and a verdict for each task."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from drafter.metrics import Estimate
@@ -9,8 +8,6 @@ from experiments.reporting.tabular import Table, with_interval
 
 if TYPE_CHECKING:
     from drafter.decoding.timings import CallTimings
-
-NO_WIDTHS: Mapping[int, int] = MappingProxyType({})
 
 
 class GammaRow(NamedTuple):
@@ -25,7 +22,7 @@ class GammaRow(NamedTuple):
 
 
 def gamma_page(
-    rows: list[GammaRow], timings: "CallTimings", drafter: str, compiled: bool, widths: Mapping[int, int] = NO_WIDTHS
+    rows: list[GammaRow], timings: "CallTimings", drafter: str, compiled: bool, widths: Mapping[int, int]
 ) -> str:
     """Return the page in Markdown.
 

@@ -13,7 +13,7 @@ from drafter.data.text_stream import Piece, TextStream
 from drafter.decoding.acceptance import Block
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.decoders import Decodable
-from drafter.decoding.generation import Decoded
+from drafter.decoding.generation import Decoded, first_difference
 from drafter.decoding.options import Adaptive, DecodingOptions, max_draft_length
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 
@@ -175,8 +175,7 @@ def summary(answer: Answer, alone: Answer | None, options: DecodingOptions) -> s
 
 def compare(tokens: list[int], alone: list[int]) -> str:
     """Say whether greedy decoding gave the same tokens with the drafter as without it."""
-    if tokens == alone:
+    position = first_difference(tokens, alone)
+    if position is None:
         return "; the target alone writes the same"
-    pairs = enumerate(zip(tokens, alone, strict=False), start=1)
-    differing = next((number for number, (one, other) in pairs if one != other), None)
-    return f"; the target alone differs at token {differing or min(len(tokens), len(alone)) + 1}"
+    return f"; the target alone differs at token {position + 1}"

@@ -64,3 +64,12 @@ def test_no_gradient_flows_through_packed_weights(calls):
     layer(values).sum().backward()
     assert values.grad is not None
     assert not calls
+
+
+def test_a_packed_model_is_not_packed_again(calls, monkeypatch):
+    model = pack(frozen())
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    packed = []
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *given: packed.append(1) or reorder(*given))
+    assert pack(model) is model
+    assert not packed
