@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     temperature_B: torch.Tensor
     cached_N: States | Sparse | None = None
 
-    def to(self, device: torch.device) -> "Batch":
+    def uncached(self, device: torch.device) -> "Batch":  # a method named `to` would be called by Lightning
         """Return the sequences on a device, without what is cached of the target."""
         return Batch._make([*(part.to(device) for part in self if isinstance(part, torch.Tensor)), None])
 

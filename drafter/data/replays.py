@@ -159,7 +159,7 @@ def acceptance(pair: Pair, samples: Sequence[Sample], top_p: float, batch_tokens
     """Return the acceptance probabilities of the response tokens of each sample, on the CPU, each of shape (L,)."""
     found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
     for indices in by_budget([len(sample.ids_T) for sample in samples], batch_tokens):
-        batch = collate([samples[i] for i in indices]).to(pair.target.device)
+        batch = collate([samples[i] for i in indices]).uncached(pair.target.device)
         logits_q, logits_p = (live_target(model, batch, has_plain_head(model))[1] for model in pair)
         tokens_N, start = next_tokens(batch)[batch.target_mask_BT], 0
         for i, count in zip(indices, batch.target_mask_BT.sum(1).tolist(), strict=True):

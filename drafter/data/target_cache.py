@@ -215,7 +215,7 @@ def _rows(
     target: PreTrainedModel, chosen: list[rows.Row], format: Format, plain_head: bool
 ) -> list[dict[str, np.ndarray]]:
     """Return the format's columns for each row, from one forward pass over all rows."""
-    batch = collate([response_sequence(row) for row in chosen]).to(target.device)
+    batch = collate([response_sequence(row) for row in chosen]).uncached(target.device)
     hidden_NH, logits = live_target(target, batch, plain_head)
     if hidden_NH is not None:
         _require_finite(hidden_NH, f"hidden states for the responses {[row['id'] for row in chosen]}")
