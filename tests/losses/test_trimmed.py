@@ -16,6 +16,7 @@ N, V, H = 23, 40, 6
 IDS = [1, 2, 5, 8, 13, 21, 30, 31, 34, 39]
 KEPT = Kept.from_ids(IDS, V)
 INFINITE = {"kld", "kld of a nucleus", "kld_nla", "lk_hybrid", "ce"}  # over the full vocabulary
+OTHER_TEMPERATURE = {"kld of a nucleus", "kld_nla", "nla at 0.3"}  # or top_p
 OTHER_SCALE = {"tvdpp", "tvdpp position"}  # its statistics are those of the K + 1 outcomes
 TOKENS = torch.tensor([IDS[n % 10] if n % 7 else 3 for n in range(N)])  # the token 3 is not kept
 WHERE = positions(N, V)._replace(tokens_N=TOKENS)
@@ -148,3 +149,30 @@ def test_in_chunks_the_gradient_reaches_the_kept_rows_of_the_embedding_alone(nam
     if not tied:
         assert ours[0][OTHERS].abs().max() == 0
     assert ours[0][KEPT.ids_K].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_probabilities_of_the_kept_tokens_are_enough_at_temperature_1(name):
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(len(IDS), H, generator=random).double().requires_grad_()
+    hidden, logits_q = torch.randn(N, H, generator=random).double().requires_grad_(), inputs()[1]
+    log_q, top, computed = logits_q.log_softmax(-1)[:, KEPT.ids_K], logits_q.argmax(-1), []
+
+    def known(rows):
+        def full():
+            computed.append(rows)
+            return logits_q[rows]
+
+        return Trimmed(full, KEPT, lambda: log_q[rows], top[rows])
+
+    found = []
+    for target in (lambda rows: Trimmed.from_logits(logits_q[rows], KEPT), known):
+        seen, objective = Predicted(hidden, Head(weight), target, WHERE, KEPT), objective_of(LOSSES[name])
+        torch.manual_seed(0)
+        if objective.batch_mean is not None:
+            objective = objective.with_mean(seen.values(objective.batch_mean).mean())
+        total = seen.sum(objective, rows=5)
+        found.append((total.detach(), *torch.autograd.grad(total, [weight, hidden])))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    assert bool(computed) == (name in OTHER_TEMPERATURE)
