@@ -187,6 +187,7 @@ def write_cache(
     begun = rows.begun_schema(folder, len(starts))
     added = [field for field in format.fields(vocabulary_rows(target)) if begun is None or field.name in begun.names]
     schema = pa.schema([*without_states(responses.schema), *added], responses.schema.metadata)
+    precise = Head.from_module(head).precise() if "top" in schema.names else None
     sizes = [min(shard_size, len(responses) - start) for start in starts]
     for number, tell in deal_missing(folder, sizes, seed, world_size, report):
         shard, undecided = responses[starts[number] : starts[number] + shard_size], []
@@ -198,9 +199,9 @@ def write_cache(
                 if "log_rest" in columns:
                     undecided += np.exp(double(to_tensor(asked[i], schema, "log_rest")).numpy()).tolist()
             tell(len(batch), sum(lengths[i] for i in batch))
-        if "top" in schema.names:
+        if precise is not None:
             for row in shard:
-                row |= normalise(to_tensor(row, schema, "hidden").reshape(len(row["response_ids"]), -1), head)
+                row |= normalise(to_tensor(row, schema, "hidden").reshape(len(row["response_ids"]), -1), precise)
         taken = len(shard) - len(asked)
         if taken:
             tell(taken, 0)
@@ -227,18 +228,19 @@ def _rows(
 
 
 @torch.inference_mode()
-def normalise(hidden_NH: torch.Tensor, head: nn.Module) -> dict[str, np.ndarray]:
+def normalise(hidden_NH: torch.Tensor, head: Head) -> dict[str, np.ndarray]:
     """Return log Z and the most likely token at N positions, from the states as the cache stores them.
 
-    log Z is the logsumexp of the logits at temperature 1, in float32. Of several most likely tokens the first is taken.
+    log Z is the logsumexp of the logits at temperature 1. With a `Head.precise`, it belongs to a target of any dtype.
+    Of several most likely tokens the first is taken.
 
     Raises:
         ValueError: a logit is not finite.
     """
-    weight: Any = head.weight
+    device, vocabulary = head.weight_VH.device, len(head.weight_VH)
     log_z, top = [], []
-    for hidden_nH in hidden_NH.split(chunk_rows(weight.device, len(weight))):
-        logits_nV = head(hidden_nH.to(weight.device, weight.dtype)).float()
+    for hidden_nH in hidden_NH.split(chunk_rows(device, vocabulary)):
+        logits_nV = head(hidden_nH.to(device))
         log_z.append(logits_nV.logsumexp(-1))
         top.append(logits_nV.argmax(-1))
     _require_finite(torch.cat(log_z), "logits")
@@ -281,9 +283,8 @@ def target_at(
     if cached is None and isinstance(target, PreTrainedModel):
         return live_target(target, batch, plain_head, batch_tokens)[1]
     head = Head.from_module(target.get_output_embeddings())
-    hidden_NH = (
-        head.weight_VH[:0] if cached is None else cached.hidden_NH
-    )  # a batch of packed text alone has no positions
+    # A batch of packed text alone has no positions.
+    hidden_NH = head.weight_VH[:0] if cached is None else cached.hidden_NH
     return lambda rows: head(hidden_NH[rows]).detach()
 
 

@@ -80,10 +80,10 @@ class FrozenTarget:
         hidden_NH, log_z_N, top_N = states if isinstance(states, States) else (None, None, None)
         if hidden_NH is None or log_z_N is None or top_N is None or log_z_N.dtype == torch.bfloat16:
             return lambda rows: Trimmed(cache(lambda: full(rows)), kept)
-        head = Head.from_module(self.model.get_output_embeddings(), kept)
+        head = Head.from_module(self.model.get_output_embeddings(), kept).precise()
 
         def log_q(rows: slice) -> torch.Tensor:
-            with torch.autocast(hidden_NH.device.type, enabled=False):  # log Z is that of logits without it
+            with torch.autocast(hidden_NH.device.type, enabled=False):  # log Z is that of precise logits
                 return head(hidden_NH[rows]).detach() - log_z_N[rows, None]
 
         return lambda rows: Trimmed(cache(lambda: full(rows)), kept, cache(lambda: log_q(rows)), top_N[rows])

@@ -23,6 +23,7 @@ from drafter.data.target_cache import (
     target_at,
     write_cache,
 )
+from drafter.losses.chunked import Head
 from drafter.losses.distributions import Sparse
 from drafter.losses.divergences import acceptance_rate, kld
 from drafter.models.loading import embedding_checksum
@@ -163,13 +164,12 @@ def test_log_z_and_the_most_likely_token_are_those_of_the_states_as_stored(respo
 
 
 def test_of_several_most_likely_tokens_the_first_is_stored_and_infinite_logits_are_refused():
-    head = torch.nn.Linear(2, 4, bias=False)
-    head.weight.data = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 0.0], [1.0, 1.0]])
+    head = Head(torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 0.0], [1.0, 1.0]]))
     found = normalise(torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]], dtype=torch.bfloat16), head)
     logits = [[1, 2, 2, 2], [0, 1, 2, 1], [2, 3, 2, 3]]
     assert found["top"].tolist() == [1, 2, 1]
     assert found["log_z"].tolist() == pytest.approx([math.log(sum(map(math.exp, one))) for one in logits])
-    head.weight.data[3, 1] = 3e38
+    head.weight_VH[3, 1] = 3e38
     with pytest.raises(ValueError, match="the target's logits: not finite"):
         normalise(torch.tensor([[1.0, 2.0]]), head)
 

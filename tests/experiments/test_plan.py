@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from drafter.data.target_cache import ExactFormat, SparseFormat, normalise
+from drafter.losses.chunked import Head
 from experiments import pipeline, plan, pretrain
 from experiments.planning.estimates import cached_bytes, estimates
 from experiments.planning.roofline import Shape, operations
@@ -369,7 +370,7 @@ def test_the_estimated_size_of_an_exact_cache_is_the_size_of_what_it_stores(dtyp
     how = OmegaConf.create({"cache": {"format": {"kind": "exact", "dtype": dtype}}})
     target = small_model()
     hidden_NH = torch.randn(7, Shape.of(target).hidden)
-    stored = ExactFormat(dtype).columns(hidden_NH, None, None) | normalise(hidden_NH, target.lm_head)
+    stored = ExactFormat(dtype).columns(hidden_NH, None, None) | normalise(hidden_NH, Head.from_module(target.lm_head))
     assert stored.keys() == {field.name for field in ExactFormat(dtype).fields(64)}
     assert cached_bytes(how, Shape.of(target)) == sum(array.nbytes for array in stored.values()) / 7 + 16
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
 from drafter.data.batches import Sequence, States, collate, next_tokens
-from drafter.data.target_cache import ExactFormat, write_cache
+from drafter.data.target_cache import ExactFormat, normalise, write_cache
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.losses.chunked import Head
 from drafter.losses.distributions import Kept
@@ -193,6 +193,20 @@ def test_a_step_with_log_z_computes_full_logits_at_another_temperature_alone(
         computed.clear()
         module.training_step(collate(given[:3]), 0)
         assert bool(computed) == expected
+
+
+def test_log_z_belongs_to_a_target_of_any_dtype(target, samples):
+    """A cache of a target in bfloat16 may be used with the same weights in float32, and the other way round."""
+    batch, precise = collate(samples), Head(torch.zeros(len(KEPT.ids_K), 4))
+    heads = [copy.deepcopy(target.lm_head).bfloat16()]
+    heads.append(copy.deepcopy(heads[0]).float())
+    states, found = batch.cached_N, []
+    for lm_head in heads:
+        columns = normalise(states.hidden_NH, Head.from_module(lm_head).precise())
+        given = batch._replace(cached_N=States(states.hidden_NH, torch.tensor(columns["log_z"]), states.top_N))
+        predicted = FrozenTarget(OutputEmbedding(lm_head)).predicted(given, states.hidden_NH, precise, KEPT)
+        found.append(predicted.target(slice(None)).log_q())
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_log_z_is_not_used_after_training_in_bfloat16_has_rounded_it(target, samples):
