@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drafter.data.batches import Batch
+from drafter.data.batches import Batch, States
 from drafter.data.engines import Limits, Request, rounds_engine
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.clock import now
@@ -84,7 +84,7 @@ def finetuning(device, shapes, sparse):
     count = int(mask.sum())
     hidden_NH = torch.randn(count, hidden, device=device, dtype=shapes["dtype"])
     written_N = ids.roll(-1, 1)[mask]
-    cached: torch.Tensor | Sparse = hidden_NH
+    cached: States | Sparse = States(hidden_NH)
     if sparse:
         parts = zip(hidden_NH.split(256), written_N.split(256), strict=True)
         cached = Drawn.cat(

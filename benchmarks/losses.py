@@ -5,9 +5,10 @@
     python -m benchmarks.losses --kept 8192 --vocabulary 49152 --hidden 192 576 --losses text kld
 
 With --kept, chunks of a whole output embedding are compared with chunks of one that is trimmed to so many tokens, as in
-training with kept_tokens; `text` is the next-token loss of pretraining, which has no target.
+training with kept_tokens, and with the same where an exact cache has log Z; `text` is the next-token loss of
+pretraining, which has no target.
 
-Both start from hidden states. Their repetitions alternate in one process; on a CPU the time is process time of one
+All start from hidden states. Their repetitions alternate in one process; on a CPU the time is process time of one
 thread, so that other work on the machine matters less. Memory is the peak above the inputs; on a CPU it is the
 high-water mark of a separate process for each path. On a GPU with liger-kernel installed, its fused linear JSD is timed
 too.
@@ -19,10 +20,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from drafter.data.batches import States
 from drafter.losses.chunked import Head, Predicted, chunked_sum
 from drafter.losses.distributions import Kept, Trimmed
 from drafter.losses.objective import Positions, objective_of
@@ -33,12 +36,20 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 def paths(arguments):
-    """Return the names of the two paths that are compared."""
-    return ("chunks", "trimmed") if arguments.kept else ("whole", "chunks")
+    """Return the names of the paths, of which the others are compared with the first."""
+    return ("chunks", "trimmed", "log_z") if arguments.kept else ("whole", "chunks")
+
+
+class Cached(NamedTuple):
+    """The kept tokens, the target's output embedding, and what an exact cache has."""
+
+    kept: Kept
+    head: Head
+    states: States
 
 
 def inputs(arguments):
-    """Return hidden states and output embeddings of drafter and target that give logits of a few units."""
+    """Return positions whose logits are a few units, and what a trimmed drafter needs of the target (or None)."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
     parts = []
@@ -53,13 +64,28 @@ def inputs(arguments):
         lambda rows: target(hidden_q[rows]),
         positions(arguments.positions, arguments.kept or arguments.vocabulary, 64),
     )
-    return seen._replace(positions=Positions(*(part.to(DEVICE) for part in seen.positions)))
+    seen = seen._replace(positions=Positions(*(part.to(DEVICE) for part in seen.positions)))
+    if not arguments.kept:
+        return seen, None
+    parts = [target(part).float() for part in hidden_q.split(128)]
+    log_z, top = torch.cat([part.logsumexp(-1) for part in parts]), torch.cat([part.argmax(-1) for part in parts])
+    kept = Kept.from_ids(range(arguments.kept), arguments.vocabulary).to(DEVICE)
+    return seen, Cached(kept, target, States(hidden_q, log_z, top))
 
 
-def trim(seen, kept):
+def trim(seen, cached, uses_log_z):
     """Return the same positions for a drafter that proposes the kept tokens alone, which have the gradient's rows."""
-    head = Head(seen.head.weight_VH.index_select(0, kept.ids_K))
-    return seen._replace(head=head, target=lambda rows: Trimmed(seen.target(rows), kept), kept=kept)
+    ids, states = cached.kept.ids_K, cached.states
+    of_kept = Head(cached.head.weight_VH.index_select(0, ids)) if uses_log_z else None
+
+    def target(rows):
+        trimmed = Trimmed(lambda: seen.target(rows), cached.kept)
+        if of_kept is None:
+            return trimmed
+        log_q = of_kept(states.hidden_NH[rows]) - states.log_z_N[rows, None]
+        return trimmed._replace(log_q=lambda: log_q, top_N=states.top_N[rows])
+
+    return seen._replace(head=Head(seen.head.weight_VH.index_select(0, ids)), target=target, kept=cached.kept)
 
 
 def text_loss(seen):
@@ -86,18 +112,13 @@ def loss_sum(name, path, seen):
     return seen.sum(objective)
 
 
-def step(name, path, seen, kept=None):
+def step(name, path, seen, cached=None):
     """Compute one loss and its backward pass, discard the gradients, and return the value."""
-    total = loss_sum(name, path, trim(seen, kept) if path == "trimmed" else seen)
+    total = loss_sum(name, path, trim(seen, cached, path == "log_z") if path in ("trimmed", "log_z") else seen)
     total.backward()
     value = total.item()
     seen.hidden_NH.grad = seen.head.weight_VH.grad = None
     return value
-
-
-def kept_tokens(arguments):
-    """Return the first tokens of the vocabulary, or None if all are kept."""
-    return Kept.from_ids(range(arguments.kept), arguments.vocabulary).to(DEVICE) if arguments.kept else None
 
 
 def clock():
@@ -109,14 +130,14 @@ def clock():
 
 def peak(name, path, arguments):
     """Return the peak memory of one step above the inputs, in bytes."""
-    seen, kept = inputs(arguments), kept_tokens(arguments)
+    seen, cached = inputs(arguments)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(name, path, seen, kept)
+        step(name, path, seen, cached)
         return torch.cuda.max_memory_allocated() - before
     before = resident("VmRSS")
-    step(name, path, seen, kept)
+    step(name, path, seen, cached)
     return resident("VmHWM") - before
 
 
@@ -150,21 +171,23 @@ def main():
         print(json.dumps(peak(name, path, arguments)))
         return
     print(f"{arguments.positions} positions, {arguments.vocabulary} tokens, hidden {arguments.hidden}, {DEVICE}")
-    seen, kept, compared = inputs(arguments), kept_tokens(arguments), paths(arguments)
+    (seen, cached), compared = inputs(arguments), paths(arguments)
     for name in arguments.losses:
         seconds = dict.fromkeys(compared, 0.0)
         for repetition in range(arguments.repeats + 1):
             for path in compared:
                 began = clock()
-                step(name, path, seen, kept)
+                step(name, path, seen, cached)
                 seconds[path] += (clock() - began) * (repetition > 0)  # the first one warms up
-        whole, chunks = (peak_alone(name, path) for path in compared)
-        before, after = (seconds[path] / arguments.repeats for path in compared)
-        print(
-            f"{name:18s} time {before:7.3f} -> {after:7.3f} s  x{after / before:.2f}"
-            f"   peak {whole / 1e9:5.2f} -> {chunks / 1e9:5.2f} GB  1/{whole / chunks:.1f}",
-            flush=True,
-        )
+        peaks = {path: peak_alone(name, path) for path in compared}
+        whole, before = peaks[compared[0]], seconds[compared[0]] / arguments.repeats
+        for path in compared[1:]:
+            after, chunks = seconds[path] / arguments.repeats, peaks[path]
+            print(
+                f"{name:18s} {path:7s} time {before:7.3f} -> {after:7.3f} s  x{after / before:.2f}"
+                f"   peak {whole / 1e9:5.2f} -> {chunks / 1e9:5.2f} GB  1/{whole / chunks:.1f}",
+                flush=True,
+            )
     if CUDA:
         against_liger(seen, arguments)
 

@@ -79,6 +79,15 @@ def read_shard(folder: Folder, number: int) -> list[Row]:
         return [_row(batch) for batch in stream]
 
 
+def begun_schema(folder: Folder, count: int) -> pa.Schema | None:
+    """Return the columns of the first of `count` shards that is complete; None if there is none."""
+    complete = sorted(set(range(count)) - set(missing_shards(folder, count)))
+    if not complete:
+        return None
+    first_row = json.loads(folder.read(_note(complete[0])))["rows"][0]
+    return pa.ipc.read_schema(pa.py_buffer(folder.read(_shard(complete[0]))[: first_row["start"]]))
+
+
 def finish(folder: Folder, count: int, schema: pa.Schema) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Write index.parquet. Return the checksum of each file, and the notes of each shard.
 

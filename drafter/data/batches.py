@@ -14,6 +14,30 @@ import torch
 from drafter.losses.distributions import Drawn, Sparse
 
 
+class States(NamedTuple):
+    """What an exact cache has of the target at N positions.
+
+    Attributes:
+        hidden_NH: the last hidden states.
+        log_z_N: the logarithm of the normaliser: log q(x) = logit(x) - log Z at temperature 1.
+        top_N: the most likely token. It and log Z are None if an earlier version made the cache.
+    """
+
+    hidden_NH: torch.Tensor
+    log_z_N: torch.Tensor | None = None
+    top_N: torch.Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: "list[States]") -> "States":
+        """Concatenate the positions of all parts."""
+        known = all(part.log_z_N is not None for part in parts)
+        return cls(*(torch.cat(field) for field in list(zip(*parts, strict=True))[: 3 if known else 1]))
+
+    def first(self, count: int) -> "States":
+        """Return the first `count` positions."""
+        return States(*[field[:count] for field in self if field is not None])
+
+
 class Batch(NamedTuple):
     """B sequences, padded on the right to T tokens.
 
@@ -23,7 +47,7 @@ class Batch(NamedTuple):
         is_text_B: marks packed text, which keeps the next-token loss in distillation.
         temperature_B: the temperature at which a response was drawn, in millionths; -1 for text. It is an integer
             because training in bfloat16 would round a float.
-        cached_N: the target's cached hidden states or sparse distributions at the True positions of the responses, in
+        cached_N: the target's cached states or sparse distributions at the True positions of the responses, in
             row-major order.
     """
 
@@ -32,7 +56,11 @@ class Batch(NamedTuple):
     target_mask_BT: torch.Tensor
     is_text_B: torch.Tensor
     temperature_B: torch.Tensor
-    cached_N: torch.Tensor | Sparse | None = None  # hidden states (N, H), or sparse distributions
+    cached_N: States | Sparse | None = None
+
+    def uncached(self, device: torch.device) -> "Batch":  # a method named `to` would be called by Lightning
+        """Return the sequences on a device, without what is cached of the target."""
+        return Batch._make([*(part.to(device) for part in self if isinstance(part, torch.Tensor)), None])
 
 
 class Sequence(NamedTuple):
@@ -51,7 +79,7 @@ class Sequence(NamedTuple):
     ids_T: np.ndarray
     num_context: int
     is_text: bool
-    cached_N: torch.Tensor | Drawn | None = None
+    cached_N: States | Drawn | None = None
     temperature: float = math.nan
     turns: Sequences[int] | None = None
 
@@ -80,10 +108,7 @@ def cut(sequence: Sequence, length: int) -> Sequence:
         ends = np.minimum(np.cumsum(sequence.turns), length)
         kept = kept._replace(turns=np.diff(ends, prepend=0).tolist())
     count = sum(end - start for start, end in kept.predicted())
-    cached = sequence.cached_N
-    if isinstance(cached, Drawn):
-        return kept._replace(cached_N=cached.first(count))
-    return kept if cached is None else kept._replace(cached_N=cached[:count])
+    return kept if kept.cached_N is None else kept._replace(cached_N=kept.cached_N.first(count))
 
 
 def collate(samples: list[Sequence]) -> Batch:
@@ -147,7 +172,7 @@ def next_tokens(batch: Batch) -> torch.Tensor:
     return batch.input_ids_BT.roll(-1, dims=1)
 
 
-def response_sequence(row: dict[str, Any], cached_N: torch.Tensor | Drawn | None = None) -> Sequence:
+def response_sequence(row: dict[str, Any], cached_N: States | Drawn | None = None) -> Sequence:
     """Return a sample from a row of responses (see responses.COLUMNS), whose responses are predicted.
 
     Rows that an earlier version wrote have no `turns`: they are a prompt and one response.
@@ -173,10 +198,10 @@ def responses_of(mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return starts_R2[:, 0], ends_R2[:, 1] - starts_R2[:, 1]
 
 
-def _join_cached(parts: list[torch.Tensor | Drawn | None]) -> torch.Tensor | Sparse | None:
+def _join_cached(parts: list[States | Drawn | None]) -> States | Sparse | None:
     """Concatenate what is cached for the samples. Packed text has nothing."""
     drawn = [part for part in parts if isinstance(part, Drawn)]
     if drawn:
         return Drawn.cat(drawn).weighted()
-    hidden = [part for part in parts if isinstance(part, torch.Tensor)]
-    return torch.cat(hidden) if hidden else None
+    states = [part for part in parts if isinstance(part, States)]
+    return States.cat(states) if states else None

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from drafter.artifacts import rows
 from drafter.artifacts.storage import Folder
-from drafter.data.batches import Batch, by_budget, collate, cut, next_tokens, response_sequence
 from drafter.data.batches import Sequence as Sample
+from drafter.data.batches import by_budget, collate, cut, next_tokens, response_sequence
 from drafter.data.dealing import deal_missing
 from drafter.data.engines import Limits, Request, transformers_engine
 from drafter.data.states import without_states
@@ -159,7 +159,7 @@ def acceptance(pair: Pair, samples: Sequence[Sample], top_p: float, batch_tokens
     """Return the acceptance probabilities of the response tokens of each sample, on the CPU, each of shape (L,)."""
     found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
     for indices in by_budget([len(sample.ids_T) for sample in samples], batch_tokens):
-        batch = Batch(*(part.to(pair.target.device) for part in collate([samples[i] for i in indices])[:-1]))
+        batch = collate([samples[i] for i in indices]).uncached(pair.target.device)
         logits_q, logits_p = (live_target(model, batch, has_plain_head(model))[1] for model in pair)
         tokens_N, start = next_tokens(batch)[batch.target_mask_BT], 0
         for i, count in zip(indices, batch.target_mask_BT.sum(1).tolist(), strict=True):

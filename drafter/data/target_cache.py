@@ -1,7 +1,8 @@
 """Provide the target's distribution at every response token: computed live, or read from disk in one of two formats.
 
 `ExactFormat` stores the last hidden states, hidden_size numbers per token. The output embedding turns them into logits
-that are exact up to rounding. `SparseFormat` stores the most likely tokens and samples from the rest (see
+that are exact up to rounding. It also stores log Z, so that a few of the logits are probabilities without the others,
+and the most likely token. `SparseFormat` stores the most likely tokens and samples from the rest (see
 distributions.Sparse). It takes hundreds of bytes per token whatever the size of the target, and sums over the
 vocabulary in the losses stay unbiased. Both formats hold distributions at temperature 1 without top-p. A row of the
 cache is a row of the responses with the columns of the format added.
@@ -21,12 +22,12 @@ from transformers import PreTrainedModel
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import ArtifactError, read_manifest, require
 from drafter.artifacts.storage import Folder
-from drafter.data.batches import Batch, by_budget, collate, next_tokens, response_mask, response_sequence
+from drafter.data.batches import Batch, States, by_budget, collate, next_tokens, response_mask, response_sequence
 from drafter.data.columns import number_column, to_array, to_tensor
 from drafter.data.dealing import deal_missing
 from drafter.data.forward import hidden_at
 from drafter.data.states import has_states, without_states
-from drafter.losses.chunked import CHUNK_ENTRIES, Head
+from drafter.losses.chunked import CHUNK_ENTRIES, Head, chunk_rows
 from drafter.losses.distributions import Drawn, Sparse, Target
 from drafter.models.inspection import has_plain_head, vocabulary_rows
 from drafter.models.loading import OutputEmbedding, embedding_checksum
@@ -37,7 +38,7 @@ Logits = Callable[[slice], torch.Tensor]  # rows of the N positions -> (n, V)
 
 
 class ExactFormat(NamedTuple):
-    """Store the target's last hidden states in `dtype`."""
+    """Store the target's last hidden states in `dtype`, and what `normalise` returns."""
 
     dtype: str = "bfloat16"
 
@@ -47,10 +48,10 @@ class ExactFormat(NamedTuple):
 
     def fields(self, vocabulary: int) -> list[pa.Field]:
         """Return the columns that the format adds to those of the responses."""
-        return [self.field()]
+        return [self.field(), number_column("log_z", "float32"), pa.field("top", pa.list_(pa.int32()))]
 
     def columns(self, hidden_NH: torch.Tensor | None, logits: Logits, tokens_N: torch.Tensor) -> dict[str, Any]:
-        """Return what is stored for N positions: one array of shape (N, …) per column."""
+        """Return the states of N positions, to which `write_cache` adds the other columns."""
         if hidden_NH is None:
             raise ValueError(
                 "this target changes its logits after the output embedding (by a scale or a soft cap), so they cannot "
@@ -102,14 +103,20 @@ class SparseFormat(NamedTuple):
 Format = ExactFormat | SparseFormat
 
 
-def restore(row: rows.Row, schema: pa.Schema) -> torch.Tensor | Drawn | None:
-    """Return the target's hidden states or sparse distributions from a row of a cache; None for a row of responses.
+def restore(row: rows.Row, schema: pa.Schema) -> States | Drawn | None:
+    """Return the target's states or sparse distributions from a row of a cache; None for a row of responses.
 
-    Columns are found by name. One that an earlier version wrote and nothing reads (`log_z`) does no harm.
+    Columns are found by name. An earlier version wrote a `log_z` without `top`, whose rounding is unknown: it is not
+    used.
     """
     count = len(row["response_ids"])
     if "hidden" in row:
-        return to_tensor(row, schema, "hidden").reshape(count, -1)
+        states = States(to_tensor(row, schema, "hidden").reshape(count, -1))
+        if not {"log_z", "top"} <= row.keys():
+            return states
+        return states._replace(
+            log_z_N=to_tensor(row, schema, "log_z"), top_N=torch.from_numpy(row["top"].astype(np.int64))
+        )
     if "ids" not in row:
         return None
     ids_NK = np.concatenate([row["ids"].reshape(count, -1), row["response_ids"][:, None]], axis=1, dtype=np.int64)
@@ -162,7 +169,8 @@ def write_cache(
 
     A file depends only on its number and the seed, so that any number of ranks writes the same files. With
     `take_states`, states that the responses have are taken as they are, and the target runs over the other rows alone.
-    If all rows have states, its output embedding is enough.
+    If all rows have states, its output embedding is enough. An exact cache that an earlier version began is completed
+    without the columns that its files lack.
 
     Returns:
         The number of files and the schema of the rows, both for `rows.finish`.
@@ -175,9 +183,11 @@ def write_cache(
     _require_finite(head.weight, "output embedding")
     required = not isinstance(target, PreTrainedModel)  # there is nothing to compute missing states with
     plain_head = not required and has_plain_head(target)
-    added = format.fields(vocabulary_rows(target))
-    schema = pa.schema([*without_states(responses.schema), *added], responses.schema.metadata)
     starts = range(0, len(responses), shard_size)
+    begun = rows.begun_schema(folder, len(starts))
+    added = [field for field in format.fields(vocabulary_rows(target)) if begun is None or field.name in begun.names]
+    schema = pa.schema([*without_states(responses.schema), *added], responses.schema.metadata)
+    precise = Head.from_module(head).precise() if "top" in schema.names else None
     sizes = [min(shard_size, len(responses) - start) for start in starts]
     for number, tell in deal_missing(folder, sizes, seed, world_size, report):
         shard, undecided = responses[starts[number] : starts[number] + shard_size], []
@@ -189,6 +199,9 @@ def write_cache(
                 if "log_rest" in columns:
                     undecided += np.exp(double(to_tensor(asked[i], schema, "log_rest")).numpy()).tolist()
             tell(len(batch), sum(lengths[i] for i in batch))
+        if precise is not None:
+            for row in shard:
+                row |= normalise(to_tensor(row, schema, "hidden").reshape(len(row["response_ids"]), -1), precise)
         taken = len(shard) - len(asked)
         if taken:
             tell(taken, 0)
@@ -203,7 +216,7 @@ def _rows(
     target: PreTrainedModel, chosen: list[rows.Row], format: Format, plain_head: bool
 ) -> list[dict[str, np.ndarray]]:
     """Return the format's columns for each row, from one forward pass over all rows."""
-    batch = Batch(*(part.to(target.device) for part in collate([response_sequence(row) for row in chosen])[:-1]))
+    batch = collate([response_sequence(row) for row in chosen]).uncached(target.device)
     hidden_NH, logits = live_target(target, batch, plain_head)
     if hidden_NH is not None:
         _require_finite(hidden_NH, f"hidden states for the responses {[row['id'] for row in chosen]}")
@@ -212,6 +225,26 @@ def _rows(
     ends = np.cumsum([len(row["response_ids"]) for row in chosen])[:-1]
     parts = {name: np.split(array, ends) for name, array in columns.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(chosen))]
+
+
+@torch.inference_mode()
+def normalise(hidden_NH: torch.Tensor, head: Head) -> dict[str, np.ndarray]:
+    """Return log Z and the most likely token at N positions, from the states as the cache stores them.
+
+    log Z is the logsumexp of the logits at temperature 1. With a `Head.precise`, it belongs to a target of any dtype.
+    Of several most likely tokens the first is taken.
+
+    Raises:
+        ValueError: a logit is not finite.
+    """
+    device, vocabulary = head.weight_VH.device, len(head.weight_VH)
+    log_z, top = [], []
+    for hidden_nH in hidden_NH.split(chunk_rows(device, vocabulary)):
+        logits_nV = head(hidden_nH.to(device))
+        log_z.append(logits_nV.logsumexp(-1))
+        top.append(logits_nV.argmax(-1))
+    _require_finite(torch.cat(log_z), "logits")
+    return {"log_z": to_array(torch.cat(log_z), "float32"), "top": torch.cat(top).int().cpu().numpy()}
 
 
 @torch.no_grad()
@@ -250,7 +283,8 @@ def target_at(
     if cached is None and isinstance(target, PreTrainedModel):
         return live_target(target, batch, plain_head, batch_tokens)[1]
     head = Head.from_module(target.get_output_embeddings())
-    hidden_NH = head.weight_VH[:0] if cached is None else cached  # a batch of packed text alone has no positions
+    # A batch of packed text alone has no positions.
+    hidden_NH = head.weight_VH[:0] if cached is None else cached.hidden_NH
     return lambda rows: head(hidden_NH[rows]).detach()
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from drafter.losses.distributions import Kept, Target
 from drafter.losses.objective import Loss, Objective, Positions, objective_of
@@ -43,6 +44,12 @@ class Head(NamedTuple):
             return cls(weight, bias)
         # index_select, because on a CPU its gradient is several times faster than that of indexing
         return cls(weight.index_select(0, kept.ids_K), None if bias is None else bias.index_select(0, kept.ids_K))
+
+    def precise(self) -> "Head":
+        """Return the same in float32, or in float64 if it is in that, complete even if each rank has a part."""
+        dtype = torch.promote_types(self.weight_VH.dtype, torch.float32)
+        full = [part.full_tensor() if isinstance(part, DTensor) else part for part in self if part is not None]
+        return Head(*[part.to(dtype) for part in full])
 
     def __call__(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V)

@@ -4,7 +4,7 @@ Shapes: N positions, V vocabulary, K tokens per position of a sparse target or o
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -125,7 +125,7 @@ class Kept(NamedTuple):
 
 
 class Trimmed(NamedTuple):
-    """A target's logits, to be compared with a drafter that proposes the kept tokens alone.
+    """A target's distributions, to be compared with a drafter that proposes the kept tokens alone.
 
     The two distributions have K + 1 outcomes. The first K are the kept tokens, with the target's probabilities over the
     full vocabulary, which are not renormalised. The last one is any other token: the target has the rest of its mass
@@ -141,17 +141,29 @@ class Trimmed(NamedTuple):
 
     TVD++ with exact estimates has its mean reward over the K + 1 outcomes, not over V tokens.
 
+    At temperature 1 and top_p 1, the probabilities of the kept tokens are enough, so that no other logits are computed
+    where `log_q` is given.
+
     Attributes:
-        logits_NV: the target's logits over the full vocabulary.
+        full: returns the target's logits over the full vocabulary, shape (N, V).
         kept: the tokens that the drafter proposes.
+        log_q: returns the log-probabilities of the kept tokens at temperature 1, shape (N, K); None: from `full`.
+        top_N: the most likely token; None: from `full`.
     """
 
-    logits_NV: torch.Tensor
+    full: Callable[[], torch.Tensor]
     kept: Kept
+    log_q: Callable[[], torch.Tensor] | None = None
+    top_N: torch.Tensor | None = None
+
+    @classmethod
+    def from_logits(cls, logits_NV: torch.Tensor, kept: Kept) -> "Trimmed":
+        """Return the distributions of a target whose logits exist."""
+        return cls(lambda: logits_NV, kept)
 
     def untrim(self, logits_p_NK: torch.Tensor) -> torch.Tensor:
         """Return the drafter's logits over the full vocabulary, as `trimming.TrimmedHead` has them."""
-        full_NV = logits_p_NK.new_full(self.logits_NV.shape, -torch.inf)
+        full_NV = logits_p_NK.new_full((len(logits_p_NK), len(self.kept.place_V)), -torch.inf)
         return full_NV.index_copy(-1, self.kept.ids_K, logits_p_NK)
 
 
@@ -162,7 +174,9 @@ def most_likely(target: Target) -> torch.Tensor:
     """Return the target's most likely token at each of the N positions, shape (N,)."""
     if isinstance(target, Sparse):
         return target.ids_NK[:, 0]
-    return (target.logits_NV if isinstance(target, Trimmed) else target).argmax(-1)
+    if isinstance(target, Trimmed) and target.top_N is not None:
+        return target.top_N
+    return (target.full() if isinstance(target, Trimmed) else target).argmax(-1)
 
 
 def at_tokens(values_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, absent: float) -> torch.Tensor:
@@ -253,17 +267,23 @@ def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: f
                 f"use an exact cache (cache=exact) or a live target"
             )
         return Pair(log_p_NV.gather(-1, target.ids_NK), target.log_q_NK.to(log_p_NV), target.weight_NK.to(log_p_NV))
-    logits_q_NV = target.logits_NV if isinstance(target, Trimmed) else target
+    if isinstance(target, Trimmed) and target.log_q is not None and (temperature, top_p) == (1, 1):
+        return _with_rest(log_p_NV, target.log_q().detach())
+    logits_q_NV = target.full() if isinstance(target, Trimmed) else target
     log_q_NV = F.log_softmax(_at_least_float32(logits_q_NV.detach()) / temperature, dim=-1)
     if top_p < 1:
         log_q_NV = log_q_NV.masked_fill(~in_nucleus(log_q_NV.exp(), top_p), -torch.inf).log_softmax(-1)
     if not isinstance(target, Trimmed):
         return Pair(log_p_NV, log_q_NV)
-    log_q_NK = log_q_NV.index_select(-1, target.kept.ids_K)
+    return _with_rest(log_p_NV, log_q_NV.index_select(-1, target.kept.ids_K))
+
+
+def _with_rest(log_p_NK: torch.Tensor, log_q_NK: torch.Tensor) -> Pair:
+    """Return the pair over the kept tokens and the outcome of any other token (see `Trimmed`)."""
     log_rest_N1 = torch.log1p(-log_q_NK.exp().sum(-1, keepdim=True).clamp_max(1))
     nowhere_N1 = torch.full_like(log_rest_N1, -torch.inf)
     return Pair(
-        torch.cat([log_p_NV, nowhere_N1.to(log_p_NV)], -1), torch.cat([log_q_NK, log_rest_N1], -1), has_rest=True
+        torch.cat([log_p_NK, nowhere_N1.to(log_p_NK)], -1), torch.cat([log_q_NK, log_rest_N1], -1), has_rest=True
     )
 
 

@@ -3,13 +3,16 @@
 Shapes: B sequences, T tokens, N predicted positions, R responses, V vocabulary, H hidden size.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from transformers import PreTrainedModel
 
-from drafter.data.batches import Batch, next_tokens, response_mask, responses_of
+from drafter.data.batches import Batch, States, next_tokens, response_mask, responses_of
 from drafter.data.target_cache import target_at
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.distributions import Kept, Sparse, Trimmed
+from drafter.losses.distributions import Kept, Target, Trimmed
 from drafter.losses.objective import Positions
 from drafter.models.inspection import has_plain_head
 from drafter.models.loading import OutputEmbedding
@@ -58,11 +61,29 @@ class FrozenTarget:
         target = target_at(self.model, batch, self._has_plain_head, self.batch_tokens)
         if kept is None:
             return Predicted(hidden_NH, head, target, positions)
+        return Predicted(hidden_NH, head, self._trimmed(target, batch, kept), positions, kept)
 
-        def trimmed(rows: slice) -> Trimmed:
-            full = target(rows)
-            if isinstance(full, Sparse | Trimmed):
+    def _trimmed(self, target: Callable[[slice], Target], batch: Batch, kept: Kept) -> Callable[[slice], Trimmed]:
+        """Return a function of the positions to the target's distributions, for a drafter of the kept tokens alone.
+
+        If the batch has log Z, the logits of the other tokens are computed only for a loss or measure that needs them.
+        """
+
+        def full(rows: slice) -> torch.Tensor:
+            logits = target(rows)
+            if not isinstance(logits, torch.Tensor):
                 raise ValueError("a sparse target has no distribution over the kept tokens: use an exact cache")
-            return Trimmed(full, kept)
+            return logits
 
-        return Predicted(hidden_NH, head, trimmed, positions, kept)
+        states = batch.cached_N
+        # Training in bfloat16 rounds the floats of a batch: states and log Z do not belong together any more.
+        hidden_NH, log_z_N, top_N = states if isinstance(states, States) else (None, None, None)
+        if hidden_NH is None or log_z_N is None or top_N is None or log_z_N.dtype == torch.bfloat16:
+            return lambda rows: Trimmed(cache(lambda: full(rows)), kept)
+        head = Head.from_module(self.model.get_output_embeddings(), kept).precise()
+
+        def log_q(rows: slice) -> torch.Tensor:
+            with torch.autocast(hidden_NH.device.type, enabled=False):  # log Z is that of precise logits
+                return head(hidden_NH[rows]).detach() - log_z_N[rows, None]
+
+        return lambda rows: Trimmed(cache(lambda: full(rows)), kept, cache(lambda: log_q(rows)), top_N[rows])

@@ -45,8 +45,8 @@ class Yardsticks:
             target, tokens_N = predicted.target(rows), predicted.positions.tokens_N[rows]
             kld_N, kept_N = kld(logits_p_NV, target), torch.ones(len(logits_p_NV), device=logits_p_NV.device)
             if isinstance(target, Trimmed):
-                kept_N = target.logits_NV.float().softmax(-1).index_select(-1, target.kept.ids_K).sum(-1)
-                logits_p_NV, target = target.untrim(logits_p_NV), target.logits_NV
+                kept_N = target.full().float().softmax(-1).index_select(-1, target.kept.ids_K).sum(-1)
+                logits_p_NV, target = target.untrim(logits_p_NV), target.full()
             agreement_N = (logits_p_NV.argmax(-1) == most_likely(target)).float()
             accept_N = torch.full_like(agreement_N, math.nan)
             if self.num_speculative_tokens is not None:

@@ -72,26 +72,27 @@ def estimate_pretrain(cfg: DictConfig, world: World) -> StageEstimate:
 
 
 def estimate_cache(cfg: DictConfig, world: World) -> StageEstimate:
-    """Estimate one forward pass of the target per response; only the sparse format needs the output embedding.
+    """Estimate one forward pass of the target per response, with the output embedding at the response's tokens.
 
-    There is none if the responses have the states that the cache stores.
+    If the responses have the states that the cache stores, there is only the output embedding.
     """
     width, shape, tokens = BYTES[cfg.target.dtype], world.target, cfg.cache.batch_tokens
     device, number, (split, shares) = world.device(width < 4), num_responses(cfg), world.shares(cfg)
-    scored = world.response / world.length if cfg.cache.format.kind == "sparse" else 0.0
-    one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored)
+    read, scored = number * world.length, number * world.response
+    one = forward_seconds(device, shape, tokens, world.length / 2, 0, width, split, tokens * scored / read)
+    seconds = read / tokens / shares * one
     memory = generation_memory(shape, 0, 0, width, split)
     memory["activations"] = ACTIVATIONS * tokens * shape.hidden * width
-    read = number * world.length
     if cfg.cache.format.kind == "exact" and cfg.cache.format.dtype == world.states:
         memory, read = {"weights": shape.head * width}, 0.0
+        seconds = operations(shape, 0, 0, scored) / (device.flops * device.efficiency) / shares
     return StageEstimate(
         "cache",
         read,
-        operations(shape, read, world.length / 2, read * scored),
+        operations(shape, read, world.length / 2, scored),
         memory | process_memory(world),
-        number * world.response * cached_bytes(cfg, shape),
-        read / tokens / shares * one,
+        scored * cached_bytes(cfg, shape),
+        seconds,
         "target.parallel=tensor, or lower cache.batch_tokens",
     )
 
@@ -284,4 +285,4 @@ def cached_bytes(cfg: DictConfig, shape: Shape) -> float:
         ids = 2 if shape.vocabulary <= 2**16 else 4
         # Two more numbers: the log-probability of the response's token and of the tokens outside the top_k.
         return (how.top_k + how.num_samples) * (ids + BYTES[how.dtype]) + 2 * BYTES[how.dtype] + 16
-    return shape.hidden * BYTES[how.dtype] + 16
+    return shape.hidden * BYTES[how.dtype] + 8 + 16  # log Z and the most likely token take four bytes each

@@ -32,7 +32,7 @@ def cache(cfg: DictConfig) -> None:
     responses = rows.Rows(cfg.inputs.responses, "respond")
     format, source, with_states = format_of(cfg), target_source(cfg), count_states(cfg, responses)
     complete = with_states == len(responses)
-    target = load_output_embedding(source) if complete else load_target(source).to(ranks.device)
+    target = (load_output_embedding(source) if complete else load_target(source)).to(ranks.device)
     with Progress("cache", "row", ranks.world_size) as progress:
         count, schema = write_cache(
             target,

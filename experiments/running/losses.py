@@ -8,7 +8,7 @@ from drafter.losses.distributions import Kept, Target, Trimmed
 from drafter.losses.objective import Loss, Positions, check_chunks, objective_of
 
 POSITIONS = Positions(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))
-TRIMMED = Trimmed(torch.zeros(2, 3), Kept.from_ids([0, 1], 3))  # for a drafter of two of three tokens
+TRIMMED = Trimmed.from_logits(torch.zeros(2, 3), Kept.from_ids([0, 1], 3))  # for a drafter of two of three tokens
 
 
 def build_loss(section: DictConfig, trimmed: bool = False) -> Loss:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from drafter.data.batches import Sequence, by_budget, collate
+from drafter.data.batches import Sequence, States, by_budget, collate, cut
 from tests.conftest import answered
 
 
@@ -28,12 +28,25 @@ def test_padding_is_on_the_right_and_outside_attention_and_loss():
 
 
 def test_cached_states_follow_the_positions_row_by_row():
-    states = [torch.full((count, 4), float(number)) for number, count in enumerate((2, 1))]
+    states = [States(torch.full((count, 4), float(number))) for number, count in enumerate((2, 1))]
     samples = [answered([1, 9], [2, 3])._replace(cached_N=states[0]), answered([1], [6])._replace(cached_N=states[1])]
     batch = collate([samples[0], Sequence(np.arange(5), 1, True), samples[1]])
-    assert batch.cached_N.shape == (3, 4)
+    assert batch.cached_N.hidden_NH.shape == (3, 4)
     rows = (batch.target_mask_BT & ~batch.is_text_B[:, None]).nonzero()[:, 0]
-    assert [(0, 2)[int(value)] for value in batch.cached_N[:, 0]] == rows.tolist()
+    assert [(0, 2)[int(value)] for value in batch.cached_N.hidden_NH[:, 0]] == rows.tolist()
+
+
+def test_log_z_and_the_most_likely_token_are_cut_and_joined_with_the_states():
+    states = States(torch.zeros(2, 4), torch.tensor([0.5, 1.5]), torch.tensor([7, 8]))
+    whole = answered([1, 9], [2, 3])._replace(cached_N=states)
+    part = cut(whole, 3)
+    joined = collate([whole, part]).cached_N
+    assert joined.hidden_NH.shape == (3, 4)
+    assert joined.log_z_N.tolist() == [0.5, 1.5, 0.5]
+    assert joined.top_N.tolist() == [7, 8, 7]
+    older = whole._replace(cached_N=States(states.hidden_NH))
+    assert cut(older, 3).cached_N.log_z_N is None
+    assert collate([whole, older]).cached_N[1:] == (None, None)
 
 
 def test_a_budget_counts_padding_and_groups_similar_lengths():

@@ -64,11 +64,16 @@ def test_the_taken_states_are_those_of_the_caches_own_pass(target, tmp_path, dty
     for row, other in zip(taken, own, strict=True):
         assert row.keys() == other.keys()
         assert row["response_ids"].tolist() == other["response_ids"].tolist()
-        ours, theirs = (restore(one, taken.schema) for one in (row, other))
+        (ours, log_z, top), (theirs, other_log_z, _) = (restore(one, taken.schema) for one in (row, other))
         assert ours.dtype == theirs.dtype == getattr(torch, dtype)
         # float32 differs by the order of sums; where that crosses a boundary, bfloat16 differs by one in 8 bits.
         tolerance = 1e-4 if dtype == "float32" else 2**-7
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(log_z, other_log_z, rtol=tolerance, atol=tolerance)
+        # The other columns are those of the states that are stored.
+        logits = target.lm_head(ours.float())
+        torch.testing.assert_close(log_z, logits.logsumexp(-1))
+        assert top.tolist() == logits.argmax(-1).tolist()
 
 
 def test_the_target_runs_for_the_rows_without_states_alone(target, responses, tmp_path, monkeypatch):
@@ -85,7 +90,8 @@ def test_the_target_runs_for_the_rows_without_states_alone(target, responses, tm
     assert count == 6
     whole, _ = cache(target, responses, tmp_path / "whole", ExactFormat("float32"))
     for row, other in zip(mixed, whole, strict=True):
-        torch.testing.assert_close(*(restore(one, mixed.schema) for one in (row, other)), rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(*(restore(one, mixed.schema) for one in (row, other)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(ArtifactError, match=r"has \d+ response tokens, and its column 'hidden' has 0 numbers"):
         cache(OutputEmbedding(target.lm_head), found, tmp_path / "refused", ExactFormat("float32"), take_states=True)
 

@@ -1,6 +1,7 @@
 """A cache holds the distributions that the live target computes: exactly, or in expectation."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from drafter.artifacts import rows
 from drafter.artifacts.manifest import ArtifactError
 from drafter.artifacts.storage import Folder
-from drafter.data import dealing
+from drafter.data import dealing, target_cache
 from drafter.data.batches import collate, response_sequence
 from drafter.data.columns import number_column
 from drafter.data.responses import schema
@@ -16,11 +17,13 @@ from drafter.data.target_cache import (
     ExactFormat,
     SparseFormat,
     live_target,
+    normalise,
     require_output_embedding,
     restore,
     target_at,
     write_cache,
 )
+from drafter.losses.chunked import Head
 from drafter.losses.distributions import Sparse
 from drafter.losses.divergences import acceptance_rate, kld
 from drafter.models.loading import embedding_checksum
@@ -134,7 +137,8 @@ def test_ranks_and_resumption_write_the_same_files(target, responses, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("format", "columns"), [(ExactFormat(), {"hidden"}), (SparseFormat(5, 3), {"ids", "log_q", "log_rest"})]
+    ("format", "columns"),
+    [(ExactFormat(), {"hidden", "log_z", "top"}), (SparseFormat(5, 3), {"ids", "log_q", "log_rest"})],
 )
 def test_a_row_of_a_cache_is_a_row_of_the_responses_with_more_columns(target, responses, tmp_path, format, columns):
     found = cached(target, responses, tmp_path, format)
@@ -142,6 +146,58 @@ def test_a_row_of_a_cache_is_a_row_of_the_responses_with_more_columns(target, re
         assert row.keys() - original.keys() == columns
         assert row["response_ids"].tolist() == original["response_ids"].tolist()
     assert restore(responses[0], responses.schema) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_log_z_and_the_most_likely_token_are_those_of_the_states_as_stored(responses, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(target_cache, "chunk_rows", lambda device, vocabulary: 2)
+    target = small_model(1, 32, sharpness=60.0)
+    batch = batch_of(cached(target, responses, tmp_path, ExactFormat(dtype)), [6, 2, 5])
+    states, logits = batch.cached_N, target_at(target, batch)(slice(None))
+    assert states.hidden_NH.dtype == getattr(torch, dtype)
+    assert (states.log_z_N.dtype, states.top_N.dtype) == (torch.float32, torch.long)
+    # A float32 of about 20 has an error of 1e-6, which is the relative error of a probability.
+    torch.testing.assert_close(
+        (logits - states.log_z_N[:, None]).exp().sum(-1), torch.ones(len(logits)), rtol=5e-6, atol=0
+    )
+    assert states.top_N.tolist() == logits.argmax(-1).tolist()
+
+
+def test_of_several_most_likely_tokens_the_first_is_stored_and_infinite_logits_are_refused():
+    head = Head(torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 0.0], [1.0, 1.0]]))
+    found = normalise(torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]], dtype=torch.bfloat16), head)
+    logits = [[1, 2, 2, 2], [0, 1, 2, 1], [2, 3, 2, 3]]
+    assert found["top"].tolist() == [1, 2, 1]
+    assert found["log_z"].tolist() == pytest.approx([math.log(sum(map(math.exp, one))) for one in logits])
+    head.weight_VH[3, 1] = 3e38
+    with pytest.raises(ValueError, match="the target's logits: not finite"):
+        normalise(torch.tensor([[1.0, 2.0]]), head)
+
+
+class EarlierExactFormat(ExactFormat):
+    """The format of earlier versions, without log Z and the most likely token."""
+
+    def fields(self, vocabulary):
+        return [self.field()]
+
+
+def test_an_exact_cache_of_an_earlier_version_has_states_alone(target, responses, tmp_path):
+    old = cached(target, responses, tmp_path / "old", EarlierExactFormat())
+    new = cached(target, responses, tmp_path / "new", ExactFormat())
+    assert new[0].keys() - old[0].keys() == {"log_z", "top"}
+    ours, theirs = (batch_of(found, [6, 2, 5]).cached_N for found in (old, new))
+    assert ours[1:] == (None, None)
+    assert torch.equal(ours.hidden_NH, theirs.hidden_NH)
+    row = {name: value for name, value in new[0].items() if name != "top"}
+    assert restore(row, new.schema).log_z_N is None  # of unknown rounding without its companion
+
+
+def test_an_exact_cache_that_an_earlier_version_began_is_completed_in_its_form(target, responses, tmp_path):
+    expected = cached(target, responses, tmp_path, EarlierExactFormat())[:]
+    for name in ("00000.json", "00002.json", "index.parquet", "manifest.json"):
+        (tmp_path / name).unlink()
+    begun = cached(target, responses, tmp_path, ExactFormat())
+    assert [str(row) for row in begun] == [str(row) for row in expected]
 
 
 class EarlierSparseFormat(SparseFormat):

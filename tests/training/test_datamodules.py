@@ -105,7 +105,7 @@ def test_a_cached_response_has_its_targets_distributions(target, responses, tmp_
             log_q = logits.log_softmax(-1)[batch.input_ids_BT[row, column + 1]]
             assert batch.cached_N.log_q_NK[position, -1].item() == pytest.approx(log_q.item(), rel=1e-3)
         else:
-            torch.testing.assert_close(target.lm_head(batch.cached_N[position]), logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(target.lm_head(batch.cached_N.hidden_NH[position]), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_share_of_the_responses_has_the_same_ones_each_time(responses):

@@ -1,23 +1,31 @@
 """Training a trimmed drafter, and pretraining against a target: losses, gradients and logged measures."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from drafter.data.batches import Sequence, collate, next_tokens
+from drafter.artifacts import rows
+from drafter.artifacts.storage import Folder
+from drafter.data.batches import Sequence, States, collate, next_tokens
+from drafter.data.target_cache import ExactFormat, normalise, write_cache
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
+from drafter.losses.chunked import Head
 from drafter.losses.distributions import Kept
-from drafter.losses.divergences import acceptance_rate, kld, tvd, tvdpp
+from drafter.losses.divergences import acceptance_rate, ce, kld, tvd, tvdpp
+from drafter.models.loading import OutputEmbedding
 from drafter.models.trimming import trim
-from drafter.training import adaspec, dpace
+from drafter.training import adaspec, dpace, frozen
 from drafter.training.frozen import FrozenTarget
 from drafter.training.modules import Distillation, Pretraining, Teacher
+from drafter.training.samples import Responses
 from drafter.warping import Sampling
-from tests.conftest import VOCABULARY, answered, small_model
+from tests.conftest import VOCABULARY, answered, finished_rows, small_model
 from tests.training.test_modules import RESPONSES, TEXT, fit
+from tests.training.test_samples import write_rows
 
 IDS = [*range(0, VOCABULARY, 2), 5]
 KEPT = Kept.from_ids(IDS, VOCABULARY)
@@ -82,8 +90,8 @@ def test_validation_measures_the_drafter_as_it_is_served_against_the_full_target
     drafter = trainable()
     with torch.no_grad():
         drafter.lm_head.weight.mul_(30)
-    rows = [(0.0, [7, 8, 9, 10, 11]), (1.0, [3, 4, 5]), (0.7, [20, 21, 22, 24])]
-    samples = [answered([1, 2], tokens, temperature) for temperature, tokens in rows]
+    given = [(0.0, [7, 8, 9, 10, 11]), (1.0, [3, 4, 5]), (0.7, [20, 21, 22, 24])]
+    samples = [answered([1, 2], tokens, temperature) for temperature, tokens in given]
     module = Distillation(target, drafter, kld, 0.0, 1e-9, num_speculative_tokens=2, response_top_p=0.9, kept=KEPT)
     metrics = fit(module, RESPONSES, steps=1, validation=samples).callback_metrics
     served, batch = trim(copy.deepcopy(drafter).requires_grad_(False), IDS).eval(), collate(samples)
@@ -103,7 +111,7 @@ def test_validation_measures_the_drafter_as_it_is_served_against_the_full_target
     assert "val/kld" not in metrics
     assert metrics["val/kld_kept"] > 0
     sums = {True: [0, 0.0], False: [0, 0.0]}
-    for temperature, tokens in rows:
+    for temperature, tokens in given:
         ids = torch.tensor([[1, 2, *tokens]])
         p, q = (model(input_ids=ids).logits[0, 1:-1] for model in (served, target))
         accept = acceptance_of_written(p, q, torch.tensor(tokens), Sampling(temperature, 0.9))
@@ -139,6 +147,77 @@ def test_weightings_see_the_trimmed_drafter(target, weighting):
         assert weights.sum() == round(0.5 * len(weights))
         same = adaspec(predicted, batch, reference=drafter, share=1.0)
         assert (same == 1).all()
+
+
+@pytest.fixture(scope="module")
+def samples(target, tmp_path_factory):
+    """Return the samples of an exact cache."""
+    place = tmp_path_factory.mktemp("cached")
+    responses, folder = write_rows(place / "responses", {str(n): (3, 5 + n) for n in range(8)}), Folder(place / "cache")
+    count, columns = write_cache(target, responses, folder, ExactFormat(), batch_tokens=40, shard_size=8, seed=0)
+    return Responses(finished_rows(folder, rows.finish(folder, count, columns)[0], "cache"), "train").__getitems__(
+        list(range(8))
+    )
+
+
+def older(samples):
+    """Return the same from a cache of an earlier version, without log Z."""
+    return [one._replace(cached_N=States(one.cached_N.hidden_NH)) for one in samples]
+
+
+@pytest.mark.parametrize("loss", [kld, tvdpp, ce])
+def test_finetuning_from_a_cache_with_log_z_has_the_losses_and_measures_of_one_without(target, samples, loss):
+    found = []
+    for given in (samples, older(samples)):
+        module = Distillation(OutputEmbedding(target.lm_head), trainable(), loss, 0.0, 1e-2, kept=KEPT)
+        found.append(fit(module, given, steps=4, validation=given).callback_metrics)
+    assert found[0].keys() >= {"train/loss", "val/acceptance_rate", "val/kept_mass"}
+    for name, value in found[0].items():
+        # AdamW divides by a gradient's own size, which enlarges float32's rounding of 1e-7 in four steps.
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "computes"), [(kld, False), (tvdpp, False), (partial(kld, temperature=0.5), True)])
+def test_a_step_with_log_z_computes_full_logits_at_another_temperature_alone(
+    target, samples, monkeypatch, loss, computes
+):
+    module = attached(Distillation(OutputEmbedding(target.lm_head), trainable(), loss, 0.0, 1e-9, kept=KEPT), samples)
+    computed, plain = [], frozen.target_at
+
+    def counted(*given):
+        logits = plain(*given)
+        return lambda rows: computed.append(rows) or logits(rows)
+
+    monkeypatch.setattr(frozen, "target_at", counted)
+    for given, expected in ((samples, computes), (older(samples), True)):
+        computed.clear()
+        module.training_step(collate(given[:3]), 0)
+        assert bool(computed) == expected
+
+
+def test_log_z_belongs_to_a_target_of_any_dtype(target, samples):
+    """A cache of a target in bfloat16 may be used with the same weights in float32, and the other way round."""
+    batch, precise = collate(samples), Head(torch.zeros(len(KEPT.ids_K), 4))
+    heads = [copy.deepcopy(target.lm_head).bfloat16()]
+    heads.append(copy.deepcopy(heads[0]).float())
+    states, found = batch.cached_N, []
+    for lm_head in heads:
+        columns = normalise(states.hidden_NH, Head.from_module(lm_head).precise())
+        given = batch._replace(cached_N=States(states.hidden_NH, torch.tensor(columns["log_z"]), states.top_N))
+        predicted = FrozenTarget(OutputEmbedding(lm_head)).predicted(given, states.hidden_NH, precise, KEPT)
+        found.append(predicted.target(slice(None)).log_q())
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_log_z_is_not_used_after_training_in_bfloat16_has_rounded_it(target, samples):
+    batch, embedding = collate(samples), FrozenTarget(OutputEmbedding(target.lm_head))
+    hidden_NH, log_z_N, top_N = batch.cached_N
+    rounded = batch._replace(cached_N=States(hidden_NH, log_z_N.bfloat16(), top_N))
+    head, hidden = Head(torch.zeros(len(KEPT.ids_K), 4)), torch.zeros(len(top_N), 4)
+    assert embedding.predicted(rounded, hidden, head, KEPT).target(slice(None)).log_q is None
+    log_q = embedding.predicted(batch, hidden, head, KEPT).target(slice(None)).log_q()
+    with torch.autocast("cpu", torch.bfloat16):  # whose rounding would be that of neither logits nor log Z
+        assert torch.equal(embedding.predicted(batch, hidden, head, KEPT).target(slice(None)).log_q(), log_q)
 
 
 @pytest.mark.parametrize("tied", [False, True])
