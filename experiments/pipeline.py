@@ -11,11 +11,14 @@ import contextlib
 import logging
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from drafter.artifacts.manifest import MANIFEST
+from drafter.artifacts.storage import Folder
 from experiments import cache, evaluate, finetune, prepare, pretrain, respond, tables
 from experiments.reporting.conclusions import conclusions
 from experiments.reporting.identity import STEPS
@@ -46,6 +49,7 @@ def main(plan: DictConfig) -> None:
         RuntimeError: finetunings failed; it is raised once everything else is done.
     """
     quiet()
+    check_ranks(plan.ranks)
     jobs = all_jobs(plan)
     check(jobs)
     failed: dict[str, Exception] = {}
@@ -54,7 +58,7 @@ def main(plan: DictConfig) -> None:
         if job.stage == "evaluate":
             job.cfg.drafters = [path for path in job.cfg.drafters if path.removesuffix(f"/{STEPS}/*") not in failed]
         try:
-            run(job, plan.evaluate_ranks)
+            run(job, plan.ranks)
         except Exception as problem:
             if job.stage != "finetune":
                 raise
@@ -86,17 +90,31 @@ def check(jobs: list[Job]) -> None:
         check_lengths(job.cfg, prompt_tokens, answers, training=job.stage == "respond")
 
 
-def run(job: Job, evaluate_ranks: int = 1) -> None:
-    """Run one stage exactly as its own command would.
+def check_ranks(ranks: Mapping[str, int]) -> None:
+    """Raise ValueError if a number of processes is none."""
+    for stage, number in ranks.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"ranks.{stage} is {number}, must be a whole number, 1 or above")
 
-    If `evaluate_ranks` is above 1, an evaluation runs in that many processes.
-    """
+
+def run(job: Job, ranks: Mapping[str, int]) -> None:
+    """Run one stage exactly as its own command would, in as many processes as `ranks` gives it, or in this one."""
     HydraConfig.instance().cfg = job.hydra
-    if job.stage == "evaluate" and evaluate_ranks > 1 and not job.cfg.dry_run and evaluate.is_pending(job.cfg):
-        overrides = [*job.hydra.hydra.overrides.task, override("drafters", list(job.cfg.drafters))]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={evaluate_ranks}"]
-        run_to_the_end([*torchrun, "-m", "experiments.evaluate", *overrides])
-    MODULES[job.stage].main(job.cfg)
+    number = ranks.get(job.stage, 1)
+    if number > 1 and not job.cfg.dry_run and is_pending(job):
+        overrides = list(job.hydra.hydra.overrides.task)
+        if job.stage == "evaluate":
+            overrides.append(override("drafters", list(job.cfg.drafters)))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        run_to_the_end([*torchrun, "-m", f"experiments.{job.stage}", *overrides])
+    MODULES[job.stage].main(job.cfg)  # which finds nothing left to do if other processes have done it
+
+
+def is_pending(job: Job) -> bool:
+    """Return whether a stage has anything left to compute. One whose settings have changed may count as finished."""
+    if job.stage == "evaluate":
+        return evaluate.is_pending(job.cfg)
+    return not Folder(job.cfg.out).exists(MANIFEST)
 
 
 def run_to_the_end(command: list[str]) -> None:

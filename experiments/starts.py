@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from drafter.artifacts.manifest import read_manifest, write_json
-from experiments.pipeline import check, run
+from experiments.pipeline import check, check_ranks, run
 from experiments.planning.equal_compute import Planned, check_settings, check_starts, plan_recipes
 from experiments.reporting.results import read_evaluations
 from experiments.reporting.starts import Recipe, starts_table
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 def main(settings: DictConfig) -> None:
     """Run every recipe with every seed, and write the table."""
     quiet()
+    check_ranks(settings.ranks)
     others = list(settings.stage_overrides)
     check_settings(settings)
     check_starts(settings, others)
@@ -37,7 +38,7 @@ def main(settings: DictConfig) -> None:
         log.info("%s, seed %d: %d steps of pretraining, then %d of finetuning", one.name, one.seed, *steps_of(one))
     for number, job in enumerate(jobs, start=1):
         announce(job.stage, job.cfg.out, number, len(jobs))
-        run(job, settings.evaluate_ranks)
+        run(job, settings.ranks)
     if not jobs[-1].cfg.dry_run:
         write(planned, jobs[-1].cfg, settings)
 

@@ -346,10 +346,30 @@ def test_two_processes_that_share_an_evaluation_give_the_counts_of_one_process(w
     overrides, root = world
     shutil.copytree(root, tmp_path / "root")
     shutil.rmtree(tmp_path / "root" / "evaluate" / "kld-seed1")
-    main([*overrides, f"root={tmp_path}/root", "losses=[kld,tvdpp]", "seeds=[1]", "evaluate_ranks=2"])
+    main([*overrides, f"root={tmp_path}/root", "losses=[kld,tvdpp]", "seeds=[1]", "ranks.evaluate=2"])
     one, two = (read_jsonl(folder / "evaluate" / "kld-seed1" / "counts.jsonl") for folder in (root, tmp_path / "root"))
     assert len(one) == len(two) == 12
     for expected, found in zip(one, two, strict=True):
         assert {key: value for key, value in found.items() if "seconds" not in key} == {
             key: value for key, value in expected.items() if "seconds" not in key
         }
+
+
+def test_stages_that_are_not_finished_are_shared_by_processes(monkeypatch, tmp_path):
+    from experiments import pipeline
+
+    started, entered = [], []
+    monkeypatch.setattr(pipeline, "run_to_the_end", started.append)
+    for name in ("prepare", "pretrain", "respond"):
+        monkeypatch.setattr(pipeline.MODULES[name], "main", lambda cfg, name=name: entered.append(name))
+    with pytest.raises(ArtifactError, match="no finished 'respond'"):  # nothing ran, so the cache has no responses
+        main(["scale=smoke", f"root={tmp_path}", "ranks={prepare: 1, respond: 3, evaluate: 1}"])
+    assert entered == ["prepare", "pretrain", "respond"]
+    (command,) = started
+    assert command[3:7] == ["--standalone", "--nproc-per-node=3", "-m", "experiments.respond"]
+    assert {"scale=smoke", f"root={tmp_path}"} <= set(command)
+
+
+def test_a_number_of_processes_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"ranks\.respond is 0, must be a whole number, 1 or above"):
+        main(["scale=smoke", f"root={tmp_path}", "ranks.respond=0"])
