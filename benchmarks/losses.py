@@ -27,8 +27,8 @@ import torch.nn.functional as F
 
 from drafter.data.batches import States
 from drafter.losses.chunked import Head, Predicted, chunked_sum
-from drafter.losses.distributions import Kept, Trimmed
 from drafter.losses.objective import Positions, objective_of
+from drafter.losses.trimmed import Kept, Trimmed
 from tests.objectives import LOSSES, positions
 
 CUDA = torch.cuda.is_available()

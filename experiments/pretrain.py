@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.artifacts.manifest import Stage
 from drafter.decoding.capabilities import check_can_decode
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept
 from drafter.models.inspection import check_drafter_head, check_positions, vocabulary_rows
 from drafter.models.loading import context_length, load_tokenizer, meta_model
 from drafter.models.trimming import read_kept, write_kept

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from drafter.losses.distributions import Kept, Target
+from drafter.losses.distributions import Target
 from drafter.losses.objective import Loss, Objective, Positions, objective_of
+from drafter.losses.trimmed import Kept
 
 # (logits_nV, rows) -> values_n: a loss at the positions `rows` of the batch.
 Evaluate = Callable[[torch.Tensor, slice], torch.Tensor]

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from drafter.data.batches import Batch, States, next_tokens, response_mask, responses_of
 from drafter.data.target_cache import target_at
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.distributions import Kept, Target, Trimmed
+from drafter.losses.distributions import Target
 from drafter.losses.objective import Positions
+from drafter.losses.trimmed import Kept, Trimmed
 from drafter.models.inspection import has_plain_head
 from drafter.models.loading import OutputEmbedding
 from drafter.models.sharding import shard_frozen

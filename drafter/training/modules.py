@@ -2,7 +2,7 @@
 
 If some tokens are `kept`, the drafter is trimmed (see `models.trimming`): logits of the kept tokens alone are computed,
 and the rows of the others in the output embedding are not trained. The next-token loss is a mean over the next tokens
-that are kept; `losses.distributions.Trimmed` says what a distillation loss is, and `yardsticks` what is logged.
+that are kept; `losses.trimmed.Trimmed` says what a distillation loss is, and `yardsticks` what is logged.
 
 Shapes: B sequences, T tokens, P predicted positions of a batch, N of them in responses, V vocabulary, H hidden size.
 """
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from drafter.data.batches import Batch, next_tokens, response_mask
 from drafter.data.forward import hidden_at
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.distributions import Kept
 from drafter.losses.objective import Loss, Objective, objective_of
+from drafter.losses.trimmed import Kept
 from drafter.models.inspection import check_drafter_head, hidden_states
 from drafter.models.loading import OutputEmbedding
 from drafter.models.sharding import shard_module

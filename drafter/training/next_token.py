@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from drafter.data.batches import Batch, next_tokens
 from drafter.losses.chunked import Head, chunked_sum
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept
 from drafter.models.inspection import hidden_states
 
 

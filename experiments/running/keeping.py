@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from drafter.artifacts.manifest import read_manifest, require
 from drafter.artifacts.rows import Rows
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import load_tokenizer, vocabulary_width
 from drafter.models.trimming import most_used, read_kept

@@ -4,8 +4,9 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from drafter.losses.distributions import Kept, Target, Trimmed
+from drafter.losses.distributions import Target
 from drafter.losses.objective import Loss, Positions, check_chunks, objective_of
+from drafter.losses.trimmed import Kept, Trimmed
 
 POSITIONS = Positions(torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]))
 TRIMMED = Trimmed.from_logits(torch.zeros(2, 3), Kept.from_ids([0, 1], 3))  # for a drafter of two of three tokens
@@ -29,7 +30,7 @@ def build_loss(section: DictConfig, trimmed: bool = False) -> Loss:
             try_loss(loss, TRIMMED)
         except (AttributeError, RuntimeError) as problem:
             raise ValueError(
-                f"the loss cannot be computed for a trimmed drafter ({problem}): see drafter.losses.distributions."
+                f"the loss cannot be computed for a trimmed drafter ({problem}): see drafter.losses.trimmed."
                 f"Trimmed, or give kept_tokens=null"
             ) from problem
     return loss

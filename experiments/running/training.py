@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drafter import interruptions
 from drafter.artifacts.manifest import Stage, write_json
 from drafter.data.batches import Batch
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept
 from drafter.models.trimming import write_kept
 from drafter.ranks import leave_at_exit
 from drafter.training.datamodules import SequenceData

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from drafter.artifacts.manifest import read_manifest
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept
 from drafter.models.loading import vocabulary_width
 from drafter.models.trimming import read_kept, write_kept
 from experiments.export import check_head

@@ -14,8 +14,8 @@ from drafter.data.batches import Sequence, States, collate, next_tokens
 from drafter.data.target_cache import ExactFormat, normalise, write_cache
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.losses.chunked import Head
-from drafter.losses.distributions import Kept
 from drafter.losses.divergences import acceptance_rate, ce, kld, tvd, tvdpp
+from drafter.losses.trimmed import Kept
 from drafter.models.loading import OutputEmbedding
 from drafter.models.trimming import trim
 from drafter.training import adaspec, dpace, frozen
