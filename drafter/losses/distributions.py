@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from drafter.losses.trimmed import Trimmed
+from drafter.losses.trimmed import Kept, Trimmed
 from drafter.warping import in_nucleus
 
 
@@ -108,15 +108,21 @@ def at_tokens(values_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, a
     """Return the values at one token per position, shape (N,).
 
     Args:
-        values_NV: values over all tokens or, if `target` is `Trimmed`, over the kept ones and perhaps the rest.
+        values_NV: values over all tokens or, if `target` is `Trimmed`, over its outcomes (the last one may be missing
+            where the drafter never proposes it).
         target: what the drafter is compared with.
         tokens_N: ids of the vocabulary.
         absent: the value at a token that the drafter does not propose.
     """
     if not isinstance(target, Trimmed):
         return values_NV.gather(-1, tokens_N[:, None])[:, 0]
-    place_N = target.kept.place_V[tokens_N].clamp_max(len(target.kept.ids_K) - 1)
+    place_N = target.kept.place_V[tokens_N].clamp_max(values_NV.shape[-1] - 1)
     return values_NV.gather(-1, place_N[:, None])[:, 0].masked_fill(~target.kept.mask(tokens_N), absent)
+
+
+def outcomes(logits_p_NV: torch.Tensor, target: Target) -> torch.Tensor:
+    """Return the drafter's logits of the outcomes at which it is compared with the target."""
+    return target.kept.outcomes(logits_p_NV) if isinstance(target, Trimmed) else logits_p_NV
 
 
 class Pair(NamedTuple):
@@ -125,13 +131,13 @@ class Pair(NamedTuple):
     Attributes:
         log_p_NV, log_q_NV: the logarithms.
         weight_NV: of the tokens of a sparse target; None where the outcomes are complete.
-        has_rest: whether the last outcome is that of the tokens that the drafter does not propose (see `Trimmed`).
+        is_trimmed: whether the last outcome is that of the tokens that the drafter never proposes (see `Trimmed`).
     """
 
     log_p_NV: torch.Tensor
     log_q_NV: torch.Tensor
     weight_NV: torch.Tensor | None = None
-    has_rest: bool = False
+    is_trimmed: bool = False
 
     def sum(self, values_NV: torch.Tensor) -> torch.Tensor:
         """Sum over the vocabulary, shape (N,). With a sparse target, return an unbiased estimate of that sum."""
@@ -139,7 +145,7 @@ class Pair(NamedTuple):
 
     def kld(self) -> torch.Tensor:
         """Return KL(q || p), shape (N,); of a trimmed drafter the finite part that `Trimmed` defines."""
-        if not self.has_rest:
+        if not self.is_trimmed:
             return self.sum(weighted(self.log_q_NV, self.log_q_NV - self.log_p_NV))
         log_q_NK, log_p_NK = self.log_q_NV[:, :-1], self.log_p_NV[:, :-1]
         log_covered_N1 = log_q_NK.logsumexp(-1, keepdim=True)
@@ -184,7 +190,7 @@ def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: f
         raise ValueError(f"loss.temperature is {temperature}, must be above 0 (use a small one for greedy decoding)")
     if not 0 < top_p <= 1:
         raise ValueError(f"loss.top_p is {top_p}, must be above 0 and at most 1")
-    log_p_NV = F.log_softmax(_at_least_float32(logits_p_NV) / temperature, dim=-1)
+    log_p_NV = F.log_softmax(outcomes(_at_least_float32(logits_p_NV) / temperature, target), dim=-1)
     if isinstance(target, Sparse):
         if (temperature, top_p) != (1, 1):
             raise ValueError(
@@ -193,23 +199,24 @@ def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: f
             )
         return Pair(log_p_NV.gather(-1, target.ids_NK), target.log_q_NK.to(log_p_NV), target.weight_NK.to(log_p_NV))
     if isinstance(target, Trimmed) and target.log_q is not None and (temperature, top_p) == (1, 1):
-        return _with_rest(log_p_NV, target.log_q().detach())
+        return _with_rest(log_p_NV, target.log_q().detach(), target.kept)
     logits_q_NV = target.full() if isinstance(target, Trimmed) else target
     log_q_NV = F.log_softmax(_at_least_float32(logits_q_NV.detach()) / temperature, dim=-1)
     if top_p < 1:
         log_q_NV = log_q_NV.masked_fill(~in_nucleus(log_q_NV.exp(), top_p), -torch.inf).log_softmax(-1)
     if not isinstance(target, Trimmed):
         return Pair(log_p_NV, log_q_NV)
-    return _with_rest(log_p_NV, log_q_NV.index_select(-1, target.kept.ids_K))
+    return _with_rest(log_p_NV, log_q_NV.index_select(-1, target.kept.ids_K), target.kept)
 
 
-def _with_rest(log_p_NK: torch.Tensor, log_q_NK: torch.Tensor) -> Pair:
-    """Return the pair over the kept tokens and the outcome of any other token (see `Trimmed`)."""
-    log_rest_N1 = torch.log1p(-log_q_NK.exp().sum(-1, keepdim=True).clamp_max(1))
-    nowhere_N1 = torch.full_like(log_rest_N1, -torch.inf)
-    return Pair(
-        torch.cat([log_p_NK, nowhere_N1.to(log_p_NK)], -1), torch.cat([log_q_NK, log_rest_N1], -1), has_rest=True
-    )
+def _with_rest(log_p_NV: torch.Tensor, log_q_NK: torch.Tensor, kept: Kept) -> Pair:
+    """Return the pair over the kept tokens and the outcome of any other token, which log p has if some are sampled."""
+    is_trimmed = kept.sampled_S is None
+    largest = 1 if is_trimmed else 1 - torch.finfo(log_q_NK.dtype).eps
+    log_rest_N1 = torch.log1p(-log_q_NK.exp().sum(-1, keepdim=True).clamp_max(largest))
+    if is_trimmed:
+        log_p_NV = torch.cat([log_p_NV, torch.full_like(log_rest_N1, -torch.inf).to(log_p_NV)], -1)
+    return Pair(log_p_NV, torch.cat([log_q_NK, log_rest_N1], -1), is_trimmed=is_trimmed)
 
 
 def weighted(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:

@@ -284,5 +284,5 @@ def _log_alpha(both: Pair) -> torch.Tensor:
 def _mean_reward(both: Pair, vocabulary: int, estimator: str) -> torch.Tensor:
     """Return the mean reward of each position, shape (N,): over the vocabulary, or under p if sampled."""
     if estimator == "exact":
-        return both.sum(both.reward()) / (vocabulary + both.has_rest)
+        return both.sum(both.reward()) / (vocabulary if both.weight_NV is not None else both.log_p_NV.shape[-1])
     return both.sum(both.reward() * both.log_p_NV.detach().exp())

@@ -18,7 +18,7 @@ from experiments.export import check_head
 from experiments.running.composing import concerning, first_key
 from experiments.running.inputs import target_source
 from experiments.running.jobs import Job
-from experiments.running.keeping import check_caches, check_kept, choose_kept, packed_text
+from experiments.running.keeping import check_stages, check_kept, choose_kept, packed_text
 from experiments.running.losses import build_loss
 from experiments.running.teaching import check_teacher, teaching_settings
 from experiments.running.training import training_settings
@@ -155,10 +155,10 @@ def test_a_sparse_cache_for_a_trimmed_drafter_is_refused_before_the_first_stage(
 
     for setting in ("pretrain.kept_tokens=9", "finetune.kept_tokens=9"):
         with pytest.raises(ValueError, match=f"{setting.replace('=', ' is ')}, and a sparse cache has no distribution"):
-            check_caches(jobs(setting, "cache=sparse"))
-        check_caches(jobs(setting))
-        check_caches(jobs(setting, "cache=sparse", "inputs.cache=null"))
-    check_caches(jobs("cache=sparse"))
+            check_stages(jobs(setting, "cache=sparse"))
+        check_stages(jobs(setting))
+        check_stages(jobs(setting, "cache=sparse", "inputs.cache=null"))
+    check_stages(jobs("cache=sparse"))
 
 
 @pytest.mark.end_to_end

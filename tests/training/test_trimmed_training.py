@@ -126,7 +126,8 @@ def test_weightings_see_the_trimmed_drafter(target, weighting):
     drafter, batch = trainable(), collate(RESPONSES[:4])
     module = attached(Distillation(target, drafter, kld, 0.0, 1e-9, kept=KEPT), RESPONSES)
     with torch.no_grad():
-        predicted = module._predicted(batch, drafter.model(batch.input_ids_BT).last_hidden_state[batch.target_mask_BT])
+        hidden = drafter.model(batch.input_ids_BT).last_hidden_state[batch.target_mask_BT]
+        predicted = module._predicted(batch, hidden, KEPT)
     if weighting == "dpace":
         full = predicted._replace(
             head=predicted.head._replace(weight_VH=drafter.lm_head.weight),
