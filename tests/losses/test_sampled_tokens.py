@@ -1,4 +1,4 @@
-"""Losses with a sample of the tokens that are not kept: against the full vocabulary with those tokens merged into one."""
+"""Losses with a sample of the tokens that are not kept, against the vocabulary with those tokens merged into one."""
 
 import math
 from functools import partial
