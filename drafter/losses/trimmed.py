@@ -63,8 +63,8 @@ class Kept(NamedTuple):
         Of the sample, (V - K) / S times the sum of exp(logit) estimates the other tokens' sum without bias.
 
             >>> kept = Kept.from_ids([0], 5)._replace(sampled_S=torch.tensor([2, 4]))
-            >>> kept.outcomes(torch.tensor([[3.0, 1.0, 2.0]]).log()).exp()  # 4 / 2 (1 + 2)
-            tensor([[3.0000, 6.0000]])
+            >>> kept.outcomes(torch.tensor([[3.0, 1.0, 2.0]]).log()).exp().round()  # 4 / 2 (1 + 2)
+            tensor([[3., 6.]])
         """
         if self.sampled_S is None:
             return logits_NR
@@ -120,8 +120,9 @@ class Trimmed(NamedTuple):
     estimates. Every loss is then the usual one of K + 1 outcomes: no value is infinite, and none is replaced. With the
     exact mass, KLD, reverse KL, JSD and TVD would be lower bounds of those of the full vocabulary, because outcomes are
     merged, and so is CE where the most likely token is not kept: -log p(any other token). The drafter learns how much
-    mass the other tokens have together, not which of them is likely. The estimate of a logarithm of the mass is biased,
-    the less the larger the sample. A target's mass below the rounding of 1 counts as that rounding.
+    mass the other tokens have together, not which of them is likely. The estimate of the sum of exp(logit) is unbiased;
+    its logarithm, and so a loss, has a bias that shrinks as the sample grows. Where the target's mass of the other
+    tokens is below the rounding of 1, it counts as that rounding.
 
     At temperature 1 and top_p 1, the probabilities of the kept tokens are enough, so that no other logits are computed
     where `log_q` is given.
