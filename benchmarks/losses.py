@@ -3,10 +3,11 @@
     python -m benchmarks.losses                                     every loss, at shapes for the CPU or the GPU
     python -m benchmarks.losses --losses kld --hidden 1024 4096     the widths of the paper's drafter and target
     python -m benchmarks.losses --kept 8192 --vocabulary 49152 --hidden 192 576 --losses text kld
+    python -m benchmarks.losses --kept 8192 --sampled 1024 --vocabulary 49152 --hidden 96 576 --losses kld
 
 With --kept, chunks of a whole output embedding are compared with chunks of one that is trimmed to so many tokens, as in
-training with kept_tokens, and with the same where an exact cache has log Z; `text` is the next-token loss of
-pretraining, which has no target.
+training with kept_tokens, and with the same where an exact cache has log Z, without and with a sample of so many other
+tokens; `text` is the next-token loss of pretraining, which has no target.
 
 All start from hidden states. Their repetitions alternate in one process; on a CPU the time is process time of one
 thread, so that other work on the machine matters less. Memory is the peak above the inputs; on a CPU it is the
@@ -27,8 +28,8 @@ import torch.nn.functional as F
 
 from drafter.data.batches import States
 from drafter.losses.chunked import Head, Predicted, chunked_sum
-from drafter.losses.distributions import Kept, Trimmed
 from drafter.losses.objective import Positions, objective_of
+from drafter.losses.trimmed import Kept, SampledTokens, Trimmed
 from tests.objectives import LOSSES, positions
 
 CUDA = torch.cuda.is_available()
@@ -37,13 +38,15 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 def paths(arguments):
     """Return the names of the paths, of which the others are compared with the first."""
-    return ("chunks", "trimmed", "log_z") if arguments.kept else ("whole", "chunks")
+    trimmed = ("chunks", "trimmed", "log_z", "sampled") if arguments.sampled else ("chunks", "trimmed", "log_z")
+    return trimmed if arguments.kept else ("whole", "chunks")
 
 
 class Cached(NamedTuple):
-    """The kept tokens, the target's output embedding, and what an exact cache has."""
+    """The kept tokens without and with a sample, the target's output embedding, and what an exact cache has."""
 
     kept: Kept
+    sampled: Kept | None
     head: Head
     states: States
 
@@ -70,22 +73,23 @@ def inputs(arguments):
     parts = [target(part).float() for part in hidden_q.split(128)]
     log_z, top = torch.cat([part.logsumexp(-1) for part in parts]), torch.cat([part.argmax(-1) for part in parts])
     kept = Kept.from_ids(range(arguments.kept), arguments.vocabulary).to(DEVICE)
-    return seen, Cached(kept, target, States(hidden_q, log_z, top))
+    sampled = SampledTokens(kept, arguments.sampled, seed=0).of_step(0) if arguments.sampled else None
+    return seen, Cached(kept, sampled, target, States(hidden_q, log_z, top))
 
 
-def trim(seen, cached, uses_log_z):
-    """Return the same positions for a drafter that proposes the kept tokens alone, which have the gradient's rows."""
-    ids, states = cached.kept.ids_K, cached.states
-    of_kept = Head(cached.head.weight_VH.index_select(0, ids)) if uses_log_z else None
+def trim(seen, cached, path):
+    """Return the same positions for a drafter that is trained with the kept (and sampled) tokens alone."""
+    kept, states = cached.sampled if path == "sampled" else cached.kept, cached.states
+    of_kept = None if path == "trimmed" else Head(cached.head.weight_VH.index_select(0, kept.ids_K))
 
     def target(rows):
-        trimmed = Trimmed(lambda: seen.target(rows), cached.kept)
+        trimmed = Trimmed(lambda: seen.target(rows), kept)
         if of_kept is None:
             return trimmed
         log_q = of_kept(states.hidden_NH[rows]) - states.log_z_N[rows, None]
         return trimmed._replace(log_q=lambda: log_q, top_N=states.top_N[rows])
 
-    return seen._replace(head=Head(seen.head.weight_VH.index_select(0, ids)), target=target, kept=cached.kept)
+    return seen._replace(head=Head(seen.head.weight_VH.index_select(0, kept.rows)), target=target, kept=kept)
 
 
 def text_loss(seen):
@@ -94,9 +98,12 @@ def text_loss(seen):
     if seen.kept is not None:
         kept = seen.kept.mask(tokens)
         tokens, hidden = seen.kept.place_V[tokens[kept]], hidden[kept]
-    return chunked_sum(
-        lambda logits, rows: F.cross_entropy(logits.float(), tokens[rows], reduction="none"), hidden, seen.head
-    )
+
+    def values(logits, rows):
+        logits = logits.float() if seen.kept is None else seen.kept.outcomes(logits.float())
+        return F.cross_entropy(logits, tokens[rows], reduction="none")
+
+    return chunked_sum(values, hidden, seen.head)
 
 
 def loss_sum(name, path, seen):
@@ -114,7 +121,7 @@ def loss_sum(name, path, seen):
 
 def step(name, path, seen, cached=None):
     """Compute one loss and its backward pass, discard the gradients, and return the value."""
-    total = loss_sum(name, path, trim(seen, cached, path == "log_z") if path in ("trimmed", "log_z") else seen)
+    total = loss_sum(name, path, seen if path in ("whole", "chunks") else trim(seen, cached, path))
     total.backward()
     value = total.item()
     seen.hidden_NH.grad = seen.head.weight_VH.grad = None
@@ -160,6 +167,7 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--hidden", type=int, nargs=2, default=(1024, 4096) if CUDA else (128, 256))
     parser.add_argument("--kept", type=int, help="tokens that a trimmed output embedding keeps")
+    parser.add_argument("--sampled", type=int, help="others that are drawn in each step, beside the kept ones")
     parser.add_argument("--losses", nargs="*", default=list(LOSSES))
     parser.add_argument("--repeats", type=int, default=20 if CUDA else 2)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)

@@ -122,7 +122,8 @@ def check_head(drafter: str, stage: str | None) -> None:
     if was_trained and (kept := read_kept(drafter)):
         raise ValueError(
             f"export.drafter is {drafter}, which was trained to propose {len(kept)} tokens alone. Engines draft with "
-            f"the whole output embedding, whose other rows were not trained: export one trained with kept_tokens=null"
+            f"the whole output embedding, whose other rows were not trained: export one trained with "
+            f"kept_tokens=null or with sampled_tokens"
         )
 
 

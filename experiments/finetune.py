@@ -30,7 +30,7 @@ from experiments.running import dry_run, on_policy
 from experiments.running.commands import command
 from experiments.running.identity import finetuned_identity, named_values
 from experiments.running.inputs import claim, pair_inputs, plain, responses_fingerprint, target_source
-from experiments.running.keeping import check_kept, choose_kept, training_responses
+from experiments.running.keeping import check_kept, choose_tokens, training_responses
 from experiments.running.lengths import warn_of_context
 from experiments.running.losses import POSITIONS, TRIMMED, build_loss, try_loss
 from experiments.running.training import KeptSteps, configure_memory, optimization, save, train, training_settings
@@ -59,7 +59,7 @@ def finetune(cfg: DictConfig) -> None:
     lightning.seed_everything(cfg.seed, verbose=False)
     source = target_source(cfg)
     drafter = load_drafter(cfg.inputs.drafter, source, cfg.pad_vocabulary, whole=True)
-    chosen = choose_kept(cfg, "finetune", cfg.inputs.drafter, training_responses(cfg))
+    chosen = choose_tokens(cfg, "finetune", cfg.inputs.drafter, training_responses(cfg))
     target = (load_output_embedding if cfg.inputs.cache else load_target)(source)
     for directory in filter(None, (cfg.inputs.cache, cfg.inputs.cache and cfg.inputs.validation)):
         require_output_embedding(directory, target.get_output_embeddings())
@@ -82,12 +82,13 @@ def finetune(cfg: DictConfig) -> None:
         response_top_p=float(judged_on.schema.metadata[b"top_p"]),
         shard_target=cfg.target.parallel == "fsdp",
         batch_tokens=cfg.finetune.batch_tokens,
-        kept=chosen,
+        kept=chosen.kept,
+        sampled=chosen.sampled,
     )
     identity = finetuned_identity(cfg)
-    steps = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every, identity, chosen)
+    steps = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every, identity, chosen.kept)
     trainer = train(module, data, stage, cfg.finetune, cfg, cfg.name, [steps])
-    save(drafter, tokenizer, stage, trainer, chosen)
+    save(drafter, tokenizer, stage, trainer, chosen.kept)
 
 
 def samples(cfg: DictConfig, drafter: PreTrainedModel, context: int) -> tuple[SequenceData, Rows]:
@@ -131,7 +132,7 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     if not cfg.inputs.cache:
         check_parallel(cfg.target.parallel, "fsdp", "finetune")
     trimmed = check_kept(cfg, "finetune", cfg.inputs.drafter)
-    loss = build_loss(cfg.loss, trimmed)
+    loss = build_loss(cfg.loss, trimmed, sampled=bool(cfg.finetune.sampled_tokens))
     fields = {name: value for name, value in plain(cfg.weighting).items() if name != "reference"}  # loaded later
     weighting: Weighting = hydra.utils.instantiate(fields)
     zeros = torch.zeros(2, 2)
@@ -152,8 +153,8 @@ def checked_inputs(cfg: DictConfig, loss: Loss) -> dict[str, str]:
         if format_kind(cfg.inputs.cache) == "sparse":
             if check_kept(cfg, "finetune", cfg.inputs.drafter):
                 raise ValueError(
-                    f"inputs.cache is {cfg.inputs.cache}, which is sparse and has no distribution over the tokens that "
-                    f"a trimmed drafter keeps: use an exact cache (cache=exact) or a live target (inputs.cache=null)"
+                    f"inputs.cache is {cfg.inputs.cache}, which is sparse and has no distribution over the kept "
+                    f"tokens: use an exact cache (cache=exact) or a live target (inputs.cache=null)"
                 )
             try_loss(loss, Drawn.from_logits(torch.zeros(2, 2), POSITIONS.tokens_N, 1, num_samples=1).weighted())
     else:

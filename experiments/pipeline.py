@@ -26,7 +26,7 @@ from experiments.reporting.results import read_evaluations
 from experiments.running.commands import pipeline_command
 from experiments.running.composing import override
 from experiments.running.jobs import Job, all_jobs
-from experiments.running.keeping import check_caches
+from experiments.running.keeping import check_stages
 from experiments.running.lengths import check_lengths
 from experiments.running.progress import announce, quiet
 
@@ -81,7 +81,7 @@ def check(jobs: list[Job]) -> None:
     for job in jobs:
         if job.stage != "tables":
             MODULES[job.stage].check(job.cfg)
-    check_caches(jobs)
+    check_stages(jobs)
     prompt_tokens = next(job.cfg.prepare.max_prompt_tokens for job in jobs if job.stage == "prepare")
     for job in jobs:
         answers = {"respond.max_new_tokens": job.cfg.respond.max_new_tokens} if job.stage == "respond" else {}

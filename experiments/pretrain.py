@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.artifacts.manifest import Stage
 from drafter.decoding.capabilities import check_can_decode
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept
 from drafter.models.inspection import check_drafter_head, check_positions, vocabulary_rows
 from drafter.models.loading import context_length, load_tokenizer, meta_model
 from drafter.models.trimming import read_kept, write_kept
@@ -26,7 +26,7 @@ from experiments.running.inputs import (
     target_fingerprint,
     target_source,
 )
-from experiments.running.keeping import check_kept, choose_kept, packed_text, training_responses
+from experiments.running.keeping import check_kept, choose_tokens, packed_text, training_responses
 from experiments.running.starts import check_start, empty_drafter, new_drafter, start_identity
 from experiments.running.teaching import build_teacher, check_teacher, teaching_settings
 from experiments.running.training import configure_memory, optimization, save, train, training_settings
@@ -50,9 +50,9 @@ def main(cfg: DictConfig) -> None:
     drafter = new_drafter(cfg, tokenizer)
     folder, length, rows = Path(cfg.inputs.data), cfg.pretrain.sequence_length, vocabulary_rows(drafter)
     texts = training_responses(cfg) if cfg.inputs.responses else packed_text(folder / "train.npy")
-    kept = choose_kept(cfg, "pretrain", trimmed_start(cfg), texts)
+    chosen = choose_tokens(cfg, "pretrain", trimmed_start(cfg), texts)
     if not cfg.pretrain.max_steps:
-        return save_start(drafter, tokenizer, stage, kept)
+        return save_start(drafter, tokenizer, stage, chosen.kept)
     configure_memory(drafter, cfg.pretrain)
     text, heldout = (PackedText(folder / name, length, rows) for name in ("train.npy", "heldout.npy"))
     data = SequenceData(text, heldout, cfg.pretrain.batch_size, cfg.seed, cfg.pretrain.num_workers)
@@ -64,9 +64,11 @@ def main(cfg: DictConfig) -> None:
             context,
         )
     name = f"pretrain{cfg.differs}"
-    module = Pretraining(drafter, cfg.pretrain.learning_rate, optimization(cfg), kept, build_teacher(cfg))
+    module = Pretraining(
+        drafter, cfg.pretrain.learning_rate, optimization(cfg), chosen.kept, build_teacher(cfg), chosen.sampled
+    )
     trainer = train(module, data, stage, cfg.pretrain, cfg, name)
-    save(drafter, tokenizer, stage, trainer, kept)
+    save(drafter, tokenizer, stage, trainer, chosen.kept)
 
 
 def other_inputs(cfg: DictConfig) -> dict[str, str]:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from drafter.losses.distributions import Kept, Target
+from drafter.losses.distributions import Target
 from drafter.losses.objective import Loss, Objective, Positions, objective_of
+from drafter.losses.trimmed import Kept
 
 # (logits_nV, rows) -> values_n: a loss at the positions `rows` of the batch.
 Evaluate = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -37,13 +38,14 @@ class Head(NamedTuple):
 
     @classmethod
     def from_module(cls, embedding: nn.Module, kept: Kept | None = None) -> "Head":
-        """Return the parameters of a model's output embedding, or its rows of the kept tokens alone."""
+        """Return the parameters of a model's output embedding, or those of `kept.rows` alone."""
         weight: Any = embedding.weight
         bias = getattr(embedding, "bias", None)
         if kept is None:
             return cls(weight, bias)
         # index_select, because on a CPU its gradient is several times faster than that of indexing
-        return cls(weight.index_select(0, kept.ids_K), None if bias is None else bias.index_select(0, kept.ids_K))
+        rows = kept.rows
+        return cls(weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows))
 
     def precise(self) -> "Head":
         """Return the same in float32, or in float64 if it is in that, complete even if each rank has a part."""
@@ -64,7 +66,7 @@ class Predicted(NamedTuple):
         target: slice of the positions -> the target's logits (n, V) or its sparse distributions there. It may compute
             the logits from hidden states, so that only one chunk of them exists at a time.
         positions: the response's tokens, and the number of positions that follow.
-        kept: the tokens that the drafter proposes, to which `head` and `target` are restricted; None: all tokens.
+        kept: the tokens to which `head` and `target` are restricted; None: all tokens.
     """
 
     hidden_NH: torch.Tensor

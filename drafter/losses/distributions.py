@@ -4,12 +4,12 @@ Shapes: N positions, V vocabulary, K tokens per position of a sparse target or o
 """
 
 import math
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from drafter.losses.trimmed import Kept, Trimmed
 from drafter.warping import in_nucleus
 
 
@@ -92,81 +92,6 @@ class Drawn(NamedTuple):
         return Sparse(self.ids_NK, log_q_NK, torch.cat([top_NK, weight_NS, torch.zeros_like(log_share_N1)], -1))
 
 
-class Kept(NamedTuple):
-    """The K of V tokens that a trimmed drafter proposes (see `models.trimming`).
-
-    Attributes:
-        ids_K: their ids in ascending order, by which the drafter's logits are ordered.
-        place_V: the place of each token of the vocabulary among them, and K for the others.
-    """
-
-    ids_K: torch.Tensor
-    place_V: torch.Tensor
-
-    @classmethod
-    def from_ids(cls, ids: Iterable[int], vocabulary: int) -> "Kept":
-        """Return the kept tokens of a vocabulary of so many tokens.
-
-        >>> Kept.from_ids([3, 1], 4).place_V
-        tensor([2, 0, 2, 1])
-        """
-        ids_K = torch.tensor(sorted(set(ids)))
-        place_V = torch.full((vocabulary,), len(ids_K))
-        place_V[ids_K] = torch.arange(len(ids_K))
-        return cls(ids_K, place_V)
-
-    def to(self, device: torch.device) -> "Kept":
-        """Return the same on a device."""
-        return Kept(self.ids_K.to(device), self.place_V.to(device))
-
-    def mask(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return whether each token is kept, in the shape of the tokens."""
-        return self.place_V[tokens] < len(self.ids_K)
-
-
-class Trimmed(NamedTuple):
-    """A target's distributions, to be compared with a drafter that proposes the kept tokens alone.
-
-    The two distributions have K + 1 outcomes. The first K are the kept tokens, with the target's probabilities over the
-    full vocabulary, which are not renormalised. The last one is any other token: the target has the rest of its mass
-    there, and the drafter none. So the acceptance rate, TVD, JSD, reverse KL, e2e_tvd and block are those of the full
-    vocabulary where the drafter's other logits are minus infinity. Three values are not:
-
-    KLD is infinite there if the target has any mass at the other tokens. With the covered mass Q = sum_kept q, it is
-    replaced by Q KL(q / Q || p) over the kept tokens. For a drafter p_e that spreads any fixed mass e > 0 over the
-    other tokens and is (1 - e) p at the kept ones, KL(q || p_e) differs from this by a constant: the gradient is the
-    same.
-
-    CE is infinite where the target's most likely token is not kept, whatever the drafter does: it is zero there.
-
-    TVD++ with exact estimates has its mean reward over the K + 1 outcomes, not over V tokens.
-
-    At temperature 1 and top_p 1, the probabilities of the kept tokens are enough, so that no other logits are computed
-    where `log_q` is given.
-
-    Attributes:
-        full: returns the target's logits over the full vocabulary, shape (N, V).
-        kept: the tokens that the drafter proposes.
-        log_q: returns the log-probabilities of the kept tokens at temperature 1, shape (N, K); None: from `full`.
-        top_N: the most likely token; None: from `full`.
-    """
-
-    full: Callable[[], torch.Tensor]
-    kept: Kept
-    log_q: Callable[[], torch.Tensor] | None = None
-    top_N: torch.Tensor | None = None
-
-    @classmethod
-    def from_logits(cls, logits_NV: torch.Tensor, kept: Kept) -> "Trimmed":
-        """Return the distributions of a target whose logits exist."""
-        return cls(lambda: logits_NV, kept)
-
-    def untrim(self, logits_p_NK: torch.Tensor) -> torch.Tensor:
-        """Return the drafter's logits over the full vocabulary, as `trimming.TrimmedHead` has them."""
-        full_NV = logits_p_NK.new_full((len(logits_p_NK), len(self.kept.place_V)), -torch.inf)
-        return full_NV.index_copy(-1, self.kept.ids_K, logits_p_NK)
-
-
 Target = torch.Tensor | Sparse | Trimmed  # logits (N, V), or a distribution over fewer outcomes
 
 
@@ -183,15 +108,21 @@ def at_tokens(values_NV: torch.Tensor, target: Target, tokens_N: torch.Tensor, a
     """Return the values at one token per position, shape (N,).
 
     Args:
-        values_NV: values over all tokens or, if `target` is `Trimmed`, over the kept ones and perhaps the rest.
+        values_NV: values over all tokens or, if `target` is `Trimmed`, over its outcomes (the last one may be missing
+            where the drafter never proposes it).
         target: what the drafter is compared with.
         tokens_N: ids of the vocabulary.
         absent: the value at a token that the drafter does not propose.
     """
     if not isinstance(target, Trimmed):
         return values_NV.gather(-1, tokens_N[:, None])[:, 0]
-    place_N = target.kept.place_V[tokens_N].clamp_max(len(target.kept.ids_K) - 1)
+    place_N = target.kept.place_V[tokens_N].clamp_max(values_NV.shape[-1] - 1)
     return values_NV.gather(-1, place_N[:, None])[:, 0].masked_fill(~target.kept.mask(tokens_N), absent)
+
+
+def outcomes(logits_p_NV: torch.Tensor, target: Target) -> torch.Tensor:
+    """Return the drafter's logits of the outcomes at which it is compared with the target."""
+    return target.kept.outcomes(logits_p_NV) if isinstance(target, Trimmed) else logits_p_NV
 
 
 class Pair(NamedTuple):
@@ -200,13 +131,13 @@ class Pair(NamedTuple):
     Attributes:
         log_p_NV, log_q_NV: the logarithms.
         weight_NV: of the tokens of a sparse target; None where the outcomes are complete.
-        has_rest: whether the last outcome is that of the tokens that the drafter does not propose (see `Trimmed`).
+        is_trimmed: whether the last outcome is that of the tokens that the drafter never proposes (see `Trimmed`).
     """
 
     log_p_NV: torch.Tensor
     log_q_NV: torch.Tensor
     weight_NV: torch.Tensor | None = None
-    has_rest: bool = False
+    is_trimmed: bool = False
 
     def sum(self, values_NV: torch.Tensor) -> torch.Tensor:
         """Sum over the vocabulary, shape (N,). With a sparse target, return an unbiased estimate of that sum."""
@@ -214,7 +145,7 @@ class Pair(NamedTuple):
 
     def kld(self) -> torch.Tensor:
         """Return KL(q || p), shape (N,); of a trimmed drafter the finite part that `Trimmed` defines."""
-        if not self.has_rest:
+        if not self.is_trimmed:
             return self.sum(weighted(self.log_q_NV, self.log_q_NV - self.log_p_NV))
         log_q_NK, log_p_NK = self.log_q_NV[:, :-1], self.log_p_NV[:, :-1]
         log_covered_N1 = log_q_NK.logsumexp(-1, keepdim=True)
@@ -259,7 +190,7 @@ def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: f
         raise ValueError(f"loss.temperature is {temperature}, must be above 0 (use a small one for greedy decoding)")
     if not 0 < top_p <= 1:
         raise ValueError(f"loss.top_p is {top_p}, must be above 0 and at most 1")
-    log_p_NV = F.log_softmax(_at_least_float32(logits_p_NV) / temperature, dim=-1)
+    log_p_NV = F.log_softmax(outcomes(_at_least_float32(logits_p_NV) / temperature, target), dim=-1)
     if isinstance(target, Sparse):
         if (temperature, top_p) != (1, 1):
             raise ValueError(
@@ -268,23 +199,24 @@ def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: f
             )
         return Pair(log_p_NV.gather(-1, target.ids_NK), target.log_q_NK.to(log_p_NV), target.weight_NK.to(log_p_NV))
     if isinstance(target, Trimmed) and target.log_q is not None and (temperature, top_p) == (1, 1):
-        return _with_rest(log_p_NV, target.log_q().detach())
+        return _with_rest(log_p_NV, target.log_q().detach(), target.kept)
     logits_q_NV = target.full() if isinstance(target, Trimmed) else target
     log_q_NV = F.log_softmax(_at_least_float32(logits_q_NV.detach()) / temperature, dim=-1)
     if top_p < 1:
         log_q_NV = log_q_NV.masked_fill(~in_nucleus(log_q_NV.exp(), top_p), -torch.inf).log_softmax(-1)
     if not isinstance(target, Trimmed):
         return Pair(log_p_NV, log_q_NV)
-    return _with_rest(log_p_NV, log_q_NV.index_select(-1, target.kept.ids_K))
+    return _with_rest(log_p_NV, log_q_NV.index_select(-1, target.kept.ids_K), target.kept)
 
 
-def _with_rest(log_p_NK: torch.Tensor, log_q_NK: torch.Tensor) -> Pair:
-    """Return the pair over the kept tokens and the outcome of any other token (see `Trimmed`)."""
-    log_rest_N1 = torch.log1p(-log_q_NK.exp().sum(-1, keepdim=True).clamp_max(1))
-    nowhere_N1 = torch.full_like(log_rest_N1, -torch.inf)
-    return Pair(
-        torch.cat([log_p_NK, nowhere_N1.to(log_p_NK)], -1), torch.cat([log_q_NK, log_rest_N1], -1), has_rest=True
-    )
+def _with_rest(log_p_NV: torch.Tensor, log_q_NK: torch.Tensor, kept: Kept) -> Pair:
+    """Return the pair over the kept tokens and the outcome of any other token, which log p has if some are sampled."""
+    is_trimmed = kept.sampled_S is None
+    largest = 1 if is_trimmed else 1 - torch.finfo(log_q_NK.dtype).eps
+    log_rest_N1 = torch.log1p(-log_q_NK.exp().sum(-1, keepdim=True).clamp_max(largest))
+    if is_trimmed:
+        log_p_NV = torch.cat([log_p_NV, torch.full_like(log_rest_N1, -torch.inf).to(log_p_NV)], -1)
+    return Pair(log_p_NV, torch.cat([log_q_NK, log_rest_N1], -1), is_trimmed=is_trimmed)
 
 
 def weighted(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ restricted to its nucleus first, as it is in verification.
 
 The target may be sparse instead of logits (see `distributions.Sparse`). KLD, reverse KL, JSD, CE, TVD, exact TVD++ with
 batch statistics, and `e2e_tvd` and `block` of block_losses are then unbiased estimates; the other losses raise an
-error. If the drafter proposes some tokens alone, `distributions.Trimmed` says what each loss sees.
+error. If the drafter proposes some tokens alone, `trimmed.Trimmed` says what each loss sees.
 
 To add a loss, write such a function here and one line in conf/loss/, whose files the tests discover.
 
@@ -25,8 +25,9 @@ from typing import Any, Literal
 
 import torch
 
-from drafter.losses.distributions import Pair, Target, Trimmed, at_tokens, most_likely, pair, weighted
+from drafter.losses.distributions import Pair, Target, at_tokens, most_likely, pair, weighted
 from drafter.losses.objective import Loss, Objective, Positions, declares, objective_of
+from drafter.losses.trimmed import Trimmed
 
 
 def kld(
@@ -283,5 +284,5 @@ def _log_alpha(both: Pair) -> torch.Tensor:
 def _mean_reward(both: Pair, vocabulary: int, estimator: str) -> torch.Tensor:
     """Return the mean reward of each position, shape (N,): over the vocabulary, or under p if sampled."""
     if estimator == "exact":
-        return both.sum(both.reward()) / (vocabulary + both.has_rest)
+        return both.sum(both.reward()) / (vocabulary if both.weight_NV is not None else both.log_p_NV.shape[-1])
     return both.sum(both.reward() * both.log_p_NV.detach().exp())

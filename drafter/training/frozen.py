@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from drafter.data.batches import Batch, States, next_tokens, response_mask, responses_of
 from drafter.data.target_cache import target_at
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.distributions import Kept, Target, Trimmed
+from drafter.losses.distributions import Target
 from drafter.losses.objective import Positions
+from drafter.losses.trimmed import Kept, Trimmed
 from drafter.models.inspection import has_plain_head
 from drafter.models.loading import OutputEmbedding
 from drafter.models.sharding import shard_frozen
@@ -50,8 +51,8 @@ class FrozenTarget:
         Args:
             batch: the sequences.
             hidden_NH: the drafter's hidden states at the response positions.
-            head: the drafter's output embedding, of the kept tokens alone if some are left out.
-            kept: the tokens that the drafter proposes; None: all.
+            head: the drafter's output embedding, of `kept.rows` alone if some are left out.
+            kept: the tokens that have outcomes of their own; None: all.
         """
         mask_BT = response_mask(batch)
         lengths_R = responses_of(mask_BT)[1]
@@ -64,7 +65,7 @@ class FrozenTarget:
         return Predicted(hidden_NH, head, self._trimmed(target, batch, kept), positions, kept)
 
     def _trimmed(self, target: Callable[[slice], Target], batch: Batch, kept: Kept) -> Callable[[slice], Trimmed]:
-        """Return a function of the positions to the target's distributions, for a drafter of the kept tokens alone.
+        """Return a function of the positions to the target's distributions over the outcomes of the kept tokens.
 
         If the batch has log Z, the logits of the other tokens are computed only for a loss or measure that needs them.
         """
@@ -80,7 +81,7 @@ class FrozenTarget:
         hidden_NH, log_z_N, top_N = states if isinstance(states, States) else (None, None, None)
         if hidden_NH is None or log_z_N is None or top_N is None or log_z_N.dtype == torch.bfloat16:
             return lambda rows: Trimmed(cache(lambda: full(rows)), kept)
-        head = Head.from_module(self.model.get_output_embeddings(), kept).precise()
+        head = Head.from_module(self.model.get_output_embeddings(), kept._replace(sampled_S=None)).precise()
 
         def log_q(rows: slice) -> torch.Tensor:
             with torch.autocast(hidden_NH.device.type, enabled=False):  # log Z is that of precise logits

@@ -2,7 +2,8 @@
 
 If some tokens are `kept`, the drafter is trimmed (see `models.trimming`): logits of the kept tokens alone are computed,
 and the rows of the others in the output embedding are not trained. The next-token loss is a mean over the next tokens
-that are kept; `losses.distributions.Trimmed` says what a distillation loss is, and `yardsticks` what is logged.
+that are kept; `losses.trimmed.Trimmed` says what a distillation loss is, and `yardsticks` what is logged. If tokens are
+`sampled`, each training step computes the logits of some tokens, but the drafter proposes all, as validation measures.
 
 Shapes: B sequences, T tokens, P predicted positions of a batch, N of them in responses, V vocabulary, H hidden size.
 """
@@ -17,8 +18,8 @@ from transformers import PreTrainedModel
 from drafter.data.batches import Batch, next_tokens, response_mask
 from drafter.data.forward import hidden_at
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.distributions import Kept
 from drafter.losses.objective import Loss, Objective, objective_of
+from drafter.losses.trimmed import Kept, SampledTokens
 from drafter.models.inspection import check_drafter_head, hidden_states
 from drafter.models.loading import OutputEmbedding
 from drafter.models.sharding import shard_module
@@ -54,6 +55,7 @@ class Pretraining(lightning.LightningModule):
         learning_rate: the largest of the schedule.
         optimization: the optimizer and the schedule.
         kept: the tokens that the model is to propose; None: all.
+        sampled: the tokens that a step trains a model with that is to propose all; None: all.
         teacher: the target, its loss and their weight; None: next-token prediction alone.
     """
 
@@ -64,11 +66,12 @@ class Pretraining(lightning.LightningModule):
         optimization: Optimization = Optimization(),  # noqa: B008 (immutable)
         kept: Kept | None = None,
         teacher: Teacher | None = None,
+        sampled: SampledTokens | None = None,
     ):
         super().__init__()
         check_drafter_head(model)
         self.model, self.learning_rate, self.optimization = model, learning_rate, optimization
-        self.kept, self.teacher = kept, teacher
+        self.kept, self.sampled, self.teacher = kept, sampled, teacher
         self._yardsticks = Yardsticks()
 
     def configure_model(self) -> None:
@@ -83,11 +86,11 @@ class Pretraining(lightning.LightningModule):
     on_validation_start = on_fit_start
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-        hidden_PH = self._hidden(batch)
-        loss = self._next_token_loss(batch, hidden_PH)
+        hidden_PH, kept = self._hidden(batch), tokens_of_step(self)
+        loss = self._next_token_loss(batch, hidden_PH, kept)
         if self.teacher is not None:
             self.log("train/next_token_loss", loss, sync_dist=True)
-            predicted = self._predicted(self.teacher, batch, hidden_PH)
+            predicted = self._predicted(self.teacher, batch, hidden_PH, kept)
             objective = with_batch_mean(objective_of(self.teacher.loss), predicted, self.trainer)
             distilled = predicted.sum(objective) / len(hidden_PH)
             loss = (1 - self.teacher.weight) * loss + self.teacher.weight * distilled
@@ -96,7 +99,7 @@ class Pretraining(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         hidden_PH = self._hidden(batch)
-        loss, count = self._next_token_loss(batch, hidden_PH), len(hidden_PH)
+        loss, count = self._next_token_loss(batch, hidden_PH, self.kept), len(hidden_PH)
         if self.kept is not None:
             kept_P = self.kept.mask(next_tokens(batch)[batch.target_mask_BT])
             self.log("val/kept_share", kept_P.float().mean(), batch_size=count, sync_dist=True)
@@ -104,7 +107,7 @@ class Pretraining(lightning.LightningModule):
         name = "val/loss" if self.kept is None else "val/loss_kept"
         self.log(name, loss, prog_bar=True, batch_size=count, sync_dist=True)
         if self.teacher is not None:
-            self._yardsticks.add(self._predicted(self.teacher, batch, hidden_PH), _as_response(batch))
+            self._yardsticks.add(self._predicted(self.teacher, batch, hidden_PH, self.kept), _as_response(batch))
 
     def on_validation_epoch_end(self) -> None:
         if self.teacher is not None:
@@ -120,12 +123,12 @@ class Pretraining(lightning.LightningModule):
     def _hidden(self, batch: Batch) -> torch.Tensor:
         return hidden_states(self.model, batch.input_ids_BT, batch.attention_mask_BT)[batch.target_mask_BT]
 
-    def _next_token_loss(self, batch: Batch, hidden_PH: torch.Tensor) -> torch.Tensor:
-        return next_token_mean(self.model, hidden_PH, next_tokens(batch)[batch.target_mask_BT], self.kept)
+    def _next_token_loss(self, batch: Batch, hidden_PH: torch.Tensor, kept: Kept | None) -> torch.Tensor:
+        return next_token_mean(self.model, hidden_PH, next_tokens(batch)[batch.target_mask_BT], kept)
 
-    def _predicted(self, teacher: Teacher, batch: Batch, hidden_PH: torch.Tensor) -> Predicted:
-        head = Head.from_module(self.model.get_output_embeddings(), self.kept)
-        return teacher.target.predicted(_as_response(batch), hidden_PH, head, self.kept)
+    def _predicted(self, teacher: Teacher, batch: Batch, hidden_PH: torch.Tensor, kept: Kept | None) -> Predicted:
+        head = Head.from_module(self.model.get_output_embeddings(), kept)
+        return teacher.target.predicted(_as_response(batch), hidden_PH, head, kept)
 
 
 class Distillation(lightning.LightningModule):
@@ -149,6 +152,7 @@ class Distillation(lightning.LightningModule):
         shard_target: whether an uncached target is sharded over the ranks of each node; see `models.sharding`.
         batch_tokens: the most tokens, with padding, of a forward pass of one rank; see `data.forward`.
         kept: the tokens that the drafter is to propose; None: all.
+        sampled: the tokens that a step trains a drafter with that is to propose all; None: all.
     """
 
     def __init__(
@@ -165,11 +169,13 @@ class Distillation(lightning.LightningModule):
         shard_target: bool = False,
         batch_tokens: int | None = None,
         kept: Kept | None = None,
+        sampled: SampledTokens | None = None,
     ):
         super().__init__()
         check_drafter_head(drafter)
         self.drafter, self.text_share, self.weighting = drafter, text_share, weighting
-        self.objective, self.kept, self.batch_tokens = objective_of(loss), kept, batch_tokens
+        self.objective, self.batch_tokens = objective_of(loss), batch_tokens
+        self.kept, self.sampled = kept, sampled
         self.learning_rate, self.optimization = learning_rate, optimization
         self.target = FrozenTarget(target, shard_target, batch_tokens)
         self._yardsticks = Yardsticks(num_speculative_tokens, response_top_p)
@@ -186,13 +192,14 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         mask_BT, text_BT = batch.target_mask_BT, batch.target_mask_BT & batch.is_text_B[:, None]
-        if self.kept is not None:
-            text_BT = text_BT & self.kept.mask(next_tokens(batch))
+        kept = tokens_of_step(self)
+        if kept is not None:
+            text_BT = text_BT & kept.mask(next_tokens(batch))
         hidden_PH = hidden_at(self.drafter, batch, mask_BT, self.batch_tokens)
-        predicted = self._predicted(batch, hidden_PH[response_mask(batch)[mask_BT]])
+        predicted = self._predicted(batch, hidden_PH[response_mask(batch)[mask_BT]], kept)
         weights_N = self.weighting(predicted, batch)
         distilled = predicted.sum(with_batch_mean(self.objective, predicted, self.trainer), weights_N)
-        text = next_token_sum(self.drafter, hidden_PH[text_BT[mask_BT]], next_tokens(batch)[text_BT], self.kept)
+        text = next_token_sum(self.drafter, hidden_PH[text_BT[mask_BT]], next_tokens(batch)[text_BT], kept)
         loss = (1 - self.text_share) * distilled * self._per_weight(weights_N)
         loss = loss + self.text_share * text * self._per_weight(text_BT)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
@@ -200,7 +207,7 @@ class Distillation(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         hidden_NH = hidden_at(self.drafter, batch, response_mask(batch), self.batch_tokens)
-        self._yardsticks.add(self._predicted(batch, hidden_NH), batch)
+        self._yardsticks.add(self._predicted(batch, hidden_NH, self.kept), batch)
 
     def on_validation_epoch_end(self) -> None:
         self._yardsticks.finish(self, trimmed=self.kept is not None)
@@ -212,10 +219,10 @@ class Distillation(lightning.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return self.optimization.configure(self.drafter, self.learning_rate, steps)
 
-    def _predicted(self, batch: Batch, hidden_NH: torch.Tensor) -> Predicted:
+    def _predicted(self, batch: Batch, hidden_NH: torch.Tensor, kept: Kept | None) -> Predicted:
         """Return the response positions of a batch, in the form that the losses take."""
-        head = Head.from_module(self.drafter.get_output_embeddings(), self.kept)
-        return self.target.predicted(batch, hidden_NH, head, self.kept)
+        head = Head.from_module(self.drafter.get_output_embeddings(), kept)
+        return self.target.predicted(batch, hidden_NH, head, kept)
 
     def _per_weight(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the factor that turns this rank's weighted sum into the weighted mean over all ranks.
@@ -225,6 +232,11 @@ class Distillation(lightning.LightningModule):
         """
         total = global_sum(weights, self.trainer)
         return self.trainer.world_size / torch.where(total > 0, total, 1.0)
+
+
+def tokens_of_step(module: Pretraining | Distillation) -> Kept | None:
+    """Return the tokens whose logits the module's training step computes; None: all."""
+    return module.kept if module.sampled is None else module.sampled.of_step(module.global_step).to(module.device)
 
 
 def global_sum(values: torch.Tensor, trainer: lightning.Trainer) -> torch.Tensor:

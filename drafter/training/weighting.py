@@ -14,7 +14,7 @@ from drafter.data.batches import Batch, response_mask
 from drafter.data.forward import hidden_at
 from drafter.losses.block_losses import windowed_products
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.distributions import Target, at_tokens
+from drafter.losses.distributions import Target, at_tokens, outcomes
 from drafter.losses.divergences import kld
 from drafter.losses.objective import Objective, Positions
 
@@ -43,7 +43,8 @@ def dpace(
         raise ValueError(f"weighting.smoothing is {smoothing}, must be above 0 and at most 1")
 
     def confidence(logits_p_NV: torch.Tensor, target: Target, *, positions: Positions) -> torch.Tensor:
-        return at_tokens(logits_p_NV.float().softmax(-1), target, positions.tokens_N, absent=0.0)
+        p_NV = outcomes(logits_p_NV.float(), target).softmax(-1)
+        return at_tokens(p_NV, target, positions.tokens_N, absent=0.0)
 
     confidence_N = (1 - smoothing) * predicted.values(Objective(confidence, needs_positions=True)) + smoothing
     accepted_NG = windowed_products(confidence_N, predicted.positions.following_N, num_speculative_tokens)

@@ -2,7 +2,7 @@
 
 They are means over all positions of all ranks. If the drafter is trimmed (see `models.trimming`), they are those of the
 drafter as it is served, whose other tokens have no probability, against the target's full distribution. Its KLD is
-infinite then, and is not logged: `val/kld_kept` is the finite part that `losses.distributions.Trimmed` defines, and
+infinite then, and is not logged: `val/kld_kept` is the finite part that `losses.trimmed.Trimmed` defines, and
 `val/kept_mass` is the target's probability of the kept tokens, which bounds the acceptance rate.
 
 Shapes: N positions, R responses, M measures, V vocabulary.
@@ -17,8 +17,9 @@ import torch
 from drafter.data.batches import Batch, response_mask, responses_of
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
 from drafter.losses.chunked import Predicted, chunked_values
-from drafter.losses.distributions import Target, Trimmed, most_likely
+from drafter.losses.distributions import Target, most_likely
 from drafter.losses.divergences import kld, tvd
+from drafter.losses.trimmed import Trimmed
 from drafter.warping import Sampling, double
 
 

@@ -104,12 +104,11 @@ def check_starts(settings: DictConfig, others: list[str]) -> None:
                 raise ValueError(
                     f"{where} has '{given}', but '{first_key(given)}' is a setting of neither pretrain nor finetune"
                 )
-        stages = [given for given in overrides if given.partition("=")[0].endswith(".kept_tokens")]
-        kept = {given.partition("=")[2] for given in stages}
-        if stages and (len(stages) < 2 or len(kept) > 1):
-            raise ValueError(
-                f"{where} has '{stages[0]}': give pretrain.kept_tokens and finetune.kept_tokens the same value"
-            )
+        for name in ("kept_tokens", "sampled_tokens"):
+            stages = [given for given in overrides if given.partition("=")[0].endswith(f".{name}")]
+            numbers = {given.partition("=")[2] for given in stages}
+            if stages and (len(stages) < 2 or len(numbers) > 1):
+                raise ValueError(f"{where} has '{stages[0]}': give pretrain.{name} and finetune.{name} the same value")
 
 
 def plan_recipes(settings: DictConfig, others: list[str]) -> list[Planned]:

@@ -246,18 +246,20 @@ def validation_seconds(
     cfg: DictConfig, world: World, settings: DictConfig, tokens: float, length: float, scored: float
 ) -> float:
     """Return the seconds of validation on all devices: forward passes over `tokens`, loss at `scored` of them."""
-    (device, _), shape = world.training(cfg), trained_shape(world.drafter, settings)
+    (device, _), shape = world.training(cfg), world.drafter
+    if settings.sampled_tokens is None:  # with a sample, validation has all tokens
+        shape = trained_shape(shape, settings)
     done = operations(shape, tokens, length / 2, scored)
     return (done / (device.flops * device.efficiency) + loss_seconds(device, shape, scored)) / world.gpus
 
 
 def trained_shape(shape: Shape, settings: DictConfig) -> Shape:
-    """Return a drafter's shape in training: its output embedding has the kept tokens alone, if some are left out.
+    """Return a drafter's shape in training: its output embedding has the kept and sampled tokens alone, if given.
 
     The embedding is still stored completely, with its gradient and the optimizer's state.
     """
-    kept = settings.kept_tokens or shape.vocabulary
-    return shape._replace(vocabulary=kept, multiplied=shape.multiplied - (shape.vocabulary - kept) * shape.hidden)
+    rows = settings.kept_tokens + (settings.sampled_tokens or 0) if settings.kept_tokens else shape.vocabulary
+    return shape._replace(vocabulary=rows, multiplied=shape.multiplied - (shape.vocabulary - rows) * shape.hidden)
 
 
 def num_validations(settings: DictConfig) -> int:

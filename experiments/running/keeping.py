@@ -1,19 +1,20 @@
-"""Choose the tokens that a drafter is trained to propose, before its training: the settings `kept_tokens`.
+"""Choose the tokens that a drafter is trained with: the settings `kept_tokens` and `sampled_tokens`.
 
 A drafter that is trimmed already keeps its tokens. Otherwise they are the most frequent ones of the texts, with the ids
-that end a response. Every rank computes the same list, from the same texts.
+that end a response. Every rank computes the same list, from the same texts. If others are sampled in each step, the
+drafter is to propose all tokens, and is not trimmed.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig
 
 from drafter.artifacts.manifest import read_manifest, require
 from drafter.artifacts.rows import Rows
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept, SampledTokens
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import load_tokenizer, vocabulary_width
 from drafter.models.trimming import most_used, read_kept
@@ -24,7 +25,7 @@ COUNTED, PARTS = 10**8, 1000  # a longer text is counted in so many parts of equ
 
 
 def check_kept(cfg: DictConfig, section: str, drafter: str | None) -> bool:
-    """Return whether a stage trains a trimmed drafter, after checking its setting `kept_tokens`.
+    """Return whether a stage trains with some tokens alone, after checking `kept_tokens` and `sampled_tokens`.
 
     Args:
         cfg: the config of the stage.
@@ -32,7 +33,8 @@ def check_kept(cfg: DictConfig, section: str, drafter: str | None) -> bool:
         drafter: the directory that training starts from, if it is one of a drafter.
 
     Raises:
-        ValueError: the number is out of range, or the drafter keeps another number of tokens.
+        ValueError: a number is out of range, the drafter keeps another number of tokens, or tokens are to be sampled
+            although none are kept or the drafter is trimmed.
     """
     number, own = cfg[section].kept_tokens, read_kept(drafter) if drafter else None
     rows = vocabulary_width(target_source(cfg))
@@ -46,16 +48,35 @@ def check_kept(cfg: DictConfig, section: str, drafter: str | None) -> bool:
             f"{section}.kept_tokens is {number}, but {drafter} is trimmed to {len(own)} tokens, which it keeps: give "
             f"null, or the drafter that it was made from"
         )
-    return bool(own or number)
+    sampled = cfg[section].sampled_tokens
+    if sampled is None:
+        return bool(own or number)
+    given = f"{section}.sampled_tokens is {sampled}"
+    if own:
+        raise ValueError(
+            f"{given}, but {drafter} is trimmed to {len(own)} tokens, and the rows of the others may be untrained: "
+            f"give null, or a drafter that proposes all tokens"
+        )
+    if number is None:
+        raise ValueError(f"{given}, but {section}.kept_tokens is null: give the number of tokens of every step")
+    if not 0 < sampled <= rows - number:
+        raise ValueError(
+            f"{given}, must be above 0 and at most {rows - number}, the rows of the embedding that are not among "
+            f"{section}.kept_tokens"
+        )
+    return True
 
 
-def check_caches(jobs: Iterable[Job]) -> None:
-    """Check that no finetuning of a pipeline would train a trimmed drafter from a sparse cache.
+def check_stages(jobs: Iterable[Job]) -> None:
+    """Check that what the stages of a pipeline make suits the tokens that later stages train with.
 
     Raises:
         ValueError: names the settings.
     """
     all_jobs = list(jobs)
+    for job in all_jobs:
+        if job.stage == "finetune" and job.cfg.finetune.sampled_tokens:
+            check_start_is_whole(job, all_jobs)
     trimmed = [job for job in all_jobs if job.stage in ("pretrain", "finetune") and job.cfg[job.stage].kept_tokens]
     sparse = any(job.stage == "cache" and job.cfg.cache.format.kind == "sparse" for job in all_jobs)
     if trimmed and sparse and any(job.stage == "finetune" and job.cfg.inputs.cache for job in all_jobs):
@@ -66,8 +87,36 @@ def check_caches(jobs: Iterable[Job]) -> None:
         )
 
 
-def choose_kept(cfg: DictConfig, section: str, drafter: str | None, texts: Iterable[Any]) -> Kept | None:
-    """Return the tokens to keep, or None for all.
+def check_start_is_whole(finetuning: Job, jobs: Iterable[Job]) -> None:
+    """Check that the drafter that a finetuning starts from will propose all tokens.
+
+    Raises:
+        ValueError: another job of the pipeline makes it, and trims it.
+    """
+    for job in jobs:
+        if job.stage == "pretrain" and job.cfg.out == finetuning.cfg.inputs.drafter:
+            number, sampled = job.cfg.pretrain.kept_tokens, job.cfg.pretrain.sampled_tokens
+            if number is not None and sampled is None:
+                raise ValueError(
+                    f"finetune.sampled_tokens is {finetuning.cfg.finetune.sampled_tokens}, but pretrain.kept_tokens is "
+                    f"{number} and would trim the drafter before: give pretrain.sampled_tokens too"
+                )
+
+
+class Chosen(NamedTuple):
+    """The tokens that a drafter is trained with.
+
+    Attributes:
+        kept: the tokens that it is to propose; None: all.
+        sampled: the tokens of each step, if it is to propose all and is trained with some; else None.
+    """
+
+    kept: Kept | None = None
+    sampled: SampledTokens | None = None
+
+
+def choose_tokens(cfg: DictConfig, section: str, drafter: str | None, texts: Iterable[Any]) -> Chosen:
+    """Return the tokens to train with.
 
     Args:
         cfg: the config of the stage.
@@ -81,7 +130,8 @@ def choose_kept(cfg: DictConfig, section: str, drafter: str | None, texts: Itera
     if not ids and number is not None:
         stops = end_of_turn_ids(source, load_tokenizer(source))
         ids = list(dict.fromkeys([*stops, *most_used(texts, rows).tolist()]))[:number]
-    return Kept.from_ids(ids, rows) if ids else None
+    kept, sampled = Kept.from_ids(ids, rows) if ids else None, cfg[section].sampled_tokens
+    return Chosen(kept) if kept is None or sampled is None else Chosen(None, SampledTokens(kept, sampled, cfg.seed))
 
 
 def training_responses(cfg: DictConfig) -> Iterator[list[int]]:

@@ -22,7 +22,7 @@ def check_teacher(cfg: DictConfig, trimmed: bool) -> None:
 
     Args:
         cfg: the config of the stage.
-        trimmed: whether the drafter is trained to propose some tokens alone.
+        trimmed: whether the drafter is trained with some tokens alone.
 
     Raises:
         ValueError: names the setting.
@@ -32,7 +32,7 @@ def check_teacher(cfg: DictConfig, trimmed: bool) -> None:
         raise ValueError(f"pretrain.distillation.weight is {how.weight}, must be from 0 to 1")
     if how.weight:
         check_parallel(cfg.target.parallel, "fsdp", "pretrain")
-        loss = build_loss(how.loss, trimmed)
+        loss = build_loss(how.loss, trimmed, sampled=bool(cfg.pretrain.sampled_tokens))
         if objective_of(loss).needs_positions:
             raise ValueError(
                 "pretrain.distillation.loss is one of a block of tokens that the target generated: the "

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drafter import interruptions
 from drafter.artifacts.manifest import Stage, write_json
 from drafter.data.batches import Batch
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept
 from drafter.models.trimming import write_kept
 from drafter.ranks import leave_at_exit
 from drafter.training.datamodules import SequenceData
@@ -50,14 +50,18 @@ TRAINER_MEANS = {
     "benchmark",
     "profiler",
 }
-WHEN_USED = {"kept_tokens", "distillation"}  # settings that the identity has only where they change something
+WHEN_USED = {
+    "kept_tokens",
+    "sampled_tokens",
+    "distillation",
+}  # settings that the identity has only where they change something
 
 
 def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
     """Return the settings that determine the result of a training stage: its section, the trainer and the seed."""
     settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS | WHEN_USED}
-    if cfg[section].kept_tokens is not None:
-        settings["kept_tokens"] = cfg[section].kept_tokens
+    tokens = {name: cfg[section][name] for name in ("kept_tokens", "sampled_tokens")}
+    settings |= {name: number for name, number in tokens.items() if number is not None}
     trainer = {name: values(value) for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
     how = {group: named_values(cfg[group], group) for group in ("optimizer", "schedule")}
     return {**settings, **how, "trainer": trainer, "seed": cfg.seed}

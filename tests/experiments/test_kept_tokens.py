@@ -1,4 +1,4 @@
-"""The settings `kept_tokens` and `pretrain.distillation`: what they choose, refuse and leave in a run's identity."""
+"""The settings `kept_tokens`, `sampled_tokens` and `pretrain.distillation`: what they choose, refuse and identify."""
 
 import json
 import logging
@@ -11,14 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from drafter.artifacts.manifest import read_manifest
-from drafter.losses.distributions import Kept
+from drafter.losses.trimmed import Kept, Trimmed
 from drafter.models.loading import vocabulary_width
 from drafter.models.trimming import read_kept, write_kept
 from experiments.export import check_head
 from experiments.running.composing import concerning, first_key
 from experiments.running.inputs import target_source
 from experiments.running.jobs import Job
-from experiments.running.keeping import check_caches, check_kept, choose_kept, packed_text
+from experiments.running.keeping import check_kept, check_stages, choose_tokens, packed_text
 from experiments.running.losses import build_loss
 from experiments.running.teaching import check_teacher, teaching_settings
 from experiments.running.training import training_settings
@@ -51,13 +51,13 @@ def test_the_most_frequent_tokens_and_the_ends_are_kept(config):
     cfg = config("pretrain", "pretrain.kept_tokens=4")
     texts = [np.array([9, 9, 9, 30, 30]), np.array([7, 7, 30, 12])]
     rows = vocabulary_width(target_source(cfg))
-    kept = choose_kept(cfg, "pretrain", None, texts)
+    kept = choose_tokens(cfg, "pretrain", None, texts).kept
     chosen = set(kept.ids_K.tolist())
     assert {9, 30} <= chosen
     assert len(chosen) == 4
     assert 12 not in chosen  # an end of text is kept although no text has it
     assert len(kept.place_V) == rows
-    assert choose_kept(config("pretrain"), "pretrain", None, unread()) is None
+    assert choose_tokens(config("pretrain"), "pretrain", None, unread()) == (None, None)
 
 
 def test_a_trimmed_drafter_keeps_its_tokens(config, tmp_path):
@@ -65,9 +65,56 @@ def test_a_trimmed_drafter_keeps_its_tokens(config, tmp_path):
     for override in ("finetune.kept_tokens=null", "finetune.kept_tokens=3"):
         cfg = config("finetune", override)
         assert check_kept(cfg, "finetune", str(tmp_path))
-        assert choose_kept(cfg, "finetune", str(tmp_path), unread()).ids_K.tolist() == [3, 5, 8]
+        assert choose_tokens(cfg, "finetune", str(tmp_path), unread()).kept.ids_K.tolist() == [3, 5, 8]
     with pytest.raises(ValueError, match=r"finetune.kept_tokens is 4, but .* is trimmed to 3 tokens, which it keeps"):
         check_kept(config("finetune", "finetune.kept_tokens=4"), "finetune", str(tmp_path))
+
+
+def test_a_drafter_with_sampled_tokens_keeps_all(config):
+    cfg = config("pretrain", "pretrain.kept_tokens=4", "pretrain.sampled_tokens=9", "seed=5")
+    texts = [np.array([9, 9, 9, 30, 30])]
+    kept = choose_tokens(config("pretrain", "pretrain.kept_tokens=4"), "pretrain", None, texts).kept
+    chosen = choose_tokens(cfg, "pretrain", None, texts)
+    assert check_kept(cfg, "pretrain", None)
+    assert chosen.kept is None
+    assert chosen.sampled.kept.ids_K.tolist() == kept.ids_K.tolist()
+    assert (chosen.sampled.number, chosen.sampled.seed) == (9, 5)
+    assert len(chosen.sampled.of_step(0).rows) == 13
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["finetune.sampled_tokens=9"], r"sampled_tokens is 9, but finetune.kept_tokens is null: give the number"),
+        (["finetune.sampled_tokens=0", "finetune.kept_tokens=96"], r"is 0, must be above 0 and at most 4000"),
+        (["finetune.sampled_tokens=4001", "finetune.kept_tokens=96"], r"is 4001, must be above 0 and at most 4000"),
+    ],
+)
+def test_a_number_of_sampled_tokens_that_cannot_be_drawn_is_refused(config, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_kept(config("finetune", *overrides), "finetune", None)
+    check_kept(config("finetune", "finetune.sampled_tokens=4000", "finetune.kept_tokens=96"), "finetune", None)
+
+
+def test_a_trimmed_drafter_is_not_trained_with_sampled_tokens(config, tmp_path):
+    write_kept(tmp_path, [3, 5, 8])
+    for number in ("null", "3"):
+        cfg = config("finetune", f"finetune.kept_tokens={number}", "finetune.sampled_tokens=9")
+        with pytest.raises(ValueError, match=r"sampled_tokens is 9, but .* is trimmed to 3 tokens, and the rows"):
+            check_kept(cfg, "finetune", str(tmp_path))
+
+
+def test_a_pipeline_that_would_trim_the_drafter_before_sampling_is_refused(config):
+    pretraining = config("pretrain", "pretrain.kept_tokens=8")
+    finetuning = config("finetune", "finetune.kept_tokens=9", "finetune.sampled_tokens=5")
+    jobs = [Job("pretrain", pretraining, None), Job("finetune", finetuning, None)]
+    with pytest.raises(ValueError, match=r"finetune.sampled_tokens is 5, but pretrain.kept_tokens is 8 and would trim"):
+        check_stages(jobs)
+    pretraining.pretrain.sampled_tokens = 4
+    check_stages(jobs)
+    pretraining.pretrain.sampled_tokens = None
+    finetuning.inputs.drafter = "elsewhere"
+    check_stages(jobs)
 
 
 @pytest.mark.parametrize("number", [0, -1, 4096, 10**6])
@@ -90,13 +137,16 @@ def test_a_long_text_is_counted_in_parts_of_equal_distance(tmp_path, monkeypatch
 def test_settings_that_are_not_used_leave_the_identity_as_it_was(config):
     plain = config("pretrain")
     settings = {**training_settings(plain, "pretrain"), **teaching_settings(plain)}
-    assert not {"kept_tokens", "distillation", "target_dtype"} & set(settings)
-    assert "kept_tokens" not in training_settings(config("finetune"), "finetune")
+    assert not {"kept_tokens", "sampled_tokens", "distillation", "target_dtype"} & set(settings)
+    assert not {"kept_tokens", "sampled_tokens"} & set(training_settings(config("finetune"), "finetune"))
     unused = config("pretrain", "loss@pretrain.distillation.loss=tvd", "pretrain.distillation.batch_tokens=512")
     assert {**training_settings(unused, "pretrain"), **teaching_settings(unused)} == settings
     used = config("pretrain", "pretrain.distillation.weight=0.5", "pretrain.kept_tokens=9")
     found = {**training_settings(used, "pretrain"), **teaching_settings(used)}
     assert found["kept_tokens"] == 9
+    assert "sampled_tokens" not in found
+    sampled = config("pretrain", "pretrain.kept_tokens=9", "pretrain.sampled_tokens=5")
+    assert training_settings(sampled, "pretrain")["sampled_tokens"] == 5
     assert found["distillation"] == {"weight": 0.5, "loss": {"name": "kld", "temperature": 1.0, "top_p": 1.0}}
 
 
@@ -130,10 +180,20 @@ def test_a_loss_that_does_not_know_trimmed_drafters_is_refused():
     build_loss({"_target_": "tests.experiments.test_kept_tokens.own", "_partial_": True})
     with pytest.raises(ValueError, match="cannot be computed for a trimmed drafter"):
         build_loss({"_target_": "tests.experiments.test_kept_tokens.own", "_partial_": True}, trimmed=True)
+    knows_trimmed = {"_target_": "tests.experiments.test_kept_tokens.own_of_kept", "_partial_": True}
+    build_loss(knows_trimmed, trimmed=True)
+    with pytest.raises(ValueError, match="or give kept_tokens=null"):
+        build_loss(knows_trimmed, trimmed=True, sampled=True)
 
 
 def own(logits_p, logits_q):
     return (logits_p.softmax(-1) - logits_q.softmax(-1)).abs().sum(-1)
+
+
+def own_of_kept(logits_p, logits_q):
+    if isinstance(logits_q, Trimmed):
+        logits_q = logits_q.full()[:, logits_q.kept.ids_K]
+    return own(logits_p, logits_q)
 
 
 def test_a_drafter_that_was_trained_trimmed_is_not_exported(tmp_path):
@@ -155,10 +215,10 @@ def test_a_sparse_cache_for_a_trimmed_drafter_is_refused_before_the_first_stage(
 
     for setting in ("pretrain.kept_tokens=9", "finetune.kept_tokens=9"):
         with pytest.raises(ValueError, match=f"{setting.replace('=', ' is ')}, and a sparse cache has no distribution"):
-            check_caches(jobs(setting, "cache=sparse"))
-        check_caches(jobs(setting))
-        check_caches(jobs(setting, "cache=sparse", "inputs.cache=null"))
-    check_caches(jobs("cache=sparse"))
+            check_stages(jobs(setting, "cache=sparse"))
+        check_stages(jobs(setting))
+        check_stages(jobs(setting, "cache=sparse", "inputs.cache=null"))
+    check_stages(jobs("cache=sparse"))
 
 
 @pytest.mark.end_to_end
@@ -188,9 +248,20 @@ def test_a_drafter_is_pretrained_and_finetuned_trimmed_and_evaluated(world, tmp_
     whole = [f"inputs.drafter={root}/drafter", "name=chosen", "finetune.kept_tokens=12"]
     stage("finetune", [*sparse, *whole])
     assert read_kept(tmp_path / "finetune" / "chosen") == ids
-    stage("evaluate", [*here, f"drafters=[{made}]", f"out={tmp_path}/evaluate"])
-    evaluated = read_manifest(tmp_path / "evaluate" / "own", "evaluate")["counts"]
-    assert evaluated["greedy_outputs_unlike_the_target"] == 0
+    # With others sampled in each step, the drafter proposes all tokens.
+    sampling = [*whole, "name=sampled", "finetune.sampled_tokens=10", "finetune.keep_every=3"]
+    stage("finetune", [*sparse, *sampling, "finetune.validate_every=3"])
+    sampled = tmp_path / "finetune" / "sampled"
+    for path in (sampled, *(sampled / "steps").iterdir()):
+        assert read_kept(path) is None
+        check_head(str(path), "finetune")
+    manifest = read_manifest(sampled, "finetune")
+    assert manifest["settings"]["sampled_tokens"] == 10
+    assert manifest["counts"]["val/kld"] > 0
+    stage("evaluate", [*here, f"drafters=[{made},{sampled}]", f"out={tmp_path}/evaluate"])
+    for name in ("own", "sampled"):
+        evaluated = read_manifest(tmp_path / "evaluate" / name, "evaluate")["counts"]
+        assert evaluated["greedy_outputs_unlike_the_target"] == 0
     with caplog.at_level(logging.INFO):
         stage("finetune", [*sparse, "name=own", "finetune.keep_every=3", "finetune.validate_every=3"])
     assert "is up to date" in caplog.text

@@ -156,11 +156,11 @@ def test_the_targets_passes_of_pretraining_and_a_trimmed_head_are_planned():
     target = Shape(3_440_000, 3_000_000, 4, 256, 256, 4096, 2048)
     drafter = Shape(158_000, 158_000, 2, 32, 32, 4096, 128)
     with initialize_config_module("conf", version_base="1.3"):
-        hardware = compose("plan", ["hardware=cpu"]).hardware
+        hardware, kept = compose("plan", ["hardware=cpu"]).hardware, ["pretrain.kept_tokens=1024"]
         world = World(hardware, 1, target, drafter, prompt=90, response=25, block_efficiency=1.4, finetunings=1)
-        alone, distilled, trimmed = (
+        alone, distilled, trimmed, sampled = (
             next(estimates(Job("pretrain", configured("pretrain", ["scale=smoke", *change]), None), world))
-            for change in ([], ["pretrain.distillation.weight=0.5"], ["pretrain.kept_tokens=1024"])
+            for change in ([], ["pretrain.distillation.weight=0.5"], kept, [*kept, "pretrain.sampled_tokens=512"])
         )
     tokens, heldout = 20 * 16 * 256, 2 * 10_000  # of the training, and of the validations before and after it
     passes = operations(target, tokens + heldout, 128)
@@ -169,7 +169,8 @@ def test_the_targets_passes_of_pretraining_and_a_trimmed_head_are_planned():
     assert distilled.seconds - alone.seconds > passes / (device.flops * device.efficiency)
     assert distilled.memory["target"] > 4 * target.parameters
     assert alone.operations - trimmed.operations == 3 * 2 * tokens * 3072 * 32
-    assert trimmed.seconds < alone.seconds
+    assert alone.operations - sampled.operations == 3 * 2 * tokens * (3072 - 512) * 32
+    assert trimmed.seconds < sampled.seconds < alone.seconds
     assert "target" not in alone.memory
 
 

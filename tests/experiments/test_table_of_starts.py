@@ -72,6 +72,10 @@ def test_a_start_of_ones_own_is_added_and_one_is_left_out():
         (['+starts.x=["seed=3"]'], "starts.x has 'seed=3', which every recipe sets itself"),
         (["finetune.max_steps=7"], "the command line has 'finetune.max_steps=7', which every recipe sets itself"),
         (['+starts.x=["pretrain.kept_tokens=9"]'], "give pretrain.kept_tokens and finetune.kept_tokens the same value"),
+        (
+            ['+starts.x=["pretrain.sampled_tokens=9"]'],
+            "give pretrain.sampled_tokens and finetune.sampled_tokens the same",
+        ),
         (["base=scratch-81"], "base is 'scratch-81', must be one of the recipes: scratch-0"),
         (["operations=1000"], "operations is 1e+03, less than a step of scratch-0"),
     ],

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from drafter.losses.chunked import Head, Predicted
-from drafter.losses.distributions import Kept, Trimmed, most_likely
+from drafter.losses.distributions import most_likely
 from drafter.losses.divergences import acceptance_rate, ce, kld, lk_hybrid, tvd, tvdpp
 from drafter.losses.objective import Positions, objective_of
+from drafter.losses.trimmed import Kept, Trimmed
 from tests.objectives import LOSSES, positions
 
 N, V, H = 23, 40, 6

@@ -123,7 +123,7 @@ def test_a_live_target_that_caps_its_logits_is_distilled_with_its_capped_logits(
     batch, module = collate(RESPONSES), Distillation(capped(target), trainable(), kld, 0.0, 1e-3)
     module.on_fit_start()
     hidden_BTH = hidden_states(module.drafter, batch.input_ids_BT, batch.attention_mask_BT)
-    predicted = module._predicted(batch, hidden_BTH[batch.target_mask_BT])
+    predicted = module._predicted(batch, hidden_BTH[batch.target_mask_BT], None)
     expected = capped(target)(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
     torch.testing.assert_close(predicted.target(slice(3, 9)), expected[batch.target_mask_BT][3:9])
     assert expected.abs().max() <= 2

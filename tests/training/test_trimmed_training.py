@@ -14,8 +14,8 @@ from drafter.data.batches import Sequence, States, collate, next_tokens
 from drafter.data.target_cache import ExactFormat, normalise, write_cache
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
 from drafter.losses.chunked import Head
-from drafter.losses.distributions import Kept
 from drafter.losses.divergences import acceptance_rate, ce, kld, tvd, tvdpp
+from drafter.losses.trimmed import Kept
 from drafter.models.loading import OutputEmbedding
 from drafter.models.trimming import trim
 from drafter.training import adaspec, dpace, frozen
@@ -126,7 +126,8 @@ def test_weightings_see_the_trimmed_drafter(target, weighting):
     drafter, batch = trainable(), collate(RESPONSES[:4])
     module = attached(Distillation(target, drafter, kld, 0.0, 1e-9, kept=KEPT), RESPONSES)
     with torch.no_grad():
-        predicted = module._predicted(batch, drafter.model(batch.input_ids_BT).last_hidden_state[batch.target_mask_BT])
+        hidden = drafter.model(batch.input_ids_BT).last_hidden_state[batch.target_mask_BT]
+        predicted = module._predicted(batch, hidden, KEPT)
     if weighting == "dpace":
         full = predicted._replace(
             head=predicted.head._replace(weight_VH=drafter.lm_head.weight),

@@ -23,7 +23,7 @@ def seen(target, drafter):
     module = Distillation(target, drafter, kld, 0.0, 1e-3)
     with torch.no_grad():
         hidden = drafter.base_model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT)
-    return module._predicted(batch, hidden.last_hidden_state[batch.target_mask_BT]), batch
+    return module._predicted(batch, hidden.last_hidden_state[batch.target_mask_BT], None), batch
 
 
 def logits_of(model, batch):
