@@ -19,14 +19,13 @@ Shapes: N positions, V vocabulary, S samples per position.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 
 from drafter.losses.distributions import Pair, Target, at_tokens, most_likely, pair, weighted
-from drafter.losses.objective import Loss, Objective, Positions, declares, objective_of
+from drafter.losses.objective import Loss, Objective, declares
 from drafter.losses.trimmed import Trimmed
 
 
@@ -220,48 +219,6 @@ def tvdpp(
     tokens_NS = torch.multinomial(both.log_p_NV.detach().exp(), num_samples, replacement=True)
     advantage_NS = reward_NV.gather(-1, tokens_NS) - (mean if mean.ndim == 0 else mean[:, None])
     return (both.log_p_NV.gather(-1, tokens_NS) * -advantage_NS).mean(-1) * scale
-
-
-def _mix_objective(_: Loss, settings: Mapping[str, Any]) -> Objective:
-    """Return an objective with the union of the needs of the parts.
-
-    Raises:
-        ValueError: several parts need a `batch_mean`.
-    """
-    parts = [objective_of(part) for part in settings["parts"]]
-    statistics = [part.batch_mean for part in parts if part.batch_mean is not None]
-    if len(statistics) > 1:
-        raise ValueError("loss.parts has several TVD++ with batch statistics, but a mix can have one mean reward only")
-    return Objective(
-        partial(mix, weights=settings["weights"], parts=parts),
-        any(part.needs_positions for part in parts),
-        max(part.lookahead for part in parts) if parts else 0,
-        statistics[0] if statistics else None,
-    )
-
-
-@declares(_mix_objective)
-def mix(
-    logits_p_NV: torch.Tensor,
-    logits_q_NV: Target,
-    *,
-    weights: Sequence[float],
-    parts: Sequence[Loss | Objective],
-    positions: Positions | None = None,
-    mean_reward: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the weighted sum of other losses, each with its own settings.
-
-    Raises:
-        ValueError: the numbers of weights and parts differ, or there are none.
-    """
-    if len(weights) != len(parts) or not parts:
-        raise ValueError(f"loss.weights has {len(weights)} numbers for {len(parts)} loss.parts")
-    values = [
-        weight * objective_of(part)(logits_p_NV, logits_q_NV, positions, mean_reward)
-        for weight, part in zip(weights, parts, strict=True)
-    ]
-    return torch.stack(values).sum(0)
 
 
 def acceptance_rate(

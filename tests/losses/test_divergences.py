@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from drafter.losses.block_losses import e2e_tvd
-from drafter.losses.divergences import acceptance_rate, kld, mix, nla, tvd, tvdpp
+from drafter.losses.divergences import acceptance_rate, kld, nla, tvd, tvdpp
+from drafter.losses.mixing import mix
 from drafter.losses.objective import Objective, check_chunks, objective_of
 from tests.objectives import LOSSES, at_positions, positions
 
