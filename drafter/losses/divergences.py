@@ -128,6 +128,52 @@ def nla(
     return -_log_alpha(pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("nla"))
 
 
+def hit(
+    logits_p_NV: torch.Tensor,
+    logits_q_NV: Target,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    draft_temperature_factor: float = 0.3,
+) -> torch.Tensor:
+    """Return -log sum_x p(x) q(x): the sum is the probability that a token drawn from the target is the drafted one.
+
+    Here q is the target's distribution as it is served, at `temperature` and top_p, and the draft is drawn from
+    p = softmax(logits_p / (temperature · draft_temperature_factor)). The factor says how the engine drafts:
+
+    Near 0, p is one-hot at the drafter's most likely token, which is the same at every temperature, and the sum is the
+    target's probability of that token: the acceptance probability of an engine that drafts greedily (rule `argmax`).
+
+    At 1, drafter and target have the same temperature, and the sum is the acceptance probability of an engine that
+    accepts a draft if an independent draw from the target equals it (rule `match`).
+
+    The smaller the factor, the closer is the sum to that of a greedy draft, and the weaker is the gradient at positions
+    where the drafter is sure of another token. The minimum over all drafters, at every factor, is -log max_x q(x), of a
+    drafter that is sure of the target's most likely token. So it is not for engines that accept with probability
+    min(1, q / p). It is computed in the log domain. Where no token has mass in both distributions, it is zero.
+
+        >>> p, q = torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 3.0]]).log()  # 3/4, 1/4 and 1/4, 3/4
+        >>> hit(p, q, draft_temperature_factor=1.0)  # -log(3/4 · 1/4 + 1/4 · 3/4)
+        tensor([0.9808])
+        >>> hit(p, q, draft_temperature_factor=0.01)  # -log(1/4)
+        tensor([1.3863])
+
+    Raises:
+        ValueError: the factor is out of range, or the target is sparse, so that the estimate would be biased.
+    """
+    if not 0 < draft_temperature_factor <= 1:
+        raise ValueError(
+            f"loss.draft_temperature_factor is {draft_temperature_factor}, must be above 0 and at most 1: a small one "
+            f"for engines that draft greedily, 1 for engines that draft at the target's temperature"
+        )
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p, draft_temperature_factor).require_full_vocabulary("hit")
+    log_NV = both.log_p_NV + both.log_q_NV
+    if isinstance(logits_q_NV, Trimmed):
+        log_NV = log_NV[:, :-1]  # two tokens of the last outcome need not be the same one
+    never_N1 = (log_NV == -torch.inf).all(-1, keepdim=True)
+    return -log_NV.masked_fill(never_N1, 0.0).logsumexp(-1).masked_fill(never_N1[:, 0], 0.0)
+
+
 def lk_hybrid(
     logits_p_NV: torch.Tensor,
     logits_q_NV: Target,
