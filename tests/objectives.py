@@ -17,6 +17,7 @@ LOSSES = {
 LOSSES |= {
     "tvdpp position": partial(LOSSES["tvdpp"], statistics="position"),
     "nla at 0.3": partial(LOSSES["nla"], temperature=0.3),
+    "hit of a match": partial(LOSSES["hit"], temperature=0.6, top_p=0.9, draft_temperature_factor=1.0),
     "kld of a nucleus": partial(LOSSES["kld"], temperature=0.6, top_p=0.9),
 }
 

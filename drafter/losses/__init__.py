@@ -1,7 +1,8 @@
 """Losses that compare the drafter's distribution with the target's: pure functions of logits."""
 
 from drafter.losses.block_losses import block, e2e_tvd
-from drafter.losses.divergences import ce, jsd, kld, lk_hybrid, mix, nla, rkl, tvd, tvdpp
+from drafter.losses.divergences import ce, hit, jsd, kld, lk_hybrid, nla, rkl, tvd, tvdpp
+from drafter.losses.mixing import mix
 from drafter.losses.objective import Loss, Objective, declares
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ce",
     "declares",
     "e2e_tvd",
+    "hit",
     "jsd",
     "kld",
     "lk_hybrid",

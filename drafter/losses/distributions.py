@@ -168,12 +168,15 @@ class Pair(NamedTuple):
         return self
 
 
-def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: float) -> Pair:
+def pair(
+    logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: float, draft_temperature_factor: float = 1.0
+) -> Pair:
     """Return log p and log q as the losses compare them.
 
-    Both distributions are softmax(logits / temperature), in float32, or in float64 for float64 logits. With top_p < 1,
-    log q is renormalised over the target's nucleus and -inf outside. log q has no gradient. If the drafter is trimmed,
-    the outcomes are those of `Trimmed`.
+    Both distributions are softmax(logits / temperature), in float32, or in float64 for float64 logits. The drafter's
+    temperature is multiplied by a factor, which is 1 for every loss but `hit`. With top_p < 1, log q is renormalised
+    over the target's nucleus and -inf outside. log q has no gradient. If the drafter is trimmed, the outcomes are those
+    of `Trimmed`.
 
         >>> logits_p, logits_q = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
         >>> both = pair(logits_p, logits_q, temperature=1.0, top_p=1.0)
@@ -190,7 +193,8 @@ def pair(logits_p_NV: torch.Tensor, target: Target, temperature: float, top_p: f
         raise ValueError(f"loss.temperature is {temperature}, must be above 0 (use a small one for greedy decoding)")
     if not 0 < top_p <= 1:
         raise ValueError(f"loss.top_p is {top_p}, must be above 0 and at most 1")
-    log_p_NV = F.log_softmax(outcomes(_at_least_float32(logits_p_NV) / temperature, target), dim=-1)
+    scaled_NV = _at_least_float32(logits_p_NV) / (temperature * draft_temperature_factor)
+    log_p_NV = F.log_softmax(outcomes(scaled_NV, target), dim=-1)
     if isinstance(target, Sparse):
         if (temperature, top_p) != (1, 1):
             raise ValueError(

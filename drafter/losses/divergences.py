@@ -19,14 +19,13 @@ Shapes: N positions, V vocabulary, S samples per position.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 
 from drafter.losses.distributions import Pair, Target, at_tokens, most_likely, pair, weighted
-from drafter.losses.objective import Loss, Objective, Positions, declares, objective_of
+from drafter.losses.objective import Loss, Objective, declares
 from drafter.losses.trimmed import Trimmed
 
 
@@ -129,6 +128,52 @@ def nla(
     return -_log_alpha(pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("nla"))
 
 
+def hit(
+    logits_p_NV: torch.Tensor,
+    logits_q_NV: Target,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    draft_temperature_factor: float = 0.3,
+) -> torch.Tensor:
+    """Return -log sum_x p(x) q(x): the sum is the probability that a token drawn from the target is the drafted one.
+
+    Here q is the target's distribution as it is served, at `temperature` and top_p, and the draft is drawn from
+    p = softmax(logits_p / (temperature · draft_temperature_factor)). The factor says how the engine drafts:
+
+    Near 0, p is one-hot at the drafter's most likely token, which is the same at every temperature, and the sum is the
+    target's probability of that token: the acceptance probability of an engine that drafts greedily (rule `argmax`).
+
+    At 1, drafter and target have the same temperature, and the sum is the acceptance probability of an engine that
+    accepts a draft if an independent draw from the target equals it (rule `match`).
+
+    The smaller the factor, the closer is the sum to that of a greedy draft, and the weaker is the gradient at positions
+    where the drafter is sure of another token. The minimum over all drafters, at every factor, is -log max_x q(x), of a
+    drafter that is sure of the target's most likely token. So it is not for engines that accept with probability
+    min(1, q / p). It is computed in the log domain. Where no token has mass in both distributions, it is zero.
+
+        >>> p, q = torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 3.0]]).log()  # 3/4, 1/4 and 1/4, 3/4
+        >>> hit(p, q, draft_temperature_factor=1.0)  # -log(3/4 · 1/4 + 1/4 · 3/4)
+        tensor([0.9808])
+        >>> hit(p, q, draft_temperature_factor=0.01)  # -log(1/4)
+        tensor([1.3863])
+
+    Raises:
+        ValueError: the factor is out of range, or the target is sparse, so that the estimate would be biased.
+    """
+    if not 0 < draft_temperature_factor <= 1:
+        raise ValueError(
+            f"loss.draft_temperature_factor is {draft_temperature_factor}, must be above 0 and at most 1: a small one "
+            f"for engines that draft greedily, 1 for engines that draft at the target's temperature"
+        )
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p, draft_temperature_factor).require_full_vocabulary("hit")
+    log_NV = both.log_p_NV + both.log_q_NV
+    if isinstance(logits_q_NV, Trimmed):
+        log_NV = log_NV[:, :-1]  # two tokens of the last outcome need not be the same one
+    never_N1 = (log_NV == -torch.inf).all(-1, keepdim=True)
+    return -log_NV.masked_fill(never_N1, 0.0).logsumexp(-1).masked_fill(never_N1[:, 0], 0.0)
+
+
 def lk_hybrid(
     logits_p_NV: torch.Tensor,
     logits_q_NV: Target,
@@ -220,48 +265,6 @@ def tvdpp(
     tokens_NS = torch.multinomial(both.log_p_NV.detach().exp(), num_samples, replacement=True)
     advantage_NS = reward_NV.gather(-1, tokens_NS) - (mean if mean.ndim == 0 else mean[:, None])
     return (both.log_p_NV.gather(-1, tokens_NS) * -advantage_NS).mean(-1) * scale
-
-
-def _mix_objective(_: Loss, settings: Mapping[str, Any]) -> Objective:
-    """Return an objective with the union of the needs of the parts.
-
-    Raises:
-        ValueError: several parts need a `batch_mean`.
-    """
-    parts = [objective_of(part) for part in settings["parts"]]
-    statistics = [part.batch_mean for part in parts if part.batch_mean is not None]
-    if len(statistics) > 1:
-        raise ValueError("loss.parts has several TVD++ with batch statistics, but a mix can have one mean reward only")
-    return Objective(
-        partial(mix, weights=settings["weights"], parts=parts),
-        any(part.needs_positions for part in parts),
-        max(part.lookahead for part in parts) if parts else 0,
-        statistics[0] if statistics else None,
-    )
-
-
-@declares(_mix_objective)
-def mix(
-    logits_p_NV: torch.Tensor,
-    logits_q_NV: Target,
-    *,
-    weights: Sequence[float],
-    parts: Sequence[Loss | Objective],
-    positions: Positions | None = None,
-    mean_reward: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the weighted sum of other losses, each with its own settings.
-
-    Raises:
-        ValueError: the numbers of weights and parts differ, or there are none.
-    """
-    if len(weights) != len(parts) or not parts:
-        raise ValueError(f"loss.weights has {len(weights)} numbers for {len(parts)} loss.parts")
-    values = [
-        weight * objective_of(part)(logits_p_NV, logits_q_NV, positions, mean_reward)
-        for weight, part in zip(weights, parts, strict=True)
-    ]
-    return torch.stack(values).sum(0)
 
 
 def acceptance_rate(

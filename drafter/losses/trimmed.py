@@ -104,25 +104,32 @@ class Trimmed(NamedTuple):
 
     The two distributions have K + 1 outcomes. The first K are the kept tokens, with the target's probabilities over the
     full vocabulary, which are not renormalised. The last one is any other token: the target has the rest of its mass
-    there, and the drafter none. So the acceptance rate, TVD, JSD, reverse KL, e2e_tvd and block are those of the full
-    vocabulary where the drafter's other logits are minus infinity. Three values are not:
+    there, and the drafter none. So the acceptance rate, TVD, JSD, reverse KL, hit, e2e_tvd and block are those of the
+    full vocabulary where the drafter's other logits are minus infinity. Three values are not:
 
     KLD is infinite there if the target has any mass at the other tokens. With the covered mass Q = sum_kept q, it is
     replaced by Q KL(q / Q || p) over the kept tokens. For a drafter p_e that spreads any fixed mass e > 0 over the
     other tokens and is (1 - e) p at the kept ones, KL(q || p_e) differs from this by a constant: the gradient is the
     same.
 
-    CE is infinite where the target's most likely token is not kept, whatever the drafter does: it is zero there.
+    CE is infinite where the target's most likely token is not kept, whatever the drafter does: it is zero there. So is
+    hit where no kept token is in the target's nucleus.
 
     TVD++ with exact estimates has its mean reward over the K + 1 outcomes, not over V tokens.
 
     If other tokens are sampled (`Kept.sampled_S`), the drafter has mass at the last outcome, which the sample
-    estimates. Every loss is then the usual one of K + 1 outcomes: no value is infinite, and none is replaced. With the
-    exact mass, KLD, reverse KL, JSD and TVD would be lower bounds of those of the full vocabulary, because outcomes are
-    merged, and so is CE where the most likely token is not kept: -log p(any other token). The drafter learns how much
-    mass the other tokens have together, not which of them is likely. The estimate of the sum of exp(logit) is unbiased;
-    its logarithm, and so a loss, has a bias that shrinks as the sample grows. Where the target's mass of the other
-    tokens is below the rounding of 1, it counts as that rounding.
+    estimates. Every loss but hit is then the usual one of K + 1 outcomes: no value is infinite, and none is replaced.
+    With the exact mass, KLD, reverse KL, JSD and TVD would be lower bounds of those of the full vocabulary, because
+    outcomes are merged, and so is CE where the most likely token is not kept: -log p(any other token). The drafter
+    learns how much mass the other tokens have together, not which of them is likely. The estimate of the sum of
+    exp(logit) is unbiased; its logarithm, and so a loss, has a bias that shrinks as the sample grows. Where the
+    target's mass of the other tokens is below the rounding of 1, it counts as that rounding.
+
+    hit then counts drafts of kept tokens alone. The product of both masses at the last outcome would count each draft
+    of another token as hit by every other token, so that a drafter that is sure of "any other token" could be the best
+    one. Counting none there gives, with the exact mass, an upper bound of the loss of the full vocabulary, and the best
+    drafter is the best among the kept tokens. So it learns to propose kept tokens alone, and the sample lowers the
+    other logits: this makes a drafter with a whole output embedding for engines, not one that proposes rare tokens.
 
     At temperature 1 and top_p 1, the probabilities of the kept tokens are enough, so that no other logits are computed
     where `log_q` is given.

@@ -20,9 +20,9 @@ from experiments.reporting.results import ResultRow, sorted_gammas
 from experiments.reporting.trim_page import TrimRow
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, which is faint on white.
-PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C510A"]
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C510A", "#4B0092"]
 # A loss has the same colour in every figure; the pretrained drafter is grey.
-KNOWN = dict(zip(("kld", "tvd", "tvdpp", "nla", "jsd", "rkl", "ce", "lk_hybrid"), PALETTE, strict=True))
+KNOWN = dict(zip(("kld", "tvd", "tvdpp", "nla", "jsd", "rkl", "ce", "lk_hybrid", "hit"), PALETTE, strict=True))
 YARDSTICKS = {
     "val/acceptance_rate": "acceptance rate α (higher is better)",
     "val/kld": "KLD, nats (lower is better)",

@@ -7,7 +7,8 @@ import torch
 
 from drafter.losses.block_losses import block, e2e_tvd
 from drafter.losses.chunked import Head, Predicted, chunked_sum, chunked_values
-from drafter.losses.divergences import kld, mix, tvd, tvdpp
+from drafter.losses.divergences import kld, tvd, tvdpp
+from drafter.losses.mixing import mix
 from drafter.losses.objective import Objective, objective_of
 from tests.objectives import LOSSES, at_positions, positions
 

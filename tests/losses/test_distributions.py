@@ -83,7 +83,7 @@ def test_a_target_with_nothing_outside_its_top_k_is_exact(one):
     torch.testing.assert_close(kld(p, sparse), kld(p, q))
 
 
-BIASED = ["nla", "lk_hybrid", "tvdpp position", "nla at 0.3", "kld of a nucleus", "kld_nla"]
+BIASED = ["hit", "hit of a match", "nla", "lk_hybrid", "tvdpp position", "nla at 0.3", "kld of a nucleus", "kld_nla"]
 
 
 @pytest.mark.parametrize("name", LOSSES)

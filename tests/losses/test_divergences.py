@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from drafter.losses.block_losses import e2e_tvd
-from drafter.losses.divergences import acceptance_rate, kld, mix, nla, tvd, tvdpp
-from drafter.losses.objective import Objective, check_chunks, objective_of
+from drafter.losses.divergences import acceptance_rate, nla, tvd, tvdpp
+from drafter.losses.mixing import mix
+from drafter.losses.objective import check_chunks, objective_of
 from tests.objectives import LOSSES, at_positions, positions
 
 N, V = 12, 30
@@ -56,6 +57,10 @@ def nucleus(q, top_p):
     return result / result.sum(-1, keepdim=True)
 
 
+def sharpen(p, power):
+    return p**power / (p**power).sum(-1, keepdim=True)
+
+
 def hybrid(p, q):
     share = (-3 * overlap(p, q)).exp().detach()
     return share * kl(q, p) + (1 - share) * 0.5 * (p - q).abs().sum(-1)
@@ -98,6 +103,8 @@ FORMULAS = {
     "tvd": (1.0, lambda p, q: 0.5 * (p - q).abs().sum(-1)),
     "nla": (1.0, lambda p, q: -overlap(p, q).log()),
     "nla at 0.3": (0.3, lambda p, q: -overlap(p, q).log()),
+    "hit": (1.0, lambda p, q: -(sharpen(p, 1 / 0.3) * q).sum(-1).log()),
+    "hit of a match": (0.6, lambda p, q: -(p * nucleus(q, 0.9)).sum(-1).log()),
     "lk_hybrid": (1.0, hybrid),
     "tvdpp": (1.0, lambda p, q: tvdpp_formula(p, q, "batch")),
     "tvdpp position": (1.0, lambda p, q: tvdpp_formula(p, q, "position")),
@@ -123,27 +130,6 @@ def test_value_and_gradient_are_those_of_the_formula(name, dtype, tolerance, log
 
 def test_every_loss_but_mixes_has_a_formula():
     assert {name for name, loss in LOSSES.items() if loss.func is not mix} == set(FORMULAS)
-
-
-def test_a_mix_is_the_weighted_sum_of_its_parts(logits):
-    p, q = logits
-    parts = [partial(kld, temperature=1.0), partial(nla, temperature=0.3)]
-    torch.testing.assert_close(mix(p, q, weights=[0.2, 3.0], parts=parts), 0.2 * parts[0](p, q) + 3 * parts[1](p, q))
-    torch.testing.assert_close(LOSSES["kld_nla"](p, q), 0.5 * parts[0](p, q) + 0.5 * parts[1](p, q))
-    ahead = mix(p, q, weights=[1.0, 1.0], parts=[kld, e2e_tvd], positions=positions(N, V))
-    torch.testing.assert_close(ahead, kld(p, q) + e2e_tvd(p, q, positions=positions(N, V)))
-    with pytest.raises(ValueError, match=r"loss.weights has 1 numbers for 2 loss.parts"):
-        mix(p, q, weights=[1.0], parts=parts)
-
-
-def test_a_mix_has_the_lookahead_and_the_batch_mean_of_its_parts():
-    parts = [kld, partial(e2e_tvd, num_speculative_tokens=5)]
-    assert objective_of(partial(mix, weights=[1, 1], parts=parts)).lookahead == 4
-    assert objective_of(kld) == Objective(kld)
-    assert objective_of(partial(mix, weights=[1, 1], parts=[kld, tvdpp])).batch_mean is not None
-    assert objective_of(LOSSES["tvdpp position"]).batch_mean is None
-    with pytest.raises(ValueError, match="several TVD"):
-        objective_of(partial(mix, weights=[1, 1], parts=[tvdpp, tvdpp]))
 
 
 def test_a_loss_that_depends_on_its_batch_without_declaring_it_is_refused():
@@ -221,7 +207,10 @@ def test_temperature_divides_both_models_logits(name, logits):
     torch.testing.assert_close(at_half(p, q), at_one(2 * p, 2 * q))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "ce" and "nucleus" not in name])
+WANT_ONE_TOKEN = {"ce", "hit", "hit of a match"}  # the target's most likely one, so that q is not the best drafter
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in WANT_ONE_TOKEN and "nucleus" not in name])
 def test_equal_distributions_give_no_gradient(name, logits):
     p, _ = logits
     values = at_positions(LOSSES[name], N, V)(p, p.detach())

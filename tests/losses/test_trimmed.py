@@ -17,7 +17,7 @@ N, V, H = 23, 40, 6
 IDS = [1, 2, 5, 8, 13, 21, 30, 31, 34, 39]
 KEPT = Kept.from_ids(IDS, V)
 INFINITE = {"kld", "kld of a nucleus", "kld_nla", "lk_hybrid", "ce"}  # over the full vocabulary
-OTHER_TEMPERATURE = {"kld of a nucleus", "kld_nla", "nla at 0.3"}  # or top_p
+OTHER_TEMPERATURE = {"kld of a nucleus", "kld_nla", "nla at 0.3", "hit of a match"}  # or top_p
 OTHER_SCALE = {"tvdpp", "tvdpp position"}  # its statistics are those of the K + 1 outcomes
 TOKENS = torch.tensor([IDS[n % 10] if n % 7 else 3 for n in range(N)])  # the token 3 is not kept
 WHERE = positions(N, V)._replace(tokens_N=TOKENS)
