@@ -125,7 +125,8 @@ def nla(
         >>> nla(torch.tensor([[1.0, 1.0]]).log(), torch.tensor([[3.0, 1.0]]).log())  # -log(3/4)
         tensor([0.2877])
     """
-    return -_log_alpha(pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("nla"))
+    both = pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("nla")
+    return _minus_log_sum(_log_overlap(both))
 
 
 def hit(
@@ -170,8 +171,7 @@ def hit(
     log_NV = both.log_p_NV + both.log_q_NV
     if isinstance(logits_q_NV, Trimmed):
         log_NV = log_NV[:, :-1]  # two tokens of the last outcome need not be the same one
-    never_N1 = (log_NV == -torch.inf).all(-1, keepdim=True)
-    return -log_NV.masked_fill(never_N1, 0.0).logsumexp(-1).masked_fill(never_N1[:, 0], 0.0)
+    return _minus_log_sum(log_NV)
 
 
 def lk_hybrid(
@@ -191,7 +191,7 @@ def lk_hybrid(
         tensor([0.1308])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("lk_hybrid")
-    lambda_N = (-rate * _log_alpha(both).detach().exp()).exp()
+    lambda_N = (-rate * _log_overlap(both).detach().exp().sum(-1)).exp()
     tvd_N = both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
     return lambda_N * both.kld() + (1 - lambda_N) * tvd_N
 
@@ -276,12 +276,18 @@ def acceptance_rate(
     tensor([0.7500])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
-    return both.sum(torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).exp())
+    return both.sum(_log_overlap(both).exp())
 
 
-def _log_alpha(both: Pair) -> torch.Tensor:
-    """Return log sum_x min(p, q) over the full vocabulary, without underflow."""
-    return torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV).logsumexp(-1)
+def _log_overlap(both: Pair) -> torch.Tensor:
+    """Return log min(p, q), shape (N, V)."""
+    return torch.where(both.log_p_NV < both.log_q_NV, both.log_p_NV, both.log_q_NV)
+
+
+def _minus_log_sum(log_NV: torch.Tensor) -> torch.Tensor:
+    """Return -log of the sums of exp without underflow; 0, without gradient, where no summand is above 0."""
+    never_N1 = (log_NV == -torch.inf).all(-1, keepdim=True)
+    return -log_NV.masked_fill(never_N1, 0.0).logsumexp(-1).masked_fill(never_N1[:, 0], 0.0)
 
 
 def _mean_reward(both: Pair, vocabulary: int, estimator: str) -> torch.Tensor:

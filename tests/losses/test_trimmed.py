@@ -53,6 +53,16 @@ def test_a_loss_is_that_of_the_full_vocabulary_with_other_logits_of_minus_infini
     assert ours[1].abs().max() > 0
 
 
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"kld_nla"}))
+def test_a_loss_is_finite_where_no_kept_token_is_in_the_targets_nucleus(name):
+    logits_p, logits_q = inputs()
+    logits_q[0, OTHERS[0]] = 30.0
+    loss = objective_of(partial(LOSSES[name], top_p=0.9))
+    values, gradient = value_and_gradient(loss(logits_p, Trimmed.from_logits(logits_q, KEPT), WHERE), logits_p)
+    assert values.isfinite().all()
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("spread", [0.3, 1e-3])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_kld_has_the_gradient_of_a_drafter_that_spreads_some_mass_over_the_other_tokens(spread, temperature):
