@@ -25,17 +25,32 @@ from drafter.warping import draw
 RULES = ("ratio", "argmax", "match")
 
 
-def check_rule(rule: str, key: str = "rule") -> None:
+def check_rule(rule: str) -> None:
     """Raise ValueError if there is no such acceptance rule.
 
     >>> check_rule("argmax")
     >>> check_rule("typical")
     Traceback (most recent call last):
     ...
-    ValueError: rule is 'typical', must be an acceptance rule: ratio, argmax or match
+    ValueError: the acceptance rule is 'typical', must be ratio, argmax or match
     """
     if rule not in RULES:
-        raise ValueError(f"{key} is {rule!r}, must be an acceptance rule: {', '.join(RULES[:-1])} or {RULES[-1]}")
+        raise ValueError(f"the acceptance rule is {rule!r}, must be {', '.join(RULES[:-1])} or {RULES[-1]}")
+
+
+def check_rules(rules: Sequence[str]) -> tuple[str, ...]:
+    """Return the acceptance rules as a tuple. Raise ValueError if there is none, an unknown one or one twice.
+
+    >>> check_rules(["ratio", "ratio"])
+    Traceback (most recent call last):
+    ...
+    ValueError: the acceptance rules are ['ratio', 'ratio'], must be at least one, each once
+    """
+    if isinstance(rules, str) or not rules or len(set(rules)) < len(rules):
+        raise ValueError(f"the acceptance rules are {rules!r}, must be at least one, each once")
+    for rule in rules:
+        check_rule(rule)
+    return tuple(rules)
 
 
 class Block(NamedTuple):
