@@ -15,9 +15,9 @@ from drafter.decoding.speculative import speculative_decode, speculative_decode_
 from drafter.models.packing import pack
 from drafter.warping import Sampling, warp
 from tests.conftest import small_model
-from tests.decoding.chi_square import FALSE_ALARM, chi_square_tail, p_value, p_value_of_zero
+from tests.decoding.chi_square import FALSE_ALARM, p_value, p_value_of_zero
 
-SAMPLES = 20_000
+SAMPLES = 10_000
 SAMPLINGS = [Sampling(temperature, top_p) for temperature in (1.0, 0.6) for top_p in (1.0, 0.9)]
 
 
@@ -55,7 +55,7 @@ def accept_all(given, generator):
 
 
 def bonus_from_q(right):
-    """A common mistake: the right acceptance probabilities, but the rejected token is still in the redrawn one's q."""
+    """A common mistake: the right acceptance probabilities, but the rejected token is still in the q that is redrawn from."""
 
     def rule(given, generator):
         found = right(given, generator)
@@ -160,7 +160,7 @@ def test_pairs_have_the_targets_distribution_and_the_predicted_acceptance(chain,
     assert is_correct(rule, chain, sampling, gamma) == (True, True)
 
 
-@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("gamma", [1, 3])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_rule_is_detected(chain, name, sampling, gamma):
@@ -182,10 +182,11 @@ class Chain:
     def forward(self, ids, starts, keep):
         return self.logits_VV[torch.tensor([row[-keep:] for row in ids])]
 
-    def keep_rows(self, rows):
+    def replace_row(self, row, ids):
         pass
 
-    replace_row = keep_rows
+    def keep_rows(self, rows):
+        pass
 
 
 @pytest.fixture
@@ -198,23 +199,15 @@ def models(chain, monkeypatch):
 
 
 def check_transitions(decoded, chain, sampling, first):
-    """Check each token's distribution given the one before it, and the predicted numbers of emitted tokens.
-
-    Blocks at the end of a sequence are left out of the latter: the length limit cuts their drafts.
-    """
+    """Check each token's distribution given the one before it, and the predicted numbers of emitted tokens."""
     q = warp(chain[1], sampling).double().numpy()
     counts = np.zeros_like(q)
     for one, token in zip(decoded, first, strict=True):
         np.add.at(counts, ([token, *one.tokens[:-1]], one.tokens), 1)
-    assert counts[q == 0].sum() == 0
-    expected = q * counts.sum(1, keepdims=True)
-    tested = expected >= 5
-    statistic = ((counts - expected)[tested] ** 2 / expected[tested]).sum()
-    # One less degree of freedom for each row whose tokens are all tested; the others have an untested remainder.
-    complete = tested.any(1) & (expected * ~tested == 0).all(1)
-    assert chi_square_tail(statistic, tested.sum() - complete.sum()) > FALSE_ALARM
-    differences = [len(block.emitted) - block.expected for one in decoded for block in one.blocks[:-2]]
-    assert not differences or p_value_of_zero(differences) > FALSE_ALARM
+    reached = counts.sum(1) > 0
+    assert min(map(p_value, counts[reached], q[reached])) > FALSE_ALARM / reached.sum()
+    differences = [len(block.emitted) - block.expected for one in decoded for block in one.blocks]
+    assert p_value_of_zero(differences) > FALSE_ALARM
 
 
 GAMMAS = [1, 3, 5, Adaptive(5, 0.4)]
@@ -225,20 +218,19 @@ GAMMAS = [1, 3, 5, Adaptive(5, 0.4)]
 @pytest.mark.parametrize("rule", RULES)
 def test_batched_decoding_by_each_rule_samples_the_targets_distribution(chain, models, rule, sampling, gamma):
     drafter, target = models
-    generator, prompts = torch.Generator().manual_seed(0), [[5, n % 6] if n % 2 else [n % 6] for n in range(900)]
+    generator, prompts = torch.Generator().manual_seed(0), [[5, n % 6] if n % 2 else [n % 6] for n in range(240)]
     options = DecodingOptions(8, sampling, rule=rule)
-    decoded = speculative_decode_batch(target, drafter, prompts, gamma, options, generator, 600)
+    decoded = speculative_decode_batch(target, drafter, prompts, gamma, options, generator, 200)
     check_transitions(decoded, chain, sampling, [prompt[-1] for prompt in prompts])
 
 
 @pytest.mark.parametrize("gamma", [3, Adaptive(5, 0.4)])
-@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[-1]])
 @pytest.mark.parametrize("rule", RULES)
-def test_decoding_one_sequence_by_each_rule_samples_the_targets_distribution(chain, models, rule, sampling, gamma):
+def test_decoding_one_sequence_by_each_rule_samples_the_targets_distribution(chain, models, rule, gamma):
     drafter, target = models
-    options = DecodingOptions(2500, sampling, rule=rule)
+    options = DecodingOptions(400, Sampling(0.8, 0.95), rule=rule)
     decoded = speculative_decode(target, drafter, [0], gamma, options, torch.Generator().manual_seed(0))
-    check_transitions([decoded], chain, sampling, [0])
+    check_transitions([decoded], chain, options.sampling, [0])
 
 
 @pytest.mark.parametrize("gamma", [3, Adaptive(4, 0.4)])
