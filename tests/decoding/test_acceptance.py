@@ -55,7 +55,7 @@ def accept_all(given, generator):
 
 
 def bonus_from_q(right):
-    """A common mistake: the right acceptance probabilities, but the rejected token is still in the q that is redrawn from."""
+    """A common mistake: the right acceptance probabilities, but a redraw from q with the rejected token."""
 
     def rule(given, generator):
         found = right(given, generator)
