@@ -3,6 +3,7 @@
 import copy
 import inspect
 import statistics
+from itertools import product
 
 import numpy as np
 import pytest
@@ -93,8 +94,9 @@ def ratio_and_error(tokens, blocks):
     return ratio, np.std(tokens - ratio * blocks) * len(tokens) ** 0.5 / blocks.sum()
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 0.9)])
+@pytest.mark.parametrize(
+    ("sampling", "rule"), [(Sampling(), "ratio"), *product([Sampling(1.0), Sampling(0.7, 0.9)], RULES)]
+)
 @pytest.mark.parametrize("gamma", [1, 3])
 def test_three_estimates_of_block_efficiency_agree(sampling, gamma, rule):
     target, drafter = small_model(1, 32, layers=2, sharpness=12.0), small_model(2, sharpness=12.0)
@@ -144,14 +146,15 @@ def noisy(target, level):
 def test_the_chain_and_decoding_agree_within_two_percent_on_real_text(rule):
     """Given the text that decoding writes, the chain has to predict the number of its blocks.
 
-    Both are of the same text, so that their difference has a standard error below 1%; with `argmax` the text determines
-    the blocks, and both are equal.
+    Both are of the same text, so that their difference has a standard error of about 1%; with `argmax` the text
+    determines the blocks, and both are equal.
     """
     target, tokenizer = load_target("assets/tiny-target"), load_tokenizer("assets/tiny-target")
     drafter, sampling, gamma = noisy(target, 0.3), Sampling(0.8), 3
     names = [name for name, value in vars(statistics).items() if inspect.isfunction(value)][:24]
     messages = [[{"role": "user", "content": f"Write the docstring of {name}"}] for name in names]
-    prompts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) * 6
+    prompts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    prompts *= 2 if rule == "argmax" else 5
     options = DecodingOptions(32, sampling, end_of_turn_ids("assets/tiny-target", tokenizer), rule)
     decoded = speculative_decode_batch(target, drafter, prompts, gamma, options, torch.Generator().manual_seed(0))
     measured, predicted = np.array([len(one.blocks) for one in decoded]), np.zeros(len(decoded))
@@ -162,8 +165,7 @@ def test_the_chain_and_decoding_agree_within_two_percent_on_real_text(rule):
         accept_N = acceptance_of_written(p_NV, q_NV, ids[0, start + 1 :], sampling, rule)
         predicted[number] = expected_blocks(accept_N[None], torch.tensor([len(one.tokens)]), gamma)
     error = np.std(measured - predicted) * len(decoded) ** 0.5 / measured.sum()
-    assert error < 0.01
+    assert error < 0.012
     assert predicted.sum() == pytest.approx(measured.sum(), rel=1e-9 if rule == "argmax" else 0.02)
     expected = sum(block.expected for one in decoded for block in one.blocks)
     assert expected == pytest.approx(sum(len(one.tokens) for one in decoded), rel=0.02)
-    print(rule, measured.sum(), predicted.sum(), error, expected, sum(len(one.tokens) for one in decoded))
