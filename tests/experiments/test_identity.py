@@ -34,7 +34,6 @@ TRAINED = ["loss=kld", "seed=1"]
         ("finetune", [*TRAINED, "trainer.precision=bf16-true"], "settings.trainer"),
         ("finetune", [*TRAINED, "+trainer.limit_train_batches=3"], "settings.trainer"),
         ("finetune", [*TRAINED, "target.dtype=bfloat16"], "settings.target_dtype"),
-        ("finetune", [*TRAINED, "finetune.acceptance_rules=[ratio,argmax]"], "settings: .*acceptance_rules"),
         ("evaluate", ["target.dtype=bfloat16"], "settings.target_dtype"),
         ("evaluate", ["task.prompts.max_new_tokens=7"], "settings.tasks"),
     ],

@@ -279,7 +279,6 @@ def test_an_empty_corpus_is_refused(world, tmp_path):
         ),
         ("respond.max_new_tokens=213", ValueError, "exceed the context of the target assets/tiny-target, 512 tokens"),
         ("drafter.max_position_embeddings=256", ValueError, "exceed the context of the drafter .*, 256 tokens"),
-        ("finetune.acceptance_rules=[typical]", ValueError, "acceptance rule is 'typical', must be ratio, argmax or"),
     ],
 )
 def test_the_pipeline_refuses_a_wrong_value_of_its_last_stage_before_the_first_computes(
