@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from drafter.artifacts.manifest import fingerprint, read_manifest, require
 from drafter.artifacts.rows import Rows
 from drafter.data.target_cache import format_kind, require_output_embedding
+from drafter.decoding.acceptance import check_rules
 from drafter.losses.chunked import Head, Predicted
 from drafter.losses.distributions import Drawn
 from drafter.losses.objective import Loss
@@ -84,6 +85,7 @@ def finetune(cfg: DictConfig) -> None:
         batch_tokens=cfg.finetune.batch_tokens,
         kept=chosen.kept,
         sampled=chosen.sampled,
+        acceptance_rules=plain(cfg.finetune.acceptance_rules),
     )
     identity = finetuned_identity(cfg)
     steps = KeptSteps(stage.directory, cfg.name, tokenizer, cfg.finetune.keep_every, identity, chosen.kept)
@@ -129,6 +131,7 @@ def check(cfg: DictConfig) -> tuple[Loss, Weighting]:
     """Return the loss and the weighting, after trying both on two positions, so that wrong settings fail at once."""
     check_precision(cfg.trainer.precision)
     optimization(cfg)
+    check_rules(plain(cfg.finetune.acceptance_rules))
     if not cfg.inputs.cache:
         check_parallel(cfg.target.parallel, "fsdp", "finetune")
     trimmed = check_kept(cfg, "finetune", cfg.inputs.drafter)

@@ -150,9 +150,10 @@ def world(tmp_path_factory):
     return overrides, folder / "run"
 
 
-def answered(prompt_ids, response_ids, temperature=1.0):
-    """Return a sample of a prompt and its response."""
-    return response_sequence({"prompt_ids": prompt_ids, "response_ids": response_ids, "temperature": temperature})
+def answered(prompt_ids, response_ids, temperature=1.0, cached=None):
+    """Return a sample of a prompt and its response, with the target's distributions if they are given."""
+    row = {"prompt_ids": prompt_ids, "response_ids": response_ids, "temperature": temperature}
+    return response_sequence(row, cached)
 
 
 def finished_rows(folder, files, stage):

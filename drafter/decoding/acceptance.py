@@ -1,6 +1,18 @@
-"""The acceptance rule of speculative decoding, which keeps the target's distribution, and the block that results.
+"""The acceptance rules of speculative decoding, which keep the target's distribution, and the block that results.
 
-Source: Leviathan et al., arXiv 2211.17192, algorithm 1. Shapes: B sequences, G drafted tokens, V vocabulary.
+Let p be the drafter's warped distribution and q the target's. Above temperature 0, engines follow one of three rules:
+
+- `ratio`: the draft x is drawn from p, and accepted with probability min(1, q(x) / p(x)); after a rejection the token
+  is drawn from max(q - p, 0), normalised (Leviathan et al., arXiv 2211.17192, algorithm 1).
+- `argmax`: the draft x is the most likely token of p, and accepted with probability q(x); after a rejection the token
+  is drawn from q without x, normalised.
+- `match`: the draft x is drawn from p, and accepted if an independent draw from q equals it; if not, that draw is the
+  token. So x is accepted with probability q(x), and the token after a rejection is distributed as q without x.
+
+`argmax` and `match` differ in the draft alone: both are the first rule with a p that is certain of the draft. At
+temperature 0 the three are the same.
+
+Shapes: B sequences, G drafted tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -9,6 +21,36 @@ from typing import NamedTuple
 import torch
 
 from drafter.warping import draw
+
+RULES = ("ratio", "argmax", "match")
+
+
+def check_rule(rule: str) -> None:
+    """Raise ValueError if there is no such acceptance rule.
+
+    >>> check_rule("argmax")
+    >>> check_rule("typical")
+    Traceback (most recent call last):
+    ...
+    ValueError: the acceptance rule is 'typical', must be ratio, argmax or match
+    """
+    if rule not in RULES:
+        raise ValueError(f"the acceptance rule is {rule!r}, must be {', '.join(RULES[:-1])} or {RULES[-1]}")
+
+
+def check_rules(rules: Sequence[str]) -> tuple[str, ...]:
+    """Return the acceptance rules as a tuple. Raise ValueError if there is none, an unknown one or one twice.
+
+    >>> check_rules(["ratio", "ratio"])
+    Traceback (most recent call last):
+    ...
+    ValueError: the acceptance rules are ['ratio', 'ratio'], must be at least one, each once
+    """
+    if isinstance(rules, str) or not rules or len(set(rules)) < len(rules):
+        raise ValueError(f"the acceptance rules are {rules!r}, must be at least one, each once")
+    for rule in rules:
+        check_rule(rule)
+    return tuple(rules)
 
 
 class Block(NamedTuple):
@@ -75,7 +117,7 @@ class VerificationTensors(NamedTuple):
 
 def verify(
     drafted_BG: torch.Tensor,
-    p_BGV: torch.Tensor,
+    p_BGV: torch.Tensor | None,
     q_BGV: torch.Tensor,
     generator: torch.Generator | None = None,
 ) -> VerificationTensors:
@@ -83,23 +125,28 @@ def verify(
 
     Token x_i is accepted with probability min(1, q(x_i) / p(x_i)). After a rejection the bonus token is drawn from
     max(q - p, 0), normalised; if all are accepted, from the target's last distribution. The tokens are then a sample
-    of the target's distribution.
+    of the target's distribution. Without p, each draft is taken as certain, p(x_i) = 1, which is correct however it was
+    chosen, as long as that does not depend on the random numbers drawn here.
 
     Args:
         drafted_BG: the drafted token ids; each is drawn from the distribution in p_BGV at its position.
-        p_BGV: the drafter's warped probabilities at G positions.
+        p_BGV: the drafter's warped probabilities at G positions for the rule `ratio`; None for `argmax` and `match`.
         q_BGV: the target's warped probabilities at G + 1 positions.
         generator: the source of random numbers; None for PyTorch's default.
     """
     count = drafted_BG.shape[1]
     drafted_BG1 = drafted_BG[..., None]
-    p_BG, q_BG = p_BGV.gather(-1, drafted_BG1)[..., 0], q_BGV[:, :count].gather(-1, drafted_BG1)[..., 0]
+    q_BG = q_BGV[:, :count].gather(-1, drafted_BG1)[..., 0]
+    p_BG = torch.ones_like(q_BG) if p_BGV is None else p_BGV.gather(-1, drafted_BG1)[..., 0]
     uniform_BG = torch.rand(p_BG.shape, generator=generator, device=p_BG.device)
     accepted_B = (uniform_BG * p_BG < q_BG).long().cumprod(1).sum(1)
     bonus_BV = _at(q_BGV, accepted_B)
     if count:
-        rejected_BV = _at(p_BGV, accepted_B.clamp_max(count - 1))
-        residual_BV = (bonus_BV - rejected_BV).clamp_min(0)
+        last_B = accepted_B.clamp_max(count - 1)
+        if p_BGV is None:
+            residual_BV = bonus_BV.scatter(1, drafted_BG.gather(1, last_B[:, None]), 0.0)
+        else:
+            residual_BV = (bonus_BV - _at(p_BGV, last_B)).clamp_min(0)
         # If p equals q up to rounding, the residual may be zero everywhere; a rejection is then all but impossible.
         use_B1 = (accepted_B[:, None] < count) & (residual_BV.sum(-1, keepdim=True) > 0)
         bonus_BV = torch.where(use_B1, residual_BV, bonus_BV)
@@ -113,7 +160,7 @@ def _at(values_BGV: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
 
 
 def verify_greedy(drafted: list[list[int]], best: list[list[int]]) -> Verification:
-    """Apply the acceptance rule to greedy decoding, where a token is accepted if it is the target's most likely one.
+    """Verify greedy decoding, where each of the rules accepts a token if it is the target's most likely one.
 
     Args:
         drafted: G drafted tokens per sequence.

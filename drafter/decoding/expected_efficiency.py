@@ -1,10 +1,13 @@
 """The expected block efficiency of a drafter, computed from sequences that the target generated, without decoding.
 
 Consider a token x that the target generated at a position where the drafter proposes a token. Given the sequence, the
-draft was accepted there with probability min(1, p(x) / q(x)), independently of all other positions: the probability
-that x is proposed and accepted is min(p(x), q(x)), and that x is generated is q(x). So the blocks that cover a given
-sequence form a Markov chain over its positions, and their expected number is a sum, without sampling. One forward pass
-of each model over the sequences gives it for every gamma.
+draft was accepted there with a probability that is independent of all other positions: the probability that x is
+proposed and accepted, divided by q(x), the probability that x is generated. With the acceptance rule `ratio` it is
+min(p(x), q(x)) / q(x) = min(1, p(x) / q(x)). With `argmax` it is 1 if x is the drafter's most likely token, which is
+accepted with probability q(x), and 0 otherwise. With `match` it is p(x), as x is proposed and accepted with probability
+p(x) q(x). So the blocks that cover a given sequence form a Markov chain over its positions, and their expected number
+is a sum, without sampling. One forward pass of each model over the sequences gives it for every gamma and every rule;
+`argmax` and `match` need none of the target.
 
 The sequences have to be drawn from the target with the temperature and top-p at which the models are compared.
 
@@ -14,35 +17,57 @@ Shapes: B sequences, L tokens of the longest, N positions, V vocabulary.
 import numpy as np
 import torch
 
+from drafter.decoding.acceptance import check_rule
 from drafter.warping import Sampling, double, warp
 
 
 def acceptance_of_written(
-    logits_p_NV: torch.Tensor, logits_q_NV: torch.Tensor, tokens_N: torch.Tensor, sampling: Sampling
+    logits_p_NV: torch.Tensor,
+    logits_q_NV: torch.Tensor | None,
+    tokens_N: torch.Tensor,
+    sampling: Sampling,
+    rule: str = "ratio",
 ) -> torch.Tensor:
-    """Return the acceptance probabilities min(1, p(x) / q(x)) of generated tokens x, shape (N,).
+    """Return the acceptance probabilities of generated tokens x, shape (N,), by an acceptance rule.
 
-    If q(x) is zero, as happens when rounding moves the boundary of the nucleus, the result is 1 where p(x) > 0.
+    With `ratio`, if q(x) is zero, as happens when rounding moves the boundary of the nucleus, the result is 1 where
+    p(x) > 0.
 
-    >>> logits_p_NV = torch.tensor([[0.1, 0.9], [0.5, 0.5]]).log()
-    >>> logits_q_NV = torch.tensor([[0.5, 0.5], [0.2, 0.8]]).log()
-    >>> acceptance_of_written(logits_p_NV, logits_q_NV, torch.tensor([0, 1]), Sampling(temperature=1.0))
-    tensor([0.2000, 0.6250])
-    >>> acceptance_of_written(logits_p_NV, logits_q_NV, torch.tensor([0, 1]), Sampling(temperature=0.0))
-    tensor([0., 0.])
+    >>> logits_p_NV = torch.tensor([[0.1, 0.9], [0.4, 0.6]]).log()
+    >>> logits_q_NV, tokens_N = torch.tensor([[0.5, 0.5], [0.2, 0.8]]).log(), torch.tensor([0, 1])
+    >>> acceptance_of_written(logits_p_NV, logits_q_NV, tokens_N, Sampling(temperature=1.0))
+    tensor([0.2000, 0.7500])
+    >>> acceptance_of_written(logits_p_NV, None, tokens_N, Sampling(temperature=1.0), "argmax")
+    tensor([0., 1.])
+    >>> acceptance_of_written(logits_p_NV, None, tokens_N, Sampling(temperature=1.0), "match")
+    tensor([0.1000, 0.6000])
+    >>> acceptance_of_written(logits_p_NV, None, tokens_N, Sampling(temperature=0.0))
+    tensor([0., 1.])
 
     Args:
         logits_p_NV: the drafter's logits.
-        logits_q_NV: the target's logits.
+        logits_q_NV: the target's logits, which the rule `ratio` needs above temperature 0; else it may be None.
         tokens_N: the tokens that the target generated.
         sampling: how both models' logits are warped.
+        rule: the acceptance rule, one of acceptance.RULES.
+
+    Raises:
+        ValueError: the rule is unknown, or needs the target's logits, which are None.
     """
-    if sampling.temperature == 0:
+    check_rule(rule)
+    if sampling.temperature == 0 or rule == "argmax":
         return (logits_p_NV.argmax(-1) == tokens_N).float()
-    p_N, q_N = (
-        warp(logits_NV, sampling).gather(-1, tokens_N[:, None])[:, 0] for logits_NV in (logits_p_NV, logits_q_NV)
-    )
+    p_N = _probability(logits_p_NV, tokens_N, sampling)
+    if rule == "match":
+        return p_N
+    if logits_q_NV is None:
+        raise ValueError(f"the rule 'ratio' needs the target's logits above temperature 0, and here it is {sampling}")
+    q_N = _probability(logits_q_NV, tokens_N, sampling)
     return torch.where(q_N > 0, (p_N / q_N.clamp_min(1e-30)).clamp_max(1), (p_N > 0).float())
+
+
+def _probability(logits_NV: torch.Tensor, tokens_N: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    return warp(logits_NV, sampling).gather(-1, tokens_N[:, None])[:, 0]
 
 
 def expected_blocks(accept_BL: torch.Tensor, lengths_B: torch.Tensor, num_speculative_tokens: int) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""The settings of a decoding: length, sampling, stop tokens, and the number of drafted tokens per block."""
+"""The settings of a decoding: length, sampling, stop tokens, acceptance rule, and the drafted tokens per block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from drafter.decoding.acceptance import check_rule
 from drafter.warping import Sampling, check_sampling
 
 
@@ -15,19 +16,23 @@ class DecodingOptions:
         max_new_tokens: the most tokens to generate, at least 1.
         sampling: temperature, top-p and top-k; greedy by default.
         stop_ids: tokens that end a sequence. The stop token is part of the result.
+        rule: the acceptance rule of speculative decoding, one of acceptance.RULES. The result has the target's
+            distribution under each; they differ in the drafts, and in how many of them are accepted.
 
     Raises:
-        ValueError: max_new_tokens is below 1, or a setting of `sampling` is out of its range.
+        ValueError: max_new_tokens is below 1, a setting of `sampling` is out of its range, or the rule is unknown.
     """
 
     max_new_tokens: int
     sampling: Sampling = Sampling()  # noqa: RUF009 (immutable)
     stop_ids: Sequence[int] = ()
+    rule: str = "ratio"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}, must be at least 1")
         check_sampling(self.sampling)
+        check_rule(self.rule)
 
 
 class Adaptive(NamedTuple):

@@ -2,11 +2,12 @@
 
 In each block the drafter proposes gamma tokens, one target call scores them all, `verify` accepts a prefix such that
 the output keeps the target's distribution exactly, and the target adds one bonus token (Leviathan et al., arXiv
-2211.17192, algorithm 1). Both models' logits are warped (temperature, top-k, top-p) before verification.
+2211.17192, algorithm 1). Both models' logits are warped (temperature, top-k, top-p) before verification. What is
+drafted and what is accepted depends on the acceptance rule (see `acceptance`).
 
 The number of drafted tokens may depend on the drafter's confidence in the tokens of the block so far (`Adaptive`).
-Decoding remains lossless: the rule depends on the drafts alone, and each token is verified against the distribution
-that it was drawn from.
+Decoding remains lossless: whether a token is drafted depends on the earlier drafts alone, and each drafted token is
+verified, against the distribution that it was drawn from if the acceptance rule uses it.
 
 Shapes: B sequences, G drafted tokens, V vocabulary.
 """
@@ -48,7 +49,7 @@ def speculative_decode(
         drafter: the model that proposes tokens.
         prompt: the prompt's token ids.
         num_speculative_tokens: gamma, the number of drafted tokens per block, or the rule that chooses it.
-        options: length limit, sampling and stop tokens.
+        options: length limit, sampling, stop tokens and acceptance rule.
         generator: the source of random numbers; None for PyTorch's default.
         on_block: is called with each block as soon as it is verified, for example to show its text.
 
@@ -146,7 +147,7 @@ def max_length(prompt: list[int], options: DecodingOptions, *models: Decodable) 
 
 
 class _Drafts(NamedTuple):
-    """The drafted tokens (B, G), and the distribution that each was drawn from (none if greedy)."""
+    """The drafted tokens (B, G), and the distribution that each was drawn from where the verification needs it."""
 
     tokens_BG: torch.Tensor
     p_GBV: list[torch.Tensor]
@@ -177,10 +178,10 @@ def _decode(
         # The last token of a sequence is always a bonus token, so a draft never goes beyond the limit.
         most = min(max_draft_length(num_speculative_tokens), max(one.remaining for one in active) - 1)
         threshold = num_speculative_tokens.threshold if isinstance(num_speculative_tokens, Adaptive) else None
-        drafts = _draft(drafter, active, most, threshold, options.sampling, generator)
+        drafts = _draft(drafter, active, most, threshold, options, generator)
         clock.add_drafting()
         drafted = drafts.tokens_BG.tolist()
-        found = _verify(target, active, drafted, drafts, options.sampling, generator)
+        found = _verify(target, active, drafted, drafts, options, generator)
         clock.add_verifying()
         for generation, tokens, accepted, bonus, probabilities in zip(
             active, drafted, found.accepted, found.bonus, found.acceptance_probabilities, strict=True
@@ -217,20 +218,23 @@ def _draft(
     active: list[Generation],
     count: int,
     threshold: float | None,
-    sampling: Sampling,
+    options: DecodingOptions,
     generator: torch.Generator | None,
 ) -> _Drafts:
     """Draft `count` tokens per sequence, or until no sequence's drafts have a probability of at least `threshold`."""
     ids, starts = [one.tokens[one.drafter_cached :] for one in active], [one.drafter_cached for one in active]
     tokens, probabilities, confidence_B = [], [], torch.ones(len(active))
+    is_greedy = options.sampling.temperature == 0
     for step in range(count):
         logits_BV = drafter.forward(ids, starts, 1)[:, -1]
-        if sampling.temperature == 0:
+        if is_greedy or options.rule == "argmax":
             drafted_B = logits_BV.argmax(-1)
-            p_BV = None if threshold is None else logits_BV.float().softmax(-1)
+            # Greedy decoding has no distribution: the drafter's confidence is then that at temperature 1.
+            p_BV = None if threshold is None else warp(logits_BV, Sampling(1.0) if is_greedy else options.sampling)
         else:
-            p_BV = warp(logits_BV, sampling)
-            probabilities.append(p_BV)
+            p_BV = warp(logits_BV, options.sampling)
+            if options.rule == "ratio":
+                probabilities.append(p_BV)
             drafted_B = draw(p_BV, generator)
         tokens.append(drafted_B)
         if threshold is not None and p_BV is not None:
@@ -248,17 +252,18 @@ def _verify(
     active: list[Generation],
     drafted: list[list[int]],
     drafts: _Drafts,
-    sampling: Sampling,
+    options: DecodingOptions,
     generator: torch.Generator | None,
 ) -> Verification:
     """Score the drafts with one target call, and apply the acceptance rule."""
     count = drafts.tokens_BG.shape[1]
     ids = [one.tokens[one.target_cached :] + tokens for one, tokens in zip(active, drafted, strict=True)]
     logits_BGV = target.forward(ids, [one.target_cached for one in active], count + 1)
-    if sampling.temperature == 0:
+    if options.sampling.temperature == 0:
         return verify_greedy(drafted, logits_BGV.argmax(-1).tolist())
-    q_BGV = warp(logits_BGV, sampling)
-    p_BGV = torch.stack(drafts.p_GBV, 1) if count else q_BGV[:, :0]
+    q_BGV, p_BGV = warp(logits_BGV, options.sampling), None
+    if options.rule == "ratio":
+        p_BGV = torch.stack(drafts.p_GBV, 1) if count else q_BGV[:, :0]
     return verify(drafts.tokens_BG, p_BGV, q_BGV, generator).to_lists()
 
 

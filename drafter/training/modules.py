@@ -8,6 +8,7 @@ that are kept; `losses.trimmed.Trimmed` says what a distillation loss is, and `y
 Shapes: B sequences, T tokens, P predicted positions of a batch, N of them in responses, V vocabulary, H hidden size.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import lightning
@@ -153,6 +154,7 @@ class Distillation(lightning.LightningModule):
         batch_tokens: the most tokens, with padding, of a forward pass of one rank; see `data.forward`.
         kept: the tokens that the drafter is to propose; None: all.
         sampled: the tokens that a step trains a drafter with that is to propose all; None: all.
+        acceptance_rules: those for which the block efficiency is logged; see `decoding.acceptance`.
     """
 
     def __init__(
@@ -170,6 +172,7 @@ class Distillation(lightning.LightningModule):
         batch_tokens: int | None = None,
         kept: Kept | None = None,
         sampled: SampledTokens | None = None,
+        acceptance_rules: Sequence[str] = ("ratio",),
     ):
         super().__init__()
         check_drafter_head(drafter)
@@ -178,7 +181,7 @@ class Distillation(lightning.LightningModule):
         self.kept, self.sampled = kept, sampled
         self.learning_rate, self.optimization = learning_rate, optimization
         self.target = FrozenTarget(target, shard_target, batch_tokens)
-        self._yardsticks = Yardsticks(num_speculative_tokens, response_top_p)
+        self._yardsticks = Yardsticks(num_speculative_tokens, response_top_p, acceptance_rules)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:

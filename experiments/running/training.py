@@ -54,6 +54,7 @@ WHEN_USED = {
     "kept_tokens",
     "sampled_tokens",
     "distillation",
+    "acceptance_rules",
 }  # settings that the identity has only where they change something
 
 
@@ -62,6 +63,8 @@ def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
     settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS | WHEN_USED}
     tokens = {name: cfg[section][name] for name in ("kept_tokens", "sampled_tokens")}
     settings |= {name: number for name, number in tokens.items() if number is not None}
+    if (rules := plain(cfg[section]).get("acceptance_rules", ["ratio"])) != ["ratio"]:
+        settings["acceptance_rules"] = rules
     trainer = {name: values(value) for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
     how = {group: named_values(cfg[group], group) for group in ("optimizer", "schedule")}
     return {**settings, **how, "trainer": trainer, "seed": cfg.seed}

@@ -1,4 +1,4 @@
-"""Decoding is lossless and counts are exact; wrong acceptance rules show that the statistical tests can fail."""
+"""Decoding is lossless and counts are exact. `test_acceptance` has the tests of the acceptance rules themselves."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from drafter.decoding.acceptance import Block, verify
+from drafter.decoding.acceptance import Block
 from drafter.decoding.options import Adaptive, DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
 from drafter.warping import Sampling, draw, in_nucleus, warp
 from tests.conftest import VOCABULARY, small_model
+from tests.decoding.chi_square import FALSE_ALARM, p_value
 
 GREEDY = Sampling()
 STOP, SHORT = DecodingOptions(30, stop_ids=[5]), DecodingOptions(20, stop_ids=[5])
@@ -131,88 +132,7 @@ def test_a_copy_of_the_target_is_always_accepted(target, gamma, sampling):
     assert len(decoded.tokens) / len(decoded.blocks) == gamma + 1
 
 
-# The chi-square tests below accept a correct decoder with probability 1 - 1e-3 each (fixed seeds: it is decided once).
-FALSE_ALARM = 1e-3
-SAMPLES = 20_000
 SAMPLINGS = [Sampling(temperature, top_p) for temperature in (1.0, 0.6) for top_p in (1.0, 0.9)]
-
-
-def chi_square_tail(statistic, freedom):
-    """Return P(X > statistic) for X ~ chi-square, by the regularised incomplete gamma function."""
-    half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
-
-
-def p_value(counts, probabilities):
-    """Return the p-value of the hypothesis that the counts come from the probabilities."""
-    expected = probabilities * counts.sum()
-    pooled = expected >= 5  # the usual condition; rarer tokens form one cell
-    observed = np.append(counts[pooled], counts[~pooled].sum())
-    expected = np.append(expected[pooled], expected[~pooled].sum())
-    kept = expected > 0
-    assert observed[~kept].sum() == 0, "a token was generated that has probability 0"
-    if kept.sum() == 1:
-        return 1.0  # only one outcome is possible
-    statistic = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
-    return chi_square_tail(statistic, kept.sum() - 1)
-
-
-def accept_all(drafted, p, q, generator):
-    found = verify(drafted, p, q, generator)
-    bonus = torch.multinomial(q[:, -1], 1, generator=generator)[:, 0]
-    return found._replace(accepted_B=torch.full_like(found.accepted_B, drafted.shape[1]), bonus_B=bonus)
-
-
-def resample_from_q(drafted, p, q, generator):
-    """A common mistake: the right acceptance probabilities, but a bonus token from q rather than the residual."""
-    found = verify(drafted, p, q, generator)
-    bonus = torch.multinomial(q[torch.arange(len(q)), found.accepted_B], 1, generator=generator)[:, 0]
-    return found._replace(bonus_B=bonus)
-
-
-def pairs_from(rule, p, q, gamma, generator):
-    """Return the histogram of SAMPLES decoded pairs of tokens, from first-order chains p and q, (V, V) each."""
-
-    def block(last):
-        states = [last]
-        for _ in range(gamma):
-            states.append(torch.multinomial(p[states[-1]], 1, generator=generator)[:, 0])
-        states = torch.stack(states, 1)
-        accepted, bonus, _ = rule(states[:, 1:], p[states[:, :-1]], q[states], generator)
-        positions = torch.arange(gamma + 1)
-        return accepted, torch.where(
-            positions < accepted[:, None], states[:, 1:][:, positions.clamp_max(gamma - 1)], bonus[:, None]
-        )
-
-    accepted, emitted = block(torch.zeros(SAMPLES, dtype=torch.long))
-    _, again = block(emitted[:, 0])
-    second = torch.where(accepted > 0, emitted[:, 1], again[:, 0])
-    return np.bincount(emitted[:, 0] * len(p) + second, minlength=len(p) ** 2)
-
-
-@pytest.fixture(scope="module")
-def chain():
-    generator = torch.Generator().manual_seed(3)
-    return (2 * torch.randn(2, 6, 6, generator=generator)).unbind(0)
-
-
-@pytest.mark.parametrize("gamma", [1, 3, 5])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_pairs_of_sampled_tokens_have_the_targets_distribution(chain, sampling, gamma):
-    p, q = (warp(logits, sampling) for logits in chain)
-    counts = pairs_from(verify, p, q, gamma, torch.Generator().manual_seed(0))
-    assert p_value(counts, (q[0][:, None] * q).flatten().double().numpy()) > FALSE_ALARM
-
-
-@pytest.mark.parametrize("gamma", [1, 3, 5])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("rule", [accept_all, resample_from_q])
-def test_a_wrong_acceptance_rule_is_detected(chain, rule, sampling, gamma):
-    p, q = (warp(logits, sampling) for logits in chain)
-    counts = pairs_from(rule, p, q, gamma, torch.Generator().manual_seed(0))
-    expected = (q[0][:, None] * q).flatten().double().numpy()
-    # A token with probability 0 suffices, without any statistic.
-    assert counts[expected == 0].sum() > 0 or p_value(counts, expected) < FALSE_ALARM
 
 
 def distribution_of_pairs(target, prompt, sampling):

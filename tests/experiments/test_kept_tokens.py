@@ -1,4 +1,7 @@
-"""The settings `kept_tokens`, `sampled_tokens` and `pretrain.distillation`: what they choose, refuse and identify."""
+"""Settings that the identity has only where they are used: what they choose, refuse and identify.
+
+They are `kept_tokens`, `sampled_tokens`, `finetune.acceptance_rules` and `pretrain.distillation`.
+"""
 
 import json
 import logging
@@ -15,6 +18,7 @@ from drafter.losses.trimmed import Kept, Trimmed
 from drafter.models.loading import vocabulary_width
 from drafter.models.trimming import read_kept, write_kept
 from experiments.export import check_head
+from experiments.finetune import check
 from experiments.running.composing import concerning, first_key
 from experiments.running.inputs import target_source
 from experiments.running.jobs import Job
@@ -80,6 +84,18 @@ def test_a_drafter_with_sampled_tokens_keeps_all(config):
     assert chosen.sampled.kept.ids_K.tolist() == kept.ids_K.tolist()
     assert (chosen.sampled.number, chosen.sampled.seed) == (9, 5)
     assert len(chosen.sampled.of_step(0).rows) == 13
+
+
+def test_acceptance_rules_are_checked_first_and_identify_a_run_where_they_are_not_the_default(config):
+    settings = [
+        training_settings(config("finetune", *overrides), "finetune")
+        for overrides in ([], ["finetune.acceptance_rules=[ratio]"], ["finetune.acceptance_rules=[ratio,argmax]"])
+    ]
+    assert "acceptance_rules" not in settings[0]
+    assert settings[1] == settings[0]
+    assert settings[2] == {**settings[0], "acceptance_rules": ["ratio", "argmax"]}
+    with pytest.raises(ValueError, match="the acceptance rule is 'typical', must be ratio, argmax or match"):
+        check(config("finetune", "finetune.acceptance_rules=[typical]"))
 
 
 @pytest.mark.parametrize(
@@ -250,6 +266,7 @@ def test_a_drafter_is_pretrained_and_finetuned_trimmed_and_evaluated(world, tmp_
     assert read_kept(tmp_path / "finetune" / "chosen") == ids
     # With others sampled in each step, the drafter proposes all tokens.
     sampling = [*whole, "name=sampled", "finetune.sampled_tokens=10", "finetune.keep_every=3"]
+    sampling.append("finetune.acceptance_rules=[ratio,argmax]")
     stage("finetune", [*sparse, *sampling, "finetune.validate_every=3"])
     sampled = tmp_path / "finetune" / "sampled"
     for path in (sampled, *(sampled / "steps").iterdir()):
@@ -258,6 +275,7 @@ def test_a_drafter_is_pretrained_and_finetuned_trimmed_and_evaluated(world, tmp_
     manifest = read_manifest(sampled, "finetune")
     assert manifest["settings"]["sampled_tokens"] == 10
     assert manifest["counts"]["val/kld"] > 0
+    assert manifest["counts"]["val/block_efficiency_sampled_argmax"] >= 1
     stage("evaluate", [*here, f"drafters=[{made},{sampled}]", f"out={tmp_path}/evaluate"])
     for name in ("own", "sampled"):
         evaluated = read_manifest(tmp_path / "evaluate" / name, "evaluate")["counts"]

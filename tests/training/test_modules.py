@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 from drafter.data.batches import Sequence, collate
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
+from drafter.losses.distributions import Drawn
 from drafter.losses.divergences import kld, tvd, tvdpp
 from drafter.models.inspection import hidden_states
 from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Distillation, Pretraining, check_precision
 from drafter.training.next_token import next_token_loss
 from drafter.training.samples import InMemory
+from drafter.training.yardsticks import Yardsticks
 from drafter.warping import Sampling
 from tests.conftest import answered, capped, small_model
 
@@ -145,19 +147,61 @@ def test_a_batch_of_text_alone_trains_on_its_text(target):
         torch.testing.assert_close(module.training_step(collate(TEXT), 0), reference)
 
 
-def test_block_efficiency_is_logged_for_greedy_and_for_sampled_responses(target):
-    module = Distillation(target, trainable(), kld, 0.0, 1e-9, num_speculative_tokens=2, response_top_p=0.9)
+@pytest.mark.parametrize("rules", [("ratio",), ("match", "ratio", "argmax")])
+def test_block_efficiency_is_logged_for_greedy_and_for_sampled_responses_by_each_rule(target, rules):
+    module = Distillation(
+        target,
+        trainable(),
+        kld,
+        0.0,
+        1e-9,
+        num_speculative_tokens=2,
+        response_top_p=0.9,
+        acceptance_rules=rules,
+    )
     rows = [(0.0, [7, 8, 9, 10, 11]), (1.0, [3, 4, 5]), (0.7, [20, 21, 22, 23]), (0.0, [5])]
     samples = [answered([1, 2], tokens, temperature) for temperature, tokens in rows]
     metrics = fit(module, steps=1, validation=samples).callback_metrics
-    sums = {True: [0, 0.0], False: [0, 0.0]}
-    for temperature, tokens in rows:
-        ids = torch.tensor([[1, 2, *tokens]])
-        with torch.no_grad():
-            p, q = (model(input_ids=ids).logits[0, 1:-1] for model in (module.drafter, target))
-        accept = acceptance_of_written(p, q, torch.tensor(tokens), Sampling(temperature, 0.9))
-        total = sums[temperature == 0]
-        total[0] += len(tokens)
-        total[1] += expected_blocks(accept[None], torch.tensor([len(tokens)]), 2).item()
-    for name, (tokens, blocks) in (("greedy", sums[True]), ("sampled", sums[False])):
-        assert metrics[f"val/block_efficiency_{name}"].item() == pytest.approx(tokens / blocks, rel=1e-4)
+    for rule in rules:
+        sums = {True: [0, 0.0], False: [0, 0.0]}
+        for temperature, tokens in rows:
+            ids = torch.tensor([[1, 2, *tokens]])
+            with torch.no_grad():
+                p, q = (model(input_ids=ids).logits[0, 1:-1] for model in (module.drafter, target))
+            accept = acceptance_of_written(p, q, torch.tensor(tokens), Sampling(temperature, 0.9), rule)
+            total = sums[temperature == 0]
+            total[0] += len(tokens)
+            total[1] += expected_blocks(accept[None], torch.tensor([len(tokens)]), 2).item()
+        sampled = "sampled" if rule == "ratio" else f"sampled_{rule}"
+        for name, (tokens, blocks) in (("greedy", sums[True]), (sampled, sums[False])):
+            assert metrics[f"val/block_efficiency_{name}"].item() == pytest.approx(tokens / blocks, rel=1e-4)
+    assert len([name for name in metrics if name.startswith("val/block_efficiency")]) == 1 + len(rules)
+
+
+def test_with_a_sparse_target_the_rules_that_need_its_distribution_are_not_logged_above_temperature_0(target):
+    module = Distillation(target, trainable(), kld, 0.0, 1e-9, acceptance_rules=["ratio", "argmax", "match"])
+    logged = {}
+    for kind in ("dense", "sparse"):
+        samples = []
+        for temperature, tokens in [(0.0, [7, 8, 9]), (1.0, [3, 4, 5]), (0.7, [20, 21, 22, 23])]:
+            logits = target(input_ids=torch.tensor([[1, 2, *tokens]])).logits[0, 1:-1]
+            drawn = Drawn.from_logits(logits, torch.tensor(tokens), top_k=4, num_samples=8)
+            samples.append(answered([1, 2], tokens, temperature, drawn if kind == "sparse" else None))
+        metrics = fit(module, steps=1, validation=samples).callback_metrics
+        logged[kind] = {
+            name.removeprefix("val/block_efficiency_"): value.item()
+            for name, value in metrics.items()
+            if name.startswith("val/block_efficiency_")
+        }
+    assert set(logged["dense"]) == {"greedy", "sampled", "sampled_argmax", "sampled_match"}
+    del logged["dense"]["sampled"]
+    # Two steps at a learning rate of 1e-9 leave the drafter unchanged to 6 digits.
+    assert logged["sparse"] == pytest.approx(logged["dense"], rel=1e-5)
+
+
+def test_wrong_acceptance_rules_are_refused():
+    for rules in ([], ["ratio", "ratio"], "ratio"):
+        with pytest.raises(ValueError, match="must be at least one, each once"):
+            Yardsticks(3, rules=rules)
+    with pytest.raises(ValueError, match="the acceptance rule is 'typical', must be ratio, argmax or match"):
+        Yardsticks(3, rules=["ratio", "typical"])
