@@ -4,6 +4,7 @@ import importlib.util
 import json
 import types
 
+import huggingface_hub
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -16,7 +17,7 @@ from tests.chat_target import save_chat_target
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Return a function that runs the command with overrides. The hub has no model, or the one at `hub`."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable is read at import
 
     def call(*overrides):
         with initialize_config_module("conf", version_base="1.3"):
