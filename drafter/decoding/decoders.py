@@ -8,11 +8,13 @@ Shapes: B rows, T tokens of a call, C the cache's capacity in tokens, V vocabula
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._inductor import config as inductor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
@@ -131,17 +133,15 @@ class Compiled:
 
     def _logits(self, ids_BT: torch.Tensor, _: Cache, keep: int) -> torch.Tensor:
         count = ids_BT.shape[1]
-        if count not in self.calls:
-            self.calls[count] = self._call() if count > self.longest else self._compiled()
-        # The call computes the logits of all tokens, so that one compiled function serves every `keep`.
-        return self.calls[count](ids_BT)[:, -keep:]
-
-    def _compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        frozen = self.device.type == "cpu"
-        compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
-            self._call(), dynamic=False, options={"freezing": True} if frozen else None
-        )
-        return compiled
+        is_first = count not in self.calls
+        if is_first:
+            call = self._call()
+            self.calls[count] = call if count > self.longest else torch.compile(call, dynamic=False)
+        # The first call compiles. It finds "freezing" in inductor's settings alone: as an option of torch.compile it
+        # comes too late for dynamo, which then passes the weights as arguments.
+        with inductor.patch(freezing=True) if is_first and self.device.type == "cpu" else nullcontext():
+            # The call computes the logits of all tokens, so that one compiled function serves every `keep`.
+            return self.calls[count](ids_BT)[:, -keep:]
 
     def _call(self) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(ids_BT: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.decoders import Compiled, Padded
@@ -30,6 +31,15 @@ def test_a_compiled_pair_decodes_one_sequence_after_another_as_the_plain_one_doe
         plain = speculative_decode(target, drafter, prompt, 3, STOP)
         found = speculative_decode(*compiled, prompt, 3, STOP)  # type: ignore[call-arg]
         assert (found.tokens, found.blocks) == (expected, plain.blocks)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # within inductor
+def test_the_weights_of_a_compiled_call_are_constants():
+    decoder = Compiled(small_model(3), 16).decoder()
+    with torch.inference_mode():
+        _, code = run_and_get_code(decoder.forward, [[1, 2]], [0], 1)
+    assert "_frozen_param" in code[0]
 
 
 def test_only_short_calls_are_compiled(target, monkeypatch):
