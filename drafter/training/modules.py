@@ -80,7 +80,7 @@ class Pretraining(lightning.LightningModule):
             shard_module(self, self.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        self.kept = None if self.kept is None else self.kept.to(self.device)
+        place_tokens(self)
         if self.teacher is not None:
             self.teacher.target.prepare(self.device)
 
@@ -189,7 +189,7 @@ class Distillation(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self.target.prepare(self.device)
-        self.kept = None if self.kept is None else self.kept.to(self.device)
+        place_tokens(self)
 
     on_validation_start = on_fit_start
 
@@ -237,9 +237,15 @@ class Distillation(lightning.LightningModule):
         return self.trainer.world_size / torch.where(total > 0, total, 1.0)
 
 
+def place_tokens(module: Pretraining | Distillation) -> None:
+    """Move the tokens that a module is trained with to its device."""
+    module.kept = None if module.kept is None else module.kept.to(module.device)
+    module.sampled = None if module.sampled is None else module.sampled.to(module.device)
+
+
 def tokens_of_step(module: Pretraining | Distillation) -> Kept | None:
     """Return the tokens whose logits the module's training step computes; None: all."""
-    return module.kept if module.sampled is None else module.sampled.of_step(module.global_step).to(module.device)
+    return module.kept if module.sampled is None else module.sampled.of_step(module.global_step)
 
 
 def global_sum(values: torch.Tensor, trainer: lightning.Trainer) -> torch.Tensor:

@@ -50,21 +50,17 @@ TRAINER_MEANS = {
     "benchmark",
     "profiler",
 }
-WHEN_USED = {
-    "kept_tokens",
-    "sampled_tokens",
-    "distillation",
-    "acceptance_rules",
-}  # settings that the identity has only where they change something
+# Settings that the identity has only where they differ from these values; `teaching` has those of the distillation.
+LEFT_OUT = {"kept_tokens": None, "sampled_tokens": None, "acceptance_rules": ["ratio"]}
 
 
 def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
     """Return the settings that determine the result of a training stage: its section, the trainer and the seed."""
-    settings = {name: value for name, value in plain(cfg[section]).items() if name not in MEANS | WHEN_USED}
-    tokens = {name: cfg[section][name] for name in ("kept_tokens", "sampled_tokens")}
-    settings |= {name: number for name, number in tokens.items() if number is not None}
-    if (rules := plain(cfg[section]).get("acceptance_rules", ["ratio"])) != ["ratio"]:
-        settings["acceptance_rules"] = rules
+    settings = {
+        name: value
+        for name, value in plain(cfg[section]).items()
+        if name not in MEANS | {"distillation"} and not (name in LEFT_OUT and value == LEFT_OUT[name])
+    }
     trainer = {name: values(value) for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
     how = {group: named_values(cfg[group], group) for group in ("optimizer", "schedule")}
     return {**settings, **how, "trainer": trainer, "seed": cfg.seed}
