@@ -7,6 +7,7 @@ without a download. They are read with `ast`, in parallel; no package is importe
 import ast
 import copy
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import signal
@@ -14,6 +15,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -51,7 +53,7 @@ def source_files(packages: list[str]) -> list[tuple[str, Path]]:
         if package == "stdlib":
             root, prefix = Path(sysconfig.get_paths()["stdlib"]), ""
         else:
-            spec = importlib.util.find_spec(package)
+            spec = _find(package)
             if spec is None or not spec.submodule_search_locations:
                 raise ValueError(f"data.packages: '{package}' is not an installed package: install it or remove it")
             root, prefix = Path(spec.submodule_search_locations[0]), package + "."
@@ -61,6 +63,23 @@ def source_files(packages: list[str]) -> list[tuple[str, Path]]:
                 module = ".".join(part for part in parts if part != "__init__")
                 files.append(((prefix + module).rstrip("."), path))
     return files
+
+
+def _find(package: str) -> importlib.machinery.ModuleSpec | None:
+    """Find a package along sys.path, which imports nothing. The finders of other packages may: they are asked last.
+
+    setuptools installs a finder that unloads distutils, with a warning, when it is asked for pip.
+    """
+    path, name = None, ""
+    for part in package.split("."):
+        name = f"{name}.{part}".lstrip(".")
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        path = spec and spec.submodule_search_locations
+        if spec is None or path is None:
+            with suppress(ModuleNotFoundError):  # raised where the part before the last dot is not installed
+                return importlib.util.find_spec(package)
+            return None
+    return spec
 
 
 def extract(packages: list[str], workers: int, report: Report = silent) -> list[Doc]:

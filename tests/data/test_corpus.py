@@ -1,4 +1,5 @@
 import ast
+import sys
 
 import numpy as np
 import pytest
@@ -148,7 +149,22 @@ def test_the_number_of_workers_changes_nothing(package):
     assert extract([package], workers=2) == extract([package], workers=1)
 
 
-@pytest.mark.parametrize("name", ["no_such_package_anywhere", "this"], ids=["unknown", "module-without-files"])
+def test_a_package_on_the_path_is_found_without_the_finders_of_other_packages(package, monkeypatch):
+    class Finder:  # like that of setuptools, which unloads distutils when it is asked for pip
+        def find_spec(self, name, path, target=None):
+            raise AssertionError(f"asked for {name}")
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    names = [name for name, _ in source_files([f"{package}.zoo"])]
+    assert names == [f"{PACKAGE}.zoo", f"{PACKAGE}.zoo.copy"]
+    assert PACKAGE not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no_such_package_anywhere", "no_such_package_anywhere.part", "this"],
+    ids=["unknown", "part-of-unknown", "module-without-files"],
+)
 def test_a_package_that_is_not_installed_is_named(name):
     with pytest.raises(ValueError, match=f"'{name}' is not an installed package"):
         extract([name], workers=1)
