@@ -70,11 +70,12 @@ def _find(package: str) -> importlib.machinery.ModuleSpec | None:
 
     setuptools installs a finder that unloads distutils, with a warning, when it is asked for pip.
     """
-    path, name = None, ""
+    path: list[str] | None = None
+    name = ""
     for part in package.split("."):
         name = f"{name}.{part}".lstrip(".")
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        path = spec and spec.submodule_search_locations
+        path = None if spec is None else spec.submodule_search_locations
         if spec is None or path is None:
             with suppress(ModuleNotFoundError):  # raised where the part before the last dot is not installed
                 return importlib.util.find_spec(package)
