@@ -19,7 +19,9 @@ from drafter.models.compatibility import VocabularyError
 from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import data_names, gather, serving
+from experiments.exporting.card import serving
+from experiments.exporting.facts import gather
+from experiments.exporting.recipe import describe_data
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -84,7 +86,7 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
     }
     facts = gather(str(drafter))
     assert facts.best is not None
-    assert f"Draft γ = {facts.gamma} tokens per block" in card
+    assert f"Draft γ = {facts.gamma('hf')} tokens per block" in card
     for row in facts.rows:
         assert (
             f"| {row.task.replace('_', ' ')} | {row.gamma} | {row.prompts} | {row.block_efficiency.value:.2f} [" in card
@@ -257,6 +259,17 @@ def test_commands_name_the_arguments_that_the_engines_document():
 
 
 def test_the_card_names_the_data_by_their_kind():
-    assert data_names({"kind": "docstrings", "packages": ["numpy", "torch"]}) == ["docstrings and code of numpy, torch"]
+    assert describe_data({"kind": "docstrings", "packages": ["numpy", "torch"]}) == {
+        "data": "docstrings and code of the installed Python packages numpy, torch"
+    }
     text, asked = {"path": "org/text", "revision": "abc"}, {"mine": {"path": "mine.jsonl", "revision": None}}
-    assert data_names({"kind": "files", "pretraining": text, "instructions": asked}) == ["org/text (abc)", "mine.jsonl"]
+    found = describe_data({"kind": "files", "pretraining": text, "instructions": asked})
+    assert found == {"instructions": "mine.jsonl", "pretraining text": "org/text (abc)"}
+    itself = {"kind": "self", "weight": 3.0}
+    text = {"docs": {"kind": "docstrings", "packages": ["numpy"], "weight": 1.0}, "own": itself}
+    found = describe_data({"kind": "files", "pretraining": text, "instructions": {"a": itself, "b": itself}})
+    assert found == {
+        "instructions": "instructions that the target wrote itself",
+        "pretraining text": "docstrings of the open-source Python packages numpy (25%); "
+        "text that the target wrote itself (75%)",
+    }
