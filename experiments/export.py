@@ -74,12 +74,12 @@ def main(cfg: DictConfig) -> None:
 
 
 def with_target(cfg: DictConfig, trained: dict[str, Any]) -> DictConfig:
-    """Return a copy of the config in which the target and the directory of the export are filled in.
+    """Return a copy of the config in which the target, the directory and what an export says already are filled in.
 
     Args:
-        cfg: the config; a target that it names is kept.
-        trained: the config of the stage that made the drafter, which names the target that it was trained for; {} for
-            a drafter from elsewhere.
+        cfg: the config; what it names is kept.
+        trained: the config of the stage that made the drafter, which names the target that it was trained for, and that
+            of an export its licence; {} for a drafter from elsewhere.
 
     Raises:
         ValueError: neither config names a target.
@@ -89,6 +89,8 @@ def with_target(cfg: DictConfig, trained: dict[str, Any]) -> DictConfig:
         cfg.target.path, cfg.target.revision = trained["target"]["path"], trained["target"]["revision"]
     if cfg.target.path is None:
         raise ValueError(f"{cfg.export.drafter} does not say which target it was trained for: give target.path=…")
+    for name in ("license", "base_model", "notes"):
+        cfg.export[name] = cfg.export[name] or trained.get("export", {}).get(name)
     rounded = "" if cfg.export.dtype == "float32" else f"-{cfg.export.dtype}"
     cfg.out = cfg.out or f"exports/{Path(cfg.export.drafter).name}-{cfg.export.format}{rounded}"
     return cfg
@@ -138,7 +140,7 @@ def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Differ
     """Write the weights in the chosen format, the model card and the manifest."""
     out = stage.directory
     kind, dtype = cfg.export.format, DTYPES[cfg.export.format][cfg.export.dtype]
-    source = out if kind == "hf" else out / "hf.tmp"
+    source = out if kind == "hf" else out / "hf.tmp" / Path(cfg.export.drafter).name  # llama.cpp takes its name from it
     shutil.rmtree(out / "hf.tmp", ignore_errors=True)  # left by an interrupted run
     gamma = facts.gamma(kind)
     save_hf(cfg, source, gamma)

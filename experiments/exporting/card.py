@@ -3,7 +3,6 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from omegaconf import DictConfig, OmegaConf

@@ -183,8 +183,13 @@ def _newest(reports: Iterable[GammaReport]) -> list[GammaReport]:
 
 
 def _gamma_row(row: dict[str, Any]) -> GammaRow:
-    return GammaRow(**{**row, "measured": Estimate(*row["measured"]) if row["measured"] else None})
+    return GammaRow(**_with_estimates(row))
 
 
 def _result_row(row: dict[str, Any]) -> ResultRow:
-    return ResultRow(**{name: Estimate(*value) if isinstance(value, list) else value for name, value in row.items()})
+    return ResultRow(**_with_estimates(row))
+
+
+def _with_estimates(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row that was read from JSON, in which each list was an estimate."""
+    return {name: Estimate(*value) if isinstance(value, list) else value for name, value in row.items()}

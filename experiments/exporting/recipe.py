@@ -16,7 +16,7 @@ from experiments.running.recipes import INSTRUCTIONS, TEXT
 
 Manifest = dict[str, Any]
 # A path from the root of a machine: not a part of a longer word, of a relative path or of a URL.
-ABSOLUTE = re.compile(r"(?<![\w.:/…~}<>-])/(?:[^\s/'\",;:()\[\]{}]+/)*([^\s/'\",;:()\[\]{}]+)/?")
+ABSOLUTE = re.compile(r"(?<![\w.:/…~}<>-])/(?:[^\s/'\"`,;:()\[\]{}]+/)*([^\s/'\"`,;:()\[\]{}]+)/?")
 
 
 def portable(text: str) -> str:

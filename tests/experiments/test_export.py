@@ -21,7 +21,6 @@ from drafter.models.trimming import write_kept
 from experiments.exporting import to_gguf
 from experiments.exporting.card import serving
 from experiments.exporting.facts import gather
-from experiments.exporting.recipe import describe_data
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -256,20 +255,3 @@ def test_commands_name_the_arguments_that_the_engines_document():
     (openvino,) = serving("openvino", "org/target", "out", 4).values()
     compile(openvino, "card", "exec")
     assert "num_assistant_tokens=4" in openvino
-
-
-def test_the_card_names_the_data_by_their_kind():
-    assert describe_data({"kind": "docstrings", "packages": ["numpy", "torch"]}) == {
-        "data": "docstrings and code of the installed Python packages numpy, torch"
-    }
-    text, asked = {"path": "org/text", "revision": "abc"}, {"mine": {"path": "mine.jsonl", "revision": None}}
-    found = describe_data({"kind": "files", "pretraining": text, "instructions": asked})
-    assert found == {"instructions": "mine.jsonl", "pretraining text": "org/text (abc)"}
-    itself = {"kind": "self", "weight": 3.0}
-    text = {"docs": {"kind": "docstrings", "packages": ["numpy"], "weight": 1.0}, "own": itself}
-    found = describe_data({"kind": "files", "pretraining": text, "instructions": {"a": itself, "b": itself}})
-    assert found == {
-        "instructions": "instructions that the target wrote itself",
-        "pretraining text": "docstrings of the open-source Python packages numpy (25%); "
-        "text that the target wrote itself (75%)",
-    }
