@@ -8,6 +8,7 @@ from typing import Any
 
 from drafter.artifacts.manifest import MANIFEST
 from drafter.artifacts.provenance import describe_machine
+from drafter.artifacts.storage import local_directory
 from drafter.models.loading import load_config, meta_model
 from experiments.reporting.identity import read_record
 from experiments.running.inputs import ORIGIN
@@ -30,7 +31,7 @@ def portable(text: str) -> str:
 
 def manifest_of(folder: str | Path) -> Manifest:
     """Return a directory's manifest; {} if no stage of this project made it."""
-    path = Path(folder) / MANIFEST
+    path = (local_directory(folder) or Path(folder)) / MANIFEST
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
