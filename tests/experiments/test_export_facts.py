@@ -132,6 +132,7 @@ def test_an_export_gets_the_gamma_that_was_measured_as_the_fastest(moved, tmp_pa
     assert "| this project's loop | inside | 2 | 1.50 | 1.20 | 1.50 [1.40, 1.60] |" in card
     assert f"| {COMPILED} | inside too | 1 | 1.50 | 1.20 | 1.70 [1.60, 1.80] |" in card
     assert "| outside |" not in card
+    assert "tasks below (measured)." in card
     assert '"num_speculative_tokens": 2' in card
 
 
