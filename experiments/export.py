@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PreTrainedModel
 
-from drafter.artifacts.manifest import Stage, is_record, sha256
+from drafter.artifacts.manifest import MANIFEST, Stage, is_record, sha256
 from drafter.models.compatibility import Difference, check_pair, drafter_source, resize_vocabulary
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
@@ -24,7 +24,9 @@ from drafter.models.initialization import special_ids
 from drafter.models.loading import load_model, load_tokenizer, vocabulary_width
 from drafter.models.trimming import read_kept, write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import Facts, gather, serving, write_card
+from experiments.exporting.card import serving, write_card
+from experiments.exporting.facts import Facts, gather
+from experiments.exporting.recipe import ABSOLUTE
 from experiments.reporting.identity import STEPS
 from experiments.running.commands import command
 from experiments.running.inputs import claim, plain, target_source
@@ -36,12 +38,13 @@ DTYPES = {
     "gguf": {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "q8_0"},
     "openvino": {"float32": "fp32", "float16": "fp16", "int8": "int8"},
 }
+IDENTITY = {"format", "dtype", "license"}  # the other settings of an export are part of its identity if they are given
 
 
 @command("export")
 def main(cfg: DictConfig) -> None:
     """Export the drafter with its model card, and print the commands that serve it."""
-    facts = gather(cfg.export.drafter)
+    facts = gather(cfg.export.drafter, cfg.export.engines)
     cfg = with_target(cfg, facts.config)
     check_format(cfg)
     check_head(cfg.export.drafter, facts.manifest.get("stage"))
@@ -51,28 +54,32 @@ def main(cfg: DictConfig) -> None:
         "drafter": model_fingerprint(drafter_source(cfg.export.drafter, target)),
         "target": model_fingerprint(target),
     }
-    settings = {key: value for key, value in plain(cfg.export).items() if key != "drafter"}
+    given = plain(cfg.export)
+    settings = {key: value for key, value in given.items() if key in IDENTITY or (value and key != "drafter")}
     stage = claim(cfg, "export", settings, inputs)
     if not stage.complete:
         export(cfg, stage, facts, differences)
-        if facts.config and facts.config["logger"]["wandb"]:
+        if facts.config.get("logger", {}).get("wandb"):
             card = stage.directory / "README.md"
             series = facts.manifest["settings"].get("series")
             record(OmegaConf.create(facts.config), "model-card", f"card-{stage.directory.name}", card, series=series)
     print(f"{stage.directory}: {cfg.export.format}, {cfg.export.dtype}\n")
     for difference in differences:
         print(f"  {difference}")
-    for engine, lines in serving(cfg.export.format, cfg.target.path, str(stage.directory), facts.gamma).items():
+    gamma = facts.gamma(cfg.export.format)
+    for engine, lines in serving(cfg.export.format, cfg.target.path, str(stage.directory), gamma).items():
         print(f"\n{engine}\n{lines}")
+    if paths := paths_of_this_machine(stage.directory):
+        print(f"\nBefore you publish it: it names {', '.join(paths)}. Give paths relative to the working directory")
 
 
 def with_target(cfg: DictConfig, trained: dict[str, Any]) -> DictConfig:
-    """Return a copy of the config in which the target and the directory of the export are filled in.
+    """Return a copy of the config in which the target, the directory and what an export says already are filled in.
 
     Args:
-        cfg: the config; a target that it names is kept.
-        trained: the config of the stage that made the drafter, which names the target that it was trained for; {} for
-            a drafter from elsewhere.
+        cfg: the config; what it names is kept.
+        trained: the config of the stage that made the drafter, which names the target that it was trained for, and that
+            of an export its licence; {} for a drafter from elsewhere.
 
     Raises:
         ValueError: neither config names a target.
@@ -82,6 +89,8 @@ def with_target(cfg: DictConfig, trained: dict[str, Any]) -> DictConfig:
         cfg.target.path, cfg.target.revision = trained["target"]["path"], trained["target"]["revision"]
     if cfg.target.path is None:
         raise ValueError(f"{cfg.export.drafter} does not say which target it was trained for: give target.path=…")
+    for name in ("license", "base_model", "notes"):
+        cfg.export[name] = cfg.export[name] or trained.get("export", {}).get(name)
     rounded = "" if cfg.export.dtype == "float32" else f"-{cfg.export.dtype}"
     cfg.out = cfg.out or f"exports/{Path(cfg.export.drafter).name}-{cfg.export.format}{rounded}"
     return cfg
@@ -131,9 +140,10 @@ def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Differ
     """Write the weights in the chosen format, the model card and the manifest."""
     out = stage.directory
     kind, dtype = cfg.export.format, DTYPES[cfg.export.format][cfg.export.dtype]
-    source = out if kind == "hf" else out / "hf.tmp"
+    source = out if kind == "hf" else out / "hf.tmp" / Path(cfg.export.drafter).name  # llama.cpp takes its name from it
     shutil.rmtree(out / "hf.tmp", ignore_errors=True)  # left by an interrupted run
-    save_hf(cfg, source, facts.gamma)
+    gamma = facts.gamma(kind)
+    save_hf(cfg, source, gamma)
     if kind == "gguf":
         file = out / f"{Path(cfg.export.drafter).name}.gguf"
         script = [cfg.gguf.python, to_gguf.__file__, cfg.gguf.converter]
@@ -146,7 +156,14 @@ def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Differ
     shutil.rmtree(out / "hf.tmp", ignore_errors=True)
     write_card(out, cfg, facts, differences)
     files = {str(path.relative_to(out)): sha256(path) for path in sorted(out.rglob("*")) if is_content(path)}
-    stage.finish(files, {"num_speculative_tokens": facts.gamma})
+    stage.made_by["facts"] = facts.record()
+    stage.finish(files, {"num_speculative_tokens": gamma})
+
+
+def paths_of_this_machine(folder: Path) -> list[str]:
+    """Return the absolute paths that an export's card and manifest name."""
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("README.md", MANIFEST)]
+    return sorted({found[0] for text in texts for found in ABSOLUTE.finditer(text)})
 
 
 def is_content(path: Path) -> bool:

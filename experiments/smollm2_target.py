@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from drafter.models.loading import load_model, load_tokenizer
 from drafter.models.source import ModelSource
 from experiments.running.commands import command
+from experiments.running.inputs import ORIGIN
 
 log = logging.getLogger(__name__)
-ORIGIN = "origin.json"
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
 
 

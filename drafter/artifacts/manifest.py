@@ -33,7 +33,8 @@ class Stage:
     """Claim an output directory for one stage.
 
     The constructor checks the directory and records the identity in started.json. `complete` is true if there is
-    nothing left to do. `finish` computes the checksums of the files and writes the manifest.
+    nothing left to do. `finish` computes the checksums of the files and writes the manifest. Its `seconds` are those of
+    all processes that worked here: of a process that was stopped, up to the last file that it wrote.
 
     Args:
         directory: where the stage writes: a path, or the URL of an object store.
@@ -58,7 +59,7 @@ class Stage:
         self.folder = Folder(directory)
         self.identity = json.loads(json.dumps({"stage": name, "settings": settings, "inputs": inputs}))
         self.made_by = made_by or {}
-        self.began = time.time()
+        self.began, self.earlier_seconds = time.time(), 0.0
         provenance.process()  # records the commit at the start, before the checkout changes during a long run
         self._release: Callable[[], Any] = lambda: None
         self._inspect()
@@ -69,8 +70,11 @@ class Stage:
                 self._release = weakref.finalize(self, _lock(self.directory), force=True)
                 self._inspect()  # another process may have written to the directory before the lock was taken
         if not self.complete and first:
+            if self.folder.is_local:
+                self.earlier_seconds = _earlier_seconds(self.directory)
             command = {name: value for name, value in self.made_by.items() if name == "command"}
-            self.folder.write(STARTED, _json({**self.identity, **command}))
+            times = {"began": self.began, "seconds": self.earlier_seconds}
+            self.folder.write(STARTED, _json({**self.identity, **command, **times}))
 
     @property
     def directory(self) -> Path:
@@ -101,7 +105,7 @@ class Stage:
             "counts": counts or {},
             **self.made_by,
             "environment": provenance.environment(),
-            "seconds": round(time.time() - self.began, 1),
+            "seconds": round(self.earlier_seconds + time.time() - self.began, 1),
         }
         self.folder.write(MANIFEST, _json(record))
         self.folder.remove(STARTED)
@@ -222,6 +226,16 @@ def _content_files(directory: Path) -> list[str]:
     kept = (".json", ".jsonl", ".safetensors", ".npy", ".parquet", ".jinja")
     names = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.suffix in kept)
     return [name for name in names if not is_record(name) and not name.startswith(("logs/", "checkpoints/"))]
+
+
+def _earlier_seconds(directory: Path) -> float:
+    """Return how long earlier processes worked on an unfinished artifact; 0 if there is none."""
+    if not (directory / STARTED).exists():
+        return 0.0
+    record = json.loads((directory / STARTED).read_text(encoding="utf-8"))
+    written = [path.stat().st_mtime for path in directory.rglob("*") if path.is_file() and not is_record(path.name)]
+    began = record.get("began", float("inf"))  # an earlier version, which did not record it, may have begun it
+    return float(record.get("seconds", 0.0)) + max(0.0, max(written, default=0.0) - began)
 
 
 def _has_content(folder: Folder, names: Iterable[str]) -> bool:

@@ -5,7 +5,9 @@ format of `target_cache` stores for the token. A forward pass over the finished 
 rounding, because attention is causal.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from drafter.artifacts import rows
-from drafter.artifacts.manifest import ArtifactError
+from drafter.artifacts.manifest import MANIFEST, ArtifactError, read_manifest
+from drafter.artifacts.storage import Folder
 from drafter.data.columns import to_array, to_tensor
 from drafter.data.engines import Failure, Limits, Request, generate_side_by_side, transformers_engine
 from drafter.decoding.capabilities import check_side_by_side
@@ -71,6 +74,25 @@ def require_plain_head(target: PreTrainedModel) -> None:
 def without_states(schema: pa.Schema) -> pa.Schema:
     """Return the columns of responses without that of the target's states."""
     return pa.schema([field for field in schema if field.name != "hidden"], schema.metadata)
+
+
+def copy_without_states(directory: str | Path, out: Folder) -> None:
+    """Copy a finished set of responses without the column of the target's states. Its identity stays the same.
+
+    Raises:
+        ArtifactError: the set is not finished, or a file of it is damaged.
+    """
+    responses, manifest = rows.Rows(directory, "respond"), read_manifest(directory, "respond")
+    schema, count = without_states(responses.schema), len(manifest["files"]) - 1  # the index is a file, too
+    start = 0
+    for number in range(count):
+        length = len(rows.read_shard(responses.folder, number))
+        rows.write_shard(out, number, responses.read(range(start, start + length)), schema, {})
+        start += length
+    manifest["files"], _ = rows.finish(out, count, schema)
+    if "with_states" in manifest["counts"]:
+        manifest["counts"]["with_states"] = 0
+    out.write(MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def states_column(parts: Sequence[torch.Tensor | None]) -> np.ndarray | list[float]:

@@ -3,77 +3,21 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jinja2
 from omegaconf import DictConfig, OmegaConf
 
-from drafter.artifacts.manifest import MANIFEST, read_manifest, write_text
+from drafter.artifacts.manifest import write_text
 from drafter.artifacts.storage import local_directory
 from drafter.metrics import Estimate
 from drafter.models.compatibility import Difference, template
-from drafter.models.fingerprints import model_fingerprint
-from drafter.models.loading import load_config, load_tokenizer
+from drafter.models.loading import load_tokenizer
 from drafter.models.trimming import read_kept
-from experiments.reporting.identity import identity_of, read_record
-from experiments.reporting.results import POOLED, ResultRow, read_evaluations, summarise
+from experiments.exporting.facts import Facts, GammaReport
+from experiments.exporting.recipe import describe_architecture
+from experiments.reporting.results import ResultRow
 from experiments.reporting.tabular import Table, with_interval
 from experiments.running.inputs import target_source
-
-DEFAULT_GAMMA = 3  # the paper's gamma, used if nothing was measured
-
-
-class Facts(NamedTuple):
-    """What is known of a drafter.
-
-    Attributes:
-        manifest: of the stage that made it; empty for a drafter from elsewhere.
-        config: of that stage.
-        rows: the results of its evaluation.
-        size_ratio: c, the drafter's parameters divided by the target's; None if it was not evaluated.
-    """
-
-    manifest: dict[str, Any]
-    config: dict[str, Any]
-    rows: list[ResultRow]
-    size_ratio: float | None
-
-    @property
-    def best(self) -> ResultRow | None:
-        """The result with the highest MBSU over the tasks in the domain; None if nothing was measured."""
-        fixed = [row for row in self.rows if isinstance(row.gamma, int)]
-        pooled = [row for row in fixed if row.task == POOLED] or fixed
-        return max(pooled, key=lambda row: row.speedup.value, default=None)
-
-    @property
-    def gamma(self) -> int:
-        """The number of tokens to draft per block."""
-        return int(self.best.gamma) if self.best else DEFAULT_GAMMA
-
-
-def manifest_of(folder: str) -> dict[str, Any]:
-    """Return a directory's manifest; {} if no stage of this project made it."""
-    path = Path(folder) / MANIFEST
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def gather(drafter: str) -> Facts:
-    """Return what is known of a drafter. If no stage of this project made it, that is only its manifest, if any.
-
-    Raises:
-        ArtifactError: an earlier version of this project made it.
-    """
-    manifest = manifest_of(drafter)
-    config = manifest.get("config", {})
-    if not config:
-        return Facts(manifest, config, [], None)
-    identity_of(drafter)
-    found = []
-    for ours in sorted(Path(config["root"]).glob(f"evaluate*/*/{MANIFEST}")):
-        if read_manifest(ours.parent, "evaluate")["inputs"]["drafter"] == model_fingerprint(drafter):
-            found += [one for one in read_evaluations(ours.parent.parent) if one.directory == ours.parent]
-    rows = summarise(found[:1], base=found[0].series) if found else []
-    return Facts(manifest, config, rows, found[0].size_ratio if found else None)
 
 
 def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
@@ -107,6 +51,7 @@ def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
         f"--speculative-draft-model-path {shlex.quote(drafter)} --speculative-num-steps {gamma} "
         f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {gamma + 1}"
     )
+    chat = f"python -m experiments.chat target.path={shlex.quote(target)} chat.drafter={shlex.quote(drafter)}"
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"tokenizer = AutoTokenizer.from_pretrained({target_text})",
@@ -117,18 +62,19 @@ def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
         "print(tokenizer.decode(target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)[0]))",
     ]
     vllm = shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(speculative, ensure_ascii=False)])
-    return {"vLLM": vllm, "SGLang": sglang, "transformers": "\n".join(lines)}
+    return {"vLLM": vllm, "SGLang": sglang, "transformers": "\n".join(lines), "this project": chat}
 
 
 def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Difference]) -> None:
     """Write the README.md of an exported directory, with the header that the hub reads."""
     tokenizer = load_tokenizer(target_source(cfg))
-    is_path = local_directory(cfg.target.path) is not None
+    base = cfg.export.base_model or (None if local_directory(cfg.target.path) else cfg.target.path)
+    gamma, report = facts.gamma(cfg.export.format), facts.report(cfg.export.format)
     header = {
         "library_name": {"hf": "transformers", "gguf": "gguf", "openvino": "openvino"}[cfg.export.format],
         "pipeline_tag": "text-generation",
         "tags": ["speculative-decoding", "draft-model"],
-        **({} if is_path else {"base_model": cfg.target.path}),
+        **({"base_model": base} if base else {}),
         **({"license": cfg.export.license} if cfg.export.license else {}),
     }
     environment = jinja2.Environment(
@@ -138,11 +84,15 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         header=OmegaConf.to_yaml(OmegaConf.create(header)).strip(),
         cfg=cfg,
         facts=facts,
-        training=training_table(cfg.export.drafter, facts.manifest).markdown() if facts.manifest else "",
+        name=base or cfg.target.path,
+        training=training_table(cfg.export.drafter, facts.training).markdown(),
         results=results_table(facts.rows).markdown() if facts.rows else "",
+        gammas=gamma_table(facts.reports).markdown() if facts.reports else "",
+        gamma=gamma,
+        report=report,
         best=facts.best,
         interval=with_interval,
-        commands=serving(cfg.export.format, cfg.target.path, str(folder), facts.gamma),
+        commands=serving(cfg.export.format, cfg.target.path, str(folder), gamma),
         vocabulary=len(tokenizer.get_vocab()),
         template=template(tokenizer),
         differences=differences,
@@ -161,78 +111,19 @@ def results_table(rows: list[ResultRow]) -> Table:
     return Table("results", "Results", columns, lines)
 
 
-def training_table(drafter: str, manifest: dict[str, Any]) -> Table:
+def gamma_table(reports: list[GammaReport]) -> Table:
+    """Return the table of the best gamma: one line per engine and task."""
+    lines = []
+    for report in reports:
+        for row in report.best():
+            rate = with_interval(row.measured) if row.measured else f"{row.predicted:.2f} (predicted)"
+            cells = [str(row.gamma), f"{row.block_efficiency:.2f}", f"{row.cost:.2f}", rate]
+            lines.append([report.engine, row.task.replace("_", " "), *cells])
+    columns = ["engine", "task", "best γ", "τ", "cost of a block in target calls", "token rate over the target alone"]
+    return Table("gamma", "Best gamma", columns, lines)
+
+
+def training_table(drafter: str, training: dict[str, str]) -> Table:
     """Return the table of how the drafter was made: its architecture, training, data and code."""
-    described = describe_architecture(drafter) | describe_training(manifest)
+    described = describe_architecture(drafter) | training
     return Table("training", "How it was made", ["", ""], [list(row) for row in described.items()])
-
-
-def describe_architecture(drafter: str) -> dict[str, str]:
-    """Return a line that describes the drafter's architecture."""
-    config = load_config(drafter)
-    shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads"
-    tied = "tied" if config.tie_word_embeddings else "untied"
-    return {"architecture": f"{config.model_type}: {shape}, {config.vocab_size:,} rows of embedding, {tied}"}
-
-
-def describe_training(manifest: dict[str, Any]) -> dict[str, str]:
-    """Return lines on how the drafter was made, from its manifest and those of its inputs that are on this machine.
-
-    Raises:
-        ArtifactError: an earlier version of this project made the drafter.
-    """
-    config = manifest.get("config", {})
-    if not config:
-        return {}
-    if manifest["stage"] == "trim":
-        head = f"{manifest['counts']['kept']} of {manifest['counts']['vocabulary']} tokens kept"
-        return {"head": head} | describe_training(manifest_of(config["trim"]["drafter"]))
-    rows = {"seed": str(config["seed"]), "command": f"`{manifest['command']}`"}
-    if manifest["stage"] == "finetune":
-        settings, drafter = manifest["settings"], read_record(manifest, config["out"])
-        values = {key: value for key, value in settings["loss_settings"].items() if key != "name"}
-        rows["distillation loss"] = ", ".join([str(drafter.loss), *(f"{key} {one}" for key, one in values.items())])
-        rows["distillation"] = (
-            f"{settings['max_steps']} steps of {settings['batch_size']} samples, "
-            f"{settings['text_share']:.0%} of them text; {manifest['seconds']:.0f} s"
-        )
-        rows |= describe_responses(config)
-        rows |= describe_pretraining(config["inputs"].get("drafter", ""))
-    else:
-        rows |= describe_pretraining(str(config["out"]))
-    rows["data"] = ", ".join(data_names(config["data"]))
-    environment = manifest["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return rows | {"code": f"commit {environment['commit']}; {versions}"}
-
-
-def describe_responses(config: dict[str, Any]) -> dict[str, str]:
-    """Return a line on the responses that the drafter was trained on."""
-    folder = config["inputs"].get("cache") or config["inputs"].get("responses") or ""
-    if not (manifest := manifest_of(folder)):
-        return {}
-    counts = manifest["counts"]
-    if manifest["stage"] == "cache":
-        size = f"{counts['rows']} responses of {counts['tokens']} tokens"
-    else:
-        size = f"{counts['written']} responses"
-    how = config["distillation"]
-    return {"responses": f"{size}, written by: {how['by']}, at temperatures {how['temperatures']}"}
-
-
-def describe_pretraining(folder: str) -> dict[str, str]:
-    """Return a line on the pretraining that the drafter started from."""
-    manifest = manifest_of(folder)
-    if manifest.get("stage") != "pretrain":
-        return {}
-    settings = manifest["settings"]
-    tokens = settings["max_steps"] * settings["batch_size"] * settings["sequence_length"]
-    return {"pretraining": f"{settings['max_steps']} steps, {tokens:,} tokens, {manifest['seconds']:.0f} s"}
-
-
-def data_names(data: dict[str, Any]) -> list[str]:
-    """Return the names of the data sets, with the revision if one is given."""
-    if data["kind"] == "docstrings":
-        return ["docstrings and code of " + ", ".join(data["packages"])]
-    found = [data["pretraining"], *data["instructions"].values()]
-    return [str(one["path"]) + (f" ({one['revision']})" if one.get("revision") else "") for one in found]

@@ -14,6 +14,8 @@ from drafter.models.compatibility import load_drafter
 from drafter.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from drafter.models.source import ModelSource, TemplateSettings
 
+ORIGIN = "origin.json"  # lies in the directory of a target that a command wrote, and says where it is from
+
 
 def plain(section: Any) -> Any:
     """Return a config section as plain Python values, with interpolations resolved."""

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -36,7 +37,13 @@ def test_a_new_directory_is_made_and_is_not_complete(tmp_path):
     stage = Stage(tmp_path / "deep" / "out", "respond", SETTINGS, INPUTS)
     assert not stage.complete
     started = json.loads((tmp_path / "deep" / "out" / STARTED).read_text())
-    assert started == {"stage": "respond", "settings": SETTINGS, "inputs": INPUTS}
+    assert started == {
+        "stage": "respond",
+        "settings": SETTINGS,
+        "inputs": INPUTS,
+        "began": stage.began,
+        "seconds": 0,
+    }
 
 
 def test_a_complete_directory_is_skipped_and_left_unchanged(tmp_path):
@@ -55,6 +62,18 @@ def test_an_interrupted_directory_is_resumed_with_what_it_has(tmp_path):
     again.finish()
     assert Stage(tmp_path, "respond", SETTINGS, INPUTS).complete
     assert not (tmp_path / STARTED).exists()
+
+
+def test_the_seconds_of_an_interrupted_directory_are_those_of_all_its_processes(tmp_path, monkeypatch):
+    clock = iter([1000.0, 5000.0, 9000.0, 9001.0])  # the starts of three processes, and the end of the third
+    monkeypatch.setattr("drafter.artifacts.manifest.time.time", lambda: next(clock))
+    for number, written in enumerate((1060.0, 5007.0)):  # two processes that are killed after 60 and 7 seconds
+        Stage(tmp_path, "respond", SETTINGS, INPUTS)._release()
+        write_jsonl(tmp_path / f"0000{number}.jsonl", [{"text": "before the interruption"}])
+        os.utime(tmp_path / f"0000{number}.jsonl", (written, written))
+        os.utime(tmp_path / "00000.jsonl", (1060.0, 1060.0))
+    Stage(tmp_path, "respond", SETTINGS, INPUTS).finish()
+    assert read_manifest(tmp_path, "respond")["seconds"] == 60 + 7 + 1
 
 
 def test_a_claim_without_content_does_not_hold_the_directory(tmp_path):

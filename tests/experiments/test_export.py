@@ -19,7 +19,8 @@ from drafter.models.compatibility import VocabularyError
 from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import data_names, gather, serving
+from experiments.exporting.card import serving
+from experiments.exporting.facts import gather
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -84,7 +85,7 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
     }
     facts = gather(str(drafter))
     assert facts.best is not None
-    assert f"Draft γ = {facts.gamma} tokens per block" in card
+    assert f"Draft γ = {facts.gamma('hf')} tokens per block" in card
     for row in facts.rows:
         assert (
             f"| {row.task.replace('_', ' ')} | {row.gamma} | {row.prompts} | {row.block_efficiency.value:.2f} [" in card
@@ -254,9 +255,3 @@ def test_commands_name_the_arguments_that_the_engines_document():
     (openvino,) = serving("openvino", "org/target", "out", 4).values()
     compile(openvino, "card", "exec")
     assert "num_assistant_tokens=4" in openvino
-
-
-def test_the_card_names_the_data_by_their_kind():
-    assert data_names({"kind": "docstrings", "packages": ["numpy", "torch"]}) == ["docstrings and code of numpy, torch"]
-    text, asked = {"path": "org/text", "revision": "abc"}, {"mine": {"path": "mine.jsonl", "revision": None}}
-    assert data_names({"kind": "files", "pretraining": text, "instructions": asked}) == ["org/text (abc)", "mine.jsonl"]
