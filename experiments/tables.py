@@ -136,7 +136,9 @@ def detail_tables(rows: list[ResultRow], evaluations: list[Evaluation], base: st
 
 def task_table(rows: list[ResultRow], name: str, title: str, base: str = PRETRAINED) -> Table:
     """Return a table with one line per task and series; the highest τ of each task is bold."""
-    columns = ["task", "drafter", "τ", "expected τ", f"τ − {base}", "MBSU", "token rate", "acceptance rate"]
+    is_timed = any(row.token_rate_ratio for row in rows)
+    rate = ["token rate"] if is_timed else []
+    columns = ["task", "drafter", "τ", "expected τ", f"τ − {base}", "MBSU", *rate, "acceptance rate"]
     lines = []
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task]
@@ -145,7 +147,10 @@ def task_table(rows: list[ResultRow], name: str, title: str, base: str = PRETRAI
             value = with_interval(row.block_efficiency)
             cells = [f"**{value}**" if row.block_efficiency.value == best else value]
             cells += [with_interval(row.expected), with_interval(row.gain, signed=True)]
-            cells += map(with_interval, (row.speedup, row.token_rate_ratio, row.acceptance_rate))
+            cells.append(with_interval(row.speedup))
+            if is_timed:
+                cells.append(with_interval(row.token_rate_ratio) or "not measured")
+            cells.append(with_interval(row.acceptance_rate))
             lines.append([task.replace("_", " "), row.series, *cells])
     return Table(name, title, columns, lines)
 
@@ -201,8 +206,13 @@ def describe_prompts(evaluations: list[Evaluation]) -> str:
 
 
 def describe_time(evaluations: list[Evaluation]) -> str:
-    """Return a note on the shares of drafting, verification and the rest in decoding's time, at each gamma."""
-    shares = []
+    """Return a note on the shares of drafting, verification and the rest in decoding's time, at each gamma.
+
+    It names the series whose times were not measured.
+    """
+    shares: list[str] = []
+    untimed = ", ".join(dict.fromkeys(one.series for one in evaluations if not one.is_timed))
+    evaluations = [one for one in evaluations if one.is_timed]
     for gamma in sorted_gammas(gamma for one in evaluations for _, gamma, _ in one.counts):
         counts = [counts for one in evaluations for (_, of_gamma, _), counts in one.counts.items() if of_gamma == gamma]
         total, drafting, verifying = (
@@ -211,7 +221,10 @@ def describe_time(evaluations: list[Evaluation]) -> str:
         rest = total - drafting - verifying
         parts = ((drafting, "drafting"), (verifying, "verification"), (rest, "the rest"))
         shares.append(f"at γ = {gamma} " + ", ".join(f"{100 * part / total:.0f}% {name}" for part, name in parts))
-    return f"Decoding's time: {'; '.join(shares)}."
+    notes = [f"Decoding's time: {'; '.join(shares)}."] if shares else []
+    if untimed:
+        notes.append(f"Times and token rates were not measured where prompts were decoded side by side: {untimed}.")
+    return " ".join(notes)
 
 
 def describe_machines(evaluations: list[Evaluation]) -> str:

@@ -72,6 +72,7 @@ def gather(drafter: str) -> Facts:
     for ours in sorted(Path(config["root"]).glob(f"evaluate*/*/{MANIFEST}")):
         if read_manifest(ours.parent, "evaluate")["inputs"]["drafter"] == model_fingerprint(drafter):
             found += [one for one in read_evaluations(ours.parent.parent) if one.directory == ours.parent]
+    found = sorted(found, key=lambda one: not one.is_timed)
     rows = summarise(found[:1], base=found[0].series) if found else []
     return Facts(manifest, config, rows, found[0].size_ratio if found else None)
 
@@ -141,6 +142,7 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         training=training_table(cfg.export.drafter, facts.manifest).markdown() if facts.manifest else "",
         results=results_table(facts.rows).markdown() if facts.rows else "",
         best=facts.best,
+        is_timed=is_timed(facts.rows),
         interval=with_interval,
         commands=serving(cfg.export.format, cfg.target.path, str(folder), facts.gamma),
         vocabulary=len(tokenizer.get_vocab()),
@@ -151,12 +153,19 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
     write_text(folder / "README.md", text)
 
 
+def is_timed(rows: list[ResultRow]) -> bool:
+    """Return whether the results, which are of one evaluation, have token rates."""
+    return any(row.token_rate_ratio for row in rows)
+
+
 def results_table(rows: list[ResultRow]) -> Table:
     """Return the table of results: one line per task and gamma."""
-    columns = ["task", "γ", "prompts", "τ", "MBSU", "acceptance rate", "token rate"]
+    columns = ["task", "γ", "prompts", "τ", "MBSU", "acceptance rate"]
+    columns += ["token rate"] if is_timed(rows) else []
     lines = []
     for row in rows:
-        figures: list[Estimate] = [row.block_efficiency, row.speedup, row.acceptance_rate, row.token_rate_ratio]
+        figures: list[Estimate] = [row.block_efficiency, row.speedup, row.acceptance_rate]
+        figures += [row.token_rate_ratio] if row.token_rate_ratio else []
         lines.append([row.task.replace("_", " "), str(row.gamma), str(row.prompts), *map(with_interval, figures)])
     return Table("results", "Results", columns, lines)
 

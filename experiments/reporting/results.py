@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from drafter.artifacts.manifest import MANIFEST, STARTED, ArtifactError, read_jsonl, read_manifest
-from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference
+from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference, read_row
 from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields, read_record
 
 POOLED = "in domain, all"
@@ -65,6 +65,11 @@ class Evaluation(NamedTuple):
         """Return the drafter's name in tables and figures."""
         return self.drafter.series
 
+    @property
+    def is_timed(self) -> bool:
+        """Return whether times were measured: they are not if prompts were decoded side by side."""
+        return not any(np.isnan(counts.seconds) for counts in self.counts.values())
+
 
 class ResultRow(NamedTuple):
     """One line of the results: a series on a task at a gamma, over all its seeds."""
@@ -78,7 +83,7 @@ class ResultRow(NamedTuple):
     expected: Estimate
     gain: Estimate | None
     speedup: Estimate
-    token_rate_ratio: Estimate
+    token_rate_ratio: Estimate | None  # None: not measured
     acceptance_rate: Estimate
 
 
@@ -97,10 +102,7 @@ def read_evaluations(folder: Path, base: str = PRETRAINED) -> list[Evaluation]:
         manifest = read_manifest(path.parent, "evaluate")
         summary, tasks = manifest["counts"], manifest["settings"]["tasks"]
         rows = read_jsonl(path.parent / "counts.jsonl")
-        counts = {
-            (row["task"], row["gamma"], row["prompt"]): Counts(*(row[field] for field in Counts._fields))
-            for row in rows
-        }
+        counts = {(row["task"], row["gamma"], row["prompt"]): read_row(row) for row in rows}
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
         # An earlier version may have begun an evaluation that this one has finished.
         parts = [part for row in rows for part in parts_of(row)] if all("turn" in row for row in rows) else []
@@ -181,11 +183,17 @@ def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Res
                     estimate(counts, "expected_block_efficiency"),
                     paired_difference(counts, reference, "block_efficiency") if comparable else None,
                     Estimate(*speedup),
-                    estimate(counts, "token_rate_ratio"),
+                    token_rate(counts),
                     estimate(counts, "acceptance_rate"),
                 )
             )
     return rows
+
+
+def token_rate(counts: dict[str, np.ndarray]) -> Estimate | None:
+    """Return the ratio of token rates; None if times are missing, be it of one seed alone: they make the sum NaN."""
+    total = Counts(*np.sum(list(counts.values()), axis=0))
+    return None if np.isnan(total.seconds + total.baseline_seconds) else estimate(counts, "token_rate_ratio")
 
 
 def tasks_and_gammas(evaluation: Evaluation) -> list[tuple[str, Gamma]]:

@@ -19,7 +19,7 @@ from drafter.models.compatibility import VocabularyError
 from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import data_names, gather, serving
+from experiments.exporting.card import data_names, gather, results_table, serving
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -100,6 +100,13 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
     assert "{{" not in card
     assert "{%" not in card
     assert "None" not in card
+
+
+def test_the_results_have_no_token_rate_where_it_was_not_measured(exported):
+    rows = [row._replace(token_rate_ratio=None) for row in gather(str(exported[1])).rows]
+    table = results_table(rows)
+    assert table.columns[-1] == "acceptance rate"
+    assert {len(line) for line in table.rows} == {len(table.columns)}
 
 
 def test_a_second_export_changes_nothing(exported):

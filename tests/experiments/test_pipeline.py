@@ -221,6 +221,12 @@ def test_gammas_that_are_not_decoded_are_predicted_and_compiled_calls_have_few_w
         ("evaluate", "drafters=[{stranger}]", VocabularyError, r"'\?' as id 18, the drafter .* '\?' as id 19"),
         ("evaluate", "drafters=[./nothing]", ArtifactError, "'./nothing' matches no trained drafter"),
         ("evaluate", "evaluate.num_speculative_tokens=[3,0]", ValueError, "num_speculative_tokens .* is 0"),
+        (
+            "evaluate",
+            "evaluate.batch_size=0",
+            ValueError,
+            "evaluate.batch_size is 0, must be a whole number, at least 1",
+        ),
         ("evaluate", "task.prompts.max_new_tokens=62", ValueError, "exceeds the context of 64 tokens"),
         ("finetune", "finetune.text_share=1.5", ValueError, "text_share is 1.5"),
         ("finetune", "+loss.gamma=3", ValueError, r"loss: tvdpp\(\) got an unexpected keyword argument 'gamma'"),

@@ -13,9 +13,10 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from drafter.artifacts.manifest import ArtifactError, Stage, write_jsonl
-from drafter.metrics import Estimate
+from drafter.artifacts.manifest import ArtifactError, Stage, read_jsonl, write_jsonl
+from drafter.metrics import TIMES, Estimate
 from experiments import curves, tables
+from experiments.reporting.counts import write_counts
 from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import colours, draw_curves, draw_efficiency
 from experiments.reporting.identity import DrafterIdentity
@@ -229,6 +230,41 @@ def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_th
     assert all(len(line) == len(header) for line in lines)
     assert lines[0][2].startswith("1.70 [")
     assert [line[1] for line in lines if line[2].startswith("**")] == ["kld", "kld"]  # the best of each task
+
+
+def without_times(folder):
+    """Make an evaluation one of prompts that were decoded side by side."""
+    rows = [row | dict.fromkeys(TIMES) for row in read_jsonl(folder / "counts.jsonl")]
+    write_jsonl(folder / "counts.jsonl", rows)
+
+
+def test_times_are_not_measured_where_one_seed_was_decoded_side_by_side(root):
+    timed = summarise(read_evaluations(root / "evaluate"))
+    without_times(root / "evaluate" / "kld-seed2")
+    found = read_evaluations(root / "evaluate")
+    rows = summarise(found)
+    for before, row in zip(timed, rows, strict=True):
+        assert row == before._replace(token_rate_ratio=None if row.series == "kld" else before.token_rate_ratio)
+    lines = [cells(line) for line in task_table(rows, "n", "t").markdown().splitlines()]
+    assert {line[6] for line in lines if line[1] == "kld"} == {"not measured"}
+    assert "not measured" not in {line[6] for line in lines if line[1] != "kld"}
+    note = tables.describe_time(found)
+    assert note.startswith("Decoding's time: at γ = 3 30% drafting")
+    assert note.endswith("not measured where prompts were decoded side by side: kld.")
+
+
+def test_a_report_without_times_has_no_token_rates(tmp_path):
+    without_times(evaluation(tmp_path, "drafter", "pretrained", 0))
+    found = read_evaluations(tmp_path / "evaluate")
+    text = task_table(summarise(found), "n", "t").markdown() + tables.describe_time(found)
+    assert "| MBSU | acceptance rate |" in text
+    assert "nan" not in text
+    assert text.endswith(
+        "|Times and token rates were not measured where prompts were decoded side by side: pretrained."
+    )
+    write_counts(tmp_path / "counts.parquet", found)
+    rows = pyarrow.parquet.read_table(tmp_path / "counts.parquet").to_pylist()
+    assert {row[name] for row in rows for name in TIMES} == {None}
 
 
 def test_gammas_are_in_the_order_of_numbers_and_adaptive_comes_last():
