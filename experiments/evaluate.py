@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import MANIFEST, Stage, read_jsonl, write_jsonl
+from drafter.decoding.acceptance import check_rules
 from drafter.decoding.capabilities import check_can_decode, check_side_by_side
 from drafter.decoding.evaluation import Decodings, Task, decode, decode_side_by_side
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, max_draft_length
@@ -44,7 +45,10 @@ from experiments.running.turns import Work, check_fits, decode_turns_together, p
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together, if they are not decoded in larger batches
-LEFT_OUT = {"batch_size": 1}  # settings that the identity has only where they differ from these values
+LEFT_OUT = {
+    "batch_size": 1,
+    "acceptance_rules": ["ratio"],
+}  # settings that the identity has only where they differ from these values
 
 
 @command("evaluate")
@@ -89,6 +93,7 @@ def main(cfg: DictConfig) -> None:
     check_fits(work, contexts)
     gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
     batch_size, size = cfg.evaluate.batch_size, max(PART, cfg.evaluate.batch_size)
+    rules = check_rules(plain(cfg.evaluate.acceptance_rules))
     if batch_size > 1:
         check_batches(work, [target, *drafters.values()], of_target, max(map(max_draft_length, gammas.values())))
     parts = [work.tasks[start : start + size] for start in range(0, len(work.tasks), size)]
@@ -100,8 +105,8 @@ def main(cfg: DictConfig) -> None:
     def decode_turns_of(tasks: list[Task], paths: Iterable[str]) -> list[Decodings]:
         missing = {path: drafters[path] for path in paths}
         if batch_size > 1:
-            return decode_side_by_side(tasks, target, missing, gammas, cfg.seed)
-        return [decode(task, target, missing, gammas, cfg.seed) for task in tasks]
+            return decode_side_by_side(tasks, target, missing, gammas, cfg.seed, rules)
+        return [decode(task, target, missing, gammas, cfg.seed, rules) for task in tasks]
 
     todo = [number for number in range(len(parts)) if missing_files(number, pending)]
     with Progress("evaluate", f"part of {size} prompts", ranks.world_size) as report:
@@ -161,6 +166,7 @@ def check(cfg: DictConfig) -> None:
     check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
     check_tasks(cfg, cfg.evaluate.sampling)
+    check_rules(plain(cfg.evaluate.acceptance_rules))
     batch_size = cfg.evaluate.batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"evaluate.batch_size is {batch_size}, must be a whole number, at least 1")
@@ -183,17 +189,20 @@ def finish(
     work: Work,
     cfg: DictConfig,
 ) -> None:
-    """Join all parts into counts.jsonl (a row per task, γ and prompt) and samples.jsonl (texts by block)."""
+    """Join all parts into counts.jsonl (a row per task, γ, rule and prompt) and samples.jsonl (texts by block)."""
     files = [stage.directory / f"part-{number:05d}.jsonl" for number in range(parts)]
     every = [row for file in files for row in read_jsonl(file)]
     rows = [row for row in every if "turns_left_out" not in row]
-    shown: Counter[tuple[str, str]] = Counter()
+    shown: Counter[tuple[str, str, str | None]] = Counter()
     samples = []
     for row in rows:
-        sample = {name: row[name] for name in ("task", "gamma", "prompt")}
+        sample: dict[str, Any] = {name: row[name] for name in ("task", "gamma", "prompt")}
+        if plain(cfg.evaluate.acceptance_rules) != LEFT_OUT["acceptance_rules"]:
+            sample |= {name: row[name] for name in ("rule", "greedy") if name in row}
         sample |= {name: row.pop(name) for name in ("message", "blocks")}
-        shown[row["task"], str(row["gamma"])] += 1
-        if shown[row["task"], str(row["gamma"])] <= cfg.evaluate.samples_per_task:
+        kind = row["task"], str(row["gamma"]), row.get("rule")
+        shown[kind] += 1
+        if shown[kind] <= cfg.evaluate.samples_per_task:
             samples.append(sample)
     greedy = [row for row in rows if row["greedy"]]
     write_jsonl(stage.directory / "counts.jsonl", rows)

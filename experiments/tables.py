@@ -20,17 +20,21 @@ from drafter.artifacts.storage import local_directory
 from drafter.metrics import conversation_and_turn
 from experiments.reporting import paper
 from experiments.reporting.breakdown import breakdown_tables
+from experiments.reporting.by_rule import rule_table
 from experiments.reporting.counts import write_counts
 from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
 from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.page import write_html
 from experiments.reporting.results import (
+    RATIO,
     Evaluation,
     ResultRow,
     check_evaluations,
+    measured_rules,
     read_curves,
     read_evaluations,
+    rows_by_rule,
     seed_and_step,
     sorted_gammas,
     summarise,
@@ -58,9 +62,10 @@ def main(cfg: DictConfig) -> None:
         return log.info("tables reads what evaluate has written, so there is nothing to check")
     root, out = Path(cfg.root), Path(cfg.out)
     evaluations, variants, steps = (
-        read_evaluations(root / name, cfg.base) for name in ("evaluate", "evaluate_variants", "evaluate_steps")
+        read_evaluations(root / name, cfg.base, cfg.acceptance_rule)
+        for name in ("evaluate", "evaluate_variants", "evaluate_steps")
     )
-    check_evaluations(evaluations, root / "evaluate", cfg.base)
+    check_evaluations(evaluations, root / "evaluate", cfg.base, cfg.acceptance_rule)
     rows, curves = summarise(evaluations, cfg.base), read_curves(root / "finetune")
     last = max((row["step"] for seeds in curves.values() for lines in seeds.values() for row in lines), default=0)
     remove_generated(out)
@@ -71,9 +76,13 @@ def main(cfg: DictConfig) -> None:
     if steps:
         found = paper.efficiency_by_step(steps, evaluations, int(last))
         figures["checkpoints"] = draw_along(found, out / "figures" / "checkpoints")
-    tables = [*question_tables(cfg, evaluations, variants), *detail_tables(rows, evaluations, cfg.base)]
+    rules = measured_rules(root / "evaluate")
+    by_rule = {rule: read_evaluations(root / "evaluate", cfg.base, rule) for rule in rules} if len(rules) > 1 else {}
+    questions = [*question_tables(cfg, evaluations, variants), *rule_table(by_rule)]
+    tables = [*questions, *detail_tables(rows, evaluations, cfg.base)]
     notes = [
         CONVENTION,
+        *([] if cfg.acceptance_rule == RATIO else [f"Drafts are accepted by the rule `{cfg.acceptance_rule}`."]),
         describe_prompts(evaluations),
         *describe_cut_answers(evaluations),
         describe_time(evaluations),
@@ -89,7 +98,7 @@ def main(cfg: DictConfig) -> None:
     write_json(out / "runs.json", describe_runs(root))
     write_counts(out / "counts.parquet", [*evaluations, *variants, *steps])
     samples = {
-        one.directory.name: read_jsonl(one.directory / "samples.jsonl")
+        one.directory.name: rows_by_rule(read_jsonl(one.directory / "samples.jsonl"), cfg.acceptance_rule)
         for one in evaluations
         if one is min(paper.of_series(evaluations, one.series), key=seed_and_step)
     }

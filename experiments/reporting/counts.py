@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
         ("task", pa.string()),
         ("in_domain", pa.bool_()),
         ("gamma", pa.string()),  # a number in digits, or "adaptive"
+        ("rule", pa.string()),  # the acceptance rule above temperature 0
         ("prompt", pa.string()),
         ("conversation", pa.string()),  # the prompts of one conversation belong together; else the prompt itself
         ("turn", pa.int64()),
@@ -44,6 +45,7 @@ def write_counts(path: Path, evaluations: Iterable[Evaluation]) -> None:
             "task": task,
             "in_domain": task in one.in_domain,
             "gamma": str(gamma),
+            "rule": one.rule,
             "prompt": prompt,
             **dict(zip(("conversation", "turn"), conversation_and_turn(prompt), strict=True)),
             **{name: None if np.isnan(value) else value for name, value in counts._asdict().items()},

@@ -1,11 +1,15 @@
 """Prompts that are decoded side by side: which ones share a batch, what they give, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
+from drafter.decoding.acceptance import RULES
 from drafter.decoding.evaluation import Task, decode, decode_side_by_side
 from drafter.decoding.options import Adaptive, DecodingOptions
+from drafter.decoding.speculative import speculative_decode
 from drafter.metrics import TIMES
 from drafter.warping import Sampling
 from experiments.evaluate import batches, check_batches
@@ -46,6 +50,21 @@ def test_a_batch_gives_each_prompt_its_own_texts_and_counts_without_times(target
                 # The target's probabilities are rounded otherwise in a batch.
                 approximate = {**dict.fromkeys(TIMES), "expected": pytest.approx(other.row["expected"], rel=1e-3)}
                 assert one.row == other.row | approximate
+
+
+def test_each_rule_is_decoded_above_temperature_zero_and_one_at_it(target, drafter):
+    greedy, sampled = tasks(GREEDY, SAMPLED)
+    for task, named in ((greedy, [None]), (sampled, [None, "argmax", "match"])):
+        alone = decode(task, target, {"a": drafter}, {3: 3}, 1, RULES).by_drafter["a"]
+        (together,) = decode_side_by_side([task], target, {"a": drafter}, {3: 3}, 1, RULES)
+        assert [one.row.get("rule") for one in alone] == named
+        for rule, one, other in zip(RULES, alone, together.by_drafter["a"], strict=False):
+            options = replace(task.options, rule=rule)
+            random = task.random(target.device, 1, "a 3")
+            assert one.decoded.tokens == speculative_decode(target, drafter, task.prompt, 3, options, random).tokens
+            assert other.decoded.tokens == one.decoded.tokens
+            assert other.row.get("rule") == one.row.get("rule")
+    assert decode(sampled, target, {"a": drafter}, {3: 3}, 1, ["match"]).by_drafter["a"][0].row["rule"] == "match"
 
 
 def test_a_model_that_cannot_decode_side_by_side_is_refused_with_the_setting(target):

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from drafter.artifacts.manifest import ArtifactError, Stage, read_jsonl, write_jsonl
 from drafter.metrics import TIMES, Estimate
 from experiments import curves, tables
+from experiments.reporting.by_rule import rule_table
 from experiments.reporting.counts import write_counts
 from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import colours, draw_curves, draw_efficiency
@@ -24,6 +25,7 @@ from experiments.reporting.page import group_by_task, write_html
 from experiments.reporting.results import (
     POOLED,
     check_evaluations,
+    measured_rules,
     read_curves,
     read_evaluations,
     sorted_gammas,
@@ -121,6 +123,7 @@ def settings(root, out, **more):
         "root": str(root),
         "out": str(out),
         "base": "pretrained",
+        "acceptance_rule": "ratio",
         "dry_run": False,
         "publish": None,
         "models": models,
@@ -265,6 +268,50 @@ def test_a_report_without_times_has_no_token_rates(tmp_path):
     write_counts(tmp_path / "counts.parquet", found)
     rows = pyarrow.parquet.read_table(tmp_path / "counts.parquet").to_pylist()
     assert {row[name] for row in rows for name in TIMES} == {None}
+
+
+def by_argmax_too(folder, tasks):
+    """Make an evaluation one by two rules, of which `argmax` accepts two drafts less in these tasks."""
+    rows = read_jsonl(folder / "counts.jsonl")
+    greedy = [row | {"greedy": row["task"] not in tasks} for row in rows]
+    more = [
+        row | {"rule": "argmax", "tokens": row["tokens"] - 2, "accepted": row["accepted"] - 2, "greedy": False}
+        for row in rows
+        if row["task"] in tasks
+    ]
+    write_jsonl(folder / "counts.jsonl", greedy + more)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["acceptance_rules"] = ["ratio", "argmax"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_report_is_about_one_acceptance_rule_and_a_table_has_all(root):
+    before = summarise(read_evaluations(root / "evaluate"))
+    for name in ("drafter", "kld-seed1"):
+        by_argmax_too(root / "evaluate" / name, ["open_ended"])
+    assert summarise(read_evaluations(root / "evaluate")) == before
+    found = read_evaluations(root / "evaluate", rule="argmax")
+    assert {(one.series, one.drafter.seed, one.rule) for one in found} == {
+        ("pretrained", 0, "argmax"),
+        ("kld", 1, "argmax"),
+    }
+    rows = {(row.series, row.task): row for row in summarise(found) if row.gamma == 3}
+    assert rows["kld", "open_ended"].block_efficiency.value == pytest.approx(1 + (12 + 1 - 2) / 10)
+    assert rows["kld", "code"].block_efficiency.value == pytest.approx(1 + (12 + 0.75) / 10)  # at temperature 0
+    assert rows["kld", "open_ended"].gain.value == pytest.approx(0.6)  # over the pretrained drafter, by the same rule
+    rules = measured_rules(root / "evaluate")
+    (table,) = rule_table({rule: read_evaluations(root / "evaluate", rule=rule) for rule in rules})
+    assert table.columns == ["task", "drafter", "ratio", "argmax"]
+    assert table.rows[1][:2] == ["open ended", "kld"]
+    assert [cell.split()[0] for cell in table.rows[1][2:]] == ["2.30", "2.10"]
+    assert table.rows[2][3] == ""  # tvd was not evaluated by argmax
+    assert rule_table({"ratio": read_evaluations(root / "evaluate")}) == []
+
+
+def test_a_rule_that_was_not_evaluated_is_refused(root):
+    found = read_evaluations(root / "evaluate", rule="argmax")
+    with pytest.raises(ArtifactError, match=r"'argmax', but the rules evaluated under .* are \['ratio'\]: give one"):
+        check_evaluations(found, root / "evaluate", "pretrained", "argmax")
 
 
 def test_gammas_are_in_the_order_of_numbers_and_adaptive_comes_last():

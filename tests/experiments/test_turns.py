@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from drafter.artifacts.manifest import read_jsonl, read_manifest
 from drafter.decoding.evaluation import decode
 from drafter.metrics import TIMES, Counts
+from experiments.reporting.results import read_evaluations, rows_by_rule
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import check_fits, decode_turns, part_rows, target_answer
 from tests.chat_target import chat_model, chat_tokenizer, save_chat_target
@@ -246,6 +247,19 @@ def test_turns_and_prompts_side_by_side_have_the_same_counts_without_times(evalu
     assert found == expected
     samples = [read_jsonl(path / "drafter" / "samples.jsonl") for path in (evaluated / "evaluate", tmp_path)]
     assert samples[0] == samples[1]
+
+
+def test_an_evaluation_by_two_rules_has_counts_and_texts_of_each(evaluated, tmp_path):
+    folder = evaluated.parent
+    how = ["evaluate.acceptance_rules=[ratio,argmax]", "+evaluate.sampling.temperature=2.0", "evaluate.batch_size=4"]
+    how += [f"drafters=[{folder}/drafter]", f"out={tmp_path}", "evaluate.num_speculative_tokens=[3]"]
+    stage("evaluate", [*command(folder), *how])
+    (ratio,), (argmax,) = (read_evaluations(tmp_path, rule=rule) for rule in ("ratio", "argmax"))
+    assert ratio.counts.keys() == argmax.counts.keys()
+    assert sum(one.accepted for one in ratio.counts.values()) != sum(one.accepted for one in argmax.counts.values())
+    samples = read_jsonl(tmp_path / "drafter" / "samples.jsonl")
+    assert {sample.get("rule") for sample in samples} == {None, "argmax"}
+    assert len(rows_by_rule(samples, "ratio")) == len(rows_by_rule(samples, "argmax"))
 
 
 @pytest.mark.end_to_end
