@@ -24,7 +24,8 @@ from drafter.models.initialization import special_ids
 from drafter.models.loading import load_model, load_tokenizer, vocabulary_width
 from drafter.models.trimming import read_kept, write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import Facts, gather, serving, write_card
+from experiments.exporting.card import Facts, describe_rule, gather, write_card
+from experiments.exporting.serving import serving
 from experiments.reporting.identity import STEPS
 from experiments.running.commands import command
 from experiments.running.inputs import claim, plain, target_source
@@ -62,8 +63,9 @@ def main(cfg: DictConfig) -> None:
     print(f"{stage.directory}: {cfg.export.format}, {cfg.export.dtype}\n")
     for difference in differences:
         print(f"  {difference}")
-    for engine, lines in serving(cfg.export.format, cfg.target.path, str(stage.directory), facts.gamma).items():
-        print(f"\n{engine}\n{lines}")
+    commands = serving(cfg.export.format, cfg.target.path, str(stage.directory), facts.gamma, facts.rule)
+    for engine, lines in commands.items():
+        print(f"\n{engine}\n{describe_rule(engine, facts)}\n{lines}")
 
 
 def with_target(cfg: DictConfig, trained: dict[str, Any]) -> DictConfig:

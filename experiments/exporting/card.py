@@ -1,7 +1,7 @@
 """Write the model card of an exported drafter: how to serve it, its measured results, and how it was made."""
 
 import json
-import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from drafter.artifacts.manifest import MANIFEST, read_manifest, write_text
 from drafter.artifacts.storage import local_directory
-from drafter.metrics import Estimate
+from drafter.decoding.acceptance import RULES
 from drafter.models.compatibility import Difference, template
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.loading import load_config, load_tokenizer
 from drafter.models.trimming import read_kept
+from experiments.exporting.serving import followed_rule, serving
 from experiments.reporting.identity import identity_of, read_record
 from experiments.reporting.results import POOLED, ResultRow, read_evaluations, summarise
 from experiments.reporting.tabular import Table, with_interval
@@ -29,14 +30,31 @@ class Facts(NamedTuple):
     Attributes:
         manifest: of the stage that made it; empty for a drafter from elsewhere.
         config: of that stage.
-        rows: the results of its evaluation.
+        by_rule: the results of its evaluation by each acceptance rule that was measured.
         size_ratio: c, the drafter's parameters divided by the target's; None if it was not evaluated.
+        loss: the name of the loss that it was finetuned with, if it is known.
     """
 
     manifest: dict[str, Any]
     config: dict[str, Any]
-    rows: list[ResultRow]
+    by_rule: dict[str, list[ResultRow]]
     size_ratio: float | None
+    loss: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """The acceptance rule that it was made for: all losses but `hit` are of `ratio`."""
+        return "argmax" if self.loss == "hit" else "ratio"
+
+    @property
+    def rows(self) -> list[ResultRow]:
+        """The results by the rule that it was made for, or else by another one."""
+        return self.by_rule.get(self.rule) or next(iter(self.by_rule.values()), [])
+
+    def measured(self, rule: str) -> ResultRow | None:
+        """Return the result by another rule on the tasks, and at the gamma, of the best one; None if not measured."""
+        where = self.best and (self.best.task, self.best.gamma)
+        return next((row for row in self.by_rule.get(rule, []) if (row.task, row.gamma) == where), None)
 
     @property
     def best(self) -> ResultRow | None:
@@ -66,59 +84,17 @@ def gather(drafter: str) -> Facts:
     manifest = manifest_of(drafter)
     config = manifest.get("config", {})
     if not config:
-        return Facts(manifest, config, [], None)
-    identity_of(drafter)
-    found = []
-    for ours in sorted(Path(config["root"]).glob(f"evaluate*/*/{MANIFEST}")):
-        if read_manifest(ours.parent, "evaluate")["inputs"]["drafter"] == model_fingerprint(drafter):
-            found += [one for one in read_evaluations(ours.parent.parent) if one.directory == ours.parent]
-    found = sorted(found, key=lambda one: not one.is_timed)
-    rows = summarise(found[:1], base=found[0].series) if found else []
-    return Facts(manifest, config, rows, found[0].size_ratio if found else None)
-
-
-def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
-    """Return the command, or the lines of Python, with which each engine serves the pair.
-
-    Args:
-        kind: the format of the export: hf, gguf or openvino.
-        target: the target's path or hub name; paths are quoted as the shell or Python needs it.
-        drafter: the exported directory.
-        gamma: the number of tokens to draft per block.
-
-    Returns:
-        engine -> text to paste.
-    """
-    if kind == "gguf":
-        file = shlex.quote(f"{drafter}/{next(iter(Path(drafter).glob('*.gguf')), Path('drafter.gguf')).name}")
-        options = f"--model-draft {file} --spec-type draft-simple --spec-draft-n-max {gamma}"
-        return {"llama.cpp (the target converted likewise)": f"llama-server --model target.gguf {options}"}
-    target_text, drafter_text = (json.dumps(path, ensure_ascii=False) for path in (target, drafter))
-    if kind == "openvino":
-        model = f'genai.draft_model({drafter_text}, "CPU")'
-        lines = [
-            "import openvino_genai as genai",
-            f'pipe = genai.LLMPipeline("target-openvino", "CPU", draft_model={model})',
-            f'print(pipe.generate("…", max_new_tokens=256, do_sample=False, num_assistant_tokens={gamma}))',
-        ]
-        return {"OpenVINO GenAI, greedy (the target exported by optimum-cli)": "\n".join(lines)}
-    speculative = {"model": drafter, "num_speculative_tokens": gamma, "method": "draft_model"}
-    sglang = (
-        f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm STANDALONE "
-        f"--speculative-draft-model-path {shlex.quote(drafter)} --speculative-num-steps {gamma} "
-        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {gamma + 1}"
-    )
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"tokenizer = AutoTokenizer.from_pretrained({target_text})",
-        f"target = AutoModelForCausalLM.from_pretrained({target_text})",
-        f"drafter = AutoModelForCausalLM.from_pretrained({drafter_text})",
-        'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True, '
-        'return_tensors="pt", return_dict=True)',
-        "print(tokenizer.decode(target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)[0]))",
-    ]
-    vllm = shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(speculative, ensure_ascii=False)])
-    return {"vLLM": vllm, "SGLang": sglang, "transformers": "\n".join(lines)}
+        return Facts(manifest, config, {}, None)
+    loss, ours = identity_of(drafter).loss, model_fingerprint(drafter)
+    folders = [path.parent for path in sorted(Path(config["root"]).glob(f"evaluate*/*/{MANIFEST}"))]
+    folders = [path for path in folders if read_manifest(path, "evaluate")["inputs"]["drafter"] == ours]
+    by_rule, size_ratio = {}, None
+    for rule in RULES:
+        found = [one for path in folders for one in read_evaluations(path.parent, rule=rule) if one.directory == path]
+        if found:
+            chosen = min(found, key=lambda one: not one.is_timed)
+            by_rule[rule], size_ratio = summarise([chosen], base=chosen.series), chosen.size_ratio
+    return Facts(manifest, config, by_rule, size_ratio, loss)
 
 
 def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Difference]) -> None:
@@ -140,11 +116,12 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         cfg=cfg,
         facts=facts,
         training=training_table(cfg.export.drafter, facts.manifest).markdown() if facts.manifest else "",
-        results=results_table(facts.rows).markdown() if facts.rows else "",
+        results=results_table(facts.by_rule).markdown() if facts.rows else "",
         best=facts.best,
-        is_timed=is_timed(facts.rows),
+        is_timed=is_timed(facts.by_rule),
         interval=with_interval,
-        commands=serving(cfg.export.format, cfg.target.path, str(folder), facts.gamma),
+        commands=serving(cfg.export.format, cfg.target.path, str(folder), facts.gamma, facts.rule),
+        describe_rule=lambda engine: describe_rule(engine, facts),
         vocabulary=len(tokenizer.get_vocab()),
         template=template(tokenizer),
         differences=differences,
@@ -153,20 +130,35 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
     write_text(folder / "README.md", text)
 
 
-def is_timed(rows: list[ResultRow]) -> bool:
-    """Return whether the results, which are of one evaluation, have token rates."""
-    return any(row.token_rate_ratio for row in rows)
+def describe_rule(engine: str, facts: Facts) -> str:
+    """Return a sentence on the acceptance rule that an engine follows, and the τ that was measured by it."""
+    rule = followed_rule(engine, facts.rule)
+    if rule is None:
+        return "Decode greedily: above temperature 0 this engine does not keep the target's distribution."
+    row = facts.measured(rule)
+    found = "for which τ was not measured"
+    if row:
+        found = f"for which τ = {with_interval(row.block_efficiency)} was measured ({row.task}, γ = {row.gamma})"
+    return f"Above temperature 0 the acceptance rule is `{rule}`, {found}."
 
 
-def results_table(rows: list[ResultRow]) -> Table:
-    """Return the table of results: one line per task and gamma."""
-    columns = ["task", "γ", "prompts", "τ", "MBSU", "acceptance rate"]
-    columns += ["token rate"] if is_timed(rows) else []
+def is_timed(by_rule: Mapping[str, list[ResultRow]]) -> bool:
+    """Return whether any of the results have token rates."""
+    return any(row.token_rate_ratio for rows in by_rule.values() for row in rows)
+
+
+def results_table(by_rule: Mapping[str, list[ResultRow]]) -> Table:
+    """Return the table of results: one line per acceptance rule, task and gamma."""
+    names, timed = list(by_rule) != ["ratio"], is_timed(by_rule)
+    columns = [*(["rule"] if names else []), "task", "γ", "prompts", "τ", "MBSU", "acceptance rate"]
+    columns += ["token rate"] if timed else []
     lines = []
-    for row in rows:
-        figures: list[Estimate] = [row.block_efficiency, row.speedup, row.acceptance_rate]
-        figures += [row.token_rate_ratio] if row.token_rate_ratio else []
-        lines.append([row.task.replace("_", " "), str(row.gamma), str(row.prompts), *map(with_interval, figures)])
+    for rule, rows in by_rule.items():
+        for row in rows:
+            figures = [row.block_efficiency, row.speedup, row.acceptance_rate]
+            cells = [row.task.replace("_", " "), str(row.gamma), str(row.prompts), *map(with_interval, figures)]
+            cells += [with_interval(row.token_rate_ratio) or "not measured"] if timed else []
+            lines.append([rule, *cells] if names else cells)
     return Table("results", "Results", columns, lines)
 
 
