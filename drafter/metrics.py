@@ -6,8 +6,8 @@ bonus token of each block, so it lies between 1 (no draft accepted) and gamma + 
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,14 @@ class Counts(NamedTuple):
     expected: float = 0.0
     drafting_seconds: float = 0.0
     verifying_seconds: float = 0.0
+
+
+TIMES = ("seconds", "baseline_seconds", "drafting_seconds", "verifying_seconds")  # the fields of Counts that are times
+
+
+def read_row(row: Mapping[str, Any]) -> Counts:
+    """Return the counts in a row of counts.jsonl. A time that was not measured, None in the row, is NaN."""
+    return Counts._make(np.nan if row[field] is None else row[field] for field in Counts._fields)
 
 
 class Estimate(NamedTuple):

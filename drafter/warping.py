@@ -3,10 +3,15 @@
 Shapes: … any positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+# The source of random numbers for several rows: one for all (None: PyTorch's default), or one for each row. There, None
+# is for a row that needs no number.
+Random = torch.Generator | Sequence[torch.Generator | None] | None
 
 
 class Sampling(NamedTuple):
@@ -69,7 +74,7 @@ def warp(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return probs_V
 
 
-def draw(weights_BV: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def draw(weights_BV: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Draw one token per row with probabilities proportional to its weights, shape (B,); never one of weight 0.
 
     The inverse of the cumulative distribution in float64 needs one random number per row, where torch.multinomial
@@ -135,13 +140,27 @@ def double(values: torch.Tensor, device_type: str | None = None) -> torch.Tensor
     return (values.cpu() if has_none else values).double()
 
 
-def _uniform(
-    count: int, device: torch.device, generator: torch.Generator | None, device_type: str | None = None
+def uniform(
+    lengths: Sequence[int], width: int, generator: Random, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
+    """Return random numbers in [0, 1), shape (rows, width).
+
+    A row with a generator of its own draws as many as its length, and is padded with zeros.
+    """
+    if not isinstance(generator, Sequence):
+        return torch.rand((len(lengths), width), generator=generator, device=device, dtype=dtype)
+    numbers = torch.zeros(len(lengths), width, device=device, dtype=dtype)
+    for row, length, own in zip(numbers, lengths, generator, strict=True):
+        if own:
+            row[:length] = torch.rand(length, generator=own, device=device, dtype=dtype)
+    return numbers
+
+
+def _uniform(count: int, device: torch.device, generator: Random, device_type: str | None = None) -> torch.Tensor:
     """Return random numbers in [0, 1), shape (count, 1), drawn and returned in float64 where the device has it."""
     kind = device_type or device.type
     drawn = torch.float32 if kind == "mps" else torch.float64
-    return double(torch.rand((count, 1), generator=generator, device=device, dtype=drawn), kind)
+    return double(uniform([1] * count, 1, generator, device, drawn), kind)
 
 
 def in_nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:

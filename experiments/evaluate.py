@@ -2,14 +2,16 @@
 
 Each drafter has a directory of its own, so that a new drafter needs only its own evaluation. All new drafters decode
 each prompt in turn: the autoregressive baseline is decoded once for all of them, and a ratio of token rates compares
-times that were measured close together on one machine. Each rank takes the next part of the prompts when it is free.
-An interrupted evaluation continues with the missing parts.
+times that were measured close together on one machine. With evaluate.batch_size above 1, prompts are decoded side by
+side, and no times are recorded. Each rank takes the next part of the prompts when it is free. An interrupted evaluation
+continues with the missing parts.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import MANIFEST, Stage, read_jsonl, write_jsonl
-from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.evaluation import Decodings, Task, decode
-from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length
+from drafter.decoding.acceptance import check_rules
+from drafter.decoding.capabilities import check_can_decode, check_side_by_side
+from drafter.decoding.evaluation import Decodings, Task, decode, decode_side_by_side
+from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, max_draft_length
 from drafter.decoding.roles import RoleReader
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.end_of_turn import end_of_turn_ids
@@ -34,13 +37,18 @@ from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, output_directories
+from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
 from experiments.running.progress import Progress
 from experiments.running.tasks import check_tasks, decoding_settings, draft_length, read_tasks
-from experiments.running.turns import Work, check_fits, decode_turns, fits, part_rows, target_answer, turns_by_task
+from experiments.running.turns import Work, check_fits, decode_turns_together, part_rows, target_answer, turns_by_task
 
 log = logging.getLogger(__name__)
-PART = 8  # prompts that are evaluated, and written, together
+PART = 8  # prompts that are evaluated, and written, together, if they are not decoded in larger batches
+LEFT_OUT = {
+    "batch_size": 1,
+    "acceptance_rules": ["ratio"],
+}  # settings that the identity has only where they differ from these values
 
 
 @command("evaluate")
@@ -50,7 +58,7 @@ def main(cfg: DictConfig) -> None:
         return dry_run.show(cfg, "evaluate", check)
     check(cfg)
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
-    settings = {**plain(cfg.evaluate), **decoding_settings(cfg)}
+    settings = {**without_defaults(plain(cfg.evaluate), LEFT_OUT), **decoding_settings(cfg)}
     directories = output_directories(Path(cfg.out), find_drafters(list(cfg.drafters)))
     identities = {path: identity_of(path) for path in directories}  # refused before anything is decoded
     stages = {
@@ -84,25 +92,32 @@ def main(cfg: DictConfig) -> None:
     )
     check_fits(work, contexts)
     gammas = {gamma: gamma_of(gamma, cfg) for gamma in cfg.evaluate.num_speculative_tokens}
-    parts = [work.tasks[start : start + PART] for start in range(0, len(work.tasks), PART)]
+    batch_size, size = cfg.evaluate.batch_size, max(PART, cfg.evaluate.batch_size)
+    rules = check_rules(plain(cfg.evaluate.acceptance_rules))
+    if batch_size > 1:
+        check_batches(work, [target, *drafters.values()], of_target, max(map(max_draft_length, gammas.values())))
+    parts = [work.tasks[start : start + size] for start in range(0, len(work.tasks), size)]
     # The first calls are slow, and should not count for any drafter. The beginning of a prompt fits into any context.
     for drafter in drafters.values():
         speculative_decode(target, drafter, work.tasks[0].prompt[:32], 3, DecodingOptions(max_new_tokens=8))
     reader = RoleReader(tokenizer, stops)
 
-    def decode_turn(task: Task, paths: Iterable[str]) -> Decodings:
-        fitting = {path: drafters[path] for path in paths if fits(task, contexts[path])}
-        return decode(task, target, fitting, gammas, cfg.seed)
+    def decode_turns_of(tasks: list[Task], paths: Iterable[str]) -> list[Decodings]:
+        missing = {path: drafters[path] for path in paths}
+        if batch_size > 1:
+            return decode_side_by_side(tasks, target, missing, gammas, cfg.seed, rules)
+        return [decode(task, target, missing, gammas, cfg.seed, rules) for task in tasks]
 
     todo = [number for number in range(len(parts)) if missing_files(number, pending)]
-    with Progress("evaluate", f"part of {PART} prompts", ranks.world_size) as report:
+    with Progress("evaluate", f"part of {size} prompts", ranks.world_size) as report:
         for index, number in deal(todo, ranks.world_size):
             missing = missing_files(number, pending)
             rows: dict[str, list[dict[str, Any]]] = {path: [] for path in missing}
-            for first in parts[number]:
-                reached = decode_turns(work, first, partial(decode_turn, paths=missing), target_answer)
-                for path in missing:
-                    rows[path] += part_rows(reached, path, reader, tokenizer)
+            decode_missing = partial(decode_turns_of, paths=missing)
+            for batch in batches(parts[number], batch_size):
+                for reached in decode_turns_together(work, batch, decode_missing, target_answer):
+                    for path in missing:
+                        rows[path] += part_rows(reached, path, reader, tokenizer)
             for path, file in missing.items() if ranks.writes else []:
                 write_jsonl(file, rows[path])
             tokens = sum(row.get("tokens", 0) for of_drafter in rows.values() for row in of_drafter)
@@ -111,6 +126,27 @@ def main(cfg: DictConfig) -> None:
     if ranks.first:
         for path, stage in pending.items():
             finish(identities[path], stage, len(parts), drafters[path], target, stops, work, cfg)
+
+
+def batches(tasks: list[Task], batch_size: int) -> Iterator[list[Task]]:
+    """Yield at most `batch_size` tasks at a time, of the same options, in their order."""
+    for _, same in groupby(tasks, key=lambda task: task.options):
+        together = list(same)
+        yield from (together[start : start + batch_size] for start in range(0, len(together), batch_size))
+
+
+def check_batches(work: Work, models: Iterable[PreTrainedModel], context: int, gamma: int) -> None:
+    """Check that each model can decode these prompts side by side. Later turns may be as long as the context.
+
+    Raises:
+        ValueError: a model cannot; names it and the reason.
+    """
+    longest = max(len(task.prompt) + task.options.max_new_tokens for task in work.tasks)
+    for model in models:
+        try:
+            check_side_by_side(model, (context if work.continuations else longest) + gamma + 1)
+        except ValueError as error:
+            raise ValueError(f"{error}, with evaluate.batch_size=1") from None
 
 
 def missing_files(number: int, stages: dict[str, Stage]) -> dict[str, Path]:
@@ -130,6 +166,10 @@ def check(cfg: DictConfig) -> None:
     check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
     check_tasks(cfg, cfg.evaluate.sampling)
+    check_rules(plain(cfg.evaluate.acceptance_rules))
+    batch_size = cfg.evaluate.batch_size
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"evaluate.batch_size is {batch_size}, must be a whole number, at least 1")
     for gamma in cfg.evaluate.num_speculative_tokens:
         check_draft_length(gamma_of(gamma, cfg))
 
@@ -149,17 +189,20 @@ def finish(
     work: Work,
     cfg: DictConfig,
 ) -> None:
-    """Join all parts into counts.jsonl (a row per task, γ and prompt) and samples.jsonl (texts by block)."""
+    """Join all parts into counts.jsonl (a row per task, γ, rule and prompt) and samples.jsonl (texts by block)."""
     files = [stage.directory / f"part-{number:05d}.jsonl" for number in range(parts)]
     every = [row for file in files for row in read_jsonl(file)]
     rows = [row for row in every if "turns_left_out" not in row]
-    shown: Counter[tuple[str, str]] = Counter()
+    shown: Counter[tuple[str, str, str | None]] = Counter()
     samples = []
     for row in rows:
-        sample = {name: row[name] for name in ("task", "gamma", "prompt")}
+        sample: dict[str, Any] = {name: row[name] for name in ("task", "gamma", "prompt")}
+        if plain(cfg.evaluate.acceptance_rules) != LEFT_OUT["acceptance_rules"]:
+            sample |= {name: row[name] for name in ("rule", "greedy") if name in row}
         sample |= {name: row.pop(name) for name in ("message", "blocks")}
-        shown[row["task"], str(row["gamma"])] += 1
-        if shown[row["task"], str(row["gamma"])] <= cfg.evaluate.samples_per_task:
+        kind = row["task"], str(row["gamma"]), row.get("rule")
+        shown[kind] += 1
+        if shown[kind] <= cfg.evaluate.samples_per_task:
             samples.append(sample)
     greedy = [row for row in rows if row["greedy"]]
     write_jsonl(stage.directory / "counts.jsonl", rows)

@@ -24,9 +24,10 @@ from drafter.models.initialization import special_ids
 from drafter.models.loading import load_model, load_tokenizer, vocabulary_width
 from drafter.models.trimming import read_kept, write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import serving, write_card
+from experiments.exporting.card import describe_rule, write_card
 from experiments.exporting.facts import Facts, gather
 from experiments.exporting.recipe import ABSOLUTE
+from experiments.exporting.serving import serving
 from experiments.reporting.identity import STEPS
 from experiments.running.commands import command
 from experiments.running.inputs import claim, plain, target_source
@@ -67,8 +68,9 @@ def main(cfg: DictConfig) -> None:
     for difference in differences:
         print(f"  {difference}")
     gamma = facts.gamma(cfg.export.format)
-    for engine, lines in serving(cfg.export.format, cfg.target.path, str(stage.directory), gamma).items():
-        print(f"\n{engine}\n{lines}")
+    commands = serving(cfg.export.format, cfg.target.path, str(stage.directory), gamma, facts.rule)
+    for engine, lines in commands.items():
+        print(f"\n{engine}\n{describe_rule(engine, facts, gamma)}\n{lines}")
     if paths := paths_of_this_machine(stage.directory):
         print(f"\nBefore you publish it: it names {', '.join(paths)}. Give paths relative to the working directory")
 

@@ -7,6 +7,7 @@ from both the predicted speed-up. Then the prompts are decoded at each γ, to co
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import write_jsonl, write_text
+from drafter.decoding.acceptance import check_rule
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.decoders import COMPILED_WIDTHS, Decodable, Padded, compiled_pair
 from drafter.decoding.evaluation import Task
@@ -31,9 +33,10 @@ from experiments.reporting.figures import draw_gammas
 from experiments.reporting.gamma_page import GammaRow, gamma_page
 from experiments.running import dry_run
 from experiments.running.commands import command
+from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
-from experiments.running.turns import decode_turns
+from experiments.running.turns import Work, decode_turns
 
 log = logging.getLogger(__name__)
 WIDEST = 16  # the most tokens of a call to which another one may be padded
@@ -45,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         return dry_run.show(cfg, "gamma", check)
     check(cfg)
-    settings = {**plain(cfg.gamma), **decoding_settings(cfg)}
+    settings = {**without_defaults(plain(cfg.gamma), {"acceptance_rule": "ratio"}), **decoding_settings(cfg)}
     del settings["drafter"]  # its fingerprint is among the inputs
     stage = claim(
         cfg, "gamma", settings, pair_inputs(cfg, cfg.gamma.drafter), Path(cfg.out) / Path(cfg.gamma.drafter).name
@@ -57,7 +60,9 @@ def main(cfg: DictConfig) -> None:
     drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     context = min(map(context_length, (target, drafter)))
-    work = read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {})
+    work = by_rule(
+        read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {}), cfg.gamma.acceptance_rule
+    )
     prompt, widths, largest = work.tasks[0].prompt, dict[int, int](), cfg.gamma.largest
     models: tuple[Decodable, Decodable]
     if cfg.gamma.compile:  # a compiled call has packed weights of its own
@@ -93,7 +98,7 @@ def main(cfg: DictConfig) -> None:
                 {"task": name, "gamma": gamma, "prompt": prompt, **values._asdict()}
                 for prompt, values in of_gamma.items()
             ]
-    page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile, widths)
+    page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile, widths, cfg.gamma.acceptance_rule)
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
     write_text(stage.directory / "gamma.md", page)
@@ -123,6 +128,12 @@ def check(cfg: DictConfig) -> None:
     if cfg.gamma.compile and cfg.gamma.largest > longest:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at most {longest} with gamma.compile=true")
     check_tasks(cfg, {})
+    check_rule(cfg.gamma.acceptance_rule)
+
+
+def by_rule(work: Work, rule: str) -> Work:
+    """Return the same work, decoded by an acceptance rule."""
+    return work._replace(tasks=[task._replace(options=replace(task.options, rule=rule)) for task in work.tasks])
 
 
 class DecodedPrompt(NamedTuple):
@@ -158,7 +169,7 @@ def block_efficiencies(
         ids = torch.tensor([[*task.prompt, *decoded.tokens]], device=target.device)
         p_LV, q_LV = (model(input_ids=ids, logits_to_keep=length + 1).logits[0, :-1] for model in (drafter, target))
         tokens_L = torch.tensor(decoded.tokens, device=target.device)
-        accept_BL = acceptance_of_written(p_LV, q_LV, tokens_L, task.options.sampling)[None]
+        accept_BL = acceptance_of_written(p_LV, q_LV, tokens_L, task.options.sampling, task.options.rule)[None]
         lengths_B = torch.tensor([length], device=target.device)
         blocks += [expected_blocks(accept_BL, lengths_B, gamma).item() for gamma in range(1, largest + 1)]
         tokens += length

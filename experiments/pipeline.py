@@ -11,7 +11,7 @@ import contextlib
 import logging
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -65,7 +65,7 @@ def main(plan: DictConfig) -> None:
             logging.exception("%s failed", job.cfg.out)
             failed[job.cfg.out] = problem
     if not (last := jobs[-1].cfg).dry_run:
-        evaluations = read_evaluations(Path(last.root) / "evaluate", last.base)
+        evaluations = read_evaluations(Path(last.root) / "evaluate", last.base, last.acceptance_rule)
         print("\n" + "\n".join(conclusions(evaluations, last.out)), flush=True)
     if failed:
         named = "\n".join(f"  {out}: {problem}" for out, problem in failed.items())
@@ -82,12 +82,23 @@ def check(jobs: list[Job]) -> None:
         if job.stage != "tables":
             MODULES[job.stage].check(job.cfg)
     check_stages(jobs)
+    reported = next((job.cfg.acceptance_rule for job in jobs if job.stage == "tables"), None)
     prompt_tokens = next(job.cfg.prepare.max_prompt_tokens for job in jobs if job.stage == "prepare")
     for job in jobs:
         answers = {"respond.max_new_tokens": job.cfg.respond.max_new_tokens} if job.stage == "respond" else {}
         if job.stage == "evaluate":
+            check_reported(job.cfg.evaluate.acceptance_rules, reported)
             answers = {f"task.{name}.max_new_tokens": how.max_new_tokens for name, how in job.cfg.task.items()}
         check_lengths(job.cfg, prompt_tokens, answers, training=job.stage == "respond")
+
+
+def check_reported(rules: Sequence[str], reported: str | None) -> None:
+    """Raise ValueError if the report is about an acceptance rule that is not among those of an evaluation."""
+    if reported and reported not in rules:
+        raise ValueError(
+            f"acceptance_rule is '{reported}', which the report is about, must be among evaluate.acceptance_rules, "
+            f"which are {list(rules)}"
+        )
 
 
 def check_ranks(ranks: Mapping[str, int]) -> None:

@@ -70,7 +70,7 @@ def write(planned: list[Planned], cfg: DictConfig, settings: DictConfig) -> None
     ours = {(one.name, one.seed) for one in planned}
     evaluations = [
         one
-        for one in read_evaluations(Path(cfg.out), settings.base)
+        for one in read_evaluations(Path(cfg.out), settings.base, cfg.evaluate.acceptance_rules[0])
         if (one.series, one.drafter.seed) in ours  # the folder may have other recipes and seeds
     ]
     table = starts_table(recipes, evaluations, settings.base, settings.num_speculative_tokens)

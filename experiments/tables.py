@@ -20,17 +20,21 @@ from drafter.artifacts.storage import local_directory
 from drafter.metrics import conversation_and_turn
 from experiments.reporting import paper
 from experiments.reporting.breakdown import breakdown_tables
+from experiments.reporting.by_rule import rule_table
 from experiments.reporting.counts import write_counts
 from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
 from experiments.reporting.identity import PRETRAINED
 from experiments.reporting.page import write_html
 from experiments.reporting.results import (
+    RATIO,
     Evaluation,
     ResultRow,
     check_evaluations,
+    measured_rules,
     read_curves,
     read_evaluations,
+    rows_by_rule,
     seed_and_step,
     sorted_gammas,
     summarise,
@@ -58,9 +62,10 @@ def main(cfg: DictConfig) -> None:
         return log.info("tables reads what evaluate has written, so there is nothing to check")
     root, out = Path(cfg.root), Path(cfg.out)
     evaluations, variants, steps = (
-        read_evaluations(root / name, cfg.base) for name in ("evaluate", "evaluate_variants", "evaluate_steps")
+        read_evaluations(root / name, cfg.base, cfg.acceptance_rule)
+        for name in ("evaluate", "evaluate_variants", "evaluate_steps")
     )
-    check_evaluations(evaluations, root / "evaluate", cfg.base)
+    check_evaluations(evaluations, root / "evaluate", cfg.base, cfg.acceptance_rule)
     rows, curves = summarise(evaluations, cfg.base), read_curves(root / "finetune")
     last = max((row["step"] for seeds in curves.values() for lines in seeds.values() for row in lines), default=0)
     remove_generated(out)
@@ -71,9 +76,13 @@ def main(cfg: DictConfig) -> None:
     if steps:
         found = paper.efficiency_by_step(steps, evaluations, int(last))
         figures["checkpoints"] = draw_along(found, out / "figures" / "checkpoints")
-    tables = [*question_tables(cfg, evaluations, variants), *detail_tables(rows, evaluations, cfg.base)]
+    rules = measured_rules(root / "evaluate")
+    by_rule = {rule: read_evaluations(root / "evaluate", cfg.base, rule) for rule in rules} if len(rules) > 1 else {}
+    questions = [*question_tables(cfg, evaluations, variants), *rule_table(by_rule)]
+    tables = [*questions, *detail_tables(rows, evaluations, cfg.base)]
     notes = [
         CONVENTION,
+        *([] if cfg.acceptance_rule == RATIO else [f"Drafts are accepted by the rule `{cfg.acceptance_rule}`."]),
         describe_prompts(evaluations),
         *describe_cut_answers(evaluations),
         describe_time(evaluations),
@@ -89,7 +98,7 @@ def main(cfg: DictConfig) -> None:
     write_json(out / "runs.json", describe_runs(root))
     write_counts(out / "counts.parquet", [*evaluations, *variants, *steps])
     samples = {
-        one.directory.name: read_jsonl(one.directory / "samples.jsonl")
+        one.directory.name: rows_by_rule(read_jsonl(one.directory / "samples.jsonl"), cfg.acceptance_rule)
         for one in evaluations
         if one is min(paper.of_series(evaluations, one.series), key=seed_and_step)
     }
@@ -136,7 +145,9 @@ def detail_tables(rows: list[ResultRow], evaluations: list[Evaluation], base: st
 
 def task_table(rows: list[ResultRow], name: str, title: str, base: str = PRETRAINED) -> Table:
     """Return a table with one line per task and series; the highest τ of each task is bold."""
-    columns = ["task", "drafter", "τ", "expected τ", f"τ − {base}", "MBSU", "token rate", "acceptance rate"]
+    is_timed = any(row.token_rate_ratio for row in rows)
+    rate = ["token rate"] if is_timed else []
+    columns = ["task", "drafter", "τ", "expected τ", f"τ − {base}", "MBSU", *rate, "acceptance rate"]
     lines = []
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task]
@@ -145,7 +156,10 @@ def task_table(rows: list[ResultRow], name: str, title: str, base: str = PRETRAI
             value = with_interval(row.block_efficiency)
             cells = [f"**{value}**" if row.block_efficiency.value == best else value]
             cells += [with_interval(row.expected), with_interval(row.gain, signed=True)]
-            cells += map(with_interval, (row.speedup, row.token_rate_ratio, row.acceptance_rate))
+            cells.append(with_interval(row.speedup))
+            if is_timed:
+                cells.append(with_interval(row.token_rate_ratio) or "not measured")
+            cells.append(with_interval(row.acceptance_rate))
             lines.append([task.replace("_", " "), row.series, *cells])
     return Table(name, title, columns, lines)
 
@@ -201,8 +215,13 @@ def describe_prompts(evaluations: list[Evaluation]) -> str:
 
 
 def describe_time(evaluations: list[Evaluation]) -> str:
-    """Return a note on the shares of drafting, verification and the rest in decoding's time, at each gamma."""
-    shares = []
+    """Return a note on the shares of drafting, verification and the rest in decoding's time, at each gamma.
+
+    It names the series whose times were not measured.
+    """
+    shares: list[str] = []
+    untimed = ", ".join(dict.fromkeys(one.series for one in evaluations if not one.is_timed))
+    evaluations = [one for one in evaluations if one.is_timed]
     for gamma in sorted_gammas(gamma for one in evaluations for _, gamma, _ in one.counts):
         counts = [counts for one in evaluations for (_, of_gamma, _), counts in one.counts.items() if of_gamma == gamma]
         total, drafting, verifying = (
@@ -211,7 +230,10 @@ def describe_time(evaluations: list[Evaluation]) -> str:
         rest = total - drafting - verifying
         parts = ((drafting, "drafting"), (verifying, "verification"), (rest, "the rest"))
         shares.append(f"at γ = {gamma} " + ", ".join(f"{100 * part / total:.0f}% {name}" for part, name in parts))
-    return f"Decoding's time: {'; '.join(shares)}."
+    notes = [f"Decoding's time: {'; '.join(shares)}."] if shares else []
+    if untimed:
+        notes.append(f"Times and token rates were not measured where prompts were decoded side by side: {untimed}.")
+    return " ".join(notes)
 
 
 def describe_machines(evaluations: list[Evaluation]) -> str:

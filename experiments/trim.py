@@ -19,7 +19,7 @@ from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.artifacts.rows import Rows
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.evaluation import Decodings, Task, decode
-from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference
+from drafter.metrics import Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference, read_row
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_parameters, vocabulary_rows
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
@@ -110,7 +110,7 @@ def decode_all(drafters: dict[int, PreTrainedModel], target: PreTrainedModel, wo
     found: AllCounts = {}
     for size in drafters:
         rows = [of_turn.by_drafter[str(size)][0].row for one in reached for _, of_turn in one.turns]
-        counts = [Counts(*(row[field] for field in Counts._fields)) for row in rows]
+        counts = [read_row(row) for row in rows]
         found[size] = by_prompt([f"{row['task']} {row['prompt']}" for row in rows], counts)
     return found
 

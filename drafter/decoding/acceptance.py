@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from drafter.warping import draw
+from drafter.warping import Random, draw, uniform
 
 RULES = ("ratio", "argmax", "match")
 
@@ -119,7 +119,8 @@ def verify(
     drafted_BG: torch.Tensor,
     p_BGV: torch.Tensor | None,
     q_BGV: torch.Tensor,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
+    lengths: Sequence[int] | None = None,
 ) -> VerificationTensors:
     """Accept a prefix of the drafted tokens and choose the bonus token.
 
@@ -132,14 +133,18 @@ def verify(
         drafted_BG: the drafted token ids; each is drawn from the distribution in p_BGV at its position.
         p_BGV: the drafter's warped probabilities at G positions for the rule `ratio`; None for `argmax` and `match`.
         q_BGV: the target's warped probabilities at G + 1 positions.
-        generator: the source of random numbers; None for PyTorch's default.
+        generator: the source of random numbers, which may differ by sequence.
+        lengths: how many of each sequence's drafted tokens count; None: all G.
     """
     count = drafted_BG.shape[1]
+    lengths = [count] * len(drafted_BG) if lengths is None else lengths
     drafted_BG1 = drafted_BG[..., None]
     q_BG = q_BGV[:, :count].gather(-1, drafted_BG1)[..., 0]
     p_BG = torch.ones_like(q_BG) if p_BGV is None else p_BGV.gather(-1, drafted_BG1)[..., 0]
-    uniform_BG = torch.rand(p_BG.shape, generator=generator, device=p_BG.device)
-    accepted_B = (uniform_BG * p_BG < q_BG).long().cumprod(1).sum(1)
+    uniform_BG = uniform(lengths, count, generator, p_BG.device)
+    length_B1 = torch.tensor(lengths, device=p_BG.device)[:, None]
+    counts_BG = torch.arange(count, device=p_BG.device) < length_B1
+    accepted_B = ((uniform_BG * p_BG < q_BG) & counts_BG).long().cumprod(1).sum(1)
     bonus_BV = _at(q_BGV, accepted_B)
     if count:
         last_B = accepted_B.clamp_max(count - 1)
@@ -148,7 +153,7 @@ def verify(
         else:
             residual_BV = (bonus_BV - _at(p_BGV, last_B)).clamp_min(0)
         # If p equals q up to rounding, the residual may be zero everywhere; a rejection is then all but impossible.
-        use_B1 = (accepted_B[:, None] < count) & (residual_BV.sum(-1, keepdim=True) > 0)
+        use_B1 = (accepted_B[:, None] < length_B1) & (residual_BV.sum(-1, keepdim=True) > 0)
         bonus_BV = torch.where(use_B1, residual_BV, bonus_BV)
     bonus_B = draw(bonus_BV, generator)
     return VerificationTensors(accepted_B, bonus_B, (q_BG / p_BG).clamp_max(1))
@@ -163,7 +168,7 @@ def verify_greedy(drafted: list[list[int]], best: list[list[int]]) -> Verificati
     """Verify greedy decoding, where each of the rules accepts a token if it is the target's most likely one.
 
     Args:
-        drafted: G drafted tokens per sequence.
+        drafted: the drafted tokens of each sequence that count, at most G.
         best: the target's most likely token at each of G + 1 positions, per sequence.
     """
     probabilities = [[float(x == y) for x, y in zip(*row, strict=False)] for row in zip(drafted, best, strict=True)]
@@ -177,19 +182,22 @@ def truncate_block(
     accepted: int,
     bonus: int,
     acceptance_probabilities: list[float],
-    remaining: int,
     stop_ids: Sequence[int],
 ) -> Block:
-    """Return one sequence's block, cut at the first stop token and to the `remaining` number of tokens.
+    """Return one sequence's block, cut at the first stop token.
 
-    Sequences of a batch draft the same number of tokens, which may be more than this one's remaining length allows.
+    Args:
+        drafted: the drafted tokens that count.
+        accepted: how many of them were accepted.
+        bonus: the token that follows these.
+        acceptance_probabilities: those of the drafted tokens, and perhaps of others after them.
+        stop_ids: tokens that end a sequence.
     """
-    emitted = _until_stop([*drafted[:accepted], bonus], stop_ids)[:remaining]
-    drafted = drafted[: remaining - 1]
+    emitted = _until_stop([*drafted[:accepted], bonus], stop_ids)
     extendable = len(_until_stop([*drafted, -1], stop_ids)) - 1
     return Block(
         drafted,
-        min(accepted, len(emitted), len(drafted)),
+        min(accepted, len(emitted)),
         emitted,
         tuple(acceptance_probabilities[: len(drafted)]),
         extendable,

@@ -1,8 +1,9 @@
 """A decoder for several sequences of different lengths in one batch, with one key-value cache.
 
-`side_by_side.generate` uses it for responses, and `speculative.speculative_decode_batch` for several users. Evaluation
-decodes one sequence at a time, as the paper does: a token rate is then that of a single user. `capabilities` also uses
-the decoder, to find out whether a model accepts explicit masks and positions.
+`side_by_side.generate` uses it for responses, and `speculative.speculative_decode_batch` for several users, or for the
+prompts of an evaluation without token rates. With token rates, evaluation decodes one sequence at a time, as the paper
+does: the rate is then that of a single user. `capabilities` also uses the decoder, to find out whether a model accepts
+explicit masks and positions.
 
 Shapes: B rows, T tokens of a call, C the cache's capacity in tokens, V vocabulary.
 """

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from drafter.decoding.acceptance import Block
 from drafter.decoding.clock import Seconds
 
@@ -24,6 +26,7 @@ class Generation:
         tokens: the prompt and the tokens so far.
         prompt_length: the number of tokens of the prompt.
         max_length: the number of tokens at which it ends, the prompt included.
+        generator: the source of its random numbers; None for PyTorch's default.
         blocks: the blocks so far.
         target_cached: the number of tokens, from the first on, that the target has cached.
         drafter_cached: the number of tokens, from the first on, that the drafter has cached.
@@ -32,6 +35,7 @@ class Generation:
     tokens: list[int]
     prompt_length: int
     max_length: int
+    generator: torch.Generator | None = None
     blocks: list[Block] = field(default_factory=list)
     target_cached: int = 0
     drafter_cached: int = 0
@@ -41,14 +45,14 @@ class Generation:
         """The number of tokens that may still be generated."""
         return self.max_length - len(self.tokens)
 
-    def append(self, block: Block, drafted: int) -> None:
-        """Append the tokens of a block for which `drafted` tokens were drafted, and update the cached lengths."""
+    def append(self, block: Block) -> None:
+        """Append the tokens of a block, and update the cached lengths."""
         length = len(self.tokens)
         self.blocks.append(block)
         self.tokens += block.emitted
         self.target_cached = len(self.tokens) - 1
         # The drafter has not read the last token that it drafted.
-        self.drafter_cached = min(len(self.tokens) - 1, length + max(drafted - 1, 0))
+        self.drafter_cached = min(len(self.tokens) - 1, length + max(len(block.drafted) - 1, 0))
 
     def is_finished(self, stop_ids: Sequence[int]) -> bool:
         """Return whether the last block ended the sequence."""

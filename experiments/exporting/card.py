@@ -1,7 +1,6 @@
 """Write the model card of an exported drafter: how to serve it, its measured results, and how it was made."""
 
-import json
-import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -9,60 +8,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from drafter.artifacts.manifest import write_text
 from drafter.artifacts.storage import local_directory
-from drafter.metrics import Estimate
 from drafter.models.compatibility import Difference, template
 from drafter.models.loading import load_tokenizer
 from drafter.models.trimming import read_kept
 from experiments.exporting.facts import Facts, GammaReport
 from experiments.exporting.recipe import describe_architecture
+from experiments.exporting.serving import followed_rule, serving
 from experiments.reporting.results import ResultRow
 from experiments.reporting.tabular import Table, with_interval
 from experiments.running.inputs import target_source
-
-
-def serving(kind: str, target: str, drafter: str, gamma: int) -> dict[str, str]:
-    """Return the command, or the lines of Python, with which each engine serves the pair.
-
-    Args:
-        kind: the format of the export: hf, gguf or openvino.
-        target: the target's path or hub name; paths are quoted as the shell or Python needs it.
-        drafter: the exported directory.
-        gamma: the number of tokens to draft per block.
-
-    Returns:
-        engine -> text to paste.
-    """
-    if kind == "gguf":
-        file = shlex.quote(f"{drafter}/{next(iter(Path(drafter).glob('*.gguf')), Path('drafter.gguf')).name}")
-        options = f"--model-draft {file} --spec-type draft-simple --spec-draft-n-max {gamma}"
-        return {"llama.cpp (the target converted likewise)": f"llama-server --model target.gguf {options}"}
-    target_text, drafter_text = (json.dumps(path, ensure_ascii=False) for path in (target, drafter))
-    if kind == "openvino":
-        model = f'genai.draft_model({drafter_text}, "CPU")'
-        lines = [
-            "import openvino_genai as genai",
-            f'pipe = genai.LLMPipeline("target-openvino", "CPU", draft_model={model})',
-            f'print(pipe.generate("…", max_new_tokens=256, do_sample=False, num_assistant_tokens={gamma}))',
-        ]
-        return {"OpenVINO GenAI, greedy (the target exported by optimum-cli)": "\n".join(lines)}
-    speculative = {"model": drafter, "num_speculative_tokens": gamma, "method": "draft_model"}
-    sglang = (
-        f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm STANDALONE "
-        f"--speculative-draft-model-path {shlex.quote(drafter)} --speculative-num-steps {gamma} "
-        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {gamma + 1}"
-    )
-    chat = f"python -m experiments.chat target.path={shlex.quote(target)} chat.drafter={shlex.quote(drafter)}"
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"tokenizer = AutoTokenizer.from_pretrained({target_text})",
-        f"target = AutoModelForCausalLM.from_pretrained({target_text})",
-        f"drafter = AutoModelForCausalLM.from_pretrained({drafter_text})",
-        'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True, '
-        'return_tensors="pt", return_dict=True)',
-        "print(tokenizer.decode(target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)[0]))",
-    ]
-    vllm = shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(speculative, ensure_ascii=False)])
-    return {"vLLM": vllm, "SGLang": sglang, "transformers": "\n".join(lines), "this project": chat}
 
 
 def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Difference]) -> None:
@@ -86,13 +40,15 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         facts=facts,
         name=base or cfg.target.path,
         training=training_table(cfg.export.drafter, facts.training).markdown(),
-        results=results_table(facts.rows).markdown() if facts.rows else "",
+        results=results_table(facts.by_rule).markdown() if facts.rows else "",
         gammas=gamma_table(facts.reports).markdown() if facts.reports else "",
         gamma=gamma,
         report=report,
         best=facts.best,
+        is_timed=is_timed(facts.by_rule),
         interval=with_interval,
-        commands=serving(cfg.export.format, cfg.target.path, str(folder), gamma),
+        commands=serving(cfg.export.format, cfg.target.path, str(folder), gamma, facts.rule),
+        describe_rule=lambda engine: describe_rule(engine, facts, gamma),
         vocabulary=len(tokenizer.get_vocab()),
         template=template(tokenizer),
         differences=differences,
@@ -101,13 +57,35 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
     write_text(folder / "README.md", text)
 
 
-def results_table(rows: list[ResultRow]) -> Table:
-    """Return the table of results: one line per task and gamma."""
-    columns = ["task", "γ", "prompts", "τ", "MBSU", "acceptance rate", "token rate"]
+def describe_rule(engine: str, facts: Facts, gamma: int) -> str:
+    """Return a sentence on the acceptance rule that an engine follows, and the τ that was measured by it."""
+    rule = followed_rule(engine, facts.rule)
+    if rule is None:
+        return "Decode greedily: above temperature 0 this engine does not keep the target's distribution."
+    row = facts.measured(rule, gamma)
+    found = "for which τ was not measured"
+    if row:
+        found = f"for which τ = {with_interval(row.block_efficiency)} was measured ({row.task}, γ = {row.gamma})"
+    return f"Above temperature 0 the acceptance rule is `{rule}`, {found}."
+
+
+def is_timed(by_rule: Mapping[str, list[ResultRow]]) -> bool:
+    """Return whether any of the results have token rates."""
+    return any(row.token_rate_ratio for rows in by_rule.values() for row in rows)
+
+
+def results_table(by_rule: Mapping[str, list[ResultRow]]) -> Table:
+    """Return the table of results: one line per acceptance rule, task and gamma."""
+    names, timed = list(by_rule) != ["ratio"], is_timed(by_rule)
+    columns = [*(["rule"] if names else []), "task", "γ", "prompts", "τ", "MBSU", "acceptance rate"]
+    columns += ["token rate"] if timed else []
     lines = []
-    for row in rows:
-        figures: list[Estimate] = [row.block_efficiency, row.speedup, row.acceptance_rate, row.token_rate_ratio]
-        lines.append([row.task.replace("_", " "), str(row.gamma), str(row.prompts), *map(with_interval, figures)])
+    for rule, rows in by_rule.items():
+        for row in rows:
+            figures = [row.block_efficiency, row.speedup, row.acceptance_rate]
+            cells = [row.task.replace("_", " "), str(row.gamma), str(row.prompts), *map(with_interval, figures)]
+            cells += [with_interval(row.token_rate_ratio) or "not measured"] if timed else []
+            lines.append([rule, *cells] if names else cells)
     return Table("results", "Results", columns, lines)
 
 

@@ -192,32 +192,36 @@ def target_memory(cfg: DictConfig, world: World, tokens: float) -> dict[str, flo
 
 
 def estimate_evaluate(cfg: DictConfig, world: World) -> StageEstimate:
-    """Estimate decoding each prompt with the target alone, and with each drafter at each γ."""
-    width, gammas = BYTES[cfg.target.dtype], cfg.evaluate.num_speculative_tokens
+    """Estimate decoding each prompt with the target alone, and with each drafter at each γ by each acceptance rule."""
+    width, gammas, batch = BYTES[cfg.target.dtype], cfg.evaluate.num_speculative_tokens, cfg.evaluate.batch_size
     drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
     split, shares = world.shares(cfg)
 
     answers = [TURNS if turns_of(name, how) == "all" else 1 for name, how in cfg.task.items()]
     prompts = sum(answers) * cfg.evaluate.prompts_per_task
-    seconds = world.response * world.call_seconds(world.target, 1, width, split)
+    # At temperature 0 the acceptance rules are the same.
+    warmth = [cfg.evaluate.sampling.get("temperature", how.temperature) for how in cfg.task.values()]
+    rules = [len(cfg.evaluate.acceptance_rules) if one else 1 for one in warmth]
+    times = sum(a * b for a, b in zip(answers, rules, strict=True)) / sum(answers)
+    seconds = world.response * world.call_seconds(world.target, 1, width, split, batch)
     for gamma in gammas:
         drafted = gamma if isinstance(gamma, int) else 3
-        blocks = drafters * world.response / world.block_efficiency
+        blocks = times * drafters * world.response / world.block_efficiency
         seconds += blocks * (
-            drafted * world.call_seconds(world.drafter, 1, 4)
-            + world.call_seconds(world.target, drafted + 1, width, split)
+            drafted * world.call_seconds(world.drafter, 1, 4, sequences=batch)
+            + world.call_seconds(world.target, drafted + 1, width, split, batch)
         )
-    memory = generation_memory(world.target, 1, world.length, width, split)
+    memory = generation_memory(world.target, batch, world.length, width, split)
     memory["drafters"] = 4 * drafters * world.drafter.parameters
-    tokens = prompts * world.response * (1 + drafters * len(gammas))
+    tokens = prompts * world.response * (1 + drafters * len(gammas) * times)
     return StageEstimate(
         "evaluate",
         tokens,
         operations(world.target, tokens, world.length),
         memory | process_memory(world),
         0.0,
-        prompts * seconds / shares,
-        "target.parallel=tensor, or fewer drafters at once",
+        prompts * seconds / batch / shares,
+        "target.parallel=tensor, fewer drafters at once, or a smaller evaluate.batch_size",
     )
 
 

@@ -32,9 +32,10 @@ class World(NamedTuple):
         fields = {str(name): value for name, value in self.hardware.items() if name not in ("flops", "float32_flops")}
         return Hardware(flops=self.hardware.flops if low else self.hardware.float32_flops, **fields)
 
-    def call_seconds(self, shape: Shape, tokens: int, width: int, split: int = 1) -> float:
-        """Return the seconds of a model's call with so many tokens of one sequence, in numbers of `width` bytes."""
-        return forward_seconds(self.device(width < 4), shape, tokens, self.length, 1, width, split)
+    def call_seconds(self, shape: Shape, tokens: int, width: int, split: int = 1, sequences: int = 1) -> float:
+        """Return the seconds of a model's call with so many tokens of each sequence, in numbers of `width` bytes."""
+        device = self.device(width < 4)
+        return forward_seconds(device, shape, sequences * tokens, self.length, sequences, width, split)
 
     def training(self, cfg: DictConfig) -> tuple[Hardware, int]:
         """Return the hardware in the precision of training, and the bytes per number."""

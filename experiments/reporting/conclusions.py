@@ -1,8 +1,15 @@
 """Summarise a pipeline's results in three lines: the best drafter, whether it pays on this machine, what to do next."""
 
-from drafter.metrics import estimate
+from drafter.metrics import Estimate, estimate
 from experiments.reporting.identity import PRETRAINED
-from experiments.reporting.results import POOLED, Evaluation, counts_by_prompt, sorted_gammas, tasks_and_gammas
+from experiments.reporting.results import (
+    POOLED,
+    Evaluation,
+    counts_by_prompt,
+    sorted_gammas,
+    tasks_and_gammas,
+    token_rate,
+)
 from experiments.reporting.tabular import with_interval
 
 
@@ -23,15 +30,21 @@ def conclusions(evaluations: list[Evaluation], report: str) -> list[str]:
     before = efficiency.get(PRETRAINED) if best != PRETRAINED else None
     than = f" against {with_interval(before)} pretrained" if before else ""
     where = "the tasks in the domain" if task == POOLED else f"the task {task}"
-    rate = estimate(counts[best], "token_rate_ratio")
-    verdict = "It is undecided whether it pays on this machine"
-    if rate.low > 1:
-        verdict = "It pays on this machine"
-    elif rate.high < 1:
-        verdict = "It does not pay on this machine"
     return [
         f"Best drafter: {best}, block efficiency {with_interval(efficiency[best])}{than} (γ = {gamma}, {where}).",
-        f"{verdict}: it generates {with_interval(rate)} times as many tokens per second as the target alone.",
+        verdict(token_rate(counts[best])),
         f"Next: open {report}/report.html. For a target of your own: "
         f'make demo ARGS="target.path=path/to/your-chat-model root=runs/mine"',
     ]
+
+
+def verdict(rate: Estimate | None) -> str:
+    """Return the sentence on whether a drafter pays on this machine, by its ratio of token rates."""
+    if rate is None:
+        return "Whether it pays on this machine was not measured: evaluate with evaluate.batch_size=1."
+    found = "It is undecided whether it pays on this machine"
+    if rate.low > 1:
+        found = "It pays on this machine"
+    elif rate.high < 1:
+        found = "It does not pay on this machine"
+    return f"{found}: it generates {with_interval(rate)} times as many tokens per second as the target alone."

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
@@ -20,6 +21,7 @@ SCHEMA = pa.schema(
         ("task", pa.string()),
         ("in_domain", pa.bool_()),
         ("gamma", pa.string()),  # a number in digits, or "adaptive"
+        ("rule", pa.string()),  # the acceptance rule above temperature 0
         ("prompt", pa.string()),
         ("conversation", pa.string()),  # the prompts of one conversation belong together; else the prompt itself
         ("turn", pa.int64()),
@@ -34,6 +36,7 @@ def write_counts(path: Path, evaluations: Iterable[Evaluation]) -> None:
     The ratio of sums over prompts and seeds is the value in the tables: τ, for example, is the sum of `tokens` divided
     by the sum of `target_calls`. See `identity.DrafterIdentity` for the columns that describe the drafter and
     `metrics.Counts` for the counts. The column `gamma` holds text, because the adaptive draft length has no number.
+    Times are null where prompts were decoded side by side.
     """
     rows = [
         {
@@ -42,9 +45,10 @@ def write_counts(path: Path, evaluations: Iterable[Evaluation]) -> None:
             "task": task,
             "in_domain": task in one.in_domain,
             "gamma": str(gamma),
+            "rule": one.rule,
             "prompt": prompt,
             **dict(zip(("conversation", "turn"), conversation_and_turn(prompt), strict=True)),
-            **counts._asdict(),
+            **{name: None if np.isnan(value) else value for name, value in counts._asdict().items()},
         }
         for one in evaluations
         for (task, gamma, prompt), counts in one.counts.items()

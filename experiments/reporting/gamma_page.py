@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from drafter.metrics import Estimate
+from experiments.reporting.results import RATIO
 from experiments.reporting.tabular import Table, with_interval
 
 if TYPE_CHECKING:
@@ -22,7 +23,12 @@ class GammaRow(NamedTuple):
 
 
 def gamma_page(
-    rows: list[GammaRow], timings: "CallTimings", drafter: str, compiled: bool, widths: Mapping[int, int]
+    rows: list[GammaRow],
+    timings: "CallTimings",
+    drafter: str,
+    compiled: bool,
+    widths: Mapping[int, int],
+    rule: str = RATIO,
 ) -> str:
     """Return the page in Markdown.
 
@@ -32,6 +38,7 @@ def gamma_page(
         drafter: the name of the drafter.
         compiled: whether both models were compiled.
         widths: number of tokens -> number to which target calls were padded.
+        rule: the acceptance rule above temperature 0, which the page names unless it is the paper's.
     """
     how = "both models compiled" if compiled else "no model compiled"
     lines = [
@@ -42,6 +49,8 @@ def gamma_page(
         f"as long. A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the bonus token.",
         "",
     ]
+    if rule != RATIO:
+        lines += [f"Above temperature 0, drafts are accepted by the rule `{rule}`.", ""]
     if widths:
         padded = ", ".join(f"{count} to {width}" for count, width in sorted(widths.items()))
         lines += [f"Target calls are padded where that is faster on this machine: {padded} tokens.", ""]

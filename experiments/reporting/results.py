@@ -3,18 +3,19 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from drafter.artifacts.manifest import MANIFEST, STARTED, ArtifactError, read_jsonl, read_manifest
-from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference
+from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference, read_row
 from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields, read_record
 
 POOLED = "in domain, all"
 Gamma = int | str  # "adaptive"
+RATIO = "ratio"  # the paper's acceptance rule
 
 
 class Part(NamedTuple):
@@ -49,6 +50,7 @@ class Evaluation(NamedTuple):
         counts: (task, gamma, prompt) -> counts.
         positions: for each row of counts, its gamma, and the accepted and tested drafts at each position of a block.
         directory: the directory that it was read from.
+        rule: the acceptance rule of the counts. Those at temperature 0 hold for every rule.
         parts: the parts of each decoding; none if an earlier version of this project made or began the evaluation.
     """
 
@@ -59,11 +61,17 @@ class Evaluation(NamedTuple):
     positions: list[tuple[Gamma, list[int], list[int]]]
     directory: Path
     parts: Sequence[Part] = ()
+    rule: str = RATIO
 
     @property
     def series(self) -> str:
         """Return the drafter's name in tables and figures."""
         return self.drafter.series
+
+    @property
+    def is_timed(self) -> bool:
+        """Return whether times were measured: they are not if prompts were decoded side by side."""
+        return not any(np.isnan(counts.seconds) for counts in self.counts.values())
 
 
 class ResultRow(NamedTuple):
@@ -78,16 +86,17 @@ class ResultRow(NamedTuple):
     expected: Estimate
     gain: Estimate | None
     speedup: Estimate
-    token_rate_ratio: Estimate
+    token_rate_ratio: Estimate | None  # None: not measured
     acceptance_rate: Estimate
 
 
-def read_evaluations(folder: Path, base: str = PRETRAINED) -> list[Evaluation]:
-    """Return every finished evaluation in a folder, sorted by series, seed and step.
+def read_evaluations(folder: Path, base: str = PRETRAINED, rule: str = RATIO) -> list[Evaluation]:
+    """Return every finished evaluation by an acceptance rule in a folder, sorted by series, seed and step.
 
     Args:
         folder: has a directory for each evaluation.
         base: the series that the others are compared with; it comes first.
+        rule: the acceptance rule. An evaluation by several is read as if it were by this one alone.
 
     Raises:
         ArtifactError: an earlier version of this project made one of them.
@@ -96,19 +105,41 @@ def read_evaluations(folder: Path, base: str = PRETRAINED) -> list[Evaluation]:
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         manifest = read_manifest(path.parent, "evaluate")
         summary, tasks = manifest["counts"], manifest["settings"]["tasks"]
-        rows = read_jsonl(path.parent / "counts.jsonl")
-        counts = {
-            (row["task"], row["gamma"], row["prompt"]): Counts(*(row[field] for field in Counts._fields))
-            for row in rows
-        }
+        if rule not in rules_of(manifest):
+            continue
+        rows = rows_by_rule(read_jsonl(path.parent / "counts.jsonl"), rule)
+        counts = {(row["task"], row["gamma"], row["prompt"]): read_row(row) for row in rows}
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
         # An earlier version may have begun an evaluation that this one has finished.
         parts = [part for row in rows for part in parts_of(row)] if all("turn" in row for row in rows) else []
         ratio = summary["drafter_parameters"] / summary["target_parameters"]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         drafter = read_fields(summary, path.parent)
-        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts))
+        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts, rule))
     return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
+
+
+def rules_of(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the acceptance rules of an evaluation, given its manifest."""
+    rules: list[str] = manifest["settings"].get("acceptance_rules", [RATIO])
+    return rules
+
+
+def measured_rules(folder: Path) -> list[str]:
+    """Return the acceptance rules of all finished evaluations in a folder."""
+    manifests = [read_manifest(path.parent, "evaluate") for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+    return list(dict.fromkeys(rule for manifest in manifests for rule in rules_of(manifest)))
+
+
+def rows_by_rule(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
+    """Return the rows of counts.jsonl or samples.jsonl that hold for an acceptance rule.
+
+    A row that names no rule is by `ratio`, or at temperature 0, where it holds for every rule.
+
+    >>> rows_by_rule([{"n": 1, "greedy": True}, {"n": 2, "greedy": False}, {"n": 3, "rule": "argmax"}], "argmax")
+    [{'n': 1, 'greedy': True}, {'n': 3, 'rule': 'argmax'}]
+    """
+    return [row for row in rows if row.get("rule", RATIO) == rule or row.get("greedy", False)]
 
 
 def parts_of(row: dict[str, Any]) -> list[Part]:
@@ -145,12 +176,18 @@ def _with_distinct_series(found: list[Evaluation]) -> list[Evaluation]:
     ]
 
 
-def check_evaluations(found: list[Evaluation], folder: Path, base: str) -> None:
+def check_evaluations(found: list[Evaluation], folder: Path, base: str, rule: str = RATIO) -> None:
     """Check that there are evaluations to make tables from.
 
     Raises:
-        ArtifactError: there is no evaluation, or none of the series `base`. The pretrained drafter may be missing.
+        ArtifactError: there is no evaluation by the acceptance rule, or none of the series `base`. The pretrained
+            drafter may be missing.
     """
+    if not found and (measured := measured_rules(folder)):
+        raise ArtifactError(
+            f"acceptance_rule is '{rule}', but the rules evaluated under {folder} are {measured}: give one of these, "
+            f"or evaluate with evaluate.acceptance_rules=[{rule}]"
+        )
     if not found:
         raise ArtifactError(f"no finished evaluation under {folder}: run `python -m experiments.evaluate` first")
     if base not in (names := {one.series for one in found} | {PRETRAINED}):
@@ -181,11 +218,17 @@ def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Res
                     estimate(counts, "expected_block_efficiency"),
                     paired_difference(counts, reference, "block_efficiency") if comparable else None,
                     Estimate(*speedup),
-                    estimate(counts, "token_rate_ratio"),
+                    token_rate(counts),
                     estimate(counts, "acceptance_rate"),
                 )
             )
     return rows
+
+
+def token_rate(counts: dict[str, np.ndarray]) -> Estimate | None:
+    """Return the ratio of token rates; None if times are missing, be it of one seed alone: they make the sum NaN."""
+    total = Counts(*np.sum(list(counts.values()), axis=0))
+    return None if np.isnan(total.seconds + total.baseline_seconds) else estimate(counts, "token_rate_ratio")
 
 
 def tasks_and_gammas(evaluation: Evaluation) -> list[tuple[str, Gamma]]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from drafter.metrics import Estimate, estimate, memory_bound_speedup, paired_difference
 from experiments.reporting.paper import by_seed, difference, domain_task, efficiency, is_outside, of_series
-from experiments.reporting.results import Evaluation, Gamma, counts_by_prompt, tasks_and_gammas
+from experiments.reporting.results import RATIO, Evaluation, Gamma, counts_by_prompt, tasks_and_gammas
 from experiments.reporting.tabular import Table, with_interval
 
 
@@ -59,6 +59,8 @@ def starts_table(recipes: dict[str, list[Recipe]], evaluations: Sequence[Evaluat
         "step of each. Steps are of pretraining + finetuning; seconds are their time with loading and validation, the "
         "mean over seeds (less where a run was interrupted). Differences are paired by prompt. MBSU is τ / (cγ + 1)."
     )
+    if evaluations[0].rule != RATIO:
+        note += f" Drafts are accepted by the rule `{evaluations[0].rule}`."
     return Table("starts", "Which start is worth what?", columns, rows, note)
 
 

@@ -1,5 +1,6 @@
 """Select the parts of a config that identify a run: names of chosen configs and their values, without Python paths."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -45,6 +46,17 @@ def named_values(section: DictConfig, group: str) -> dict[str, Any]:
             raise ValueError(f"{override}: write another config, conf/{kind}/<name>.yaml, and give {group}=<name>")
     found = {name: value for name, value in plain(section).items() if name not in ("_target_", "_partial_")}
     return {"name": choice(group), **values(found)}
+
+
+def without_defaults(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that an identity has: those with a default only where they differ from it.
+
+    An artifact that was made before such a setting existed stays valid.
+
+    >>> without_defaults({"gamma": 3, "batch_size": 1}, {"batch_size": 1})
+    {'gamma': 3}
+    """
+    return {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
 
 
 def finetuned_identity(cfg: DictConfig) -> DrafterIdentity:

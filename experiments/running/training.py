@@ -25,7 +25,7 @@ from drafter.training.datamodules import SequenceData
 from drafter.training.optimizers import Optimization
 from drafter.training.resuming import AtomicCheckpoints, Resuming
 from experiments.reporting.identity import IDENTITY, STEPS, DrafterIdentity
-from experiments.running.identity import choice, named_values, values
+from experiments.running.identity import choice, named_values, values, without_defaults
 from experiments.running.inputs import plain
 from experiments.running.progress import Progress
 from experiments.running.recording import OneRun, finish_run, run_settings
@@ -56,11 +56,9 @@ LEFT_OUT = {"kept_tokens": None, "sampled_tokens": None, "acceptance_rules": ["r
 
 def training_settings(cfg: DictConfig, section: str) -> dict[str, Any]:
     """Return the settings that determine the result of a training stage: its section, the trainer and the seed."""
-    settings = {
-        name: value
-        for name, value in plain(cfg[section]).items()
-        if name not in MEANS | {"distillation"} and not (name in LEFT_OUT and value == LEFT_OUT[name])
-    }
+    means = MEANS | {"distillation"}
+    settings = {name: value for name, value in plain(cfg[section]).items() if name not in means}
+    settings = without_defaults(settings, LEFT_OUT)
     trainer = {name: values(value) for name, value in plain(cfg.trainer).items() if name not in TRAINER_MEANS}
     how = {group: named_values(cfg[group], group) for group in ("optimizer", "schedule")}
     return {**settings, **how, "trainer": trainer, "seed": cfg.seed}

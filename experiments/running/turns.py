@@ -1,7 +1,7 @@
 """Decode the turns of a conversation one after another, each after the target's own answers to those before it."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -43,24 +43,39 @@ class Reached(NamedTuple, Generic[Result]):
 def decode_turns(
     work: Work, first: Task, decode_turn: Callable[[Task], Result], answer: Callable[[Result], list[int]]
 ) -> Reached[Result]:
-    """Decode a conversation's turns in order; a prompt that is no conversation has one turn.
+    """Decode a conversation's turns in order (see `decode_turns_together`)."""
+    return decode_turns_together(work, [first], lambda tasks: [decode_turn(task) for task in tasks], answer)[0]
+
+
+def decode_turns_together(
+    work: Work,
+    firsts: Sequence[Task],
+    decode_turns_of: Callable[[list[Task]], list[Result]],
+    answer: Callable[[Result], list[int]],
+) -> list[Reached[Result]]:
+    """Decode the first turns of conversations, then their second turns, and so on; a single prompt has one turn.
 
     Args:
-        work: what the task is from.
-        first: the first turn.
-        decode_turn: decodes a turn.
-        answer: takes the tokens of the target's own answer from what `decode_turn` has returned. The next turn follows
-            them whatever a drafter gave, so that all drafters decode the same prompts.
+        work: what the tasks are from.
+        firsts: the first turns.
+        decode_turns_of: decodes one turn of each conversation that goes on.
+        answer: takes the tokens of the target's own answer from a result. The next turn follows them whatever a drafter
+            gave, so that all drafters decode the same prompts.
     """
-    task = first
-    turns: list[tuple[Task, Result]] = []
-    while True:
-        result = decode_turn(task)
-        turns.append((task, result))
-        step = following(work, task, answer(result))
-        if not isinstance(step, Task):
-            return Reached(turns, Counter({step: len(task.dialogue.points) - 1} if step else {}))
-        task = step
+    found: list[Reached[Result]] = [Reached([], Counter()) for _ in firsts]
+    active = list(zip(firsts, found, strict=True))
+    while active:
+        going_on = []
+        results = decode_turns_of([task for task, _ in active])
+        for (task, reached), result in zip(active, results, strict=True):
+            reached.turns.append((task, result))
+            step = following(work, task, answer(result))
+            if isinstance(step, Task):
+                going_on.append((step, reached))
+            elif step:
+                reached.left_out[step] += len(task.dialogue.points) - 1
+        active = going_on
+    return found
 
 
 def following(work: Work, task: Task, tokens: list[int]) -> Task | str | None:
@@ -83,11 +98,6 @@ def following(work: Work, task: Task, tokens: list[int]) -> Task | str | None:
 def target_answer(found: Decodings) -> list[int]:
     """Return the tokens of the target's own answer."""
     return found.baseline.tokens
-
-
-def fits(task: Task, context: int) -> bool:
-    """Return whether a drafter of this context can decode a turn. `read_tasks` has checked the other prompts."""
-    return task.dialogue is None or len(task.prompt) + task.options.max_new_tokens <= context
 
 
 def check_fits(work: Work, contexts: Mapping[str, int]) -> None:

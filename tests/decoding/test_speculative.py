@@ -6,9 +6,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from drafter.decoding.acceptance import Block
+from drafter.decoding.acceptance import RULES, Block
 from drafter.decoding.options import Adaptive, DecodingOptions
-from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.decoding.speculative import (
+    autoregressive_decode,
+    autoregressive_decode_batch,
+    speculative_decode,
+    speculative_decode_batch,
+)
 from drafter.warping import Sampling, draw, in_nucleus, warp
 from tests.conftest import VOCABULARY, small_model
 from tests.decoding.chi_square import FALSE_ALARM, p_value
@@ -177,10 +182,43 @@ def test_greedy_sequences_of_a_batch_equal_those_decoded_alone(target, drafter, 
         alone = speculative_decode(target, drafter, prompt, gamma, STOP)
         assert decoded.tokens == alone.tokens == autoregressive_decode(target, prompt, STOP).tokens
         assert [token for block in decoded.blocks for token in block.emitted] == decoded.tokens
-        if not isinstance(gamma, Adaptive):  # an adaptive batch drafts as long as any of its sequences would
-            assert [(block.accepted, block.emitted) for block in decoded.blocks] == [
-                (block.accepted, block.emitted) for block in alone.blocks
-            ]
+        assert decoded.blocks == alone.blocks
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(number) for number in range(count)]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("gamma", [1, 4, Adaptive(6, 0.2)])
+@pytest.mark.parametrize("rule", RULES)
+def test_sampled_sequences_with_their_own_generators_equal_those_decoded_alone(
+    target, drafter, rule, gamma, batch_size
+):
+    options, before = DecodingOptions(17, Sampling(1.0, 0.95), [5], rule), torch.random.get_rng_state()
+    prompts = [*PROMPTS, [1, 2]]
+    batch = speculative_decode_batch(target, drafter, prompts, gamma, options, generators(6), batch_size)
+    alone = [
+        speculative_decode(target, drafter, prompt, gamma, options, generator)
+        for prompt, generator in zip(prompts, generators(6), strict=True)
+    ]
+    assert [one.tokens for one in batch] == [one.tokens for one in alone]
+    for together, single in zip(batch, alone, strict=True):
+        # Acceptance probabilities are rounded otherwise in a batch.
+        for block, other in zip(together.blocks, single.blocks, strict=True):
+            assert block._replace(acceptance_probabilities=()) == other._replace(acceptance_probabilities=())
+            assert block.acceptance_probabilities == pytest.approx(other.acceptance_probabilities, rel=1e-3, abs=1e-6)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 0.9, 20)])
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_the_baseline_of_a_batch_is_that_of_each_prompt_alone(target, sampling, batch_size):
+    options = DecodingOptions(17, sampling, [5])
+    batch = autoregressive_decode_batch(target, PROMPTS, options, generators(5), batch_size)
+    for prompt, generator, decoded in zip(PROMPTS, generators(5), batch, strict=True):
+        alone = autoregressive_decode(target, prompt, options, generator)
+        assert (decoded.tokens, decoded.blocks) == (alone.tokens, alone.blocks)
 
 
 @pytest.mark.parametrize("prompts", [[[8], [1, 5, 9, 2, 6]], [[1, 5, 9, 2, 6], [8]], [[8], [3]]])

@@ -15,12 +15,15 @@ from drafter.artifacts.manifest import read_manifest
 from drafter.data.prompts import encode_prompt
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
+from drafter.metrics import Estimate
 from drafter.models.compatibility import VocabularyError
 from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import serving
-from experiments.exporting.facts import gather
+from experiments.exporting.card import describe_rule, results_table
+from experiments.exporting.facts import Facts, gather
+from experiments.exporting.serving import serving
+from experiments.reporting.tabular import with_interval
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -101,6 +104,31 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
     assert "{{" not in card
     assert "{%" not in card
     assert "None" not in card
+
+
+def test_the_results_have_no_token_rate_where_it_was_not_measured(exported):
+    rows = gather(str(exported[1])).rows
+    untimed = [row._replace(token_rate_ratio=None) for row in rows]
+    assert results_table({"ratio": untimed}).columns[-1] == "acceptance rate"
+    table = results_table({"ratio": rows, "argmax": untimed})
+    assert (table.columns[0], table.columns[-1]) == ("rule", "token rate")
+    assert {len(line) for line in table.rows} == {len(table.columns)}
+    assert {line[-1] for line in table.rows if line[0] == "argmax"} == {"not measured"}
+
+
+def test_the_card_says_which_rule_each_engine_follows_and_its_block_efficiency(exported):
+    card, rows = (exported[2] / "README.md").read_text(), gather(str(exported[1])).rows
+    tau = with_interval(gather(str(exported[1])).best.block_efficiency)
+    assert f"vLLM:\n\nAbove temperature 0 the acceptance rule is `ratio`, for which τ = {tau} was measured" in card
+    assert "SGLang:\n\nAbove temperature 0 the acceptance rule is `argmax`, for which τ was not measured." in card
+    less = [row._replace(block_efficiency=Estimate(1.2, 1.1, 1.3)) for row in rows]
+    both = Facts({}, {}, {"ratio": rows, "argmax": less}, 0.1, [], "hit")
+    gamma = both.gamma("hf")
+    assert "`argmax`, for which τ = 1.20 [1.10, 1.30]" in describe_rule("vLLM", both, gamma)
+    assert f"`ratio`, for which τ = {tau}" in describe_rule("transformers", both, gamma)
+    assert f"`ratio`, for which τ = {tau}" in describe_rule("this project", both, gamma)
+    assert "does not keep the target's distribution" in describe_rule("OpenVINO GenAI, greedy", both, gamma)
+    assert both.rows == less  # the rule that the loss `hit` is for
 
 
 def test_a_second_export_changes_nothing(exported):
@@ -239,7 +267,9 @@ def test_commands_name_the_arguments_that_the_engines_document():
     commands = serving("hf", "org/target", "out", 4)
     vllm = shlex.split(commands["vLLM"])
     assert vllm[:4] == ["vllm", "serve", "org/target", "--speculative-config"]
-    assert json.loads(vllm[4]) == {"model": "out", "num_speculative_tokens": 4, "method": "draft_model"}
+    plain = {"model": "out", "num_speculative_tokens": 4, "method": "draft_model"}
+    assert json.loads(vllm[4]) == {**plain, "draft_sample_method": "probabilistic"}
+    assert json.loads(shlex.split(serving("hf", "org/target", "out", 4, "argmax")["vLLM"])[4]) == plain
     options = dict(re.findall(r"(--[\w-]+) (\S+)", commands["SGLang"]))
     assert options == {
         "--model-path": "org/target",
@@ -250,7 +280,7 @@ def test_commands_name_the_arguments_that_the_engines_document():
         "--speculative-num-draft-tokens": "5",
     }
     (llama,) = serving("gguf", "org/target", "out", 4).values()
-    assert "--spec-type draft-simple --spec-draft-n-max 4" in llama
+    assert "--spec-type draft-simple --spec-draft-n-max 4 --spec-draft-p-min 0" in llama
     compile(commands["transformers"], "card", "exec")
     (openvino,) = serving("openvino", "org/target", "out", 4).values()
     compile(openvino, "card", "exec")

@@ -96,3 +96,9 @@ def test_the_last_lines_name_the_best_drafter_whether_it_pays_and_the_next_step(
     assert pays.startswith(verdict)
     assert "runs/tiny/report/report.html" in following
     assert "make demo ARGS=" in following
+
+
+def test_the_last_lines_say_if_times_were_not_measured(tmp_path):
+    found = [evaluation("kld", 40, seconds, tmp_path) for seconds in (1.0, float("nan"))]
+    _, pays, _ = conclusions(found, "runs/tiny/report")
+    assert pays == "Whether it pays on this machine was not measured: evaluate with evaluate.batch_size=1."

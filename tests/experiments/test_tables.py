@@ -13,9 +13,11 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from drafter.artifacts.manifest import ArtifactError, Stage, write_jsonl
-from drafter.metrics import Estimate
+from drafter.artifacts.manifest import ArtifactError, Stage, read_jsonl, write_jsonl
+from drafter.metrics import TIMES, Estimate
 from experiments import curves, tables
+from experiments.reporting.by_rule import rule_table
+from experiments.reporting.counts import write_counts
 from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import colours, draw_curves, draw_efficiency
 from experiments.reporting.identity import DrafterIdentity
@@ -23,6 +25,7 @@ from experiments.reporting.page import group_by_task, write_html
 from experiments.reporting.results import (
     POOLED,
     check_evaluations,
+    measured_rules,
     read_curves,
     read_evaluations,
     sorted_gammas,
@@ -120,6 +123,7 @@ def settings(root, out, **more):
         "root": str(root),
         "out": str(out),
         "base": "pretrained",
+        "acceptance_rule": "ratio",
         "dry_run": False,
         "publish": None,
         "models": models,
@@ -229,6 +233,85 @@ def test_the_markdown_table_has_a_line_for_each_task_and_loss_and_no_gain_for_th
     assert all(len(line) == len(header) for line in lines)
     assert lines[0][2].startswith("1.70 [")
     assert [line[1] for line in lines if line[2].startswith("**")] == ["kld", "kld"]  # the best of each task
+
+
+def without_times(folder):
+    """Make an evaluation one of prompts that were decoded side by side."""
+    rows = [row | dict.fromkeys(TIMES) for row in read_jsonl(folder / "counts.jsonl")]
+    write_jsonl(folder / "counts.jsonl", rows)
+
+
+def test_times_are_not_measured_where_one_seed_was_decoded_side_by_side(root):
+    timed = summarise(read_evaluations(root / "evaluate"))
+    without_times(root / "evaluate" / "kld-seed2")
+    found = read_evaluations(root / "evaluate")
+    rows = summarise(found)
+    for before, row in zip(timed, rows, strict=True):
+        assert row == before._replace(token_rate_ratio=None if row.series == "kld" else before.token_rate_ratio)
+    lines = [cells(line) for line in task_table(rows, "n", "t").markdown().splitlines()]
+    assert {line[6] for line in lines if line[1] == "kld"} == {"not measured"}
+    assert "not measured" not in {line[6] for line in lines if line[1] != "kld"}
+    note = tables.describe_time(found)
+    assert note.startswith("Decoding's time: at γ = 3 30% drafting")
+    assert note.endswith("not measured where prompts were decoded side by side: kld.")
+
+
+def test_a_report_without_times_has_no_token_rates(tmp_path):
+    without_times(evaluation(tmp_path, "drafter", "pretrained", 0))
+    found = read_evaluations(tmp_path / "evaluate")
+    text = task_table(summarise(found), "n", "t").markdown() + tables.describe_time(found)
+    assert "| MBSU | acceptance rate |" in text
+    assert "nan" not in text
+    assert text.endswith(
+        "|Times and token rates were not measured where prompts were decoded side by side: pretrained."
+    )
+    write_counts(tmp_path / "counts.parquet", found)
+    rows = pyarrow.parquet.read_table(tmp_path / "counts.parquet").to_pylist()
+    assert {row[name] for row in rows for name in TIMES} == {None}
+
+
+def by_argmax_too(folder, tasks):
+    """Make an evaluation one by two rules, of which `argmax` accepts two drafts less in these tasks."""
+    rows = read_jsonl(folder / "counts.jsonl")
+    greedy = [row | {"greedy": row["task"] not in tasks} for row in rows]
+    more = [
+        row | {"rule": "argmax", "tokens": row["tokens"] - 2, "accepted": row["accepted"] - 2, "greedy": False}
+        for row in rows
+        if row["task"] in tasks
+    ]
+    write_jsonl(folder / "counts.jsonl", greedy + more)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["acceptance_rules"] = ["ratio", "argmax"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_report_is_about_one_acceptance_rule_and_a_table_has_all(root):
+    before = summarise(read_evaluations(root / "evaluate"))
+    for name in ("drafter", "kld-seed1"):
+        by_argmax_too(root / "evaluate" / name, ["open_ended"])
+    assert summarise(read_evaluations(root / "evaluate")) == before
+    found = read_evaluations(root / "evaluate", rule="argmax")
+    assert {(one.series, one.drafter.seed, one.rule) for one in found} == {
+        ("pretrained", 0, "argmax"),
+        ("kld", 1, "argmax"),
+    }
+    rows = {(row.series, row.task): row for row in summarise(found) if row.gamma == 3}
+    assert rows["kld", "open_ended"].block_efficiency.value == pytest.approx(1 + (12 + 1 - 2) / 10)
+    assert rows["kld", "code"].block_efficiency.value == pytest.approx(1 + (12 + 0.75) / 10)  # at temperature 0
+    assert rows["kld", "open_ended"].gain.value == pytest.approx(0.6)  # over the pretrained drafter, by the same rule
+    rules = measured_rules(root / "evaluate")
+    (table,) = rule_table({rule: read_evaluations(root / "evaluate", rule=rule) for rule in rules})
+    assert table.columns == ["task", "drafter", "ratio", "argmax"]
+    assert table.rows[1][:2] == ["open ended", "kld"]
+    assert [cell.split()[0] for cell in table.rows[1][2:]] == ["2.30", "2.10"]
+    assert table.rows[2][3] == ""  # tvd was not evaluated by argmax
+    assert rule_table({"ratio": read_evaluations(root / "evaluate")}) == []
+
+
+def test_a_rule_that_was_not_evaluated_is_refused(root):
+    found = read_evaluations(root / "evaluate", rule="argmax")
+    with pytest.raises(ArtifactError, match=r"'argmax', but the rules evaluated under .* are \['ratio'\]: give one"):
+        check_evaluations(found, root / "evaluate", "pretrained", "argmax")
 
 
 def test_gammas_are_in_the_order_of_numbers_and_adaptive_comes_last():

@@ -5,7 +5,8 @@ from omegaconf import OmegaConf
 
 from drafter.artifacts.manifest import read_jsonl, read_manifest
 from drafter.decoding.evaluation import decode
-from drafter.metrics import Counts
+from drafter.metrics import TIMES, Counts
+from experiments.reporting.results import read_evaluations, rows_by_rule
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import check_fits, decode_turns, part_rows, target_answer
 from tests.chat_target import chat_model, chat_tokenizer, save_chat_target
@@ -231,6 +232,34 @@ def test_the_counts_of_turns_roles_and_positions_add_up(evaluated):
     assert turns["decoded"] == len(of_chats) > 3
     assert manifest["counts"]["greedy_outputs_unlike_the_target"] == 0
     assert all("message" in row and "blocks" in row for row in read_jsonl(folder / "samples.jsonl"))
+
+
+def test_turns_and_prompts_side_by_side_have_the_same_counts_without_times(evaluated, tmp_path):
+    folder = evaluated.parent
+    how = ["evaluate.batch_size=4", "evaluate.num_speculative_tokens=[3]", f"out={tmp_path}"]
+    stage("evaluate", [*command(folder), *how, f"drafters=[{folder}/drafter]"])
+    alone, together = (read_manifest(path / "drafter", "evaluate") for path in (evaluated / "evaluate", tmp_path))
+    assert together["settings"] == alone["settings"] | {"batch_size": 4}  # earlier evaluations, without it, stay valid
+    assert together["counts"] == alone["counts"]
+    expected, found = (read_jsonl(path / "drafter" / "counts.jsonl") for path in (evaluated / "evaluate", tmp_path))
+    for row in expected:  # the target's probabilities are rounded otherwise in a batch
+        row.update(dict.fromkeys(TIMES), expected=pytest.approx(row["expected"]))
+    assert found == expected
+    samples = [read_jsonl(path / "drafter" / "samples.jsonl") for path in (evaluated / "evaluate", tmp_path)]
+    assert samples[0] == samples[1]
+
+
+def test_an_evaluation_by_two_rules_has_counts_and_texts_of_each(evaluated, tmp_path):
+    folder = evaluated.parent
+    how = ["evaluate.acceptance_rules=[ratio,argmax]", "+evaluate.sampling.temperature=2.0", "evaluate.batch_size=4"]
+    how += [f"drafters=[{folder}/drafter]", f"out={tmp_path}", "evaluate.num_speculative_tokens=[3]"]
+    stage("evaluate", [*command(folder), *how])
+    (ratio,), (argmax,) = (read_evaluations(tmp_path, rule=rule) for rule in ("ratio", "argmax"))
+    assert ratio.counts.keys() == argmax.counts.keys()
+    assert sum(one.accepted for one in ratio.counts.values()) != sum(one.accepted for one in argmax.counts.values())
+    samples = read_jsonl(tmp_path / "drafter" / "samples.jsonl")
+    assert {sample.get("rule") for sample in samples} == {None, "argmax"}
+    assert len(rows_by_rule(samples, "ratio")) == len(rows_by_rule(samples, "argmax"))
 
 
 @pytest.mark.end_to_end
