@@ -1,6 +1,5 @@
 """Write the model card of an exported drafter: how to serve it, its measured results, and how it was made."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -11,10 +10,11 @@ from drafter.artifacts.storage import local_directory
 from drafter.models.compatibility import Difference, template
 from drafter.models.loading import load_tokenizer
 from drafter.models.trimming import read_kept
-from experiments.exporting.facts import Facts, GammaReport
+from experiments.exporting.facts import Facts
+from experiments.exporting.gammas import GammaReport
 from experiments.exporting.recipe import describe_architecture
 from experiments.exporting.serving import followed_rule, serving
-from experiments.reporting.results import ResultRow
+from experiments.reporting.results import RATIO
 from experiments.reporting.tabular import Table, with_interval
 from experiments.running.inputs import target_source
 
@@ -40,12 +40,14 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         facts=facts,
         name=base or cfg.target.path,
         training=training_table(cfg.export.drafter, facts.training).markdown(),
-        results=results_table(facts.by_rule).markdown() if facts.rows else "",
+        results=results_table(facts).markdown() if facts.rows else "",
         gammas=gamma_table(facts.reports).markdown() if facts.reports else "",
         gamma=gamma,
+        tokens="token" if gamma == 1 else "tokens",
         report=report,
         best=facts.best,
-        is_timed=is_timed(facts.by_rule),
+        is_timed=is_timed(facts),
+        temperature=shared_temperature(facts),
         interval=with_interval,
         commands=serving(cfg.export.format, cfg.target.path, str(folder), gamma, facts.rule),
         describe_rule=lambda engine: describe_rule(engine, facts, gamma),
@@ -62,30 +64,53 @@ def describe_rule(engine: str, facts: Facts, gamma: int) -> str:
     rule = followed_rule(engine, facts.rule)
     if rule is None:
         return "Decode greedily: above temperature 0 this engine does not keep the target's distribution."
-    row = facts.measured(rule, gamma)
-    found = "for which τ was not measured"
-    if row:
-        found = f"for which τ = {with_interval(row.block_efficiency)} was measured ({row.task}, γ = {row.gamma})"
-    return f"Above temperature 0 the acceptance rule is `{rule}`, {found}."
+    start, row = f"Above temperature 0 the acceptance rule is `{rule}`", facts.measured(rule, gamma)
+    if row is None:
+        return f"{start}, for which τ was not measured."
+    where = "; ".join([row.task.replace("_", " "), f"γ = {row.gamma}"])
+    tau = f"τ = {with_interval(row.block_efficiency)}"
+    if facts.is_greedy:
+        return f"{start}. At temperature 0, where all rules are the same, {tau} was measured ({where})."
+    at = f"; temperature {known}" if (known := temperature(facts, row.task)) else ""
+    return f"{start}, for which {tau} was measured ({where}{at})."
 
 
-def is_timed(by_rule: Mapping[str, list[ResultRow]]) -> bool:
+def temperature(facts: Facts, task: str) -> str:
+    """Return the temperatures at which a task was decoded, as text; "" if they are not known."""
+    return " and ".join(f"{value:g}" for value in facts.temperatures.get(task, []))
+
+
+def shared_temperature(facts: Facts) -> str:
+    """Return the temperature of all rows of the results, as text; "" if they differ or are not known."""
+    values = {temperature(facts, row.task) for row in facts.rows}
+    return values.pop() if len(values) == 1 else ""
+
+
+def is_timed(facts: Facts) -> bool:
     """Return whether any of the results have token rates."""
-    return any(row.token_rate_ratio for rows in by_rule.values() for row in rows)
+    return any(row.token_rate_ratio for row in facts.rows)
 
 
-def results_table(by_rule: Mapping[str, list[ResultRow]]) -> Table:
-    """Return the table of results: one line per acceptance rule, task and gamma."""
-    names, timed = list(by_rule) != ["ratio"], is_timed(by_rule)
-    columns = [*(["rule"] if names else []), "task", "γ", "prompts", "τ", "MBSU", "acceptance rate"]
-    columns += ["token rate"] if timed else []
+def results_table(facts: Facts) -> Table:
+    """Return the table of results: one line per task and gamma, with τ by each acceptance rule that was measured.
+
+    The other columns are about the main rule. The temperature is a column if it differs.
+    """
+    rules = [facts.main_rule] if facts.is_greedy else list(facts.by_rule)
+    by_rule = {rule: {(row.task, row.gamma): row for row in facts.by_rule[rule]} for rule in rules}
+    differs, timed = len({temperature(facts, row.task) for row in facts.rows}) > 1, is_timed(facts)
+    named = rules != [RATIO] and not facts.is_greedy
+    columns = ["task", *(["temperature"] if differs else []), "γ", "prompts"]
+    columns += [f"τ, `{rule}`" if named else "τ" for rule in rules]
+    columns += ["MBSU", "acceptance rate", *(["token rate"] if timed else [])]
     lines = []
-    for rule, rows in by_rule.items():
-        for row in rows:
-            figures = [row.block_efficiency, row.speedup, row.acceptance_rate]
-            cells = [row.task.replace("_", " "), str(row.gamma), str(row.prompts), *map(with_interval, figures)]
-            cells += [with_interval(row.token_rate_ratio) or "not measured"] if timed else []
-            lines.append([rule, *cells] if names else cells)
+    for row in facts.rows:
+        others = [by_rule[rule].get((row.task, row.gamma)) for rule in rules]
+        line = [row.task.replace("_", " "), *([temperature(facts, row.task)] if differs else [])]
+        line += [str(row.gamma), str(row.prompts)]
+        line += [with_interval(other.block_efficiency) if other else "not measured" for other in others]
+        line += [with_interval(row.speedup), with_interval(row.acceptance_rate)]
+        lines.append([*line, *([with_interval(row.token_rate_ratio) or "not measured"] if timed else [])])
     return Table("results", "Results", columns, lines)
 
 
@@ -93,10 +118,11 @@ def gamma_table(reports: list[GammaReport]) -> Table:
     """Return the table of the best gamma: one line per engine and task."""
     lines = []
     for report in reports:
+        engine = report.engine if report.rule == RATIO else f"{report.engine}, by `{report.rule}`"
         for row in report.best():
             rate = with_interval(row.measured) if row.measured else f"{row.predicted:.2f} (predicted)"
             cells = [str(row.gamma), f"{row.block_efficiency:.2f}", f"{row.cost:.2f}", rate]
-            lines.append([report.engine, row.task.replace("_", " "), *cells])
+            lines.append([engine, row.task.replace("_", " "), *cells])
     columns = ["engine", "task", "best γ", "τ", "cost of a block in target calls", "token rate over the target alone"]
     return Table("gamma", "Best gamma", columns, lines)
 

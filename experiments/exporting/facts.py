@@ -3,56 +3,22 @@
 An export keeps these facts in its manifest, so that an export of the export has them too.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from drafter.artifacts.manifest import MANIFEST, read_jsonl, read_manifest
+from drafter.artifacts.manifest import MANIFEST, digest, read_manifest
 from drafter.decoding.acceptance import RULES
-from drafter.metrics import Estimate
 from drafter.models.fingerprints import model_fingerprint
+from experiments.exporting.gammas import COMPILED, LOOP, GammaReport, newest, read_engine, read_gamma, with_estimates
 from experiments.exporting.recipe import Manifest, describe_training, manifest_of
 from experiments.reporting.gamma_page import GammaRow
 from experiments.reporting.identity import identity_of
-from experiments.reporting.results import POOLED, RATIO, ResultRow, read_evaluations, summarise
+from experiments.reporting.results import POOLED, RATIO, Evaluation, ResultRow, read_evaluations, summarise
 
 DEFAULT_GAMMA = 3  # the paper's gamma, used if nothing was measured
-LOOP, COMPILED = "this project's loop", "this project's loop, both models compiled"
 ENGINE_OF = {"hf": LOOP, "gguf": "llama-server", "openvino": "openvino"}  # format -> the engine whose gamma it gets
-
-
-class GammaReport(NamedTuple):
-    """What an engine gains at each gamma: a report of `experiments.gamma`, or of `benchmarks.engines`.
-
-    Attributes:
-        engine: its name; this project's loop, with and without compiled models, counts as two.
-        rows: a row for each task and gamma.
-        rule: the acceptance rule by which this project's loop decoded above temperature 0.
-    """
-
-    engine: str
-    rows: list[GammaRow]
-    rule: str = RATIO
-
-    def best(self) -> list[GammaRow]:
-        """Return the row of the best gamma for each task: by measurement if several were decoded, else predicted."""
-        tasks = dict.fromkeys(row.task for row in self.rows)
-        return [max((row for row in self._compared() if row.task == task), key=speedup) for task in tasks]
-
-    @property
-    def gamma(self) -> int:
-        """Return the gamma with the highest speed-up, as a mean over the tasks."""
-        by_gamma: dict[int, list[float]] = {}
-        for row in self._compared():
-            by_gamma.setdefault(row.gamma, []).append(speedup(row))
-        return max(by_gamma, key=lambda gamma: sum(by_gamma[gamma]) / len(by_gamma[gamma]))
-
-    def _compared(self) -> list[GammaRow]:
-        measured = [row for row in self.rows if row.measured]
-        if len({row.gamma for row in measured}) > 1:
-            return measured
-        return [row._replace(measured=None) for row in self.rows]
 
 
 class Facts(NamedTuple):
@@ -65,6 +31,7 @@ class Facts(NamedTuple):
         size_ratio: c, the drafter's parameters divided by the target's; None if it was not evaluated.
         reports: what each engine gains at each gamma.
         loss: the name of the loss that it was finetuned with, if it is known.
+        temperatures: task, or POOLED -> the temperatures at which its evaluation decoded it; {} if they are not known.
     """
 
     manifest: Manifest
@@ -73,6 +40,7 @@ class Facts(NamedTuple):
     size_ratio: float | None
     reports: list[GammaReport]
     loss: str | None = None
+    temperatures: Mapping[str, list[float]] = MappingProxyType({})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -81,13 +49,23 @@ class Facts(NamedTuple):
 
     @property
     def rule(self) -> str:
-        """Return the acceptance rule that it was made for: all losses but `hit` are for `ratio`."""
-        return "argmax" if self.loss == "hit" else RATIO
+        """Return the acceptance rule that it was made for."""
+        return rule_for(self.loss)
+
+    @property
+    def main_rule(self) -> str:
+        """Return the rule that it was made for, or else another one that was measured."""
+        return self.rule if self.rule in self.by_rule else next(iter(self.by_rule), self.rule)
 
     @property
     def rows(self) -> list[ResultRow]:
-        """Return the results by the rule that it was made for, or else by another one."""
-        return self.by_rule.get(self.rule) or next(iter(self.by_rule.values()), [])
+        """Return the results by the main rule."""
+        return self.by_rule.get(self.main_rule, [])
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return whether all tasks were decoded at temperature 0, where the results hold for every rule."""
+        return bool(self.temperatures) and not any(any(values) for values in self.temperatures.values())
 
     @property
     def best(self) -> ResultRow | None:
@@ -103,7 +81,8 @@ class Facts(NamedTuple):
         """
         if not self.best:
             return None
-        by_gamma = {row.gamma: row for row in self.by_rule.get(rule, []) if row.task == self.best.task}
+        rows = self.rows if self.is_greedy else self.by_rule.get(rule, [])
+        by_gamma = {row.gamma: row for row in rows if row.task == self.best.task}
         return by_gamma.get(gamma) or by_gamma.get(self.best.gamma)
 
     def report(self, kind: str) -> GammaReport | None:
@@ -132,12 +111,8 @@ class Facts(NamedTuple):
                 for one in self.reports
             ],
             "loss": self.loss,
+            "temperatures": dict(self.temperatures),
         }
-
-
-def speedup(row: GammaRow) -> float:
-    """Return the measured token rate relative to the target alone, or else the predicted one."""
-    return row.measured.value if row.measured else row.predicted
 
 
 def gather(drafter: str, engines: Sequence[str] = ()) -> Facts:
@@ -158,17 +133,52 @@ def gather(drafter: str, engines: Sequence[str] = ()) -> Facts:
     loss = identity_of(drafter).loss
     if manifest["stage"] == "export":
         return read_facts(manifest, measured)
-    by_rule, size_ratio = {}, None
-    folders = _directories(config, "evaluate", drafter)
-    for rule in RULES:
-        every = [
-            one for parent in _distinct(path.parent for path in folders) for one in read_evaluations(parent, rule=rule)
-        ]
-        if found := [one for one in every if one.directory in folders]:
-            chosen = min(found, key=lambda one: not one.is_timed)
-            by_rule[rule], size_ratio = summarise([chosen], base=chosen.series), chosen.size_ratio
-    reports = [read_gamma(folder) for folder in _directories(config, "gamma", drafter)]
-    return Facts(manifest, describe_training(manifest), by_rule, size_ratio, _newest(reports + measured), loss)
+    found = choose_evaluations(_directories(config, "evaluate", drafter), rule_for(loss))
+    main = next(iter(found.values()), None)
+    return Facts(
+        manifest,
+        describe_training(manifest),
+        {rule: summarise([one], base=one.series) for rule, one in found.items()},
+        main.size_ratio if main else None,
+        newest([read_gamma(folder) for folder in _directories(config, "gamma", drafter)] + measured),
+        loss,
+        temperatures_of(main) if main else {},
+    )
+
+
+def rule_for(loss: str | None) -> str:
+    """Return the acceptance rule that a loss is for: `argmax` for `hit`, and `ratio` for all others."""
+    return "argmax" if loss == "hit" else RATIO
+
+
+def choose_evaluations(folders: Sequence[Path], first: str) -> dict[str, Evaluation]:
+    """Return one evaluation of a drafter by each rule that was measured, preferably one with token rates.
+
+    The rules share a table. An evaluation by another rule than the first is therefore left out if it has other prompts
+    or another sampling.
+
+    Args:
+        folders: the directories of the drafter's evaluations.
+        first: the rule whose evaluation is chosen first, and decides about those of the others.
+    """
+    ways = {folder: _way(folder) for folder in folders}
+    parents = dict.fromkeys(folder.parent for folder in folders)
+    chosen: dict[str, Evaluation] = {}
+    for rule in sorted(RULES, key=lambda rule: rule != first):
+        every = [one for parent in parents for one in read_evaluations(parent, rule=rule)]
+        known = {ways[one.directory] for one in chosen.values()}
+        if found := [one for one in every if one.directory in folders and known <= {ways[one.directory]}]:
+            chosen[rule] = min(found, key=lambda one: not one.is_timed)
+    return chosen
+
+
+def temperatures_of(evaluation: Evaluation) -> dict[str, list[float]]:
+    """Return task, or POOLED -> the temperatures at which an evaluation decoded it."""
+    settings = read_manifest(evaluation.directory, "evaluate")["settings"]
+    sampling = settings.get("sampling") or {}
+    single = {task: (how | sampling)["temperature"] for task, how in settings["tasks"].items()}
+    pooled = sorted({single[task] for task in evaluation.in_domain})
+    return {POOLED: pooled} | {task: [value] for task, value in single.items()}
 
 
 def read_facts(manifest: Manifest, measured: Sequence[GammaReport]) -> Facts:
@@ -177,50 +187,14 @@ def read_facts(manifest: Manifest, measured: Sequence[GammaReport]) -> Facts:
     by_rule: dict[str, list[ResultRow]] = {}
     for row in known.get("results", []):
         fields = {name: value for name, value in row.items() if name != "rule"}
-        by_rule.setdefault(row.get("rule", RATIO), []).append(ResultRow(**_with_estimates(fields)))
+        by_rule.setdefault(row.get("rule", RATIO), []).append(ResultRow(**with_estimates(fields)))
     reports = [
-        GammaReport(one["engine"], [GammaRow(**_with_estimates(row)) for row in one["rows"]], one.get("rule", RATIO))
+        GammaReport(one["engine"], [GammaRow(**with_estimates(row)) for row in one["rows"]], one.get("rule", RATIO))
         for one in known.get("gamma", [])
     ]
+    found, temperatures = newest([*reports, *measured]), known.get("temperatures", {})
     training, ratio = describe_training(manifest), known.get("size_ratio")
-    return Facts(manifest, training, by_rule, ratio, _newest([*reports, *measured]), known.get("loss"))
-
-
-def read_gamma(folder: Path) -> GammaReport:
-    """Read the report of `experiments.gamma`: the tasks in the domain, or all if none is."""
-    settings = read_manifest(folder, "gamma")["settings"]
-    rows = [GammaRow(**_with_estimates(row)) for row in read_jsonl(folder / "gamma.jsonl")]
-    inside = [row for row in rows if settings["tasks"][row.task]["in_domain"]]
-    engine, rule = COMPILED if settings["compile"] else LOOP, settings.get("acceptance_rule", RATIO)
-    return GammaReport(engine, inside or rows, rule)
-
-
-def read_engine(path: str) -> GammaReport:
-    """Read a file of `benchmarks.engines`: the single tasks, or all prompts if they have no task.
-
-    Raises:
-        ValueError: it is not such a file.
-    """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = [
-            GammaRow(
-                one["task"],
-                one["gamma"],
-                Estimate(**one["tau"]).value,
-                one["block_cost"],
-                one["ratio"]["value"],
-                Estimate(**one["ratio"]),
-            )
-            for one in found["summaries"]
-        ]
-        engine = str(found["arguments"]["engine"])
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise ValueError(
-            f"export.engines has {path}, must be a file that benchmarks.engines wrote: {problem}"
-        ) from None
-    tasks = {row.task for row in rows}
-    return GammaReport(engine, [row for row in rows if row.task != "all" or len(tasks) == 1])
+    return Facts(manifest, training, by_rule, ratio, found, known.get("loss"), temperatures)
 
 
 def _directories(config: dict[str, Any], stage: str, drafter: str) -> list[Path]:
@@ -230,20 +204,14 @@ def _directories(config: dict[str, Any], stage: str, drafter: str) -> list[Path]
     return [path for path in paths if read_manifest(path, stage)["inputs"]["drafter"] == fingerprint]
 
 
-def _newest(reports: Iterable[GammaReport]) -> list[GammaReport]:
-    """Return the last report of each engine by each rule."""
-    return list({(report.engine, report.rule): report for report in reports}.values())
-
-
 def _named(rule: str) -> dict[str, str]:
     """Return the field that names an acceptance rule, which a record has only if it is not the paper's."""
     return {} if rule == RATIO else {"rule": rule}
 
 
-def _distinct(paths: Iterable[Path]) -> list[Path]:
-    return list(dict.fromkeys(paths))
-
-
-def _with_estimates(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row that was read from JSON, in which each list was an estimate."""
-    return {name: Estimate(*value) if isinstance(value, list) else value for name, value in row.items()}
+def _way(folder: Path) -> str:
+    """Return how an evaluation decoded its prompts, apart from the draft lengths and the rules."""
+    manifest = read_manifest(folder, "evaluate")
+    settings = manifest["settings"]
+    which = {name: settings.get(name) for name in ("tasks", "sampling", "prompts_per_task", "seed", "target_dtype")}
+    return digest({**which, "data": manifest["inputs"].get("data")})

@@ -15,15 +15,12 @@ from drafter.artifacts.manifest import read_manifest
 from drafter.data.prompts import encode_prompt
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
-from drafter.metrics import Estimate
 from drafter.models.compatibility import VocabularyError
 from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
 from experiments.exporting import to_gguf
-from experiments.exporting.card import describe_rule, results_table
-from experiments.exporting.facts import Facts, gather
+from experiments.exporting.facts import gather
 from experiments.exporting.serving import serving
-from experiments.reporting.tabular import with_interval
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 
@@ -90,9 +87,10 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
     assert facts.best is not None
     assert f"Draft γ = {facts.gamma('hf')} tokens per block" in card
     for row in facts.rows:
-        assert (
-            f"| {row.task.replace('_', ' ')} | {row.gamma} | {row.prompts} | {row.block_efficiency.value:.2f} [" in card
-        )
+        at = " and ".join(f"{value:g}" for value in facts.temperatures[row.task])
+        where = f"| {row.task.replace('_', ' ')} | {at} | {row.gamma} | {row.prompts} |"
+        assert f"{where} {row.block_efficiency.value:.2f} [" in card
+    assert {tuple(values) for values in facts.temperatures.values()} == {(0,), (0.6,), (0, 0.6)}
     for part in (
         "vllm serve",
         "sglang.launch_server",
@@ -104,31 +102,6 @@ def test_the_card_has_the_hubs_header_and_the_measured_figures(exported):
     assert "{{" not in card
     assert "{%" not in card
     assert "None" not in card
-
-
-def test_the_results_have_no_token_rate_where_it_was_not_measured(exported):
-    rows = gather(str(exported[1])).rows
-    untimed = [row._replace(token_rate_ratio=None) for row in rows]
-    assert results_table({"ratio": untimed}).columns[-1] == "acceptance rate"
-    table = results_table({"ratio": rows, "argmax": untimed})
-    assert (table.columns[0], table.columns[-1]) == ("rule", "token rate")
-    assert {len(line) for line in table.rows} == {len(table.columns)}
-    assert {line[-1] for line in table.rows if line[0] == "argmax"} == {"not measured"}
-
-
-def test_the_card_says_which_rule_each_engine_follows_and_its_block_efficiency(exported):
-    card, rows = (exported[2] / "README.md").read_text(), gather(str(exported[1])).rows
-    tau = with_interval(gather(str(exported[1])).best.block_efficiency)
-    assert f"vLLM:\n\nAbove temperature 0 the acceptance rule is `ratio`, for which τ = {tau} was measured" in card
-    assert "SGLang:\n\nAbove temperature 0 the acceptance rule is `argmax`, for which τ was not measured." in card
-    less = [row._replace(block_efficiency=Estimate(1.2, 1.1, 1.3)) for row in rows]
-    both = Facts({}, {}, {"ratio": rows, "argmax": less}, 0.1, [], "hit")
-    gamma = both.gamma("hf")
-    assert "`argmax`, for which τ = 1.20 [1.10, 1.30]" in describe_rule("vLLM", both, gamma)
-    assert f"`ratio`, for which τ = {tau}" in describe_rule("transformers", both, gamma)
-    assert f"`ratio`, for which τ = {tau}" in describe_rule("this project", both, gamma)
-    assert "does not keep the target's distribution" in describe_rule("OpenVINO GenAI, greedy", both, gamma)
-    assert both.rows == less  # the rule that the loss `hit` is for
 
 
 def test_a_second_export_changes_nothing(exported):
@@ -169,7 +142,10 @@ def test_a_trimmed_drafter_is_exported_whole_with_its_list(exported, tmp_path):
     stage("export", [*command[1:], f"export.drafter={tmp_path / drafter.name}", f"out={tmp_path}/out"])
     assert json.loads((tmp_path / "out" / "kept_tokens.json").read_text()) == [1, 2, 5]
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(drafter / "model.safetensors").keys()
-    assert "the 3 tokens that the drafter's head was trimmed to" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "the 3 tokens that the drafter's output embedding was trimmed to"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from drafter.metrics import Estimate
 from drafter.models.compatibility import load_drafter
 from drafter.models.fingerprints import model_fingerprint
 from experiments.export import paths_of_this_machine
-from experiments.exporting.facts import COMPILED, GammaReport, gather
+from experiments.exporting.facts import gather
+from experiments.exporting.gammas import COMPILED, GammaReport
 from experiments.exporting.recipe import describe_data, describe_target, portable
 from experiments.reporting.gamma_page import GammaRow
 from tests.experiments.test_export import exported  # noqa: F401 (a fixture)

@@ -1,0 +1,112 @@
+"""Read the reports on which gamma is fastest: of `experiments.gamma`, and of `benchmarks.engines` in other engines."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from drafter.artifacts.manifest import read_jsonl, read_manifest
+from drafter.metrics import Estimate
+from experiments.reporting.gamma_page import GammaRow
+from experiments.reporting.results import RATIO
+
+LOOP, COMPILED = "this project's loop", "this project's loop, both models compiled"
+
+
+class GammaReport(NamedTuple):
+    """What an engine gains at each gamma: a report of `experiments.gamma`, or of `benchmarks.engines`.
+
+    Attributes:
+        engine: its name; this project's loop, with and without compiled models, counts as two.
+        rows: a row for each task and gamma.
+        rule: the acceptance rule by which this project's loop decoded above temperature 0.
+    """
+
+    engine: str
+    rows: list[GammaRow]
+    rule: str = RATIO
+
+    def best(self) -> list[GammaRow]:
+        """Return the row of the best gamma for each task: by measurement if several were decoded, else predicted."""
+        tasks = dict.fromkeys(row.task for row in self.rows)
+        return [max((row for row in self._compared() if row.task == task), key=speedup) for task in tasks]
+
+    @property
+    def gamma(self) -> int:
+        """Return the gamma with the highest speed-up, as a mean over the tasks."""
+        means = self._means()
+        return max(means, key=lambda gamma: means[gamma])
+
+    @property
+    def speedup(self) -> float:
+        """Return the speed-up at the best gamma, as a mean over the tasks."""
+        return max(self._means().values())
+
+    @property
+    def is_measured(self) -> bool:
+        """Return whether the speed-ups were measured, and not predicted from timed calls."""
+        return self._compared()[0].measured is not None
+
+    def _means(self) -> dict[int, float]:
+        by_gamma: dict[int, list[float]] = {}
+        for row in self._compared():
+            by_gamma.setdefault(row.gamma, []).append(speedup(row))
+        return {gamma: sum(values) / len(values) for gamma, values in by_gamma.items()}
+
+    def _compared(self) -> list[GammaRow]:
+        measured = [row for row in self.rows if row.measured]
+        if len({row.gamma for row in measured}) > 1:
+            return measured
+        return [row._replace(measured=None) for row in self.rows]
+
+
+def speedup(row: GammaRow) -> float:
+    """Return the measured token rate relative to the target alone, or else the predicted one."""
+    return row.measured.value if row.measured else row.predicted
+
+
+def read_gamma(folder: Path) -> GammaReport:
+    """Read the report of `experiments.gamma`: the tasks in the domain, or all if none is."""
+    settings = read_manifest(folder, "gamma")["settings"]
+    rows = [GammaRow(**with_estimates(row)) for row in read_jsonl(folder / "gamma.jsonl")]
+    inside = [row for row in rows if settings["tasks"][row.task]["in_domain"]]
+    engine, rule = COMPILED if settings["compile"] else LOOP, settings.get("acceptance_rule", RATIO)
+    return GammaReport(engine, inside or rows, rule)
+
+
+def read_engine(path: str) -> GammaReport:
+    """Read a file of `benchmarks.engines`: the single tasks, or all prompts if they have no task.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = [
+            GammaRow(
+                one["task"],
+                one["gamma"],
+                Estimate(**one["tau"]).value,
+                one["block_cost"],
+                one["ratio"]["value"],
+                Estimate(**one["ratio"]),
+            )
+            for one in found["summaries"]
+        ]
+        engine = str(found["arguments"]["engine"])
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f"export.engines has {path}, must be a file that benchmarks.engines wrote: {problem}"
+        ) from None
+    tasks = {row.task for row in rows}
+    return GammaReport(engine, [row for row in rows if row.task != "all" or len(tasks) == 1])
+
+
+def newest(reports: Iterable[GammaReport]) -> list[GammaReport]:
+    """Return the last report of each engine by each rule."""
+    return list({(report.engine, report.rule): report for report in reports}.values())
+
+
+def with_estimates(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row that was read from JSON, in which each list was an estimate."""
+    return {name: Estimate(*value) if isinstance(value, list) else value for name, value in row.items()}
