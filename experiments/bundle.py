@@ -1,11 +1,15 @@
-"""Pack what took the target hours into one small file, from which another run starts. Config: conf/bundle.yaml.
+"""Pack what the target has written into one small file, from which another run can start. Config: conf/bundle.yaml.
 
-The file has the prepared data, what the target wrote for them, and its responses without their hidden states, which
-take hundreds of times as many bytes as the tokens. In a root to which it is unpacked, `prepare` and `respond` with the
-same settings and the same target are up to date. `cache` then reads the responses once, in a fraction of the time of
-writing them; the states differ from those that responding kept by rounding alone.
+The target may write for hours, and what it writes is small. The file contains the prepared data, the instructions and
+the text that the target wrote for them, and its responses. It leaves out the hidden states that `respond` keeps beside
+the responses (`respond.states`), because they take hundreds of times as many bytes as the tokens.
+
+Unpack the file into the root of another run before its first stage. With the same settings and the same target,
+`prepare` and `respond` then find their work done. `cache` computes the hidden states again in one pass over the
+responses, which takes a fraction of the time of writing them. The states differ by rounding alone.
 """
 
+import shlex
 import tarfile
 import tempfile
 from pathlib import Path
@@ -22,10 +26,10 @@ from experiments.running.recipes import self_sources
 
 @command("bundle")
 def main(cfg: DictConfig) -> None:
-    """Write the file, and say how it is unpacked.
+    """Write the file, and print how to unpack it and which paths of this machine it names.
 
     Raises:
-        ArtifactError: the data or the responses are not finished, or the responses are to other data.
+        ArtifactError: `prepare` or `respond` has not finished, or the responses were written for other data.
     """
     data, responses = Path(cfg.inputs.data), Path(cfg.inputs.responses)
     asked = read_manifest(responses, "respond")["inputs"].get("data")
@@ -42,14 +46,18 @@ def main(cfg: DictConfig) -> None:
             for path, member in members:
                 archive.add(path, str(member), filter=anonymous)
             named = {found for path, _ in members if path.name == MANIFEST for found in paths_in(path)}
-    print(f"{cfg.out}: {Path(cfg.out).stat().st_size / 1e6:.1f} MB. Unpack it before a run's first stage:")
-    print(f"  mkdir -p {cfg.root} && tar -xJf {cfg.out} -C {cfg.root}")
+    size = Path(cfg.out).stat().st_size / 1e6
+    print(f"{cfg.out}: {size:.1f} MB with the prepared data and the target's responses, without its hidden states\n")
+    print("To start a run from it, unpack it into the run's root before the first stage. For the same root as here:")
+    print(f"  mkdir -p {shlex.quote(cfg.root)} && tar -xJf {shlex.quote(cfg.out)} -C {shlex.quote(cfg.root)}")
+    print("There `prepare` and `respond` have nothing to do if their settings and the target are the same.")
     if named:
-        print(f"\nBefore you publish it: its manifests name {', '.join(sorted(named))}")
+        print(f"\nBefore you publish it: its manifests name paths of this machine, {', '.join(sorted(named))}.")
+        print("Runs whose paths are relative to the working directory do not have them.")
 
 
 def paths_in(path: Path) -> list[str]:
-    """Return the absolute paths that a file names."""
+    """Return the absolute paths that a manifest names."""
     return [found[0] for found in ABSOLUTE.finditer(path.read_text(encoding="utf-8"))]
 
 

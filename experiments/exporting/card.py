@@ -14,7 +14,7 @@ from experiments.exporting.facts import Facts
 from experiments.exporting.gammas import GammaReport
 from experiments.exporting.recipe import describe_architecture
 from experiments.exporting.serving import followed_rule, serving
-from experiments.reporting.results import RATIO
+from experiments.reporting.results import POOLED, RATIO
 from experiments.reporting.tabular import Table, with_interval
 from experiments.running.inputs import target_source
 
@@ -48,6 +48,7 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         best=facts.best,
         is_timed=is_timed(facts),
         temperature=shared_temperature(facts),
+        pooled=POOLED if any(row.task == POOLED for row in facts.rows) else None,
         interval=with_interval,
         commands=serving(cfg.export.format, cfg.target.path, str(folder), gamma, facts.rule),
         describe_rule=lambda engine: describe_rule(engine, facts, gamma),

@@ -28,7 +28,9 @@ def test_a_run_starts_from_a_bundle(answered, tmp_path, capsys):
     for name in ("first", "second"):
         stage("bundle", [*given, f"out={tmp_path}/{name}.tar.xz"])
     assert (tmp_path / "first.tar.xz").read_bytes() == (tmp_path / "second.tar.xz").read_bytes()
-    assert f"its manifests name {folder}/run, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{folder}/run, " in printed.split("its manifests name paths of this machine, ")[1]
+    assert f"mkdir -p {root} && tar -xJf {tmp_path}/first.tar.xz -C {root}\n" in printed
     with tarfile.open(tmp_path / "first.tar.xz") as archive:
         archive.extractall(tmp_path / "run", filter="data")
     ours, theirs = (Rows(one / "responses", "respond") for one in (tmp_path / "run", root))

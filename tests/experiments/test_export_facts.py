@@ -133,8 +133,17 @@ def test_an_export_gets_the_gamma_that_was_measured_as_the_fastest(moved, tmp_pa
     assert "| this project's loop | inside | 2 | 1.50 | 1.20 | 1.50 [1.40, 1.60] |" in card
     assert f"| {COMPILED} | inside too | 1 | 1.50 | 1.20 | 1.70 [1.60, 1.80] |" in card
     assert "| outside |" not in card
-    assert "tasks below (measured)." in card
+    assert "1.50 times\nthe token rate of the target alone, as a mean over the tasks (measured; see " in card
     assert '"num_speculative_tokens": 2' in card
+
+
+def test_the_card_says_that_a_drafter_does_not_pay(moved, tmp_path):
+    drafter, command = moved
+    write_gamma(tmp_path, drafter, "gamma", False, gamma_rows(0.9, 0.8, 0.7))
+    stage("export", command)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**Draft γ = 1 token per block**" in card
+    assert "Decoding with this drafter is thus slower there than without it." in card
 
 
 def test_each_format_gets_the_gamma_of_its_engine(moved, tmp_path):
