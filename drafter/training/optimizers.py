@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from drafter.training.held import hold
+
 Schedule = Callable[[int, int], float]
 
 
@@ -136,5 +138,6 @@ class Optimization(NamedTuple):
     def configure(self, model: nn.Module, learning_rate: float, steps: int) -> dict[str, Any]:
         """Return the optimizer and its schedule, as Lightning takes them."""
         optimizer = self.optimizer(model, learning_rate)
+        hold(model, optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

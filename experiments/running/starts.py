@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.models.compatibility import check_pair, drafter_source, load_drafter
+from drafter.models.copying import add_copying_heads, check_can_copy
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.initialization import (
     build_drafter,
@@ -19,12 +20,13 @@ from drafter.models.initialization import (
     take_layers,
     transplant,
 )
-from drafter.models.loading import load_model, load_tokenizer, meta_model, vocabulary_width
+from drafter.models.loading import load_model, load_output_embedding, load_tokenizer, meta_model, vocabulary_width
 from drafter.models.slicing import check_can_slice, rotate, slice_hidden_states
 from drafter.models.source import ModelSource
 from experiments.running.inputs import plain, target_source
 
-KINDS = ("scratch", "existing", "layers", "projected", "transplant")
+KINDS = ("scratch", "existing", "layers", "projected", "copying", "transplant")
+OWN_SIZES = ("scratch", "projected", "copying")  # kinds of which conf/drafter says the sizes
 NOT_IDENTIFYING = ("path", "revision", "steps", "suffix")  # a fingerprint and the steps of training are in its place
 SEQUENCE = 256  # tokens of a sequence of the text by which directions are chosen
 
@@ -54,10 +56,13 @@ def empty_drafter(cfg: DictConfig, target: PreTrainedModel) -> PreTrainedModel:
         model.config.get_text_config().vocab_size = model.config.vocab_size = text.vocab_size
         with torch.device("meta"):
             return type(model)(model.config)
-    if how.kind == "projected":
+    if how.kind in ("projected", "copying"):
         check_width(cfg.drafter.hidden_size, text.hidden_size)
     with torch.device("meta"):
-        return build_drafter(plain(cfg.drafter), text.vocab_size, {})
+        made = build_drafter(plain(cfg.drafter), text.vocab_size, {})
+    if how.kind == "copying":
+        check_can_copy(made)
+    return made
 
 
 def check_start(cfg: DictConfig) -> None:
@@ -77,6 +82,7 @@ def new_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         "existing": lambda: load_drafter(_source(cfg), target_source(cfg), cfg.pad_vocabulary, whole=True),
         "layers": lambda: _layers(cfg),
         "projected": lambda: _projected(cfg, tokenizer),
+        "copying": lambda: _copying(cfg, tokenizer),
         "transplant": lambda: _transplanted(cfg, tokenizer),
     }
     return starts[cfg.init.kind]().float().requires_grad_(True).train()
@@ -85,11 +91,11 @@ def new_drafter(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrain
 def start_identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings that determine the start, and the fingerprint of the model that it is made from."""
     kind = cfg.init.kind
-    settings = {"drafter": plain(cfg.drafter)} if kind in ("scratch", "projected") else {}
+    settings = {"drafter": plain(cfg.drafter)} if kind in OWN_SIZES else {}
     if kind == "scratch":
         return settings, {}
     ours = {name: value for name, value in plain(cfg.init).items() if name not in NOT_IDENTIFYING}
-    model = target_source(cfg) if kind in ("layers", "projected") else _source(cfg)
+    model = target_source(cfg) if kind in ("layers", "projected", "copying") else _source(cfg)
     return settings | {"init": ours}, {"init": model_fingerprint(model)}
 
 
@@ -106,9 +112,9 @@ def _layers(cfg: DictConfig) -> PreTrainedModel:
     made = take_layers(load_model(target_source(cfg)), list(cfg.init.layers)).float().eval()
     if cfg.init.hidden_size is None:
         return made
-    text = np.load(Path(cfg.inputs.data) / "heldout.npy", mmap_mode="r")
-    count = max(1, min(len(text), cfg.init.tokens) // SEQUENCE)
-    ids_BT = torch.from_numpy(text[: count * SEQUENCE].astype(np.int64)).view(count, -1)
+    text_T = _text(cfg, "heldout")
+    count = max(1, len(text_T) // SEQUENCE)
+    ids_BT = text_T[: count * SEQUENCE].view(count, -1)
     return slice_hidden_states(made, cfg.init.hidden_size, ids_BT)
 
 
@@ -116,6 +122,19 @@ def _projected(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     target = load_model(target_source(cfg))
     given, made = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     return project_embeddings(_random(cfg, tokenizer), given.detach(), made.detach())
+
+
+def _copying(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    head: Any = load_output_embedding(target_source(cfg)).get_output_embeddings()
+    embedding = head.weight.detach()
+    counts_V = torch.bincount(_text(cfg, "train"), minlength=len(embedding)).float()
+    return add_copying_heads(_random(cfg, tokenizer), embedding, counts_V)
+
+
+def _text(cfg: DictConfig, split: str) -> torch.Tensor:
+    """Return the first init.tokens tokens of the prepared text, shape (T,)."""
+    text_T = np.load(Path(cfg.inputs.data) / f"{split}.npy", mmap_mode="r")
+    return torch.from_numpy(text_T[: cfg.init.tokens].astype(np.int64))
 
 
 def _transplanted(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -13,6 +13,8 @@ from tests.experiments.test_configs import compose_config, hydra_session  # noqa
 from tests.models.test_initialization import byte_level, gpt2
 
 IDS = torch.arange(2, 12)[None]
+ROTARY = "+drafter.rope_parameters={rope_type: default, rope_theta: 1000000.0}"
+COPYING = ["init=copying", "drafter.hidden_size=64", "+drafter.head_dim=64", ROTARY]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,8 @@ def folder(tmp_path_factory):
     gpt2(other).save_pretrained(folder / "other")
     other.save_pretrained(folder / "other")
     (folder / "run" / "data").mkdir(parents=True)
-    np.save(folder / "run" / "data" / "heldout.npy", np.arange(1024, dtype=np.uint16))
+    for split in ("heldout", "train"):
+        np.save(folder / "run" / "data" / f"{split}.npy", np.arange(1024, dtype=np.uint16))
     return folder
 
 
@@ -57,12 +60,13 @@ def make(folder, *overrides):
         ["init=layers", "init.layers=[0,-1]"],
         ["init=layers", "init.layers=[0,1]", "init.hidden_size=48"],
         ["init=projected"],
+        COPYING,
         ["init=transplant", "init.path={folder}/other"],
     ],
-    ids=["scratch", "existing", "layers", "narrower layers", "projected", "transplant"],
+    ids=["scratch", "existing", "layers", "narrower layers", "projected", "copying", "transplant"],
 )
 def test_every_start_has_the_shape_that_was_checked(folder, overrides):
-    made = make(folder, *(one.format(folder=folder) for one in overrides))
+    made = make(folder, *(one.replace("{folder}", str(folder)) for one in overrides))
     assert made(input_ids=IDS).logits.shape[-1] == load_target("assets/tiny-target").config.vocab_size
 
 
@@ -101,13 +105,18 @@ def test_the_identity_of_a_start_is_its_settings_and_the_model_that_it_is_made_f
             "multiple of the target.*s 6 attention heads.*give 30 or 36",
         ),
         (["init=projected", "drafter.hidden_size=4096"], ValueError, "hidden size is 4096, and init=projected takes"),
+        (
+            [*COPYING, "drafter.num_hidden_layers=1"],
+            ValueError,
+            "init=copying: the drafter must have two layers or more",
+        ),
         (["init=existing", "init.path={folder}/other"], VocabularyError, "is no drafter for assets/tiny-target"),
         (["init.kind=magic"], ValueError, "init.kind is 'magic', must be one of scratch"),
     ],
 )
 def test_a_start_that_does_not_suit_the_target_is_refused_before_training(folder, overrides, error, problem):
     with pytest.raises(error, match=problem):
-        check(config(folder, *(one.format(folder=folder) for one in overrides)))
+        check(config(folder, *(one.replace("{folder}", str(folder)) for one in overrides)))
 
 
 def test_a_drafter_of_another_vocabulary_is_told_of_the_transplant(folder):
