@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
     require(responses, "data", asked, fingerprint(data, "prepare"))
     with tempfile.TemporaryDirectory() as folder, whole_file(Path(cfg.out)) as file:
         copy_without_states(responses, Folder(folder))
-        with tarfile.open(fileobj=file, mode="w:xz") as archive:
+        with tarfile.open(fileobj=file, mode="w:xz", encoding="utf-8") as archive:
             members = [(path, Path(data.name) / path.name) for path in sorted(data.iterdir()) if path.is_file()]
             members += [(path, Path(responses.name) / path.name) for path in sorted(Path(folder).iterdir())]
             for source in self_sources(cfg):
