@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from drafter.artifacts.manifest import MANIFEST, fingerprint, read_manifest, require
 from drafter.artifacts.storage import Folder, whole_file
 from drafter.data.states import copy_without_states
-from experiments.exporting.recipe import ABSOLUTE
+from experiments.exporting.recipe import absolute_paths
 from experiments.running.commands import command
 from experiments.running.recipes import self_sources
 
@@ -45,20 +45,15 @@ def main(cfg: DictConfig) -> None:
                     members.append((written / name, Path(source.part) / source.name / name))
             for path, member in members:
                 archive.add(path, str(member), filter=anonymous)
-            named = {found for path, _ in members if path.name == MANIFEST for found in paths_in(path)}
+            named = absolute_paths(*(path for path, _ in members if path.name == MANIFEST))
     size = Path(cfg.out).stat().st_size / 1e6
     print(f"{cfg.out}: {size:.1f} MB with the prepared data and the target's responses, without its hidden states\n")
     print("To start a run from it, unpack it into the run's root before the first stage. For the same root as here:")
     print(f"  mkdir -p {shlex.quote(cfg.root)} && tar -xJf {shlex.quote(cfg.out)} -C {shlex.quote(cfg.root)}")
     print("There `prepare` and `respond` have nothing to do if their settings and the target are the same.")
     if named:
-        print(f"\nBefore you publish it: its manifests name paths of this machine, {', '.join(sorted(named))}.")
+        print(f"\nBefore you publish it: its manifests name paths of this machine, {', '.join(named)}.")
         print("Runs whose paths are relative to the working directory do not have them.")
-
-
-def paths_in(path: Path) -> list[str]:
-    """Return the absolute paths that a manifest names."""
-    return [found[0] for found in ABSOLUTE.finditer(path.read_text(encoding="utf-8"))]
 
 
 def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -45,10 +45,8 @@ from experiments.running.turns import Work, check_fits, decode_turns_together, p
 
 log = logging.getLogger(__name__)
 PART = 8  # prompts that are evaluated, and written, together, if they are not decoded in larger batches
-LEFT_OUT = {
-    "batch_size": 1,
-    "acceptance_rules": ["ratio"],
-}  # settings that the identity has only where they differ from these values
+# Settings that the identity has only where they differ from these values.
+LEFT_OUT = {"batch_size": 1, "acceptance_rules": ["ratio"]}
 
 
 @command("evaluate")

@@ -26,7 +26,7 @@ from drafter.models.trimming import read_kept, write_kept
 from experiments.exporting import to_gguf
 from experiments.exporting.card import describe_rule, write_card
 from experiments.exporting.facts import Facts, gather
-from experiments.exporting.recipe import ABSOLUTE
+from experiments.exporting.recipe import absolute_paths
 from experiments.exporting.serving import serving
 from experiments.reporting.identity import STEPS
 from experiments.running.commands import command
@@ -71,7 +71,7 @@ def main(cfg: DictConfig) -> None:
     commands = serving(cfg.export.format, cfg.target.path, str(stage.directory), gamma, facts.rule)
     for engine, lines in commands.items():
         print(f"\n{engine}\n{describe_rule(engine, facts, gamma)}\n{lines}")
-    if paths := paths_of_this_machine(stage.directory):
+    if paths := absolute_paths(*(stage.directory / name for name in ("README.md", MANIFEST))):
         print(f"\nBefore you publish it: it names {', '.join(paths)}. Give paths relative to the working directory")
 
 
@@ -160,12 +160,6 @@ def export(cfg: DictConfig, stage: Stage, facts: Facts, differences: list[Differ
     files = {str(path.relative_to(out)): sha256(path) for path in sorted(out.rglob("*")) if is_content(path)}
     stage.made_by["facts"] = facts.record()
     stage.finish(files, {"num_speculative_tokens": gamma})
-
-
-def paths_of_this_machine(folder: Path) -> list[str]:
-    """Return the absolute paths that an export's card and manifest name."""
-    texts = [(folder / name).read_text(encoding="utf-8") for name in ("README.md", MANIFEST)]
-    return sorted({found[0] for text in texts for found in ABSOLUTE.finditer(text)})
 
 
 def is_content(path: Path) -> bool:

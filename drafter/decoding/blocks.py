@@ -21,9 +21,10 @@ from drafter.warping import Random, Sampling, draw, warp
 
 
 class _Drafts(NamedTuple):
-    """The drafted tokens (B, G), how many of each row count, and the distributions that the verification needs."""
+    """The drafted tokens (B, G), also as lists, how many of each row count, and the distributions they are from."""
 
     tokens_BG: torch.Tensor
+    rows: list[list[int]]
     lengths: list[int]
     p_GBV: list[torch.Tensor]
 
@@ -62,7 +63,7 @@ def decode_blocks(
         found = _verify(target, active, drafts, options)
         clock.add_verifying()
         for generation, tokens, length, accepted, bonus, probabilities in zip(
-            active, drafts.tokens_BG.tolist(), drafts.lengths, *found, strict=True
+            active, drafts.rows, drafts.lengths, *found, strict=True
         ):
             block = truncate_block(tokens[:length], accepted, bonus, probabilities, options.stop_ids)
             generation.append(block)
@@ -124,7 +125,7 @@ def _draft(
             ended = (confidence_B < threshold).tolist()
             lengths = [min(length, len(tokens)) if end else length for length, end in zip(lengths, ended, strict=True)]
     tokens_BG = torch.stack(tokens, 1) if tokens else torch.zeros(len(active), 0, dtype=torch.long)
-    return _Drafts(tokens_BG, lengths, probabilities)
+    return _Drafts(tokens_BG, tokens_BG.tolist(), lengths, probabilities)
 
 
 def _generators(active: list[Generation], drawing: list[bool] | None = None) -> Random:
@@ -139,11 +140,11 @@ def _generators(active: list[Generation], drawing: list[bool] | None = None) -> 
 
 def _verify(target: CachedModel, active: list[Generation], drafts: _Drafts, options: DecodingOptions) -> Verification:
     """Score the drafts with one target call, and apply the acceptance rule."""
-    drafted, count = drafts.tokens_BG.tolist(), drafts.tokens_BG.shape[1]
-    ids = [one.tokens[one.target_cached :] + tokens for one, tokens in zip(active, drafted, strict=True)]
+    count = drafts.tokens_BG.shape[1]
+    ids = [one.tokens[one.target_cached :] + tokens for one, tokens in zip(active, drafts.rows, strict=True)]
     logits_BGV = target.forward(ids, [one.target_cached for one in active], count + 1)
     if options.sampling.temperature == 0:
-        counted = [tokens[:length] for tokens, length in zip(drafted, drafts.lengths, strict=True)]
+        counted = [tokens[:length] for tokens, length in zip(drafts.rows, drafts.lengths, strict=True)]
         return verify_greedy(counted, logits_BGV.argmax(-1).tolist())
     q_BGV, p_BGV = warp(logits_BGV, options.sampling), None
     if options.rule == "ratio":

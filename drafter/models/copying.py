@@ -28,9 +28,7 @@ from drafter.models.inspection import body
 SCALE = 0.3  # of the embeddings: large enough that the first training steps do not cover what the hidden state carries
 CONSTANT = 2.0  # the constant, in units of the scale
 OUTPUT_GAIN = 0.3  # of the last normalisation
-FAST_PAIRS = (
-    6  # of a head's dimensions: those that the rotary embedding turns fastest tell apart neighbouring positions
-)
+FAST_PAIRS = 6  # pairs of a head's dimensions that the rotary embedding turns fastest, which tell neighbours apart
 PREVIOUS = 12.0  # by how much the logit of attention to the previous token exceeds that to its neighbours
 MATCH = 4.0  # the gain of queries and keys that compare codes
 COPY = 4.0  # the length of what is copied, in units of the embedding's
@@ -203,13 +201,8 @@ def _match(attention: Any, layout: _Layout, code_RK: torch.Tensor, mean_R: torch
     Both codes are compared in the dimensions that the rotary embedding turns least: the first elements of the pairs
     have the code of the later token, the second elements that of the earlier one.
     """
-    size, code, width, copied = (
-        attention.head_dim,
-        layout.code,
-        layout.embedding,
-        min(attention.head_dim, layout.embedding),
-    )
-    previous, earlier = layout.codes
+    size, code, width = attention.head_dim, layout.code, layout.embedding
+    copied, (previous, earlier) = min(size, width), layout.codes
     later_dims, earlier_dims = torch.arange(size // 2 - code, size // 2), torch.arange(size - code, size)
     one = torch.eye(code) * MATCH
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):

@@ -14,7 +14,7 @@ from drafter.models.copying import copying_weights
 
 
 class _Held(NamedTuple):
-    """A part of a weight, as a view, and its values."""
+    """A part of a weight, and its values."""
 
     weight: nn.Parameter
     part: tuple[slice, slice]

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from experiments.running.recipes import INSTRUCTIONS, TEXT
 
 Manifest = dict[str, Any]
 # A path from the root of a machine: not a part of a longer word, of a relative path or of a URL.
-ABSOLUTE = re.compile(r"(?<![\w.:/…~}<>-])/(?:[^\s/'\"`,;:()\[\]{}]+/)*([^\s/'\"`,;:()\[\]{}]+)/?")
+_ABSOLUTE = re.compile(r"(?<![\w.:/…~}<>-])/(?:[^\s/'\"`,;:()\[\]{}]+/)*([^\s/'\"`,;:()\[\]{}]+)/?")
 
 
 def portable(text: str) -> str:
@@ -26,7 +25,17 @@ def portable(text: str) -> str:
     >>> portable("python -m experiments.finetune root=/home/me/runs/mine target.path=org/name")
     'python -m experiments.finetune root=…/mine target.path=org/name'
     """
-    return ABSOLUTE.sub(r"…/\1", text)
+    return _ABSOLUTE.sub(r"…/\1", text)
+
+
+def absolute_paths(*files: Path) -> list[str]:
+    """Return the paths from the root of a machine that files name, which a reader elsewhere has no use for.
+
+    Args:
+        files: text files, such as manifests.
+    """
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    return sorted({found[0] for text in texts for found in _ABSOLUTE.finditer(text)})
 
 
 def manifest_of(folder: str | Path) -> Manifest:
@@ -192,7 +201,7 @@ def describe_times(stages: list[Manifest]) -> dict[str, str]:
         made.setdefault("pretraining" if one["stage"] == "pretrain" else "finetuning", {})[config["out"]] = one
     seconds = {name: sum(one["seconds"] for one in parts.values()) for name, parts in made.items()}
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-    machines = _distinct(describe_machine(one["environment"]) for parts in made.values() for one in parts.values())
+    machines = dict.fromkeys(describe_machine(one["environment"]) for parts in made.values() for one in parts.values())
     return {"time": f"{parts}; {duration(sum(seconds.values()))} together, on {' and '.join(machines)}"}
 
 
@@ -210,7 +219,3 @@ def _self_written(data: Manifest) -> list[tuple[str, Manifest]]:
 def _by_name(sections: dict[str, Any]) -> dict[str, Any]:
     """Return sources by name: a single source has the name of its part of the data."""
     return sections if all(isinstance(one, dict) for one in sections.values()) else {"pretraining": sections}
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))

@@ -27,6 +27,7 @@ from experiments.running.inputs import plain, target_source
 
 KINDS = ("scratch", "existing", "layers", "projected", "copying", "transplant")
 OWN_SIZES = ("scratch", "projected", "copying")  # kinds of which conf/drafter says the sizes
+OF_A_MODEL = ("existing", "transplant")  # kinds that start from the model at init.path
 NOT_IDENTIFYING = ("path", "revision", "steps", "suffix")  # a fingerprint and the steps of training are in its place
 SEQUENCE = 256  # tokens of a sequence of the text by which directions are chosen
 
@@ -51,7 +52,7 @@ def empty_drafter(cfg: DictConfig, target: PreTrainedModel) -> PreTrainedModel:
         check_width(how.hidden_size, text.hidden_size)
         check_can_slice(made, how.hidden_size)
         return rotate(made, torch.empty(text.hidden_size, how.hidden_size, device="meta"))
-    if how.kind in ("existing", "transplant"):
+    if how.kind in OF_A_MODEL:
         model = meta_model(_source(cfg))
         model.config.get_text_config().vocab_size = model.config.vocab_size = text.vocab_size
         with torch.device("meta"):
@@ -95,7 +96,7 @@ def start_identity(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
     if kind == "scratch":
         return settings, {}
     ours = {name: value for name, value in plain(cfg.init).items() if name not in NOT_IDENTIFYING}
-    model = target_source(cfg) if kind in ("layers", "projected", "copying") else _source(cfg)
+    model = _source(cfg) if kind in OF_A_MODEL else target_source(cfg)
     return settings | {"init": ours}, {"init": model_fingerprint(model)}
 
 

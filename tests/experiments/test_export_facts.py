@@ -12,10 +12,9 @@ from drafter.artifacts.manifest import MANIFEST, Stage, read_manifest, write_jso
 from drafter.metrics import Estimate
 from drafter.models.compatibility import load_drafter
 from drafter.models.fingerprints import model_fingerprint
-from experiments.export import paths_of_this_machine
 from experiments.exporting.facts import gather
 from experiments.exporting.gammas import COMPILED, GammaReport
-from experiments.exporting.recipe import describe_data, describe_target, portable
+from experiments.exporting.recipe import absolute_paths, describe_data, describe_target, portable
 from experiments.reporting.gamma_page import GammaRow
 from tests.experiments.test_export import exported  # noqa: F401 (a fixture)
 from tests.experiments.test_pipeline import stage
@@ -82,7 +81,7 @@ def test_paths_of_this_machine_are_shortened_in_recorded_texts():
 def test_the_command_names_the_paths_of_this_machine_that_an_export_has(tmp_path):
     (tmp_path / "README.md").write_text("vllm serve `/home/me/target` runs/tiny")
     write_json(tmp_path / MANIFEST, {"command": "python -m experiments.export out=/tmp/out"})
-    assert paths_of_this_machine(tmp_path) == ["/home/me/target", "/tmp/out"]
+    assert absolute_paths(tmp_path / "README.md", tmp_path / MANIFEST) == ["/home/me/target", "/tmp/out"]
 
 
 def test_the_card_says_where_the_target_is_from(tmp_path):
