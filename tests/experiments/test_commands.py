@@ -121,7 +121,7 @@ def test_make_help_lists_every_target(tmp_path):
     ],
 )
 def test_make_chat_is_with_the_shipped_drafter_unless_another_pair_is_named(given, pair):
-    ignored = {"SCALE", "LOSSES", "SEEDS", "DRAFTER", "MAKEFLAGS"}
+    ignored = {"SCALE", "LOSSES", "SEEDS", "DRAFTER", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
     variables = {name: value for name, value in os.environ.items() if name not in ignored}
     command = ["make", "-n", "-o", "setup", "chat", *given]
     shown = subprocess.run(command, cwd=PROJECT, env=variables, capture_output=True, check=True).stdout.decode()
