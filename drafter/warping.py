@@ -171,12 +171,27 @@ def in_nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
     >>> in_nucleus(torch.tensor([0.2, 0.5, 0.2, 0.1]), top_p=0.6)
     tensor([ True,  True,  True, False])
     """
-    sorted_V = _descending(probs_V)
+    sorted_V = _likeliest(probs_V, top_p)
     before_V = sorted_V.cumsum(-1) - sorted_V
     inside_V = before_V < top_p
     inside_V[..., 0] = True
     last = sorted_V.gather(-1, inside_V.sum(-1, keepdim=True) - 1)
     return probs_V >= last
+
+
+LIKELIEST = 256  # tokens that are tried as the nucleus before all are sorted
+
+
+def _likeliest(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return the highest probabilities of each row in descending order: all, or so many that they add up to top_p.
+
+    On a CPU, sorting 5 rows of 49,152 takes 12 ms, a third of a small model's call, and finding 256 of each takes 1.3.
+    """
+    if probs_V.device.type == "cpu" and probs_V.shape[-1] > LIKELIEST:
+        sorted_V = probs_V.topk(LIKELIEST).values
+        if bool((sorted_V.cumsum(-1)[..., -1] >= top_p).all()):
+            return sorted_V
+    return _descending(probs_V)
 
 
 def _descending(values_V: torch.Tensor) -> torch.Tensor:
