@@ -29,7 +29,8 @@ class Generation:
         generator: the source of its random numbers; None for PyTorch's default.
         blocks: the blocks so far.
         target_cached: the number of tokens, from the first on, that the target has cached.
-        drafter_cached: the number of tokens, from the first on, that the drafter has cached.
+        drafter_cached: the number of tokens, from the first on, that the drafter has cached; while a block is verified,
+            with its drafts.
     """
 
     tokens: list[int]
@@ -47,12 +48,10 @@ class Generation:
 
     def append(self, block: Block) -> None:
         """Append the tokens of a block, and update the cached lengths."""
-        length = len(self.tokens)
         self.blocks.append(block)
         self.tokens += block.emitted
         self.target_cached = len(self.tokens) - 1
-        # The drafter has not read the last token that it drafted.
-        self.drafter_cached = min(len(self.tokens) - 1, length + max(len(block.drafted) - 1, 0))
+        self.drafter_cached = min(self.drafter_cached, len(self.tokens) - 1)
 
     def is_finished(self, stop_ids: Sequence[int]) -> bool:
         """Return whether the last block ended the sequence."""

@@ -21,6 +21,7 @@ from drafter.decoding.blocks import decode_blocks
 from drafter.decoding.capabilities import check_side_by_side, decoder_of
 from drafter.decoding.clock import Clock
 from drafter.decoding.decoders import Decodable, plain_model
+from drafter.decoding.drafting import ModelDrafting, NoDrafting
 from drafter.decoding.generation import Decoded, Generation
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, check_prompt, max_draft_length
 from drafter.models.loading import context_length
@@ -57,7 +58,7 @@ def speculative_decode(
     """
     check_draft_length(num_speculative_tokens)
     check_prompt(prompt)
-    pair = decoder_of(target), decoder_of(drafter)
+    pair = decoder_of(target), ModelDrafting(decoder_of(drafter))
     generation = Generation(list(prompt), len(prompt), max_length(prompt, options, target, drafter), generator)
     return decode_blocks(*pair, [generation], 1, num_speculative_tokens, options, on_block)[0]
 
@@ -122,8 +123,8 @@ def _decode_batch(
     for model in models:
         check_side_by_side(model, capacity)
     target, *drafters = [RaggedDecoder(model, capacity) for model in models]
-    drafter = drafters[0] if drafters else None
-    return decode_blocks(target, drafter, generations, batch_size or len(prompts), num_speculative_tokens, options)
+    drafting = ModelDrafting(drafters[0]) if drafters else NoDrafting()
+    return decode_blocks(target, drafting, generations, batch_size or len(prompts), num_speculative_tokens, options)
 
 
 @torch.inference_mode()
