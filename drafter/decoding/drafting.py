@@ -3,14 +3,60 @@
 Shapes: B sequences, G drafted tokens, V vocabulary.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
+from torch.nn.functional import one_hot
 
-from drafter.decoding.decoders import CachedModel, aligned_starts
+from drafter.decoding.decoders import CachedModel, Decodable, aligned_starts
 from drafter.decoding.generation import Generation
+from drafter.decoding.ngrams import Lookup, NgramTable, TextDrafter
 from drafter.decoding.options import Adaptive, DecodingOptions
 from drafter.warping import Random, Sampling, draw, warp
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A drafter without a model and, for blocks in which it finds nothing, another drafter.
+
+    Attributes:
+        first: proposes from the tokens so far.
+        otherwise: a draft model, or another one of these.
+    """
+
+    first: TextDrafter
+    otherwise: "Drafter"
+
+
+Drafter: TypeAlias = Decodable | TextDrafter | Combined
+
+
+def models_of(drafter: Drafter) -> list[Decodable]:
+    """Return the draft model of a drafter, or nothing if it has none."""
+    if isinstance(drafter, Combined):
+        return models_of(drafter.otherwise)
+    return [] if isinstance(drafter, Lookup | NgramTable) else [drafter]
+
+
+def with_models(drafter: Drafter, change: Callable[[Decodable], Decodable]) -> Drafter:
+    """Return a drafter with its model changed, for example moved to a device."""
+    if isinstance(drafter, Combined):
+        return Combined(drafter.first, with_models(drafter.otherwise, change))
+    return drafter if isinstance(drafter, Lookup | NgramTable) else change(drafter)
+
+
+def drafting_of(drafter: Drafter, cached: Callable[[Decodable], CachedModel]) -> "Drafting":
+    """Return what drafts the blocks of new sequences.
+
+    Args:
+        drafter: the drafter.
+        cached: gives a model its cache.
+    """
+    if isinstance(drafter, Combined):
+        return CombinedDrafting(drafter.first, drafting_of(drafter.otherwise, cached))
+    return TextDrafting(drafter) if isinstance(drafter, Lookup | NgramTable) else ModelDrafting(cached(drafter))
 
 
 class Drafts(NamedTuple):
@@ -54,20 +100,6 @@ class Drafting(Protocol):
 
     def keep_rows(self, rows: list[int]) -> None:
         """Drop all other rows."""
-
-
-class NoDrafting:
-    """Drafts nothing: each block is the target's bonus token alone, which is autoregressive decoding."""
-
-    def draft(self, active: list[Generation], *_: object) -> Drafts:
-        """Return no drafts."""
-        return Drafts.certain([[] for _ in active])
-
-    def replace_row(self, row: int, generation: Generation) -> None:
-        """Do nothing: there is no state."""
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Do nothing: there is no state."""
 
 
 class ModelDrafting:
@@ -118,7 +150,7 @@ class ModelDrafting:
                 ]
         self.was_called = True
         for one, length in zip(active, lengths, strict=True):
-            one.drafter_cached = len(one.tokens) + max(length - 1, 0)  # the last draft has not been read
+            one.drafter_cached = len(one.tokens) + max(length - 1, 0)  # the last draft was not read
         tokens_BG = torch.stack(tokens, 1)
         return Drafts(tokens_BG, tokens_BG.tolist(), lengths, torch.stack(probabilities, 1) if probabilities else None)
 
@@ -132,6 +164,83 @@ class ModelDrafting:
         """Drop all other rows."""
         if self.was_called:
             self.model.keep_rows(rows)
+
+
+class TextDrafting:
+    """A drafter without a model proposes from the tokens of each sequence.
+
+    With an adaptive draft length it proposes up to the limit, because the probability of its drafts is 1.
+
+    Args:
+        drafter: the drafter; None to draft nothing, so that each block is the target's bonus token alone.
+    """
+
+    def __init__(self, drafter: TextDrafter | None):
+        self.drafter = drafter
+
+    def draft(self, active: list[Generation], lengths: list[int], *_: object) -> Drafts:
+        """Propose at most so many tokens per sequence."""
+        if self.drafter is None:
+            return Drafts.certain([[] for _ in active])
+        return Drafts.certain([propose(self.drafter, *pair) for pair in zip(active, lengths, strict=True)])
+
+    def replace_row(self, row: int, generation: Generation) -> None:
+        """Do nothing: what is remembered of a sequence belongs to the sequence."""
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Do nothing, for the same reason."""
+
+
+def propose(drafter: TextDrafter, sequence: Generation, count: int) -> list[int]:
+    """Return at most `count` drafts."""
+    return drafter.propose(sequence, count) if count else []
+
+
+class CombinedDrafting:
+    """In each block of a sequence, one drafter proposes and, if it finds nothing, the other one drafts.
+
+    The draft model is called for the sequences in whose blocks it drafts; the tokens of other blocks are read in its
+    next call.
+
+    Args:
+        first: the drafter without a model.
+        otherwise: what drafts where it finds nothing.
+    """
+
+    def __init__(self, first: TextDrafter, otherwise: Drafting):
+        self.first, self.otherwise = first, otherwise
+
+    def draft(
+        self,
+        active: list[Generation],
+        lengths: list[int],
+        num_speculative_tokens: int | Adaptive,
+        options: DecodingOptions,
+    ) -> Drafts:
+        """Propose at most so many tokens per sequence."""
+        found = [propose(self.first, *pair) for pair in zip(active, lengths, strict=True)]
+        rest = [0 if drafts else length for drafts, length in zip(found, lengths, strict=True)]
+        drafted = self.otherwise.draft(active, rest, num_speculative_tokens, options)
+        if not any(found):
+            return drafted
+        pairs = zip(drafted.rows, drafted.lengths, found, strict=True)
+        drafts = Drafts.certain([of_first or tokens[:length] for tokens, length, of_first in pairs])
+        if drafted.p_BGV is None:
+            return drafts
+        tokens_BG = drafts.tokens_BG.to(drafted.p_BGV.device)
+        p_BGV = one_hot(tokens_BG, drafted.p_BGV.shape[-1]).to(drafted.p_BGV)
+        for row, (length, of_first) in enumerate(zip(drafts.lengths, found, strict=True)):
+            if not of_first:
+                p_BGV[row, :length] = drafted.p_BGV[row, :length]
+        return drafts._replace(p_BGV=p_BGV)
+
+    def replace_row(self, row: int, generation: Generation) -> None:
+        """Give a row to another sequence."""
+        self.otherwise.replace_row(row, generation)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        self.otherwise.keep_rows(rows)
 
 
 def generators_of(active: list[Generation], drawing: list[bool] | None = None) -> Random:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ class Generation:
         target_cached: the number of tokens, from the first on, that the target has cached.
         drafter_cached: the number of tokens, from the first on, that the drafter has cached; while a block is verified,
             with its drafts.
+        notes: what drafters without a model remember of the sequence, each under its own key.
     """
 
     tokens: list[int]
@@ -40,6 +41,7 @@ class Generation:
     blocks: list[Block] = field(default_factory=list)
     target_cached: int = 0
     drafter_cached: int = 0
+    notes: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def remaining(self) -> int:
