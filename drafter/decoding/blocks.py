@@ -59,7 +59,7 @@ def decode_blocks(
                 on_block(block)
         active = _replace_finished(target, drafting, active, waiting, options.stop_ids)
     seconds = clock.seconds(len(generations))
-    return [Decoded(one.tokens[one.prompt_length :], one.blocks, seconds) for one in generations]
+    return [Decoded(one.tokens[one.prompt_length :], one.blocks, seconds, one.drafted_by_model) for one in generations]
 
 
 def _verify(target: CachedModel, active: list[Generation], drafts: Drafts, options: DecodingOptions) -> Verification:

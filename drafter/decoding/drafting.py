@@ -151,6 +151,7 @@ class ModelDrafting:
         self.was_called = True
         for one, length in zip(active, lengths, strict=True):
             one.drafter_cached = len(one.tokens) + max(length - 1, 0)  # the last draft was not read
+            one.drafted_by_model += length
         tokens_BG = torch.stack(tokens, 1)
         return Drafts(tokens_BG, tokens_BG.tolist(), lengths, torch.stack(probabilities, 1) if probabilities else None)
 

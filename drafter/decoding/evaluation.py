@@ -158,15 +158,19 @@ def use(path: str, gamma: int | str) -> str:
 def row_of(task: Task, gamma: int | str, rule: str, decoded: Decoded, baseline: Decoded) -> dict[str, Any]:
     """Return the row of counts.jsonl for one decoding.
 
-    It names the acceptance rule unless that is `ratio`, or the temperature is 0, where the row holds for every rule.
+    It names the acceptance rule unless that is `ratio`, or the temperature is 0, where the row holds for every rule. It
+    has the number of drafts by a model only where others were drafted without one.
     """
+    counts = count(decoded, baseline)
+    by_model = {} if decoded.drafted_by_model == counts.drafted else {"drafted_by_model": decoded.drafted_by_model}
     return {
         "task": task.name,
         "gamma": gamma,
         **({} if rule == "ratio" or task.is_greedy else {"rule": rule}),
         "prompt": task.prompt_id,
         "turn": task.turn,
-        **count(decoded, baseline)._asdict(),
+        **counts._asdict(),
+        **by_model,
         "by_position": by_position(decoded.blocks),
         "by_answer_position": by_label(decoded.blocks, answer_positions(len(decoded.tokens))),
         "greedy": task.is_greedy,

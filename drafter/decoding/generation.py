@@ -11,11 +11,15 @@ from drafter.decoding.clock import Seconds
 
 
 class Decoded(NamedTuple):
-    """The generated tokens, the blocks that they came in, and the time that it took."""
+    """The generated tokens, the blocks that they came in, and the time that it took.
+
+    `drafted_by_model` is the number of drafted tokens that a draft model proposed: its calls.
+    """
 
     tokens: list[int]
     blocks: list[Block]
     seconds: Seconds
+    drafted_by_model: int = 0
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Generation:
         target_cached: the number of tokens, from the first on, that the target has cached.
         drafter_cached: the number of tokens, from the first on, that the drafter has cached; while a block is verified,
             with its drafts.
+        drafted_by_model: the number of drafted tokens so far that a draft model proposed.
         notes: what drafters without a model remember of the sequence, each under its own key.
     """
 
@@ -41,6 +46,7 @@ class Generation:
     blocks: list[Block] = field(default_factory=list)
     target_cached: int = 0
     drafter_cached: int = 0
+    drafted_by_model: int = 0
     notes: dict[Any, Any] = field(default_factory=dict)
 
     @property

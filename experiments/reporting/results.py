@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fie
 POOLED = "in domain, all"
 Gamma = int | str  # "adaptive"
 RATIO = "ratio"  # the paper's acceptance rule
+KEY = itemgetter("task", "gamma", "prompt")  # of a row of counts.jsonl
 
 
 class Part(NamedTuple):
@@ -52,6 +54,7 @@ class Evaluation(NamedTuple):
         directory: the directory that it was read from.
         rule: the acceptance rule of the counts. Those at temperature 0 hold for every rule.
         parts: the parts of each decoding; none if an earlier version of this project made or began the evaluation.
+        drafted_by_model: the key of `counts` -> drafts by the model, where others were drafted without a model.
     """
 
     drafter: DrafterIdentity
@@ -62,6 +65,7 @@ class Evaluation(NamedTuple):
     directory: Path
     parts: Sequence[Part] = ()
     rule: str = RATIO
+    drafted_by_model: Mapping[tuple[str, Gamma, str], int] = {}
 
     @property
     def series(self) -> str:
@@ -108,14 +112,15 @@ def read_evaluations(folder: Path, base: str = PRETRAINED, rule: str = RATIO) ->
         if rule not in rules_of(manifest):
             continue
         rows = rows_by_rule(read_jsonl(path.parent / "counts.jsonl"), rule)
-        counts = {(row["task"], row["gamma"], row["prompt"]): read_row(row) for row in rows}
+        counts = {KEY(row): read_row(row) for row in rows}
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
         # An earlier version may have begun an evaluation that this one has finished.
         parts = [part for row in rows for part in parts_of(row)] if all("turn" in row for row in rows) else []
         ratio = summary["drafter_parameters"] / summary["target_parameters"]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         drafter = read_fields(summary, path.parent)
-        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts, rule))
+        by_model = {KEY(row): row["drafted_by_model"] for row in rows if "drafted_by_model" in row}
+        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts, rule, by_model))
     return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
 
 
@@ -204,7 +209,9 @@ def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Res
             reference = counts_by_prompt([one for one in evaluations if one.series == base], task, gamma)
             efficiency = estimate(counts, "block_efficiency")
             sums = Counts(*np.sum(list(counts.values()), axis=0))
-            drafts = gamma if isinstance(gamma, int) else sums.drafted / sums.target_calls
+            by_model = any(one.drafted_by_model for one in of_series)
+            drafts = drafts_by_model(of_series, task, gamma) / sums.target_calls
+            drafts = gamma if isinstance(gamma, int) and not by_model else drafts
             speedup = [memory_bound_speedup(value, of_series[0].size_ratio, drafts) for value in efficiency]
             comparable = series != base and reference.keys() == counts.keys()
             rows.append(
@@ -241,13 +248,20 @@ def tasks_and_gammas(evaluation: Evaluation) -> list[tuple[str, Gamma]]:
 
 def counts_by_prompt(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str, np.ndarray]:
     """Return the counts by prompt of one task (or POOLED) and gamma, summed over the evaluations (seeds)."""
-    picked = [
-        (prompt, counts)
-        for evaluation in evaluations
-        for (of_task, of_gamma, prompt), counts in evaluation.counts.items()
-        if of_gamma == gamma and (of_task == task or (task == POOLED and of_task in evaluation.in_domain))
-    ]
-    return by_prompt([prompt for prompt, _ in picked], [counts for _, counts in picked])
+    keys = [(one, key) for one in evaluations for key in keys_of(one, task, gamma)]
+    return by_prompt([prompt for _, (_, _, prompt) in keys], [one.counts[key] for one, key in keys])
+
+
+def keys_of(evaluation: Evaluation, task: str, gamma: Gamma) -> list[tuple[str, Gamma, str]]:
+    """Return the keys of an evaluation's counts of one task (or POOLED) and gamma."""
+    tasks = evaluation.in_domain if task == POOLED else (task,)
+    return [key for key in evaluation.counts if key[1] == gamma and key[0] in tasks]
+
+
+def drafts_by_model(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> int:
+    """Return the number of tokens that draft models have drafted, which is the number of their calls."""
+    keys = [(one, key) for one in evaluations for key in keys_of(one, task, gamma)]
+    return sum(one.drafted_by_model.get(key, one.counts[key].drafted) for one, key in keys)
 
 
 def sorted_gammas(gammas: Iterable[Gamma]) -> list[Gamma]:

@@ -141,8 +141,14 @@ def baselines(target):
 
 @pytest.mark.parametrize(
     ("kind", "gamma", "batch_size"),
-    [("lookup", 1, None), ("lookup, model", 4, 2), ("lookup, model", Adaptive(6, 0.2), None)]
-    + [("table", 4, None), ("table, lookup, model", 4, None), ("lookup, table", Adaptive(6, 0.2), 2)],
+    [
+        ("lookup", 1, None),
+        ("lookup, model", 4, 2),
+        ("lookup, model", Adaptive(6, 0.2), None),
+        ("table", 4, None),
+        ("table, lookup, model", 4, None),
+        ("lookup, table", Adaptive(6, 0.2), 2),
+    ],
 )
 def test_greedy_text_is_the_targets_own_alone_and_in_a_batch(target, drafters, baselines, kind, gamma, batch_size):
     alone = [speculative_decode(target, drafters[kind], prompt, gamma, STOP) for prompt in PROMPTS]
