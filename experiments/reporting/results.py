@@ -208,10 +208,7 @@ def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Res
             counts = counts_by_prompt(of_series, task, gamma)
             reference = counts_by_prompt([one for one in evaluations if one.series == base], task, gamma)
             efficiency = estimate(counts, "block_efficiency")
-            sums = Counts(*np.sum(list(counts.values()), axis=0))
-            by_model = any(one.drafted_by_model for one in of_series)
-            drafts = drafts_by_model(of_series, task, gamma) / sums.target_calls
-            drafts = gamma if isinstance(gamma, int) and not by_model else drafts
+            drafts = mean_drafts(of_series, task, gamma)
             speedup = [memory_bound_speedup(value, of_series[0].size_ratio, drafts) for value in efficiency]
             comparable = series != base and reference.keys() == counts.keys()
             rows.append(
@@ -258,10 +255,13 @@ def keys_of(evaluation: Evaluation, task: str, gamma: Gamma) -> list[tuple[str, 
     return [key for key in evaluation.counts if key[1] == gamma and key[0] in tasks]
 
 
-def drafts_by_model(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> int:
-    """Return the number of tokens that draft models have drafted, which is the number of their calls."""
+def mean_drafts(evaluations: Sequence[Evaluation], task: str, gamma: Gamma) -> float:
+    """Return gamma or, where it varies, how many tokens a draft model has drafted per block."""
+    if isinstance(gamma, int) and not any(one.drafted_by_model for one in evaluations):
+        return gamma
     keys = [(one, key) for one in evaluations for key in keys_of(one, task, gamma)]
-    return sum(one.drafted_by_model.get(key, one.counts[key].drafted) for one, key in keys)
+    drafted = sum(one.drafted_by_model.get(key, one.counts[key].drafted) for one, key in keys)
+    return drafted / sum(one.counts[key].target_calls for one, key in keys)
 
 
 def sorted_gammas(gammas: Iterable[Gamma]) -> list[Gamma]:

@@ -12,7 +12,12 @@ from drafter.decoding.drafting import Combined
 from drafter.decoding.generation import Decoded, Generation
 from drafter.decoding.ngrams import Answered, Lookup, NgramSizes, NgramTable, count_ngrams
 from drafter.decoding.options import Adaptive, DecodingOptions
-from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.decoding.speculative import (
+    autoregressive_decode,
+    autoregressive_decode_batch,
+    speculative_decode,
+    speculative_decode_batch,
+)
 from drafter.metrics import count
 from drafter.warping import Sampling, warp
 from tests.conftest import small_model
@@ -114,10 +119,10 @@ def test_a_table_has_no_more_entries_than_it_may_and_keeps_the_frequent_ones(mon
 def table_of(target):
     """Return the table of what a target writes after other prompts."""
     prompts = [[number, number + 1] for number in range(30)]
-    written = [autoregressive_decode(target, prompt, DecodingOptions(30)).tokens for prompt in prompts]
+    written = autoregressive_decode_batch(target, prompts, DecodingOptions(20))
     rows = [
-        Answered(np.array(prompt + tokens, np.int32), np.arange(2 + len(tokens)) >= 2)
-        for prompt, tokens in zip(prompts, written, strict=True)
+        Answered(np.array(prompt + one.tokens, np.int32), np.arange(22) >= 2)
+        for prompt, one in zip(prompts, written, strict=True)
     ]
     return count_ngrams(rows, NgramSizes(1, 3))
 
@@ -203,7 +208,7 @@ def p_of_decoding(drafter, rule, sampling, number=700):
     target, prompts = small_model(1, vocab=6, sharpness=20.0), ([0, 1, 0], [3, 3], [2, 4, 5, 2])
     options, generator = DecodingOptions(2, sampling, rule=rule), torch.Generator().manual_seed(0)
     decoded = speculative_decode_batch(target, drafter, list(prompts) * number, 3, options, generator)
-    assert sum(block.accepted for one in decoded for block in one.blocks) > number / 10
+    assert sum(block.accepted for one in decoded for block in one.blocks) > 20
     least = 1.0
     for start, prompt in enumerate(prompts):
         with torch.inference_mode():
