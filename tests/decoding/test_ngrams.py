@@ -222,7 +222,7 @@ def p_of_decoding(drafter, rule, sampling, number=700):
 
 @pytest.fixture(scope="module")
 def small_drafters():
-    drafter = small_model(2, vocab=6, sharpness=20.0)
+    drafter = small_model(1, vocab=6, sharpness=8.0)  # as the target, but less certain
     answers = [answered(seed, 30, 3) for seed in range(3)]  # tokens 3 to 5 are followed by nothing
     table = count_ngrams(answers, NgramSizes(1, 1))
     return {"lookup": Lookup(), "table, model": Combined(table, drafter), "lookup, model": Combined(Lookup(), drafter)}

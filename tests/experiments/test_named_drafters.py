@@ -28,7 +28,7 @@ def test_a_name_says_what_drafts_first_and_what_otherwise():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ngram3", "ngram2-", "ngram:", "ngram+", "ngram++x", "ngram+ngram3", "ngram:a+"])
+@pytest.mark.parametrize("name", ["ngram3", "ngram2-", "ngram:", "ngram+", "ngram+ngram3", "ngram:a+"])
 def test_a_name_that_only_begins_like_one_is_refused_with_all_forms(name):
     with pytest.raises(
         ValueError, match=r"a drafter without a model is ngram, ngram2-5 .* a directory of this name is"
