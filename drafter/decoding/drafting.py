@@ -40,6 +40,13 @@ def models_of(drafter: Drafter) -> list[Decodable]:
     return [] if isinstance(drafter, Lookup | NgramTable) else [drafter]
 
 
+def without_model(drafter: Drafter) -> list[TextDrafter]:
+    """Return the drafters without a model, in the order in which they are asked."""
+    if isinstance(drafter, Combined):
+        return [drafter.first, *without_model(drafter.otherwise)]
+    return [drafter] if isinstance(drafter, Lookup | NgramTable) else []
+
+
 def with_models(drafter: Drafter, change: Callable[[Decodable], Decodable]) -> Drafter:
     """Return a drafter with its model changed, for example moved to a device."""
     if isinstance(drafter, Combined):
