@@ -8,7 +8,8 @@ import torch
 
 from drafter.decoding import acceptance, ngrams
 from drafter.decoding.acceptance import RULES
-from drafter.decoding.drafting import Combined
+from drafter.decoding.drafting import Combined, models_of, without_model
+from drafter.decoding.expected_efficiency import expected_blocks_with_proposals
 from drafter.decoding.generation import Decoded, Generation
 from drafter.decoding.ngrams import Answered, Lookup, NgramSizes, NgramTable, count_ngrams
 from drafter.decoding.options import Adaptive, DecodingOptions
@@ -20,6 +21,7 @@ from drafter.decoding.speculative import (
 )
 from drafter.metrics import count
 from drafter.warping import Sampling, warp
+from experiments.running.proposed_blocks import proposals_along
 from tests.conftest import small_model
 from tests.decoding.chi_square import FALSE_ALARM, p_value
 
@@ -305,3 +307,24 @@ def test_a_short_sequence_may_take_a_row_while_another_lacks_more_tokens_than_it
     batch = speculative_decode_batch(target, target, prompts, 3, options, batch_size=2)
     for prompt, decoded in zip(prompts, batch, strict=True):
         assert decoded.tokens == autoregressive_decode(target, prompt, options).tokens
+
+
+@pytest.mark.parametrize("kind", ["lookup", "lookup, model", "table, lookup, model"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)])
+def test_the_number_of_blocks_follows_from_the_text(target, drafters, kind, sampling):
+    """With the rule `argmax` the text determines the blocks, of drafts by a model too."""
+    generator, models = torch.Generator().manual_seed(0), models_of(drafters[kind])
+    options = DecodingOptions(30, sampling, [5], "argmax")
+    for prompt in PROMPTS:
+        decoded = speculative_decode(target, drafters[kind], prompt, 3, options, generator)
+        ids, accept = torch.tensor([[*prompt, *decoded.tokens]]), None
+        for model in models:
+            best = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+            accept = np.array([float(one == token) for one, token in zip(best, decoded.tokens, strict=True)])
+        proposals = proposals_along(without_model(drafters[kind]), prompt, decoded.tokens, 4)
+        found = expected_blocks_with_proposals(proposals, decoded.tokens, accept, 3)
+        assert found.by_drafted.sum() == len(decoded.blocks)
+        by_lengths = np.bincount([len(block.drafted) for block in decoded.blocks], minlength=4)
+        assert abs(found.by_drafted - by_lengths).sum() <= 2  # the last block drafts no more than the limit allows
+        assert 0 <= found.drafted_by_model - decoded.drafted_by_model <= 3
+        assert (found.drafted_by_model > 0) <= bool(models)
