@@ -39,7 +39,7 @@ from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
-from experiments.running.named_drafters import check_responses, fingerprint_of, load_named, named_identity
+from experiments.running.named_drafters import check_responses, fingerprint_of, load_named, named_identity, parse
 from experiments.running.progress import Progress
 from experiments.running.tasks import check_tasks, decoding_settings, draft_length, read_tasks
 from experiments.running.turns import Work, check_fits, decode_turns_together, part_rows, target_answer, turns_by_task
@@ -170,6 +170,8 @@ def check(cfg: DictConfig) -> None:
     check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
     check_tasks(cfg, cfg.evaluate.sampling)
+    for name in cfg.drafters:
+        parse(name)
     check_rules(plain(cfg.evaluate.acceptance_rules))
     batch_size = cfg.evaluate.batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:

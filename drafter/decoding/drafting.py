@@ -5,7 +5,7 @@ Shapes: B sequences, G drafted tokens, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch.nn.functional import one_hot
@@ -33,8 +33,8 @@ class Combined:
 Drafter: TypeAlias = Decodable | TextDrafter | Combined
 
 
-def models_of(drafter: Drafter) -> list[Decodable]:
-    """Return the draft model of a drafter, or nothing if it has none."""
+def models_of(drafter: Drafter) -> list[Any]:
+    """Return the draft model of a drafter, a Decodable, or nothing if it has none."""
     if isinstance(drafter, Combined):
         return models_of(drafter.otherwise)
     return [] if isinstance(drafter, Lookup | NgramTable) else [drafter]
@@ -47,11 +47,14 @@ def without_model(drafter: Drafter) -> list[TextDrafter]:
     return [drafter] if isinstance(drafter, Lookup | NgramTable) else []
 
 
-def with_models(drafter: Drafter, change: Callable[[Decodable], Decodable]) -> Drafter:
+def with_models(drafter: Drafter, change: Callable[[Any], Any]) -> Drafter:
     """Return a drafter with its model changed, for example moved to a device."""
     if isinstance(drafter, Combined):
         return Combined(drafter.first, with_models(drafter.otherwise, change))
-    return drafter if isinstance(drafter, Lookup | NgramTable) else change(drafter)
+    if isinstance(drafter, Lookup | NgramTable):
+        return drafter
+    changed: Decodable = change(drafter)
+    return changed
 
 
 def drafting_of(drafter: Drafter, cached: Callable[[Decodable], CachedModel]) -> "Drafting":

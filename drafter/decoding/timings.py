@@ -98,8 +98,8 @@ def measure_call_timings(target: Decodable, drafter: Drafter, prompt: list[int],
 
 def _draft(drafter: Drafter, prompt: list[int], largest: int) -> Callable[[], object]:
     """Return the call of the drafter, after the prompt was read."""
-    for model in models_of(drafter):
-        decoder = decoder_of(model)
+    if models := models_of(drafter):
+        decoder = decoder_of(models[0])
         decoder.forward([prompt], [0], 1)
         return partial(decoder.forward, [prompt[:1]], [len(prompt)], 1)
     sequence = Generation(list(prompt), len(prompt), len(prompt) + largest)

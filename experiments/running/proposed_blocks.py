@@ -45,7 +45,7 @@ def predict(
         timings: c and v.
         largest: the largest γ.
     """
-    models = [model for model in models_of(drafter) if isinstance(model, PreTrainedModel)]
+    models = models_of(drafter)
     by_drafted, by_model, tokens = np.zeros((largest, largest + 1)), np.zeros(largest), 0
     for task, answer in zip(tasks, answers, strict=True):
         accept_L = acceptance_of_answer(task, answer, target, models[0]).double().cpu().numpy() if models else None
