@@ -102,7 +102,7 @@ def main(cfg: DictConfig) -> None:
         check_batches(work, [target, *models.values()], of_target, max(map(max_draft_length, gammas.values())))
     parts = [work.tasks[start : start + size] for start in range(0, len(work.tasks), size)]
     # The first calls are slow, and should not count for any drafter. The beginning of a prompt fits into any context.
-    for drafter in drafters.values():
+    for drafter in {**drafters, **models}.values():
         speculative_decode(target, drafter, work.tasks[0].prompt[:32], 3, DecodingOptions(max_new_tokens=8))
     reader = RoleReader(tokenizer, stops)
 
