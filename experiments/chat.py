@@ -201,7 +201,7 @@ def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSes
     gamma = chosen_draft_length(cfg)
     if chat.compile:
         log.info("the first calls compile both models, which takes minutes")
-        target, compiled = compiled_pair(target, *models_of(drafter), context, max_draft_length(gamma))
+        target, compiled = compiled_pair(target, models_of(drafter)[0], context, max_draft_length(gamma))
         drafter = with_models(drafter, lambda _: compiled)
     else:
         target, drafter = pack(target), with_models(drafter, pack)

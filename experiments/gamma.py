@@ -71,7 +71,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.gamma.compile:  # a compiled call has packed weights of its own
         ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
         longest = context if work.continuations else max(ends)
-        compiled, of_drafter = compiled_pair(target, *models_of(drafter), longest, largest)
+        compiled, of_drafter = compiled_pair(target, models_of(drafter)[0], longest, largest)
         models = compiled, with_models(drafter, lambda _: of_drafter)
         widths = {count: width for count, width in COMPILED_WIDTHS.items() if count < width and count <= largest + 1}
     else:

@@ -115,19 +115,19 @@ def test_drafters_without_a_model_are_evaluated_beside_models(world, tmp_path):
     evaluations = read_evaluations(tmp_path / "evaluate")
     by_series = {(row.series, row.task, row.gamma): row for row in summarise(evaluations)}
     assert {series for series, *_ in by_series} == {"pretrained", "ngram", "ngram-responses", "ngram2-3+pretrained"}
-    for (series, task, gamma), row in by_series.items():
-        tau, c = row.block_efficiency.value, next(one.size_ratio for one in evaluations if one.series == series)
-        assert (row.gain is None) == (series == "pretrained")
+    for (series, task, gamma), result in by_series.items():
+        tau, c = result.block_efficiency.value, next(one.size_ratio for one in evaluations if one.series == series)
+        assert (result.gain is None) == (series == "pretrained")
         if series in ("ngram", "ngram-responses"):
-            assert row.speedup.value == tau
+            assert result.speedup.value == tau
         if series == "ngram2-3+pretrained" and gamma == 3:
             rows = read_jsonl(tmp_path / "evaluate" / "ngram2-3+drafter" / "counts.jsonl")
             rows = [one for one in rows if task in (one["task"], "in domain, all") and one["gamma"] == 3]
             by_model = sum(one.get("drafted_by_model", one["drafted"]) for one in rows)
-            assert row.speedup.value == pytest.approx(
+            assert result.speedup.value == pytest.approx(
                 tau / (1 + c * by_model / sum(one["target_calls"] for one in rows))
             )
-            assert row.speedup.value > tau / (1 + 3 * c)
+            assert result.speedup.value > tau / (1 + 3 * c)
     # The same again, side by side.
     stage(
         "evaluate",
