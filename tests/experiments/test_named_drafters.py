@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from hydra import initialize_config_module
 
 from drafter.artifacts.manifest import ArtifactError, read_jsonl
 from drafter.decoding.drafting import Combined
@@ -84,7 +85,8 @@ def test_a_table_is_of_the_targets_own_answers_alone(world, tmp_path):
 
 def test_a_name_is_loaded_as_what_it_says(world):
     overrides, root = world
-    cfg = configured("evaluate", overrides)
+    with initialize_config_module("conf", version_base="1.3"):
+        cfg = configured("evaluate", overrides)
     combined = load_named(cfg, f"ngram2-3+ngram:{root}/responses+{root}/drafter")
     assert isinstance(combined, Combined)
     assert combined.first == Lookup(NgramSizes(2, 3))
