@@ -7,6 +7,8 @@ the memory-bound speed-up (MBSU), with c from the numbers of parameters.
 """
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ import torch
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.clock import now
 from drafter.decoding.decoders import Decodable
+from drafter.decoding.drafting import Drafter, models_of, without_model
+from drafter.decoding.generation import Generation
 
 REPEATS = 15
 WARM_UP = 2
@@ -24,7 +28,7 @@ class CallTimings(NamedTuple):
     """The seconds of model calls.
 
     Attributes:
-        drafter: of a drafter call with one token.
+        drafter: of a drafter call with one token; without a draft model, of a proposal of a block's drafts.
         target: of target calls with 1, 2, … tokens.
     """
 
@@ -59,14 +63,14 @@ class CallTimings(NamedTuple):
 
 
 @torch.inference_mode()
-def measure_call_timings(target: Decodable, drafter: Decodable, prompt: list[int], largest: int) -> CallTimings:
+def measure_call_timings(target: Decodable, drafter: Drafter, prompt: list[int], largest: int) -> CallTimings:
     """Return the median wall-clock time of each kind of call, with a prompt in the cache.
 
     The kinds of calls take turns, so that a change in the machine's speed affects all alike.
 
     Args:
         target: the target.
-        drafter: the drafter.
+        drafter: the drafter. Beside a draft model, the time of proposals without a model is left out.
         prompt: the tokens that are cached first; the timed calls repeat its beginning.
         largest: the largest gamma; target calls with 1 to largest + 1 tokens are timed.
 
@@ -78,15 +82,25 @@ def measure_call_timings(target: Decodable, drafter: Decodable, prompt: list[int
             f"the prompt has {len(prompt)} tokens, and calls with up to gamma + 1 = {largest + 1} of them are timed: "
             f"give a longer prompt or a smaller gamma"
         )
-    drafter_decoder, target_decoder = decoder_of(drafter), decoder_of(target)
-    for decoder in (target_decoder, drafter_decoder):
-        decoder.forward([prompt], [0], 1)
-    calls = [(drafter_decoder, 1), *((target_decoder, count) for count in range(1, largest + 2))]
+    decoder = decoder_of(target)
+    decoder.forward([prompt], [0], 1)
+    calls = [_draft(drafter, prompt, largest)]
+    calls += [partial(decoder.forward, [prompt[:count]], [len(prompt)], count) for count in range(1, largest + 2)]
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(WARM_UP + REPEATS):
-        for times, (decoder, count) in zip(seconds, calls, strict=True):
-            began = now(target_decoder.model.device)
-            decoder.forward([prompt[:count]], [len(prompt)], count)
-            times.append(now(target_decoder.model.device) - began)
+        for times, call in zip(seconds, calls, strict=True):
+            began = now(decoder.model.device)
+            call()
+            times.append(now(decoder.model.device) - began)
     of_drafter, *of_target = (statistics.median(times[WARM_UP:]) for times in seconds)
     return CallTimings(of_drafter, of_target)
+
+
+def _draft(drafter: Drafter, prompt: list[int], largest: int) -> Callable[[], object]:
+    """Return the call of the drafter, after the prompt was read."""
+    if models := models_of(drafter):
+        decoder = decoder_of(models[0])
+        decoder.forward([prompt], [0], 1)
+        return partial(decoder.forward, [prompt[:1]], [len(prompt)], 1)
+    sequence = Generation(list(prompt), len(prompt), len(prompt) + largest)
+    return partial(without_model(drafter)[0].propose, sequence, largest)

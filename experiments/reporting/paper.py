@@ -10,7 +10,8 @@ import numpy as np
 
 from drafter.metrics import Estimate, block_efficiency, estimate, paired_difference
 from experiments.reporting.identity import PRETRAINED
-from experiments.reporting.results import POOLED, Evaluation, Gamma, counts_by_prompt, sorted_gammas, tasks_and_gammas
+from experiments.reporting.parts import Gamma
+from experiments.reporting.results import POOLED, Evaluation, counts_by_prompt, sorted_gammas, tasks_and_gammas
 from experiments.reporting.tabular import Table, number, with_interval
 
 # The numbers that the paper prints, in its abstract and tables of architectures. Its other results are figures.

@@ -620,3 +620,16 @@ def test_tasks_whose_answers_often_reach_their_limit_are_named(tmp_path):
     path.write_text(json.dumps(manifest))
     (note,) = describe_cut_answers(read_evaluations(tmp_path / "evaluate"))
     assert note.startswith("Answers that reached max_new_tokens: 67% of open ended (17). ")
+
+
+def test_nothing_drafted_has_no_acceptance_rate(tmp_path):
+    """A drafter without a model may find nothing on a task."""
+    folder = evaluation(tmp_path, "ngram", "ngram", None, accepted=0, fields={"loss": None})
+    rows = read_jsonl(folder / "counts.jsonl")
+    for row in rows:
+        row |= {"tokens": 10, "accepted": 0, "tested": 0, "drafted": 0, "by_position": [[], []]}
+    write_jsonl(folder / "counts.jsonl", rows)
+    evaluation(tmp_path, "drafter", "pretrained", 0)
+    found = read_evaluations(tmp_path / "evaluate")
+    lines = [cells(line) for line in task_table(summarise(found), "n", "t").markdown().splitlines()]
+    assert [(line[2], line[-1]) for line in lines if line[1] == "ngram"] == [("1.00 [1.00, 1.00]", "")] * 4
