@@ -4,6 +4,9 @@ Let c be the time of a drafter call and v(gamma) that of a target call with gamm
 of a target call with one token. A block then takes as long as c gamma + v(gamma) target calls and gives tau(gamma)
 tokens, so the speed-up is tau / (c gamma + v). Leviathan et al. (arXiv 2211.17192, theorem 3.8) assume v = 1; so does
 the memory-bound speed-up (MBSU), with c from the numbers of parameters.
+
+A model with states reads the accepted tokens of a block again if a draft was rejected (see `stateful`). A block is
+taken to do so always, and to read gamma tokens again: this overestimates its time by what the accepted blocks save.
 """
 
 import statistics
@@ -14,6 +17,7 @@ import torch
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.clock import now
 from drafter.decoding.decoders import Decodable
+from drafter.decoding.stateful import StatefulDecoder
 
 REPEATS = 15
 WARM_UP = 2
@@ -26,10 +30,14 @@ class CallTimings(NamedTuple):
     Attributes:
         drafter: of a drafter call with one token.
         target: of target calls with 1, 2, … tokens.
+        drafter_replays: the drafter has states.
+        target_replays: the target has states.
     """
 
     drafter: float
     target: list[float]
+    drafter_replays: bool = False
+    target_replays: bool = False
 
     @property
     def ratio(self) -> float:
@@ -43,19 +51,22 @@ class CallTimings(NamedTuple):
     def widths(self) -> dict[int, int]:
         """Return the padding that pays: number of tokens -> a larger one whose target calls took less time.
 
+        Padding would change the states of a target that has any.
+
         >>> CallTimings(0.1, [1.0, 1.7, 2.0, 1.3, 1.25]).widths()
         {2: 5, 3: 5}
         """
-        cheapest = {}
-        for count, seconds in enumerate(self.target, start=1):
+        cheapest: dict[int, int] = {}
+        for count, seconds in enumerate([] if self.target_replays else self.target, start=1):
             least = min(self.target[count - 1 :])
             if least < (1 - LEAST_GAIN) * seconds:
                 cheapest[count] = self.target.index(least, count) + 1
         return cheapest
 
     def block(self, gamma: int) -> float:
-        """Return the time of a block, c gamma + v(gamma), in target calls with one token."""
-        return self.ratio * gamma + self.verification(gamma)
+        """Return the time of a block, c gamma + v(gamma) and the replays, in target calls with one token."""
+        replays = self.ratio * self.drafter_replays + self.verification(gamma - 1) * self.target_replays
+        return self.ratio * gamma + self.verification(gamma) + replays
 
 
 @torch.inference_mode()
@@ -89,4 +100,5 @@ def measure_call_timings(target: Decodable, drafter: Decodable, prompt: list[int
             decoder.forward([prompt[:count]], [len(prompt)], count)
             times.append(now(target_decoder.model.device) - began)
     of_drafter, *of_target = (statistics.median(times[WARM_UP:]) for times in seconds)
-    return CallTimings(of_drafter, of_target)
+    replays = (isinstance(decoder, StatefulDecoder) for decoder in (drafter_decoder, target_decoder))
+    return CallTimings(of_drafter, of_target, *replays)
