@@ -27,7 +27,7 @@ from drafter.decoding.roles import RoleReader
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
-from drafter.models.inspection import num_parameters
+from drafter.models.inspection import num_active_parameters, num_parameters
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from drafter.models.packing import pack
 from drafter.models.sharding import check_parallel
@@ -212,12 +212,20 @@ def finish(
             **identity._asdict(),
             "drafter_parameters": num_parameters(drafter),
             "target_parameters": num_parameters(target),
+            **active_parameters(drafter, target),
             "stop_ids": stops,
             **({"turns": turns_by_task(work, every)} if work.continuations else {}),
             "greedy_outputs": len(greedy),
             "greedy_outputs_unlike_the_target": sum(not row["like_the_target"] for row in greedy),
         }
     )
+
+
+def active_parameters(drafter: PreTrainedModel, target: PreTrainedModel) -> dict[str, int]:
+    """Return the numbers of parameters that a token meets, if one of the models is a mixture of experts."""
+    counts = {"drafter": num_active_parameters(drafter), "target": num_active_parameters(target)}
+    every = {"drafter": num_parameters(drafter), "target": num_parameters(target)}
+    return {} if counts == every else {f"{name}_active_parameters": count for name, count in counts.items()}
 
 
 if __name__ == "__main__":
