@@ -8,6 +8,7 @@ Everything is compared with forward passes without a cache. A cell says "exact",
 
 import argparse
 import logging
+import multiprocessing
 import re
 import tempfile
 import time
@@ -33,7 +34,8 @@ from drafter.models.inspection import check_drafter_head, has_plain_head, hidden
 from drafter.models.loading import load_model
 
 PROMPTS = [[3, 5, 7, 9, 11, 2, 4], [13, 8, 6], [*range(21, 33)], [9, 8, 7], [6]]
-NEW, GAMMA = 16, 3
+NEW, GAMMA = 12, 3
+TEXTS: dict[tuple[str | int, ...], list[int]] = {}  # a kind and a prompt -> the text of forward passes
 SHORT = 8  # tokens of a batch, so that a sliding window of 8 tokens is not exceeded
 HEAD = """# Models
 
@@ -63,15 +65,15 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), help="print these instead of writing the page")
     parser.add_argument("--out", default="docs/MODELS.md")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    kinds = asked.families or list(FAMILIES)
     reasons: dict[str, int] = {}  # reason -> its number
     lines = ["| family | " + " | ".join(CELLS) + " |", "| --- " * (len(CELLS) + 1) + "|"]
     began = time.perf_counter()
-    for kind in asked.families or FAMILIES:
-        lines.append(f"| {kind} | " + " | ".join(cell(kind, check, reasons) for check in CELLS.values()) + " |")
-        print(lines[-1], flush=True)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for kind, found in zip(kinds, pool.imap(cells, kinds), strict=True):
+            row = [word if reason is None else f"[{number(reason, reasons)}]" for word, reason in found]
+            lines.append(f"| {kind} | " + " | ".join(row) + " |")
+            print(lines[-1], flush=True)
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     page = HEAD.format(version=transformers.__version__) + "\n".join([*lines, "", *notes]) + "\n"
     print("\n".join(["", *notes, f"{time.perf_counter() - began:.0f} s"]))
@@ -79,26 +81,41 @@ def main() -> None:
         Path(asked.out).write_text(page, encoding="utf-8")
 
 
-def cell(kind: str, check: Callable[[PreTrainedModel], str], reasons: dict[str, int]) -> str:
-    """Return what a check says of a family: its word, or the number of the reason for which it is refused."""
+def number(reason: str, reasons: dict[str, int]) -> int:
+    """Return the number of a reason."""
+    return reasons.setdefault(reason, len(reasons) + 1)
+
+
+def cells(kind: str) -> list[tuple[str, str | None]]:
+    """Return what each check says of a family: its word, and None or the reason for which the family is refused."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    return [cell(kind, check) for check in CELLS.values()]
+
+
+def cell(kind: str, check: Callable[[PreTrainedModel], str]) -> tuple[str, str | None]:
+    """Return what a check says of a family."""
     try:
-        return check(family(kind))
+        return check(family(kind)), None
     except Exception as problem:  # whatever a model raises belongs into the table
         name = type(problem).__name__
         sentence = str(problem).splitlines()[0] if str(problem) else name
         if isinstance(problem, ValueError):  # a refusal, which names the class of the model
-            sentence = re.sub(r"^\w+For\w+|^\w+LMHeadModel|^\w+Model", "It", sentence)
-            return f"[{reasons.setdefault(sentence, len(reasons) + 1)}]"
-        return f"[{reasons.setdefault(f'{name}: {sentence}', len(reasons) + 1)}]"
+            return "", re.sub(r"^\w+For\w+|^\w+LMHeadModel|^\w+Model", "It", sentence)
+        return "", f"{name}: {sentence}"
 
 
 @torch.no_grad()
 def uncached(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
-    """Return the greedy text of forward passes without a cache."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
+    """Return the greedy text of forward passes without a cache. The models of one kind are equal."""
+    key = (model.config.model_type, *prompt)
+    if len(TEXTS.setdefault(key, [])) < count:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        TEXTS[key] = ids[len(prompt) :]
+    return TEXTS[key][:count]
 
 
 def like(model: PreTrainedModel) -> PreTrainedModel:

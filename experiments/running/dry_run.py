@@ -25,6 +25,7 @@ from drafter.data.sources import Source, entries
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_active_parameters, num_parameters
 from drafter.models.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
+from drafter.models.quantisation import check_quantisation
 from experiments.running.choosing import choose_instructions, choose_prompts, prompt_length
 from experiments.running.data_settings import (
     Docstrings,
@@ -63,6 +64,7 @@ def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = la
 def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Describe the target and the drafter, built on the meta device, and the tokenizer."""
     path, source = cfg.target.path, target_source(cfg)
+    check_quantisation(source)
     rows = vocabulary_width(source)
     check_embedding(tokenizer, rows, path)
     target = meta_model(source)
