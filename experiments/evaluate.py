@@ -27,9 +27,10 @@ from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_leng
 from drafter.decoding.roles import RoleReader
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.end_of_turn import end_of_turn_ids
-from drafter.models.inspection import num_parameters
-from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
+from drafter.models.inspection import num_active_parameters, num_parameters
+from drafter.models.loading import context_length, load_config, load_target, load_tokenizer, meta_model
 from drafter.models.packing import pack
+from drafter.models.quantisation import check_quantisation, is_quantised
 from drafter.models.sharding import check_parallel
 from drafter.ranks import deal, join, wait_for_all
 from experiments.reporting.identity import DrafterIdentity
@@ -167,6 +168,7 @@ def is_pending(cfg: DictConfig) -> bool:
 
 def check(cfg: DictConfig) -> None:
     """Check the settings before a model is loaded."""
+    check_quantisation(target_source(cfg))
     check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
     check_tasks(cfg, cfg.evaluate.sampling)
@@ -211,6 +213,8 @@ def finish(
         if shown[kind] <= cfg.evaluate.samples_per_task:
             samples.append(sample)
     greedy = [row for row in rows if row["greedy"]]
+    if is_quantised(target_source(cfg)):  # several weights are packed into one number
+        target = meta_model(target_source(cfg))
     write_jsonl(stage.directory / "counts.jsonl", rows)
     write_jsonl(stage.directory / "samples.jsonl", samples)
     for file in files:
@@ -218,14 +222,21 @@ def finish(
     stage.finish(
         counts={
             **identity._asdict(),
-            "drafter_parameters": sum(map(num_parameters, models_of(drafter))),
-            "target_parameters": num_parameters(target),
+            **parameters(drafter, target),
             "stop_ids": stops,
             **({"turns": turns_by_task(work, every)} if work.continuations else {}),
             "greedy_outputs": len(greedy),
             "greedy_outputs_unlike_the_target": sum(not row["like_the_target"] for row in greedy),
         }
     )
+
+
+def parameters(drafter: Drafter, target: PreTrainedModel) -> dict[str, int]:
+    """Return the models' numbers of parameters and, if one is a mixture of experts, of those that a token meets."""
+    models = {"drafter": models_of(drafter), "target": [target]}
+    every = {f"{name}_parameters": sum(map(num_parameters, found)) for name, found in models.items()}
+    active = {f"{name}_active_parameters": sum(map(num_active_parameters, found)) for name, found in models.items()}
+    return every if list(every.values()) == list(active.values()) else every | active
 
 
 if __name__ == "__main__":

@@ -40,6 +40,43 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) - uncounted
 
 
+# Config fields for the number of experts that each token meets.
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
+
+
+def num_expert_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the numbers of parameters of a mixture's routed experts: of all, and of those that a token meets.
+
+    Shared experts, which every token meets, are none of them. Without a known field in the config all are met.
+    """
+    fields = model.config.get_text_config()
+    known = [getattr(fields, name, None) for name in CHOSEN]
+    chosen = next((number for number in known if isinstance(number, int)), None)
+    counted, active = 0, 0
+    if chosen is None:
+        return counted, active
+    for module in model.modules():
+        if "Experts" in type(module).__name__:
+            stacked = [one for one in module.parameters(recurse=False) if one.dim() > 1]
+            sizes = [(len(one), one.numel()) for one in stacked]
+        elif isinstance(module, nn.ModuleList) and any("Expert" in type(one).__name__ for one in module):
+            sizes = [(len(module), sum(parameter.numel() for parameter in module.parameters()))]
+        else:
+            continue
+        counted += sum(size for _, size in sizes)
+        active += sum(size * min(chosen, experts) // experts for experts, size in sizes)
+    return counted, active
+
+
+def num_active_parameters(model: PreTrainedModel) -> int:
+    """Return the number of parameters that a token meets: all, but for the experts that a router leaves out.
+
+    A call with one token reads these from memory, so that c and the memory-bound speed-up are ratios of them.
+    """
+    counted, active = num_expert_parameters(model)
+    return num_parameters(model) - counted + active
+
+
 def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
     """Return the last hidden states, shape (B, T, H), the input of the output embedding.
 

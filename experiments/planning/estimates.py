@@ -185,7 +185,7 @@ def target_memory(cfg: DictConfig, world: World, tokens: float) -> dict[str, flo
     width, shape = BYTES[cfg.target.dtype], world.target
     if cfg.inputs.get("cache"):
         return {"target": shape.head * width}
-    embeddings = shape.parameters - shape.multiplied + shape.head
+    embeddings = shape.active - shape.multiplied + shape.head
     layers = shape.parameters - embeddings
     held = layers / world.gpus + 2 * layers / shape.layers if cfg.target.parallel == "fsdp" else layers
     activations = ACTIVATIONS * tokens * shape.hidden

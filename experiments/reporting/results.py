@@ -95,10 +95,13 @@ def read_evaluations(folder: Path, base: str = PRETRAINED, rule: str = RATIO) ->
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
         # An earlier version may have begun an evaluation that this one has finished.
         parts = [part for row in rows for part in parts_of(row)] if all("turn" in row for row in rows) else []
-        ratio = summary["drafter_parameters"] / summary["target_parameters"]
+        sizes = [
+            summary.get(f"{model}_active_parameters", summary[f"{model}_parameters"]) for model in ("drafter", "target")
+        ]
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         drafter = read_fields(summary, path.parent)
         by_model = {KEY(row): row["drafted_by_model"] for row in rows if "drafted_by_model" in row}
+        ratio = sizes[0] / sizes[1]
         found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts, rule, by_model))
     return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
 

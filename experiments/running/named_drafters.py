@@ -142,7 +142,12 @@ def check_responses(cfg: DictConfig, name: str) -> None:
     if parsed is None:
         return
     if parsed.responses:
-        manifest = read_manifest(parsed.responses, "respond")
+        try:
+            manifest = read_manifest(parsed.responses, "respond")
+        except ArtifactError as problem:
+            raise ArtifactError(
+                f"drafter '{name}': {problem}. A table is made from responses; a cache does not say who wrote its own"
+            ) from None
         require(parsed.responses, "target", manifest["inputs"]["target"], target_fingerprint(cfg))
         if (by := manifest["settings"].get("by", "target")) != "target":
             raise ArtifactError(f"{parsed.responses} has answers by the {by}: give the target's, for a table of them")

@@ -36,6 +36,7 @@ def predict(
     """Return τ and the cost of a block in target calls at γ = 1 … largest.
 
     A block costs v(n), where n is its number of drafts, and c for each draft of the model; without a model, c once.
+    Models with states also read the accepted tokens again (see drafter.decoding.timings).
 
     Args:
         tasks: the prompts.
@@ -56,9 +57,12 @@ def predict(
             by_model[gamma - 1] += found.drafted_by_model
         tokens += len(answer)
     blocks = by_drafted.sum(1)
-    verification = np.array([1.0, *(timings.verification(count) for count in range(1, largest + 1))])
-    drafting = timings.ratio * (by_model / blocks if models else np.ones(largest))
-    return list(zip((tokens / blocks).tolist(), (drafting + by_drafted @ verification / blocks).tolist(), strict=True))
+    scoring = by_drafted @ np.array([timings.scoring(count) for count in range(largest + 1)]) / blocks
+    if models:
+        drafting = [timings.drafting(gamma) / gamma for gamma in range(1, largest + 1)] * by_model / blocks
+    else:
+        drafting = np.full(largest, timings.ratio)
+    return list(zip((tokens / blocks).tolist(), (drafting + scoring).tolist(), strict=True))
 
 
 def proposals_along(
