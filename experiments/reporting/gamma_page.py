@@ -51,6 +51,7 @@ def gamma_page(
     """
     how = "both models compiled" if compiled else "no model compiled"
     call = "proposing the drafts of a block" if without_model == "alone" else "a drafter call"
+    states = {"target": timings.target_replays, "drafter": timings.drafter_replays}
     lines = [
         f"# Which γ for {drafter}",
         "",
@@ -66,6 +67,13 @@ def gamma_page(
     if widths:
         padded = ", ".join(f"{count} to {width}" for count, width in sorted(widths.items()))
         lines += [f"Target calls are padded where that is faster on this machine: {padded} tokens.", ""]
+    if replaying := [name for name, replays in states.items() if replays]:
+        have = "have" if len(replaying) > 1 else "has"
+        lines += [
+            f"{' and '.join(replaying).capitalize()} {have} states, so that after a rejected draft the accepted tokens "
+            f"are read again. cγ + v includes this, as if it happened in every block.",
+            "",
+        ]
     columns = ["γ", "τ", "v", "cγ + v", "predicted speed-up", "measured"]
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task]

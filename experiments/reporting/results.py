@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         drafter: which drafter it is.
-        size_ratio: c, the drafter's parameters divided by the target's.
+        size_ratio: c, the drafter's parameters divided by the target's; of mixtures of experts, the active ones.
         in_domain: the tasks whose kind of prompts the drafters are finetuned on.
         counts: (task, gamma, prompt) -> counts.
         positions: for each row of counts, its gamma, and the accepted and tested drafts at each position of a block.
@@ -95,15 +95,27 @@ def read_evaluations(folder: Path, base: str = PRETRAINED, rule: str = RATIO) ->
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
         # An earlier version may have begun an evaluation that this one has finished.
         parts = [part for row in rows for part in parts_of(row)] if all("turn" in row for row in rows) else []
-        sizes = [
-            summary.get(f"{model}_active_parameters", summary[f"{model}_parameters"]) for model in ("drafter", "target")
-        ]
+        sizes = active_parameters(summary)
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         drafter = read_fields(summary, path.parent)
         by_model = {KEY(row): row["drafted_by_model"] for row in rows if "drafted_by_model" in row}
-        ratio = sizes[0] / sizes[1]
+        ratio = sizes["drafter"] / sizes["target"]
         found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts, rule, by_model))
     return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
+
+
+def active_parameters(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of parameters of drafter and target that a token meets, given an evaluation's counts.
+
+    These are all, but in a mixture of experts.
+
+    >>> active_parameters({"drafter_parameters": 4, "target_parameters": 100})
+    {'drafter': 4, 'target': 100}
+    """
+    return {
+        model: summary.get(f"{model}_active_parameters", summary[f"{model}_parameters"])
+        for model in ("drafter", "target")
+    }
 
 
 def rules_of(manifest: Mapping[str, Any]) -> list[str]:

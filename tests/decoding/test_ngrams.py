@@ -24,6 +24,7 @@ from drafter.warping import Sampling, warp
 from experiments.running.proposed_blocks import proposals_along
 from tests.conftest import small_model
 from tests.decoding.chi_square import FALSE_ALARM, p_value
+from tests.families import family
 
 PROMPTS = [[3, 1, 4, 1], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2, 9, 7], [2, 3, 8, 4]]
 STOP = DecodingOptions(24, stop_ids=[5])
@@ -329,3 +330,19 @@ def test_the_number_of_blocks_follows_from_the_text(target, drafters, kind, samp
         assert abs(found.by_drafted - by_lengths).sum() <= 2 * 3
         assert 0 <= found.drafted_by_model - decoded.drafted_by_model <= 1 + 2 + 3
         assert (found.drafted_by_model > 0) <= bool(models)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "mamba"])
+@pytest.mark.parametrize("gamma", [1, 3, Adaptive(4, 0.3)])
+def test_models_with_states_decode_exactly_beside_a_lookup(kind, gamma):
+    """Neither a block of one target call, nor one that the draft model does not read, may change the states."""
+    target, prompts = family(kind), [[3, 5, 3, 5, 3], [7]]
+    for seed in (0, 1):  # a draft model whose drafts are all right, and another one
+        for drafter in (Lookup(), Combined(Lookup(NgramSizes(2, 3)), family(kind, seed))):
+            for prompt in prompts:
+                options = DecodingOptions(24)
+                decoded = speculative_decode(target, drafter, prompt, gamma, options)
+                assert decoded.tokens == autoregressive_decode(target, prompt, options).tokens
+                if isinstance(drafter, Combined) and seed == 0:
+                    assert decoded.drafted_by_model > 0
+                    assert max(len(block.emitted) for block in decoded.blocks) > 1

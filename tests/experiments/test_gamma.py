@@ -7,6 +7,7 @@ from drafter.decoding.drafting import Combined
 from drafter.decoding.evaluation import Task
 from drafter.decoding.ngrams import Lookup, NgramSizes
 from drafter.decoding.options import DecodingOptions
+from drafter.decoding.timings import CallTimings
 from drafter.warping import Sampling
 from experiments.gamma import DecodedPrompt, block_efficiencies, by_rule, decode_prompt
 from experiments.reporting.gamma_page import gamma_page
@@ -42,24 +43,49 @@ def test_the_page_names_the_rule_unless_it_is_the_papers():
 @pytest.mark.parametrize("rule", ["argmax", "ratio"])
 @pytest.mark.parametrize("combined", [False, True])
 def test_a_drafter_without_a_model_costs_what_its_blocks_verify(target, drafter, combined, rule):
-    class Timings:
-        ratio = 0.25
-
-        def verification(self, gamma):
-            return 1 + gamma / 10
-
+    timings = CallTimings(0.25, [1 + gamma / 10 for gamma in range(4)])
     work = Work([Task("task", "task:1", "", [1, 2, 1, 2], DecodingOptions(60, Sampling(1.0)))], {}, {})
     (task,) = by_rule(work, rule).tasks
     chosen = Combined(Lookup(), drafter) if combined else Lookup()
     answer = decode_prompt(task, target, chosen, [1], 1).tokens
-    predicted = predict([task], [answer], target, chosen, Timings(), 3)
+    predicted = predict([task], [answer], target, chosen, timings, 3)
     plain = block_efficiencies([task], [DecodedPrompt(answer, {})], target, drafter, 3)
     for gamma, (efficiency, cost) in enumerate(predicted, start=1):
         assert 1 <= efficiency <= gamma + 1
         assert 1 < cost <= 1 + gamma / 10 + (0.25 * gamma if combined else 0.25)
         assert cost != pytest.approx(1 + gamma / 10 + 0.25 * gamma)  # some blocks are not drafted by the model
-        never = predict([task], [answer], target, Combined(Lookup(NgramSizes(60, 60)), drafter), Timings(), 3)
+        never = predict([task], [answer], target, Combined(Lookup(NgramSizes(60, 60)), drafter), timings, 3)
         assert never[gamma - 1] == pytest.approx((plain[gamma - 1], 1 + gamma / 10 + 0.25 * gamma))
+
+
+def test_states_cost_a_replay_in_the_blocks_in_which_a_model_has_any(target, drafter):
+    task = Task("task", "task:1", "", [1, 2, 1, 2], DecodingOptions(40))
+    answer = decode_prompt(task, target, Lookup(), [1], 1).tokens
+    never = Combined(Lookup(NgramSizes(40, 40)), drafter)
+    for chosen in (never, Lookup()):
+        for of_drafter, of_target in ((True, False), (False, True), (True, True)):
+            timings = CallTimings(0.25, [1 + gamma / 10 for gamma in range(4)], of_drafter, of_target)
+            without = timings._replace(drafter_replays=False, target_replays=False)
+            found = [predict([task], [answer], target, chosen, one, 3) for one in (timings, without)]
+            for gamma, ((_, cost), (_, cheaper)) in enumerate(zip(*found, strict=True), start=1):
+                if chosen is never:
+                    assert cost == pytest.approx(timings.block(gamma))
+                elif of_target:  # of the blocks that have drafts, and these read at most gamma tokens again
+                    assert 0 < cost - cheaper < timings.verification(gamma - 1)
+                else:
+                    assert cost == cheaper  # there is no draft model
+
+
+def test_the_page_says_that_states_cost_a_second_reading():
+    for of_drafter, of_target, subject in (
+        (False, False, None),
+        (True, False, "The drafter has"),
+        (False, True, "The target has"),
+        (True, True, "Target and drafter have"),
+    ):
+        page = gamma_page([], CallTimings(0.1, [1.0, 1.1], of_drafter, of_target), "drafter", False, {})
+        assert ("states" in page) == (subject is not None)
+        assert subject is None or f"{subject} states, so that after a rejected draft" in page
 
 
 @pytest.mark.parametrize("name", ["ngram", "ngram2-4+{root}/drafter"])

@@ -4,13 +4,14 @@ import json
 
 import pytest
 from hydra import initialize_config_module
+from omegaconf import OmegaConf
 
 from drafter.artifacts.manifest import ArtifactError, read_jsonl
 from drafter.decoding.drafting import Combined
 from drafter.decoding.ngrams import Lookup, NgramSizes, NgramTable
 from experiments.reporting.identity import DrafterIdentity
 from experiments.reporting.results import read_evaluations, summarise
-from experiments.running.composing import configured
+from experiments.running.composing import configured, with_home
 from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.named_drafters import label_of, load_named, model_of, named_identity, parse
 from tests.experiments.test_pipeline import stage
@@ -40,6 +41,13 @@ def test_a_name_that_only_begins_like_one_is_refused_with_all_forms(name):
 def test_sizes_that_are_no_range_are_refused_with_the_name():
     with pytest.raises(ValueError, match="drafter 'ngram5-2': the n-grams have 5 to 2 tokens"):
         find_drafters(["ngram5-2"])
+
+
+def test_the_home_directory_is_expanded_in_each_part_of_a_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    written = ["~/x", "ngram:~/a/responses", "ngram+~/b", "ngram2-5:~/a+ngram:~/b+~/c", "ngram:a~b+c/~d"]
+    expected = [name.replace("~/", "/home/me/") for name in written]
+    assert with_home(OmegaConf.create({"drafters": written})).drafters == expected
 
 
 def test_names_are_completed_and_have_directories_of_their_own(tmp_path):
@@ -72,6 +80,8 @@ def test_a_table_is_of_the_targets_own_answers_alone(world, tmp_path):
     overrides, root = world
     with pytest.raises(ArtifactError, match="no finished 'respond'"):
         stage("evaluate", [*overrides, f"out={tmp_path}/out", f"drafters=[ngram:{root}/finetune]"])
+    with pytest.raises(ArtifactError, match=r"written by the stage 'cache'.* A table is made from responses; a cache"):
+        stage("evaluate", [*overrides, f"out={tmp_path}/out", f"drafters=[ngram:{root}/cache]"])
     manifest = json.loads((root / "responses" / "manifest.json").read_text())
     for name, changed in (("inputs", {"target": "0" * 16}), ("settings", {"by": "drafter"})):
         (tmp_path / name).mkdir()

@@ -165,6 +165,22 @@ def test_evaluations_are_read_with_the_pretrained_drafter_first_then_by_loss_and
     assert found[0].counts["code", 3, "code:1"].tokens == 17
 
 
+def test_the_size_ratio_of_a_mixture_is_of_the_parameters_that_a_token_meets(root):
+    path = root / "evaluate" / "drafter" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert "mixture" not in tables.describe_prompts(read_evaluations(root / "evaluate"))
+    manifest["counts"] |= {"drafter_active_parameters": 3, "target_active_parameters": 10}
+    path.write_text(json.dumps(manifest))
+    found = read_evaluations(root / "evaluate")
+    assert [one.size_ratio for one in found] == [0.3, 0.04, 0.04, 0.04]
+    speedups = {(row.series, row.task, row.gamma): row for row in summarise(found)}
+    row = speedups["pretrained", "code", 3]
+    assert row.speedup.value == pytest.approx(row.block_efficiency.value / (1 + 3 * 0.3))
+    assert "c = 0.3000. Of a mixture of experts, c counts the parameters that a token meets." in (
+        tables.describe_prompts(found)
+    )
+
+
 def test_an_unfinished_evaluation_is_left_out(root):
     (root / "evaluate" / "tvd-seed1" / "manifest.json").unlink()
     assert {row.series for row in read_evaluations(root / "evaluate")} == {"pretrained", "kld"}
