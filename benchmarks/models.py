@@ -40,14 +40,16 @@ SHORT = 8  # tokens of a batch, so that a sliding window of 8 tokens is not exce
 HEAD = """# Models
 
 Which architectures of transformers {version} work with which stage. `make test-models` writes this page: it builds a
-small model of each family with random weights and compares every stage with forward passes without a cache.
+small model of each family with random weights and compares every stage with forward passes without a cache. A family
+is named by the `model_type` of its config.json. *no* and a number: the stage refuses it, with the error of that number
+below the table.
 
 - **decode**: speculative and autoregressive decoding give the target's greedy text. *replays*: the model has states
   (recurrent, linear-attention, convolution), which are copied before a verification; after a rejected draft they are
   put back, and the accepted tokens are read again. *one by one*: its later calls take one token each, so that
   speculative decoding is right and its block efficiency is known, but it saves no time in this project's loop.
 - **batch**: the same for several sequences at once (`evaluate.batch_size`). If it is refused, sequences are decoded one
-  at a time.
+  at a time. A family with a sliding window is tried within the window, and is refused for longer sequences.
 - **respond**: the responses are the target's greedy text. *one length*, *one at a time*: a batch has prompts of one
   length, or one prompt, because the family takes padding for tokens, or mixes the sequences of a batch.
 - **cache**: the distributions of a padded batch are those of each sequence alone. *sparse*: hidden states do not
@@ -71,10 +73,10 @@ def main() -> None:
     began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for kind, found in zip(kinds, pool.imap(cells, kinds), strict=True):
-            row = [word if reason is None else f"[{number(reason, reasons)}]" for word, reason in found]
+            row = [word if reason is None else f"no [{number(reason, reasons)}]" for word, reason in found]
             lines.append(f"| {kind} | " + " | ".join(row) + " |")
             print(lines[-1], flush=True)
-    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    notes = [f"{number}. {reason}." for reason, number in reasons.items()]
     page = HEAD.format(version=transformers.__version__) + "\n".join([*lines, "", *notes]) + "\n"
     print("\n".join(["", *notes, f"{time.perf_counter() - began:.0f} s"]))
     if not asked.families:
@@ -91,6 +93,7 @@ def cells(kind: str) -> list[tuple[str, str | None]]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     return [cell(kind, check) for check in CELLS.values()]
 
 
