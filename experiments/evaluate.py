@@ -28,9 +28,9 @@ from drafter.decoding.roles import RoleReader
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_active_parameters, num_parameters
-from drafter.models.loading import context_length, load_config, load_target, load_tokenizer, meta_model
+from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from drafter.models.packing import pack
-from drafter.models.quantisation import check_quantisation, is_quantised
+from drafter.models.quantisation import check_quantisation
 from drafter.models.sharding import check_parallel
 from drafter.ranks import deal, join, wait_for_all
 from experiments.reporting.identity import DrafterIdentity
@@ -213,8 +213,6 @@ def finish(
         if shown[kind] <= cfg.evaluate.samples_per_task:
             samples.append(sample)
     greedy = [row for row in rows if row["greedy"]]
-    if is_quantised(target_source(cfg)):  # several weights are packed into one number
-        target = meta_model(target_source(cfg))
     write_jsonl(stage.directory / "counts.jsonl", rows)
     write_jsonl(stage.directory / "samples.jsonl", samples)
     for file in files:

@@ -37,7 +37,16 @@ def check_positions(model: PreTrainedModel, longest: int, what: str) -> None:
 def num_parameters(model: nn.Module) -> int:
     """Return the number of parameters. Tied ones count once, and rows removed by `trimming` do not count."""
     uncounted = sum(getattr(module, "uncounted_parameters", 0) for module in model.modules())
-    return sum(parameter.numel() for parameter in model.parameters()) - uncounted
+    return sum(parameter.numel() for parameter in _unpacked(model).parameters()) - uncounted
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """Return the model itself or, of quantised weights, which pack several into one number, the model without them."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "quantization_config", None):
+        return model
+    with torch.device("meta"):
+        return type(model)(config)
 
 
 # Config fields for the number of experts that each token meets.
@@ -55,7 +64,7 @@ def num_expert_parameters(model: PreTrainedModel) -> tuple[int, int]:
     counted, active = 0, 0
     if chosen is None:
         return counted, active
-    for module in model.modules():
+    for module in _unpacked(model).modules():
         if "Experts" in type(module).__name__:
             stacked = [one for one in module.parameters(recurse=False) if one.dim() > 1]
             sizes = [(len(one), one.numel()) for one in stacked]

@@ -6,11 +6,6 @@ from drafter.models.loading import load_config
 from drafter.models.source import Model, ModelSource
 
 
-def is_quantised(model: Model) -> bool:
-    """Return whether the config of a model says that its weights are quantised."""
-    return bool(getattr(load_config(model), "quantization_config", None))
-
-
 def check_quantisation(model: Model) -> None:
     """Check that transformers can load the weights of a model, if they are quantised.
 
