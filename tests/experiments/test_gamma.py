@@ -33,10 +33,8 @@ def test_the_prediction_by_argmax_is_the_number_of_blocks_that_the_targets_text_
 
 
 def test_the_page_names_the_rule_unless_it_is_the_papers():
-    class Timings:
-        drafter, target, ratio = 0.001, [0.01], 0.1
-
-    pages = [gamma_page([], Timings, "drafter", False, {}, rule) for rule in ("ratio", "argmax")]
+    timings = CallTimings(0.1, [1.0, 1.1])
+    pages = [gamma_page([], timings, "drafter", False, {}, rule) for rule in ("ratio", "argmax")]
     assert ["accepted by the rule `argmax`" in page for page in pages] == [False, True]
 
 
