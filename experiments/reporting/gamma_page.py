@@ -70,7 +70,7 @@ def gamma_page(
     if replaying := [name for name, replays in states.items() if replays]:
         have = "have" if len(replaying) > 1 else "has"
         lines += [
-            f"{' and '.join(replaying).capitalize()} {have} states, so that after a rejected draft the accepted tokens "
+            f"The {' and the '.join(replaying)} {have} states, so that after a rejected draft the accepted tokens "
             f"are read again. cγ + v includes this, as if it happened in every block.",
             "",
         ]

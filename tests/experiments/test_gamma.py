@@ -79,7 +79,7 @@ def test_the_page_says_that_states_cost_a_second_reading():
         (False, False, None),
         (True, False, "The drafter has"),
         (False, True, "The target has"),
-        (True, True, "Target and drafter have"),
+        (True, True, "The target and the drafter have"),
     ):
         page = gamma_page([], CallTimings(0.1, [1.0, 1.1], of_drafter, of_target), "drafter", False, {})
         assert ("states" in page) == (subject is not None)
