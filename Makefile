@@ -22,7 +22,7 @@ DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
-  smollm2 smollm2_shipped plan dry-run test-serving chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
+  smollm2 smollm2_shipped plan dry-run test-serving test-models chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -59,6 +59,9 @@ $(SERVING)/.installed: tests/serving/requirements.txt
 	tar -xzf $(SERVING)/llama_cpp_python-0.3.36.tar.gz -C $(SERVING)
 	-npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(SERVING) node-llama-cpp@3.22.1
 	touch $@
+
+test-models: setup ## every stage with a small model of each family, into docs/MODELS.md
+	$(PY) -m benchmarks.models
 
 check: setup ## formatting, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -285,6 +285,8 @@ def _resampled_sums(matrices: np.ndarray, resamples: int) -> np.ndarray:
 
 
 def _with_interval(value: float, draws: np.ndarray) -> Estimate:
+    if np.isnan(value):  # such as the acceptance rate where nothing was drafted
+        return Estimate(value, value, value)
     return Estimate(value, *(float(end) for end in np.nanpercentile(draws, [2.5, 97.5])))
 
 

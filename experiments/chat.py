@@ -16,6 +16,7 @@ from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.prompts import check_embedding, encode_conversation
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.decoders import compiled_pair
+from drafter.decoding.drafting import models_of, with_models
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, max_draft_length
 from drafter.interruptions import Interrupted
 from drafter.models.compatibility import check_pair, drafter_source
@@ -33,7 +34,8 @@ from drafter.warping import Sampling
 from experiments.running.chat_screen import ChatScreen
 from experiments.running.chat_session import ChatSession, Pair, summary, system_messages
 from experiments.running.commands import command
-from experiments.running.inputs import frozen_drafter, target_source
+from experiments.running.inputs import target_source
+from experiments.running.named_drafters import check_responses, load_named, model_of
 from experiments.running.tasks import draft_length
 
 log = logging.getLogger(__name__)
@@ -117,7 +119,8 @@ def check(cfg: DictConfig) -> PreTrainedTokenizerBase:
         raise ValueError(f"target.path is {cfg.target.path}, which has no chat template: give the path of a chat model")
     check_opening(cfg, tokenizer)
     check_embedding(tokenizer, vocabulary_width(target), cfg.target.path)
-    check_pair(target, chat.drafter, cfg.pad_vocabulary)
+    if model := model_of(chat.drafter):
+        check_pair(target, model, cfg.pad_vocabulary)
     return tokenizer
 
 
@@ -126,8 +129,16 @@ def check_drafter(cfg: DictConfig) -> None:
     remedy = "`make demo` makes one for the demo's target; otherwise give the directory of a finetuning or an export"
     if cfg.chat.drafter is None:
         raise ValueError(f"chat.drafter is null: {remedy}")
+    check_responses(cfg, cfg.chat.drafter)
+    model = model_of(cfg.chat.drafter)
+    if model is None:
+        if cfg.chat.compile:
+            raise ValueError(
+                f"chat.compile is true, and chat.drafter is {cfg.chat.drafter}, without a model: give false"
+            )
+        return
     try:
-        check_can_decode(load_config(drafter_source(cfg.chat.drafter, target_source(cfg))))
+        check_can_decode(load_config(drafter_source(model, target_source(cfg))))
     except OSError as problem:
         raise ValueError(f"chat.drafter is {cfg.chat.drafter}, which is no model: {remedy}") from problem
 
@@ -135,8 +146,9 @@ def check_drafter(cfg: DictConfig) -> None:
 def chosen_draft_length(cfg: DictConfig) -> int | Adaptive:
     """Return γ: that of the config, that of an exported drafter's generation config, or else DEFAULT_GAMMA."""
     gamma, drafter = cfg.chat.num_speculative_tokens, cfg.chat.drafter
-    if gamma is None and drafter is not None:
-        own = load_generation_config(drafter_source(drafter, target_source(cfg)))
+    model = None if drafter is None else model_of(drafter)
+    if gamma is None and model is not None:
+        own = load_generation_config(drafter_source(model, target_source(cfg)))
         gamma = own.num_assistant_tokens if own else None
     return draft_length(DEFAULT_GAMMA if gamma is None else gamma, cfg.chat.adaptive, "chat.num_speculative_tokens")
 
@@ -162,8 +174,10 @@ def context_of(cfg: DictConfig) -> int:
     Raises:
         ValueError: chat.context exceeds it.
     """
-    target = target_source(cfg)
-    limit = min(context_limit(target), context_limit(drafter_source(cfg.chat.drafter, target)))
+    target, model = target_source(cfg), model_of(cfg.chat.drafter)
+    limit = context_limit(target)
+    if model is not None:
+        limit = min(limit, context_limit(drafter_source(model, target)))
     context = cfg.chat.context or limit
     if context > limit:
         raise ValueError(f"chat.context is {context}, and the shorter context of the two models is {limit}")
@@ -181,15 +195,16 @@ def options_of(cfg: DictConfig, stop_ids: list[int]) -> DecodingOptions:
 def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSession:
     """Load the models, make their first calls, and return a conversation without a turn."""
     chat, context = cfg.chat, context_of(cfg)
-    drafter = frozen_drafter(cfg, chat.drafter)
+    drafter = load_named(cfg, chat.drafter)
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
-    drafter = drafter.to(target.device)
+    drafter = with_models(drafter, lambda model: model.to(target.device))
     gamma = chosen_draft_length(cfg)
     if chat.compile:
         log.info("the first calls compile both models, which takes minutes")
-        target, drafter = compiled_pair(target, drafter, context, max_draft_length(gamma))
+        target, compiled = compiled_pair(target, models_of(drafter)[0], context, max_draft_length(gamma))
+        drafter = with_models(drafter, lambda _: compiled)
     else:
-        target, drafter = pack(target), pack(drafter)
+        target, drafter = pack(target), with_models(drafter, pack)
     pair = Pair(target, drafter, gamma, options_of(cfg, end_of_turn_ids(target_source(cfg), tokenizer)))
     session = ChatSession(pair, tokenizer, context, chat.system, cfg.seed)
     pair.warm_up(session.prompt(NEUTRAL).ids)

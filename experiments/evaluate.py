@@ -21,24 +21,26 @@ from transformers import PreTrainedModel
 from drafter.artifacts.manifest import MANIFEST, Stage, read_jsonl, write_jsonl
 from drafter.decoding.acceptance import check_rules
 from drafter.decoding.capabilities import check_can_decode, check_side_by_side
+from drafter.decoding.drafting import Drafter, models_of, with_models
 from drafter.decoding.evaluation import Decodings, Task, decode, decode_side_by_side
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, max_draft_length
 from drafter.decoding.roles import RoleReader
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.end_of_turn import end_of_turn_ids
-from drafter.models.fingerprints import model_fingerprint
-from drafter.models.inspection import num_parameters
+from drafter.models.inspection import num_active_parameters, num_parameters
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from drafter.models.packing import pack
+from drafter.models.quantisation import check_quantisation
 from drafter.models.sharding import check_parallel
 from drafter.ranks import deal, join, wait_for_all
-from experiments.reporting.identity import DrafterIdentity, identity_of
+from experiments.reporting.identity import DrafterIdentity
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.identity import without_defaults
-from experiments.running.inputs import claim, data_fingerprint, frozen_drafter, plain, target_fingerprint, target_source
+from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
+from experiments.running.named_drafters import check_responses, fingerprint_of, load_named, named_identity, parse
 from experiments.running.progress import Progress
 from experiments.running.tasks import check_tasks, decoding_settings, draft_length, read_tasks
 from experiments.running.turns import Work, check_fits, decode_turns_together, part_rows, target_answer, turns_by_task
@@ -58,13 +60,15 @@ def main(cfg: DictConfig) -> None:
     shared = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
     settings = {**without_defaults(plain(cfg.evaluate), LEFT_OUT), **decoding_settings(cfg)}
     directories = output_directories(Path(cfg.out), find_drafters(list(cfg.drafters)))
-    identities = {path: identity_of(path) for path in directories}  # refused before anything is decoded
+    identities = {path: named_identity(path) for path in directories}  # refused before anything is decoded
+    for path in directories:
+        check_responses(cfg, path)
     stages = {
         path: claim(
             cfg,
             "evaluate",
             settings,
-            {**shared, "drafter": model_fingerprint(path)},
+            {**shared, "drafter": fingerprint_of(path)},
             directory,
             (override("drafters", [path]),),
         )
@@ -76,8 +80,11 @@ def main(cfg: DictConfig) -> None:
     ranks = join(cfg.target.parallel == "tensor")
     tokenizer = load_tokenizer(target_source(cfg))
     target = pack(load_target(target_source(cfg)).to(ranks.device))
-    drafters = {path: pack(frozen_drafter(cfg, path).to(ranks.device)) for path in pending}
-    contexts = {path: context_length(drafter) for path, drafter in drafters.items()}
+    drafters = {
+        path: with_models(load_named(cfg, path), lambda model: pack(model.to(ranks.device))) for path in pending
+    }
+    models = {path: model for path, drafter in drafters.items() for model in models_of(drafter)}
+    contexts = {path: context_length(model) for path, model in models.items()}
     stops, of_target = end_of_turn_ids(target_source(cfg), tokenizer), context_length(target)
     work = read_tasks(
         cfg,
@@ -93,10 +100,10 @@ def main(cfg: DictConfig) -> None:
     batch_size, size = cfg.evaluate.batch_size, max(PART, cfg.evaluate.batch_size)
     rules = check_rules(plain(cfg.evaluate.acceptance_rules))
     if batch_size > 1:
-        check_batches(work, [target, *drafters.values()], of_target, max(map(max_draft_length, gammas.values())))
+        check_batches(work, [target, *models.values()], of_target, max(map(max_draft_length, gammas.values())))
     parts = [work.tasks[start : start + size] for start in range(0, len(work.tasks), size)]
     # The first calls are slow, and should not count for any drafter. The beginning of a prompt fits into any context.
-    for drafter in drafters.values():
+    for drafter in {**drafters, **models}.values():
         speculative_decode(target, drafter, work.tasks[0].prompt[:32], 3, DecodingOptions(max_new_tokens=8))
     reader = RoleReader(tokenizer, stops)
 
@@ -161,9 +168,12 @@ def is_pending(cfg: DictConfig) -> bool:
 
 def check(cfg: DictConfig) -> None:
     """Check the settings before a model is loaded."""
+    check_quantisation(target_source(cfg))
     check_can_decode(load_config(target_source(cfg)))
     check_parallel(cfg.target.parallel, "tensor", "evaluate")
     check_tasks(cfg, cfg.evaluate.sampling)
+    for name in cfg.drafters:
+        parse(name)
     check_rules(plain(cfg.evaluate.acceptance_rules))
     batch_size = cfg.evaluate.batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
@@ -181,7 +191,7 @@ def finish(
     identity: DrafterIdentity,
     stage: Stage,
     parts: int,
-    drafter: PreTrainedModel,
+    drafter: Drafter,
     target: PreTrainedModel,
     stops: list[int],
     work: Work,
@@ -210,14 +220,21 @@ def finish(
     stage.finish(
         counts={
             **identity._asdict(),
-            "drafter_parameters": num_parameters(drafter),
-            "target_parameters": num_parameters(target),
+            **parameters(drafter, target),
             "stop_ids": stops,
             **({"turns": turns_by_task(work, every)} if work.continuations else {}),
             "greedy_outputs": len(greedy),
             "greedy_outputs_unlike_the_target": sum(not row["like_the_target"] for row in greedy),
         }
     )
+
+
+def parameters(drafter: Drafter, target: PreTrainedModel) -> dict[str, int]:
+    """Return the models' numbers of parameters and, if one is a mixture of experts, of those that a token meets."""
+    models = {"drafter": models_of(drafter), "target": [target]}
+    every = {f"{name}_parameters": sum(map(num_parameters, found)) for name, found in models.items()}
+    active = {f"{name}_active_parameters": sum(map(num_active_parameters, found)) for name, found in models.items()}
+    return every if list(every.values()) == list(active.values()) else every | active
 
 
 if __name__ == "__main__":

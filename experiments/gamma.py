@@ -21,8 +21,9 @@ from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.decoding.acceptance import check_rule
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.decoders import COMPILED_WIDTHS, Decodable, Padded, compiled_pair
+from drafter.decoding.drafting import Drafter, models_of, with_models, without_model
 from drafter.decoding.evaluation import Task
-from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks
+from drafter.decoding.expected_efficiency import expected_blocks
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.decoding.timings import measure_call_timings
 from drafter.metrics import Counts, by_prompt, count, estimate
@@ -34,7 +35,9 @@ from experiments.reporting.gamma_page import GammaRow, gamma_page
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.identity import without_defaults
-from experiments.running.inputs import claim, frozen_drafter, pair_inputs, plain, target_source
+from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
+from experiments.running.named_drafters import check_responses, fingerprint_of, label_of, load_named, model_of
+from experiments.running.proposed_blocks import acceptance_of_answer, predict
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import Work, decode_turns
 
@@ -50,28 +53,30 @@ def main(cfg: DictConfig) -> None:
     check(cfg)
     settings = {**without_defaults(plain(cfg.gamma), {"acceptance_rule": "ratio"}), **decoding_settings(cfg)}
     del settings["drafter"]  # its fingerprint is among the inputs
-    stage = claim(
-        cfg, "gamma", settings, pair_inputs(cfg, cfg.gamma.drafter), Path(cfg.out) / Path(cfg.gamma.drafter).name
-    )
+    inputs = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
+    inputs |= {"drafter": fingerprint_of(cfg.gamma.drafter)}
+    stage = claim(cfg, "gamma", settings, inputs, Path(cfg.out) / label_of(cfg.gamma.drafter))
     if stage.complete:
         return log.info("%s is up to date", stage.directory)
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
-    drafter = frozen_drafter(cfg, cfg.gamma.drafter).to(target.device)
+    drafter = with_models(load_named(cfg, cfg.gamma.drafter), lambda model: model.to(target.device))
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
-    context = min(map(context_length, (target, drafter)))
+    context = min(map(context_length, (target, *models_of(drafter))))
     work = by_rule(
         read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {}), cfg.gamma.acceptance_rule
     )
     prompt, widths, largest = work.tasks[0].prompt, dict[int, int](), cfg.gamma.largest
-    models: tuple[Decodable, Decodable]
+    models: tuple[Decodable, Drafter]
     if cfg.gamma.compile:  # a compiled call has packed weights of its own
         ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
-        models = compiled_pair(target, drafter, context if work.continuations else max(ends), largest)
+        longest = context if work.continuations else max(ends)
+        compiled, of_drafter = compiled_pair(target, models_of(drafter)[0], longest, largest)
+        models = compiled, with_models(drafter, lambda _: of_drafter)
         widths = {count: width for count, width in COMPILED_WIDTHS.items() if count < width and count <= largest + 1}
     else:
-        pack(target)
-        pack(drafter)
+        for model in (target, *models_of(drafter)):
+            pack(model)
         if cfg.gamma.pad:
             most = min(max(largest, WIDEST - 1), len(prompt) - 1)
             widths = measure_call_timings(target, drafter, prompt, most).widths()
@@ -87,18 +92,29 @@ def main(cfg: DictConfig) -> None:
         turns = [turn for one in reached for turn in one.turns]
         tasks, found = [task for task, _ in turns], [decoded for _, decoded in turns]
         left_out[name] = sum((one.left_out for one in reached), work.left_out.get(name, Counter()))
-        efficiencies = block_efficiencies(tasks, found, target, drafter, largest)
-        for gamma, efficiency in enumerate(efficiencies, start=1):
+        if without_model(drafter):
+            predicted = predict(tasks, [one.tokens for one in found], target, drafter, timings, largest)
+        else:
+            efficiencies = block_efficiencies(tasks, found, target, drafter, largest)
+            predicted = [(efficiency, timings.block(gamma)) for gamma, efficiency in enumerate(efficiencies, start=1)]
+        for gamma, (efficiency, cost) in enumerate(predicted, start=1):
             pairs = zip(tasks, found, strict=True)
             of_gamma = {task.prompt_id: one.counts[gamma] for task, one in pairs if gamma in one.counts}
-            cost = timings.block(gamma)
             speedup = estimate(by_prompt(of_gamma, of_gamma.values()), "token_rate_ratio") if of_gamma else None
             rows.append(GammaRow(name, gamma, efficiency, cost, efficiency / cost, speedup))
             counts += [
                 {"task": name, "gamma": gamma, "prompt": prompt, **values._asdict()}
                 for prompt, values in of_gamma.items()
             ]
-    page = gamma_page(rows, timings, cfg.gamma.drafter, cfg.gamma.compile, widths, cfg.gamma.acceptance_rule)
+    page = gamma_page(
+        rows,
+        timings,
+        cfg.gamma.drafter,
+        cfg.gamma.compile,
+        widths,
+        cfg.gamma.acceptance_rule,
+        ("beside a model" if models_of(drafter) else "alone") if without_model(drafter) else None,
+    )
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
     write_text(stage.directory / "gamma.md", page)
@@ -127,6 +143,11 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.gamma.compile and cfg.gamma.largest > longest:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at most {longest} with gamma.compile=true")
+    if cfg.gamma.compile and model_of(cfg.gamma.drafter) is None:
+        raise ValueError(
+            f"gamma.compile is true, and gamma.drafter is {cfg.gamma.drafter}, without a model: give false"
+        )
+    check_responses(cfg, cfg.gamma.drafter)
     check_tasks(cfg, {})
     check_rule(cfg.gamma.acceptance_rule)
 
@@ -143,7 +164,7 @@ class DecodedPrompt(NamedTuple):
     counts: dict[int, Counts]
 
 
-def decode_prompt(task: Task, target: Decodable, drafter: Decodable, gammas: list[int], seed: int) -> DecodedPrompt:
+def decode_prompt(task: Task, target: Decodable, drafter: Drafter, gammas: list[int], seed: int) -> DecodedPrompt:
     """Decode a prompt with the target alone, then with the drafter at each γ."""
     generator = task.random(target.device, seed)
     baseline = autoregressive_decode(target, task.prompt, task.options, generator)
@@ -166,10 +187,7 @@ def block_efficiencies(
     blocks, tokens = np.zeros(largest), 0
     for task, decoded in zip(tasks, found, strict=True):
         length = len(decoded.tokens)
-        ids = torch.tensor([[*task.prompt, *decoded.tokens]], device=target.device)
-        p_LV, q_LV = (model(input_ids=ids, logits_to_keep=length + 1).logits[0, :-1] for model in (drafter, target))
-        tokens_L = torch.tensor(decoded.tokens, device=target.device)
-        accept_BL = acceptance_of_written(p_LV, q_LV, tokens_L, task.options.sampling, task.options.rule)[None]
+        accept_BL = acceptance_of_answer(task, decoded.tokens, target, drafter)[None]
         lengths_B = torch.tensor([length], device=target.device)
         blocks += [expected_blocks(accept_BL, lengths_B, gamma).item() for gamma in range(1, largest + 1)]
         tokens += length

@@ -28,6 +28,7 @@ from experiments.running.composing import override
 from experiments.running.jobs import Job, all_jobs
 from experiments.running.keeping import check_stages
 from experiments.running.lengths import check_lengths
+from experiments.running.named_drafters import model_of
 from experiments.running.progress import announce, quiet
 
 MODULES = {
@@ -56,7 +57,8 @@ def main(plan: DictConfig) -> None:
     for number, job in enumerate(jobs, start=1):
         announce(job.stage, job.cfg.out, number, len(jobs))
         if job.stage == "evaluate":
-            job.cfg.drafters = [path for path in job.cfg.drafters if path.removesuffix(f"/{STEPS}/*") not in failed]
+            models = {name: model_of(name) or name for name in job.cfg.drafters}
+            job.cfg.drafters = [name for name, path in models.items() if path.removesuffix(f"/{STEPS}/*") not in failed]
         try:
             run(job, plan.ranks)
         except Exception as problem:

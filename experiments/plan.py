@@ -61,13 +61,19 @@ def world_of(settings: DictConfig, jobs: list[Job]) -> World:
     )
 
 
+def active(shape: Shape) -> str:
+    """Say how many parameters of a mixture of experts a token meets; nothing about another model."""
+    return f" ({number(shape.active)} active per token)" if shape.routed else ""
+
+
 def plan_text(stages: list[StageEstimate], world: World, settings: DictConfig) -> str:
     """Return the plan as Markdown."""
-    ratio, gammas = world.drafter.parameters / world.target.parameters, (3, 5)
+    ratio, gammas = world.drafter.active / world.target.active, (3, 5)
     speedups = ", ".join(f"{memory_bound_speedup(world.block_efficiency, ratio, g):.2f} at γ = {g}" for g in gammas)
     head = (
         f"# Plan: {world.gpus} × {world.hardware.name}\n\n"
-        f"Target {number(world.target.parameters)} parameters, drafter {number(world.drafter.parameters)}: "
+        f"Target {number(world.target.parameters)} parameters{active(world.target)}, "
+        f"drafter {number(world.drafter.parameters)}{active(world.drafter)}: "
         f"c = {ratio:.2%}. With the block efficiency to expect, {world.block_efficiency}, the memory-bound speed-up is "
         f"{speedups}.\n"
     )

@@ -30,6 +30,7 @@ from experiments.reporting.results import (
     RATIO,
     Evaluation,
     ResultRow,
+    active_parameters,
     check_evaluations,
     measured_rules,
     read_curves,
@@ -128,10 +129,13 @@ def question_tables(cfg: DictConfig, evaluations: list[Evaluation], variants: li
 
 def architecture_table(cfg: DictConfig, evaluations: list[Evaluation]) -> Table:
     """Return the table of the models of these evaluations whose configs are on this machine."""
-    counts = read_manifest(evaluations[0].directory, "evaluate")["counts"]
+    with_model = [one for one in evaluations if one.size_ratio]  # others have no drafter of this architecture
+    if not with_model:
+        return paper.models({}, {}, {})
+    counts = read_manifest(with_model[0].directory, "evaluate")["counts"]
     found = {name: (local_directory(path) or Path(path)) / "config.json" for name, path in cfg.models.items()}
     configs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
-    return paper.models(configs, {name: counts[f"{name}_parameters"] for name in cfg.models})
+    return paper.models(configs, {name: counts[f"{name}_parameters"] for name in cfg.models}, active_parameters(counts))
 
 
 def detail_tables(rows: list[ResultRow], evaluations: list[Evaluation], base: str) -> list[Table]:
@@ -204,11 +208,15 @@ def describe_prompts(evaluations: list[Evaluation]) -> str:
     turns = {(task, prompt) for evaluation in evaluations for task, _, prompt in evaluation.counts}
     prompts = {(task, conversation_and_turn(prompt)[0]) for task, prompt in turns}
     seeds = {evaluation.drafter.seed for evaluation in evaluations if evaluation.drafter.loss}
-    ratio, plural = evaluations[0].size_ratio, "s" * (len(seeds) != 1)
+    ratios, plural = [one.size_ratio for one in evaluations if one.size_ratio], "s" * (len(seeds) != 1)
     asked = f"{len(prompts)} prompts"
     if len(turns) > len(prompts):
         asked = f"{len(prompts)} prompts and conversations with {len(turns)} turns, resampled as wholes"
-    described = f"{asked}, {len(seeds)} seed{plural} per loss, c = {ratio:.4f}."
+    described = f"{asked}, {len(seeds)} seed{plural} per loss, c = {ratios[0] if ratios else 0:.4f}."
+    if any("target_active_parameters" in counts for counts in manifests):
+        described += " Of a mixture of experts, c counts the parameters that a token meets."
+    if any(one.drafted_by_model for one in evaluations):
+        described += " Drafts without a model cost nothing in MBSU: there cγ is c times the model's drafts per block."
     if greedy:
         described += f" Greedy text equal to the target's own in {greedy - unlike} of {greedy} decodings."
     return described

@@ -21,7 +21,7 @@ from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.evaluation import Decodings, Task, decode
 from drafter.metrics import Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference, read_row
 from drafter.models.end_of_turn import end_of_turn_ids
-from drafter.models.inspection import num_parameters, vocabulary_rows
+from drafter.models.inspection import num_active_parameters, vocabulary_rows
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from drafter.models.trimming import most_used, read_kept, trim, write_kept
 from experiments.reporting.figures import draw_trimming
@@ -63,7 +63,9 @@ def main(cfg: DictConfig) -> None:
     work = read_tasks(cfg, tokenizer, context, cfg.trim.prompts_per_task, stops, {})
     counts = decode_all(drafters, target, work, cfg)
     heldout = np.concatenate([np.array(tokens) for tokens in responses.get("validation") or responses["train"]])
-    ratios = {size: num_parameters(drafter) / num_parameters(target) for size, drafter in drafters.items()}
+    ratios = {
+        size: num_active_parameters(drafter) / num_active_parameters(target) for size, drafter in drafters.items()
+    }
     coverage = {size: float(np.isin(heldout, ranked[:size]).mean()) for size in drafters}
     table = [row_of(size, coverage[size], ratios, counts, cfg.trim.num_speculative_tokens) for size in drafters]
     best = max(table, key=lambda row: row.speedup.value)

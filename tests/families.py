@@ -28,19 +28,37 @@ DECODE = {
     "gpt_oss": {"num_local_experts": 4, **ALTERNATING},
     "llama4_text": {"num_local_experts": 2, "attention_chunk_size": 8, "head_dim": 8, "intermediate_size_mlp": 64},
 }
-REFUSED = {
-    "rwkv": {"attention_hidden_size": 32},
-    "recurrent_gemma": {"head_dim": 8, "lru_width": 32, "block_types": ["recurrent", "attention"]},
+LINEAR = {f"linear_{name}": size for name, size in {"num_key_heads": 2, "key_head_dim": 8, "value_head_dim": 8}.items()}
+MIXED = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+# Decoded by `StatefulDecoder`: several tokens per call, and (the last two) one.
+STATEFUL = {
     "mamba2": STATE,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64, "head_dim": 8},
+    "qwen3_5_text": {"linear_num_value_heads": 4, **LINEAR, **MIXED},
+    "jamba": {
+        "num_experts": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "mamba": {"state_size": 8},
+}
+REFUSED = {
+    "rwkv": {"attention_hidden_size": 32},
+    "recurrent_gemma": {"head_dim": 8, "lru_width": 32, "block_types": ["recurrent", "attention"]},
+    "minimax": {"num_local_experts": 2, "block_size": 8, **MIXED},
 }
 
 
 def family(kind, seed=0, **fields):
     """Return a model of this architecture with random weights."""
     torch.manual_seed(seed)
-    known = SIZES | (DECODE | REFUSED).get(kind, {}) | fields
+    known = SIZES | (DECODE | STATEFUL | REFUSED).get(kind, {}) | fields
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **known))
     with torch.no_grad():
         for parameter in model.parameters():

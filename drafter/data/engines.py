@@ -5,18 +5,17 @@ token, or at the limit.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
-from drafter.data.batches import by_budget
 from drafter.decoding import side_by_side
 from drafter.decoding.capabilities import check_side_by_side
+from drafter.decoding.padded import batches_of, generate_padded
 from drafter.decoding.side_by_side import Generated
 from drafter.models.loading import load_generation_config
 from drafter.models.packing import pack
@@ -82,9 +81,9 @@ def transformers_engine(target: PreTrainedModel, limits: Limits, batch_tokens: i
     """Return an engine that generates side by side, or in rounds if the target does not support the former.
 
     `decoding.side_by_side` keeps a batch full by giving the row of a finished response to the next prompt. Some
-    architectures do not accept the masks that this takes, or have a sliding window shorter than the sequences (see
-    `capabilities.check_side_by_side`); for these there is `rounds_engine`. Random numbers come from torch's global
-    generator. Padding counts towards `batch_tokens`. On a CPU, the weights of the target are packed (see
+    architectures have states, do not accept the masks that this takes, or have a sliding window shorter than the
+    sequences (see `capabilities.check_side_by_side`); for these there is `rounds_engine`. Random numbers come from
+    torch's global generator. Padding counts towards `batch_tokens`. On a CPU, the weights of the target are packed (see
     `models.packing`).
     """
     in_rounds = rounds_engine(pack(target), limits, batch_tokens)
@@ -125,7 +124,8 @@ def rounds_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int, fi
     """Return an engine that generates with transformers, in rounds of 16, 32, 64 … tokens.
 
     A batch runs until its longest response ends, and most responses are short. After each round, the unfinished ones
-    are gathered into new, full batches, at the cost of another forward pass over their tokens.
+    are gathered into new, full batches, at the cost of another forward pass over their tokens. If the target does not
+    support padding, or batches, they have prompts of one length, or one prompt (see `padded.way_of`).
     """
 
     def generate(requests: list[Request]) -> list[list[int]]:
@@ -137,9 +137,10 @@ def rounds_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int, fi
             for temperature in sorted({requests[i].temperature for i in pending}):
                 alike = [i for i in pending if requests[i].temperature == temperature]
                 lengths = [len(requests[i].prompt_ids) + len(responses[i]) + limit for i in alike]
-                for batch in by_budget(lengths, batch_tokens):
+                for batch in batches_of(target, lengths, batch_tokens):
                     contexts = [requests[alike[b]].prompt_ids + responses[alike[b]] for b in batch]
-                    for b, tokens in zip(batch, _generate(target, contexts, temperature, limit, limits), strict=True):
+                    found = generate_padded(target, contexts, temperature, limit, limits.top_p, limits.stop_ids)
+                    for b, tokens in zip(batch, found, strict=True):
                         responses[alike[b]] += tokens
             unfinished = (i for i in pending if responses[i][-1] not in limits.stop_ids)
             pending = [i for i in unfinished if len(responses[i]) < limits.max_new_tokens]
@@ -147,57 +148,6 @@ def rounds_engine(target: PreTrainedModel, limits: Limits, batch_tokens: int, fi
         return responses
 
     return generate
-
-
-class _RequireFinite(LogitsProcessor):
-    """Refuse logits that are not finite, from which any token could be sampled."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not scores.isfinite().all():
-            raise ValueError(
-                f"the target's logits are not finite after {input_ids.shape[1]} tokens: try target.dtype=float32, and "
-                f"check that its weights are complete"
-            )
-        return scores
-
-
-@contextmanager
-def _neutral_config(model: PreTrainedModel) -> Iterator[None]:
-    """Set the model's generation config aside, because `generate` fills every field that is None from it."""
-    kept, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
-
-
-@torch.inference_mode()
-def _generate(
-    target: PreTrainedModel, contexts: list[list[int]], temperature: float, max_new_tokens: int, limits: Limits
-) -> list[list[int]]:
-    """Return the tokens generated after each context, up to and including the first stop token."""
-    width, stops = max(map(len, contexts)), limits.stop_ids
-    padding = stops[0] if stops else 0
-    ids = torch.tensor([[padding] * (width - len(context)) + context for context in contexts])
-    mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
-    sampled: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": limits.top_p, "top_k": 0}
-    config = GenerationConfig(
-        **(sampled if temperature > 0 else {"do_sample": False}),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=padding,
-    )
-    device, plain_generate = target.device, GenerationMixin.generate  # the code of a checkpoint may override `generate`
-    with _neutral_config(target):
-        output = plain_generate(
-            target,
-            ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_RequireFinite()]),
-        )
-    generated = output[:, width:].tolist()
-    return [tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), None)] for tokens in generated]
 
 
 def references_engine(tokens: dict[str, list[int]]) -> Engine:

@@ -1,47 +1,69 @@
 """What a model can do, found by trying it rather than assumed from its name: cache rollback and ragged batches.
 
 A model whose cache cannot return to its state before a rejected draft would generate wrong tokens without an error.
-Each model is therefore tried once, on a few tokens, before it decodes. `check_can_decode` predicts most of the outcome
-from the config alone, before anything is loaded.
+Each model is therefore tried once, on a few tokens, before it decodes. A model with states, which no cache can crop, is
+tried with `stateful.StatefulDecoder`. `check_can_decode` predicts most of the outcome from the config alone, before
+anything is loaded.
 
 Shapes: T tokens, V vocabulary.
 """
 
-from itertools import cycle, islice
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from drafter.decoding.batched import RaggedDecoder
-from drafter.decoding.decoders import Compiled, Decodable, Decoder, Padded, plain_model
+from drafter.decoding.decoders import CachedModel, Compiled, Decodable, Decoder, Padded, plain_model
+from drafter.decoding.stateful import StatefulDecoder, keeps_states
+from drafter.decoding.trials import UNSUPPORTED, ordinary_tokens, relative_error
 from drafter.models.inspection import vocabulary_rows
 from drafter.models.loading import context_length
 
-# Model -> whether its cache can discard a rejected draft.
-_ROLLS_BACK: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+MakeDecoder = Callable[[PreTrainedModel], CachedModel]
+# Model -> the decoder that discards a rejected draft; None if there is none.
+_DECODERS: "WeakKeyDictionary[Any, MakeDecoder | None]" = WeakKeyDictionary()
 # Model -> whether it accepts explicit masks and positions.
 _ACCEPTS_POSITIONS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 # The length of the sequence that a model is tried with, and of the prompt at its beginning.
 LENGTH, PROMPT_LENGTH = 10, 4
-# The cache layers, as transformers chooses them by the config, that keep all keys and values and can be cropped.
+# The cache layers, as transformers chooses them by the config, that can be cropped, and those whose states are copied.
 CAN_ROLL_BACK = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
-# The exceptions of a call that a model or its cache does not support.
-UNSUPPORTED = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)
+CAN_BE_COPIED = {
+    *(LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer),
+}
+# Architectures that keep states elsewhere, although their config has such layers.
+STATES_ELSEWHERE = {"recurrent_gemma", "minimax"}
 
 
-def decoder_of(model: Decodable) -> Decoder:
+def decoder_of(model: Decodable) -> CachedModel:
     """Return a decoder for a new sequence.
 
     Raises:
-        ValueError: the model's cache cannot discard a rejected draft (see `check_decodes`).
+        ValueError: the model cannot discard a rejected draft (see `check_decodes`), or has states and is compiled.
     """
     plain, widths = plain_model(model), None
     check_decodes(plain)
     if isinstance(model, Padded):
         model, widths = model
+    make = _DECODERS[plain]
+    if make is not None and make is not Decoder:  # padding would change the states
+        if isinstance(model, Compiled):
+            raise ValueError(
+                f"{type(plain).__name__} has states, which a compiled call does not keep: give compile=false"
+            )
+        return make(plain)
     if isinstance(model, Compiled):
         return model.decoder(widths)
     return Decoder(plain, explicit_positions=_accepts_positions(plain) and _window(plain) is None, widths=widths)
@@ -56,25 +78,40 @@ def check_decodes(model: Any) -> None:
         ValueError: the model differs; names the architecture and the stages that work with it.
     """
     problem: Exception | None = None
-    if model not in _ROLLS_BACK:
-        try:
-            _ROLLS_BACK[model] = not isinstance(model, PreTrainedModel) or _rolls_back(model)
-        except torch.OutOfMemoryError:
-            raise
-        except UNSUPPORTED as raised:
-            _ROLLS_BACK[model], problem = False, raised
-    if not _ROLLS_BACK[model]:
+    if model not in _DECODERS:
+        errors: dict[MakeDecoder, float] = {}
+        for make in _candidates(model):
+            try:
+                errors[make] = _error(model, make) if isinstance(model, PreTrainedModel) else 0.0
+            except torch.OutOfMemoryError:
+                raise
+            except UNSUPPORTED as raised:
+                problem = raised
+        smallest = min(errors.values(), default=1.0)
+        # In half precision, a wrong state can be as small as rounding. It shows beside the error of a right one.
+        right = [make for make, error in errors.items() if error <= min(1.0, max(1.25 * smallest, 0.1))]
+        _DECODERS[model] = right[0] if right else None
+    if _DECODERS[model] is None:
         raise ValueError(_refusal(type(model).__name__)) from problem
+
+
+def _candidates(model: Any) -> list[MakeDecoder]:
+    """Return the decoders that are tried, in their order."""
+    try:
+        stateful = keeps_states(model.config)
+    except UNSUPPORTED:
+        stateful = False  # a custom architecture, or no PreTrainedModel
+    return [StatefulDecoder, partial(StatefulDecoder, one_at_a_time=True)] if stateful else [Decoder]
 
 
 def check_can_decode(config: Any) -> None:
     """Refuse an architecture that `check_decodes` would refuse, as far as its config tells, without loading weights.
 
-    Layers without attention (recurrent, linear-attention, convolution) keep a state that a rejected draft changes
-    irrevocably. If a config does not list the kinds of its layers, the model class tells whether it has such a state.
+    If a config does not list the kinds of its layers, the model class tells whether it has states, which are then not
+    in transformers' cache.
 
     Raises:
-        ValueError: the architecture keeps such a state; names it and the stages that work with it.
+        ValueError: the architecture keeps states that cannot be copied; names it and the stages that work with it.
     """
     text_config = config.get_text_config(decoder=True)
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -82,10 +119,11 @@ def check_can_decode(config: Any) -> None:
         decodes = not getattr(kind, "_is_stateful", False)
     else:
         try:
-            decodes = {type(layer) for layer in DynamicCache(config=text_config).layers} <= CAN_ROLL_BACK
+            layers = {type(layer) for layer in DynamicCache(config=text_config).layers}
+            decodes = layers <= CAN_ROLL_BACK | CAN_BE_COPIED
         except UNSUPPORTED:
             decodes = True  # perhaps a custom architecture: check_decodes tries it once its weights are loaded
-    if not decodes:
+    if not decodes or text_config.model_type in STATES_ELSEWHERE:
         raise ValueError(_refusal(kind.__name__ if kind else config.model_type))
 
 
@@ -93,10 +131,15 @@ def check_side_by_side(model: PreTrainedModel, capacity: int) -> None:
     """Check that a RaggedDecoder can use the model to decode several sequences of up to `capacity` tokens side by side.
 
     Raises:
-        ValueError: its cache cannot discard a rejected draft; it has a sliding window shorter than the capacity; or its
-            logits change when masks and positions are passed explicitly (with ALiBi, for example).
+        ValueError: its cache cannot discard a rejected draft; it has states; it has a sliding window shorter than the
+            capacity; or its logits change when masks and positions are passed explicitly (with ALiBi, for example).
     """
     check_decodes(model)
+    if _DECODERS[model] is not Decoder:
+        raise ValueError(
+            f"{type(model).__name__} has states, which advance for all sequences at once: decode its sequences one at "
+            f"a time"
+        )
     if not _accepts_positions(model):
         raise ValueError(
             f"{type(model).__name__} does not accept explicit masks and positions: decode its sequences one at a time"
@@ -111,37 +154,30 @@ def check_side_by_side(model: PreTrainedModel, capacity: int) -> None:
 
 def _refusal(architecture: str) -> str:
     return (
-        f"{architecture} cannot be decoded with: it has no cache that can discard a rejected draft, as a recurrent, "
-        f"linear-attention or convolution state cannot. As a target it allows respond, cache, finetuning and "
-        f"validation's expected block efficiency, but no evaluate, gamma and trim"
+        f"{architecture} cannot be decoded with: it has no cache that can discard a rejected draft, and no states in "
+        f"transformers' cache that can be put back. As a target it allows respond, cache, finetuning and validation's "
+        f"expected block efficiency, but no evaluate, gamma, trim and chat"
     )
 
 
 @torch.no_grad()
-def _rolls_back(model: PreTrainedModel) -> bool:
-    """Return whether cached logits equal those without a cache, for one and several tokens and after a rejected draft.
-
-    The tolerance is relative to the change that other tokens at the beginning make: a state that a draft has changed
-    is wrong by about as much, whereas rounding (and an expert that it flips) changes few positions, or all by little.
-    """
+def _error(model: PreTrainedModel, make: MakeDecoder) -> float:
+    """Compare cached logits with those without a cache, for one and several tokens, after a rejected draft."""
     if context_length(model) < LENGTH:
-        return True  # too short to decode anything
+        return 0.0  # too short to decode anything
     training = model.training
     model.eval()  # dropout would make the logits differ
-    tokens = list(islice(cycle(_ordinary_tokens(model)), 2 * LENGTH))
+    tokens = ordinary_tokens(model, 2 * LENGTH)
     sequence, others = tokens[:LENGTH], tokens[LENGTH:]
     changed = [*others[:PROMPT_LENGTH], *sequence[PROMPT_LENGTH:]]
     rows = torch.tensor([sequence, changed], device=model.device)
     uncached_TV, changed_TV = model(input_ids=rows, use_cache=False).logits[:, PROMPT_LENGTH:].float()
-    cached_TV = _with_rejected_drafts(Decoder(model), sequence, others[:3]).float()
+    cached_TV = _with_rejected_drafts(make(model), sequence, others[:3]).float()
     model.train(training)
-    error, control = (_distance(values_TV, uncached_TV) for values_TV in (cached_TV, changed_TV))
-    rounding = max(1e-5, 2 * torch.finfo(model.dtype).eps) * _distance(uncached_TV, torch.zeros_like(uncached_TV))
-    # Logits that are not a number are reported elsewhere.
-    return bool(uncached_TV.isnan().any()) or error <= max(0.1 * control, rounding)
+    return relative_error(cached_TV, uncached_TV, changed_TV, model.dtype)
 
 
-def _with_rejected_drafts(decoder: Decoder, sequence: list[int], drafts: list[int]) -> torch.Tensor:
+def _with_rejected_drafts(decoder: CachedModel, sequence: list[int], drafts: list[int]) -> torch.Tensor:
     """Return the cached logits at the positions after the prompt, shape (T, V).
 
     The calls are the prompt, a block with a rejected draft, a single token, and all remaining tokens at once.
@@ -153,21 +189,6 @@ def _with_rejected_drafts(decoder: Decoder, sequence: list[int], drafts: list[in
     rest = sequence[first + 2 :]
     several_TV = decoder.forward([rest], [first + 2], len(rest))[0]
     return torch.cat([block_TV, one_TV, several_TV])
-
-
-def _ordinary_tokens(model: PreTrainedModel) -> list[int]:
-    """Return the first ids of the vocabulary, without the special tokens that the config names."""
-    config, rows = model.config.get_text_config(), vocabulary_rows(model)
-    named = (getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
-    special = {token for one in named for token in (one if isinstance(one, list) else [one])}
-    first = range(min(rows, 2 * LENGTH + len(special)))
-    return [token for token in first if token not in special] or list(first)
-
-
-def _distance(values_TV: torch.Tensor, reference_TV: torch.Tensor) -> float:
-    """Return the median over positions of the Euclidean distance, where equal infinite logits count as no distance."""
-    difference_TV = (values_TV - reference_TV).masked_fill(reference_TV.isinf() & (values_TV == reference_TV), 0)
-    return float(difference_TV.norm(dim=-1).median())
 
 
 def _window(model: PreTrainedModel) -> int | None:

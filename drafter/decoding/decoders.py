@@ -195,6 +195,28 @@ def compiled_pair(
     return Padded(models[0], COMPILED_WIDTHS), models[1]
 
 
+def aligned_starts(model: CachedModel, sequences: list[list[int]], cached: list[int]) -> list[int]:
+    """Return for each row the token from which on the next call reads it, so that all rows read equally many.
+
+    Rows repeat tokens that are cached already. If a row has fewer tokens than another one lacks, as with prompts of
+    different lengths, all tokens but the last of each row are cached first, and the next call reads one per row.
+
+    Args:
+        model: the model with its cache.
+        sequences: the tokens of each row.
+        cached: how many of them, from the first on, are cached.
+    """
+    lengths = [len(tokens) for tokens in sequences]
+    missing = max(length - known for length, known in zip(lengths, cached, strict=True))
+    if missing > min(lengths):
+        width = missing - 1
+        starts = [max(length - 1 - width, 0) for length in lengths]
+        read = [tokens[start:-1] for tokens, start in zip(sequences, starts, strict=True)]
+        model.forward([ids + [0] * (width - len(ids)) for ids in read], starts, 1)
+        missing = 1
+    return [length - missing for length in lengths]
+
+
 def masks_and_positions(positions_BT: torch.Tensor, end: int) -> dict[str, torch.Tensor]:
     """Return a model's arguments for tokens at given positions: position ids, and a causal mask over `end` keys."""
     visible_BTC = torch.arange(end, device=positions_BT.device) <= positions_BT[..., None]

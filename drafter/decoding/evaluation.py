@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from drafter.decoding.decoders import plain_model
+from drafter.decoding.drafting import Drafter, models_of
 from drafter.decoding.generation import Decoded
 from drafter.decoding.options import Adaptive, DecodingOptions
 from drafter.decoding.speculative import (
@@ -70,15 +72,16 @@ class Decodings(NamedTuple):
     by_drafter: dict[str, list[Evaluated]]
 
 
-def fits(task: Task, context: int) -> bool:
-    """Return whether a drafter of this context can decode a turn. Other prompts were checked when they were read."""
-    return task.dialogue is None or len(task.prompt) + task.options.max_new_tokens <= context
+def fits(task: Task, drafter: Drafter) -> bool:
+    """Return whether a turn fits into a drafter's context. Other prompts were checked when they were read."""
+    needed = len(task.prompt) + task.options.max_new_tokens
+    return task.dialogue is None or all(needed <= context_length(plain_model(model)) for model in models_of(drafter))
 
 
 def decode(
     task: Task,
     target: PreTrainedModel,
-    drafters: dict[str, PreTrainedModel],
+    drafters: dict[str, Drafter],
     gammas: Mapping[int | str, int | Adaptive],
     seed: int,
     rules: Sequence[str] = ("ratio",),
@@ -97,7 +100,7 @@ def decode(
     baseline = autoregressive_decode(target, task.prompt, task.options, task.random(target.device, seed))
     found: dict[str, list[Evaluated]] = {path: [] for path in drafters}
     for path, drafter in drafters.items():
-        for gamma, num_speculative_tokens in gammas.items() if fits(task, context_length(drafter)) else ():
+        for gamma, num_speculative_tokens in gammas.items() if fits(task, drafter) else ():
             for rule, options in task.by_rule(rules).items():
                 generator = task.random(target.device, seed, use(path, gamma))
                 decoded = speculative_decode(target, drafter, task.prompt, num_speculative_tokens, options, generator)
@@ -108,7 +111,7 @@ def decode(
 def decode_side_by_side(
     tasks: Sequence[Task],
     target: PreTrainedModel,
-    drafters: dict[str, PreTrainedModel],
+    drafters: dict[str, Drafter],
     gammas: Mapping[int | str, int | Adaptive],
     seed: int,
     rules: Sequence[str] = ("ratio",),
@@ -135,7 +138,7 @@ def decode_side_by_side(
     )
     found = [Decodings(baseline, {path: [] for path in drafters}) for baseline in baselines]
     for path, drafter in drafters.items():
-        fitting = [number for number, task in enumerate(tasks) if fits(task, context_length(drafter))]
+        fitting = [number for number, task in enumerate(tasks) if fits(task, drafter)]
         asked = [prompts[number] for number in fitting]
         for gamma, num_speculative_tokens in gammas.items() if fitting else ():
             for rule, options in tasks[0].by_rule(rules).items():
@@ -155,15 +158,19 @@ def use(path: str, gamma: int | str) -> str:
 def row_of(task: Task, gamma: int | str, rule: str, decoded: Decoded, baseline: Decoded) -> dict[str, Any]:
     """Return the row of counts.jsonl for one decoding.
 
-    It names the acceptance rule unless that is `ratio`, or the temperature is 0, where the row holds for every rule.
+    It names the acceptance rule unless that is `ratio`, or the temperature is 0, where the row holds for every rule. It
+    has the number of drafts by a model only where others were drafted without one.
     """
+    counts = count(decoded, baseline)
+    by_model = {} if decoded.drafted_by_model == counts.drafted else {"drafted_by_model": decoded.drafted_by_model}
     return {
         "task": task.name,
         "gamma": gamma,
         **({} if rule == "ratio" or task.is_greedy else {"rule": rule}),
         "prompt": task.prompt_id,
         "turn": task.turn,
-        **count(decoded, baseline)._asdict(),
+        **counts._asdict(),
+        **by_model,
         "by_position": by_position(decoded.blocks),
         "by_answer_position": by_label(decoded.blocks, answer_positions(len(decoded.tokens))),
         "greedy": task.is_greedy,

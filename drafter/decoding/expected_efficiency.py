@@ -14,6 +14,9 @@ The sequences have to be drawn from the target with the temperature and top-p at
 Shapes: B sequences, L tokens of the longest, N positions, V vocabulary.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -118,3 +121,57 @@ def split_rows(values_N: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
     return torch.zeros(inside_BL.shape, dtype=values_N.dtype, device=values_N.device).masked_scatter(
         inside_BL, values_N
     )
+
+
+class ExpectedBlocks(NamedTuple):
+    """The blocks that cover a sequence, as expected numbers.
+
+    Attributes:
+        by_drafted: how many blocks have 0, 1, 2, … drafts.
+        drafted_by_model: the drafts by a draft model.
+    """
+
+    by_drafted: np.ndarray
+    drafted_by_model: float
+
+
+def expected_blocks_with_proposals(
+    proposals: Sequence[Sequence[int]], tokens: Sequence[int], accept_L: np.ndarray | None, num_speculative_tokens: int
+) -> ExpectedBlocks:
+    """Return the blocks of a generated sequence that is drafted without a model or, where this finds nothing, with one.
+
+    A draft that counts as certain is accepted if and only if it is the token that the target generated: that token is
+    drawn from q without the draft if the draft was rejected. So the blocks of such drafts follow from the sequence.
+
+    >>> tokens, proposals = [5, 6, 7, 8], [[5, 6], [], [7, 9], []]
+    >>> expected_blocks_with_proposals(proposals, tokens, None, 2)  # two drafts and a bonus token, then no draft
+    ExpectedBlocks(by_drafted=array([1., 0., 1.]), drafted_by_model=0.0)
+    >>> expected_blocks_with_proposals([[]] * 4, tokens, np.full(4, 0.5), 1)
+    ExpectedBlocks(by_drafted=array([0.   , 2.875]), drafted_by_model=2.875)
+
+    Args:
+        proposals: what is proposed without a model if a block begins at each of the L tokens.
+        tokens: the L generated tokens.
+        accept_L: each token's acceptance probability if the model drafts it; None if there is no model.
+        num_speculative_tokens: gamma, the most drafted tokens per block.
+    """
+    gamma, length = num_speculative_tokens, len(tokens)
+    accept = np.zeros(length + gamma)
+    accept[:length] = 0 if accept_L is None else accept_L
+    begins, by_drafted, by_model = np.zeros(length + gamma + 2), np.zeros(gamma + 1), 0.0
+    begins[0] = 1
+    for position in range(length):
+        drafts, reached = proposals[position][:gamma], begins[position]
+        if drafts or accept_L is None:
+            pairs = zip(drafts, [*tokens[position:], *[-1] * gamma], strict=False)
+            accepted = next((number for number, (one, other) in enumerate(pairs) if one != other), len(drafts))
+            begins[position + accepted + 1] += reached
+            by_drafted[len(drafts)] += reached
+            continue
+        by_drafted[gamma] += reached
+        by_model += gamma * reached
+        for offset in range(gamma):
+            begins[position + offset + 1] += reached * (1 - accept[position + offset])
+            reached *= accept[position + offset]
+        begins[position + gamma + 1] += reached
+    return ExpectedBlocks(by_drafted, float(by_model))

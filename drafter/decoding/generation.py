@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,11 +11,15 @@ from drafter.decoding.clock import Seconds
 
 
 class Decoded(NamedTuple):
-    """The generated tokens, the blocks that they came in, and the time that it took."""
+    """The generated tokens, the blocks that they came in, and the time that it took.
+
+    `drafted_by_model` is the number of drafted tokens that a draft model proposed: its calls.
+    """
 
     tokens: list[int]
     blocks: list[Block]
     seconds: Seconds
+    drafted_by_model: int = 0
 
 
 @dataclass
@@ -29,7 +33,10 @@ class Generation:
         generator: the source of its random numbers; None for PyTorch's default.
         blocks: the blocks so far.
         target_cached: the number of tokens, from the first on, that the target has cached.
-        drafter_cached: the number of tokens, from the first on, that the drafter has cached.
+        drafter_cached: the number of tokens, from the first on, that the drafter has cached; while a block is verified,
+            with its drafts.
+        drafted_by_model: the number of drafted tokens so far that a draft model proposed.
+        notes: what drafters without a model remember of the sequence, each under its own key.
     """
 
     tokens: list[int]
@@ -39,6 +46,8 @@ class Generation:
     blocks: list[Block] = field(default_factory=list)
     target_cached: int = 0
     drafter_cached: int = 0
+    drafted_by_model: int = 0
+    notes: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def remaining(self) -> int:
@@ -47,12 +56,10 @@ class Generation:
 
     def append(self, block: Block) -> None:
         """Append the tokens of a block, and update the cached lengths."""
-        length = len(self.tokens)
         self.blocks.append(block)
         self.tokens += block.emitted
         self.target_cached = len(self.tokens) - 1
-        # The drafter has not read the last token that it drafted.
-        self.drafter_cached = min(len(self.tokens) - 1, length + max(len(block.drafted) - 1, 0))
+        self.drafter_cached = min(self.drafter_cached, len(self.tokens) - 1)
 
     def is_finished(self, stop_ids: Sequence[int]) -> bool:
         """Return whether the last block ended the sequence."""

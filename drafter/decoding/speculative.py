@@ -21,6 +21,7 @@ from drafter.decoding.blocks import decode_blocks
 from drafter.decoding.capabilities import check_side_by_side, decoder_of
 from drafter.decoding.clock import Clock
 from drafter.decoding.decoders import Decodable, plain_model
+from drafter.decoding.drafting import Drafter, TextDrafting, drafting_of, models_of
 from drafter.decoding.generation import Decoded, Generation
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, check_prompt, max_draft_length
 from drafter.models.loading import context_length
@@ -29,7 +30,7 @@ from drafter.warping import Random, draw, warp
 
 def speculative_decode(
     target: Decodable,
-    drafter: Decodable,
+    drafter: Drafter,
     prompt: list[int],
     num_speculative_tokens: int | Adaptive,
     options: DecodingOptions,
@@ -44,7 +45,8 @@ def speculative_decode(
 
     Args:
         target: the model whose distribution the result has.
-        drafter: the model that proposes tokens.
+        drafter: the model that proposes tokens, or a drafter without a model (see `ngrams` and `drafting.Combined`).
+            In a block for which such a drafter finds nothing, the target adds its bonus token alone.
         prompt: the prompt's token ids.
         num_speculative_tokens: gamma, the number of drafted tokens per block, or the rule that chooses it.
         options: length limit, sampling, stop tokens and acceptance rule.
@@ -57,14 +59,15 @@ def speculative_decode(
     """
     check_draft_length(num_speculative_tokens)
     check_prompt(prompt)
-    pair = decoder_of(target), decoder_of(drafter)
-    generation = Generation(list(prompt), len(prompt), max_length(prompt, options, target, drafter), generator)
+    pair = decoder_of(target), drafting_of(drafter, decoder_of)
+    most = max_length(prompt, options, target, *models_of(drafter))
+    generation = Generation(list(prompt), len(prompt), most, generator)
     return decode_blocks(*pair, [generation], 1, num_speculative_tokens, options, on_block)[0]
 
 
 def speculative_decode_batch(
     target: PreTrainedModel,
-    drafter: PreTrainedModel,
+    drafter: Drafter,
     prompts: Sequence[list[int]],
     num_speculative_tokens: int | Adaptive,
     options: DecodingOptions,
@@ -82,7 +85,7 @@ def speculative_decode_batch(
             capabilities.check_side_by_side).
     """
     check_draft_length(num_speculative_tokens)
-    return _decode_batch([target, drafter], prompts, num_speculative_tokens, options, generator, batch_size)
+    return _decode_batch(target, drafter, prompts, num_speculative_tokens, options, generator, batch_size)
 
 
 def autoregressive_decode_batch(
@@ -97,11 +100,12 @@ def autoregressive_decode_batch(
     Raises:
         ValueError: as for `autoregressive_decode` and `speculative_decode_batch`.
     """
-    return _decode_batch([target], prompts, 0, options, generator, batch_size)
+    return _decode_batch(target, None, prompts, 0, options, generator, batch_size)
 
 
 def _decode_batch(
-    models: list[PreTrainedModel],
+    target: PreTrainedModel,
+    drafter: Drafter | None,
     prompts: Sequence[list[int]],
     num_speculative_tokens: int | Adaptive,
     options: DecodingOptions,
@@ -112,6 +116,7 @@ def _decode_batch(
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     for prompt in prompts:
         check_prompt(prompt)
+    models = [target, *(() if drafter is None else models_of(drafter))]
     own = generator if isinstance(generator, Sequence) else [generator] * len(prompts)
     generations = [
         Generation(list(prompt), len(prompt), max_length(prompt, options, *models), of_prompt)
@@ -121,9 +126,13 @@ def _decode_batch(
     capacity = longest + max_draft_length(num_speculative_tokens) + 1
     for model in models:
         check_side_by_side(model, capacity)
-    target, *drafters = [RaggedDecoder(model, capacity) for model in models]
-    drafter = drafters[0] if drafters else None
-    return decode_blocks(target, drafter, generations, batch_size or len(prompts), num_speculative_tokens, options)
+
+    def cached(model: Decodable) -> RaggedDecoder:
+        return RaggedDecoder(plain_model(model), capacity)
+
+    drafting = TextDrafting(None) if drafter is None else drafting_of(drafter, cached)
+    batch_size = batch_size or len(prompts)
+    return decode_blocks(cached(target), drafting, generations, batch_size, num_speculative_tokens, options)
 
 
 @torch.inference_mode()

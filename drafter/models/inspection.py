@@ -37,7 +37,53 @@ def check_positions(model: PreTrainedModel, longest: int, what: str) -> None:
 def num_parameters(model: nn.Module) -> int:
     """Return the number of parameters. Tied ones count once, and rows removed by `trimming` do not count."""
     uncounted = sum(getattr(module, "uncounted_parameters", 0) for module in model.modules())
-    return sum(parameter.numel() for parameter in model.parameters()) - uncounted
+    return sum(parameter.numel() for parameter in _unpacked(model).parameters()) - uncounted
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """Return the model itself or, of quantised weights, which pack several into one number, the model without them."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "quantization_config", None):
+        return model
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+# Config fields for the number of experts that each token meets.
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
+
+
+def num_expert_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the numbers of parameters of a mixture's routed experts: of all, and of those that a token meets.
+
+    Shared experts, which every token meets, are none of them. Without a known field in the config all are met.
+    """
+    fields = model.config.get_text_config()
+    known = [getattr(fields, name, None) for name in CHOSEN]
+    chosen = next((number for number in known if isinstance(number, int)), None)
+    counted, active = 0, 0
+    if chosen is None:
+        return counted, active
+    for module in _unpacked(model).modules():
+        if "Experts" in type(module).__name__:
+            stacked = [one for one in module.parameters(recurse=False) if one.dim() > 1]
+            sizes = [(len(one), one.numel()) for one in stacked]
+        elif isinstance(module, nn.ModuleList) and any("Expert" in type(one).__name__ for one in module):
+            sizes = [(len(module), sum(parameter.numel() for parameter in module.parameters()))]
+        else:
+            continue
+        counted += sum(size for _, size in sizes)
+        active += sum(size * min(chosen, experts) // experts for experts, size in sizes)
+    return counted, active
+
+
+def num_active_parameters(model: PreTrainedModel) -> int:
+    """Return the number of parameters that a token meets: all, but for the experts that a router leaves out.
+
+    A call with one token reads these from memory, so that c and the memory-bound speed-up are ratios of them.
+    """
+    counted, active = num_expert_parameters(model)
+    return num_parameters(model) - counted + active
 
 
 def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:

@@ -69,7 +69,7 @@ def advise(cfg: DictConfig, world: World, stages: list[StageEstimate], hours: fl
                 str(one.shape.layers),
                 str(one.shape.hidden),
                 number(one.shape.parameters),
-                f"{one.shape.parameters / world.target.parameters:.2%}",
+                f"{one.shape.active / world.target.active:.2%}",
                 f"{one.cost:.3f}",
                 f"{needed:.2f}" if needed < 1 else "none",
                 *(f"{value:.2f} (γ = {gamma})" for value, gamma in speedups),
@@ -161,7 +161,7 @@ def break_even(cost: float, verification: dict[int, float]) -> float:
 
 def choose(found: list[Candidate], target: Shape) -> Candidate:
     """Return the candidate of at most two layers whose parameters are nearest to OPTIMAL_FRACTION of the target's."""
-    wanted = target.parameters * OPTIMAL_FRACTION
+    wanted = target.active * OPTIMAL_FRACTION
     return min(
         (one for one in found if one.shape.layers <= 2),
         key=lambda one: max(one.shape.parameters / wanted, wanted / one.shape.parameters),
@@ -175,7 +175,7 @@ def advice(chosen: Candidate, target: Shape, seconds: float) -> str:
         f"Size: `{size_overrides(shape)}`. An additional layer makes a draft slower than additional width does (arXiv "
         "2402.01528), and the best drafter of a pretrained family has about 1/200 of the target's parameters (arXiv "
         "2603.11053): of the drafters with one or two layers, this is the nearest, with "
-        f"1/{target.parameters / shape.parameters:.0f}."
+        f"1/{target.active / shape.active:.0f}."
     )
     if not seconds:
         return size

@@ -24,6 +24,7 @@ from experiments.planning.roofline import (
 from experiments.planning.world import BYTES, StageEstimate, World, num_responses, process_memory
 from experiments.running.data_settings import turns_of
 from experiments.running.jobs import Job
+from experiments.running.named_drafters import model_of
 from experiments.running.recipes import self_sources
 
 TURNS = 2  # the answers per conversation of a task that evaluates all of them, as in MT-Bench
@@ -184,7 +185,7 @@ def target_memory(cfg: DictConfig, world: World, tokens: float) -> dict[str, flo
     width, shape = BYTES[cfg.target.dtype], world.target
     if cfg.inputs.get("cache"):
         return {"target": shape.head * width}
-    embeddings = shape.parameters - shape.multiplied + shape.head
+    embeddings = shape.active - shape.multiplied + shape.head
     layers = shape.parameters - embeddings
     held = layers / world.gpus + 2 * layers / shape.layers if cfg.target.parallel == "fsdp" else layers
     activations = ACTIVATIONS * tokens * shape.hidden
@@ -194,7 +195,8 @@ def target_memory(cfg: DictConfig, world: World, tokens: float) -> dict[str, flo
 def estimate_evaluate(cfg: DictConfig, world: World) -> StageEstimate:
     """Estimate decoding each prompt with the target alone, and with each drafter at each γ by each acceptance rule."""
     width, gammas, batch = BYTES[cfg.target.dtype], cfg.evaluate.num_speculative_tokens, cfg.evaluate.batch_size
-    drafters = sum(world.finetunings if "*" in path else 1 for path in cfg.drafters)
+    numbers = {path: world.finetunings if "*" in path else 1 for path in cfg.drafters}
+    drafters, models = sum(numbers.values()), sum(number for path, number in numbers.items() if model_of(path))
     split, shares = world.shares(cfg)
 
     answers = [TURNS if turns_of(name, how) == "all" else 1 for name, how in cfg.task.items()]
@@ -206,13 +208,13 @@ def estimate_evaluate(cfg: DictConfig, world: World) -> StageEstimate:
     seconds = world.response * world.call_seconds(world.target, 1, width, split, batch)
     for gamma in gammas:
         drafted = gamma if isinstance(gamma, int) else 3
-        blocks = times * drafters * world.response / world.block_efficiency
+        blocks = times * world.response / world.block_efficiency
         seconds += blocks * (
-            drafted * world.call_seconds(world.drafter, 1, 4, sequences=batch)
-            + world.call_seconds(world.target, drafted + 1, width, split, batch)
+            models * drafted * world.call_seconds(world.drafter, 1, 4, sequences=batch)
+            + drafters * world.call_seconds(world.target, drafted + 1, width, split, batch)
         )
     memory = generation_memory(world.target, batch, world.length, width, split)
-    memory["drafters"] = 4 * drafters * world.drafter.parameters
+    memory["drafters"] = 4 * models * world.drafter.parameters
     tokens = prompts * world.response * (1 + drafters * len(gammas) * times)
     return StageEstimate(
         "evaluate",

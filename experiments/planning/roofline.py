@@ -1,7 +1,8 @@
 """Estimate operations, bytes, seconds and memory of model calls from shapes alone.
 
 The time of a call is the larger of its arithmetic and of reading the weights (the roofline), plus a fixed time per
-layer, which dominates for small models and single tokens. Sources: 2 operations per weight and token, three times as
+layer, which dominates for small models and single tokens. Of a mixture of experts, a call reads those that its tokens
+meet. Sources: 2 operations per weight and token, three times as
 many with gradients (Kaplan et al., arXiv 2001.08361, section 2.1); 34 bytes of activations per token and hidden unit
 in two-byte arithmetic, without the attention matrix, which fused attention does not keep (Korthikanti et al., arXiv
 2205.05198, section 4.1).
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from drafter.models.inspection import num_parameters
+from drafter.models.inspection import num_expert_parameters, num_parameters
 
 MASTER, GRADIENT, MOMENTS = 4, 4, 8  # bytes per parameter of float32 training with AdamW
 CACHED_ACTIVATION = 34 / 2  # numbers kept per token, layer and hidden unit for the backward pass
@@ -32,7 +33,10 @@ class Hardware(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The sizes that determine the cost of a model; `multiplied` counts the parameters that each token meets."""
+    """The sizes that determine the cost of a model; `multiplied` counts the parameters that each token multiplies.
+
+    A token meets the share `met` of the `routed` parameters, those of a mixture's experts.
+    """
 
     parameters: int
     multiplied: int
@@ -41,6 +45,8 @@ class Shape(NamedTuple):
     attended: int  # numbers per query, over all heads
     vocabulary: int
     kv_width: int  # numbers per token in the key-value cache, over all layers
+    routed: int = 0
+    met: float = 1.0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Shape":
@@ -52,7 +58,19 @@ class Shape(NamedTuple):
         looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         total, layers = num_parameters(model), config.num_hidden_layers
         kv_width = 2 * groups * width * layers
-        return cls(total, total - looked_up, layers, config.hidden_size, heads * width, config.vocab_size, kv_width)
+        routed, met = num_expert_parameters(model)
+        multiplied = total - looked_up - routed + met
+        attended, share = heads * width, met / routed if routed else 1.0
+        return cls(total, multiplied, layers, config.hidden_size, attended, config.vocab_size, kv_width, routed, share)
+
+    @property
+    def active(self) -> int:
+        """Return the number of parameters that a token meets (see inspection.num_active_parameters)."""
+        return round(self.read(1))
+
+    def read(self, tokens: float) -> float:
+        """Return the number of parameters that a call with so many tokens reads, if they choose experts at random."""
+        return self.parameters - self.routed * (1 - self.met) ** max(tokens, 1)
 
     @property
     def head(self) -> int:
@@ -82,7 +100,7 @@ def forward_seconds(
 ) -> float:
     """Return the seconds of a forward pass over `tokens` in all; each sequence has `context` tokens in its cache."""
     arithmetic = operations(shape, tokens, context, scored) / split / (hardware.flops * hardware.efficiency)
-    read = (shape.parameters * width + sequences * context * shape.kv_width * width) / split
+    read = (shape.read(tokens) * width + sequences * context * shape.kv_width * width) / split
     return max(arithmetic, read / hardware.bandwidth) + shape.layers * hardware.seconds_per_layer
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from drafter.decoding.roles import ROLES
 from drafter.metrics import Counts, by_prompt, estimate
-from experiments.reporting.results import Evaluation, Gamma, Part, sorted_gammas
+from experiments.reporting.parts import Gamma, Part
+from experiments.reporting.results import Evaluation, sorted_gammas
 from experiments.reporting.tabular import Table, with_interval
 
 TITLES = {"turn": "τ by turn", "role": "τ by role", "position": "τ by position in the answer"}

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from drafter.decoding.timings import CallTimings
 
 
+# How a block's cost differs from cγ + v(γ) where drafts are proposed without a model.
+BLOCKS = {
+    "alone": "Drafts are proposed without a model: a block costs c + v(n) with its own number n of drafts, v(0) = 1.",
+    "beside a model": "A block whose drafts are proposed without the model costs v(n) with its own number n of drafts.",
+}
+
+
 class GammaRow(NamedTuple):
     """A task at one gamma: block efficiency, the cost of a block in target calls, and the speed-ups."""
 
@@ -29,6 +36,7 @@ def gamma_page(
     compiled: bool,
     widths: Mapping[int, int],
     rule: str = RATIO,
+    without_model: str | None = None,
 ) -> str:
     """Return the page in Markdown.
 
@@ -39,21 +47,33 @@ def gamma_page(
         compiled: whether both models were compiled.
         widths: number of tokens -> number to which target calls were padded.
         rule: the acceptance rule above temperature 0, which the page names unless it is the paper's.
+        without_model: whether drafts are proposed without a model, "alone" or "beside a model"; None if not.
     """
     how = "both models compiled" if compiled else "no model compiled"
+    call = "proposing the drafts of a block" if without_model == "alone" else "a drafter call"
+    states = {"target": timings.target_replays, "drafter": timings.drafter_replays}
     lines = [
         f"# Which γ for {drafter}",
         "",
-        f"On this machine ({how}) a drafter call takes {1e3 * timings.drafter:.2f} ms and a target call with one token "
+        f"On this machine ({how}) {call} takes {1e3 * timings.drafter:.2f} ms and a target call with one token "
         f"{1e3 * timings.target[0]:.2f} ms: c = {timings.ratio:.2f}. A target call with γ + 1 tokens takes v(γ) times "
         f"as long. A block costs cγ + v(γ) target calls and gives τ(γ) tokens; τ counts the bonus token.",
         "",
     ]
+    if without_model:
+        lines += [f"{BLOCKS[without_model]} γ is the most drafts of a block; cγ + v is the mean over blocks.", ""]
     if rule != RATIO:
         lines += [f"Above temperature 0, drafts are accepted by the rule `{rule}`.", ""]
     if widths:
         padded = ", ".join(f"{count} to {width}" for count, width in sorted(widths.items()))
         lines += [f"Target calls are padded where that is faster on this machine: {padded} tokens.", ""]
+    if replaying := [name for name, replays in states.items() if replays]:
+        have = "have" if len(replaying) > 1 else "has"
+        lines += [
+            f"The {' and the '.join(replaying)} {have} states, so that after a rejected draft the accepted tokens "
+            f"are read again. cγ + v includes this, as if it happened in every block.",
+            "",
+        ]
     columns = ["γ", "τ", "v", "cγ + v", "predicted speed-up", "measured"]
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task]

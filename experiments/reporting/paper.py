@@ -10,7 +10,8 @@ import numpy as np
 
 from drafter.metrics import Estimate, block_efficiency, estimate, paired_difference
 from experiments.reporting.identity import PRETRAINED
-from experiments.reporting.results import POOLED, Evaluation, Gamma, counts_by_prompt, sorted_gammas, tasks_and_gammas
+from experiments.reporting.parts import Gamma
+from experiments.reporting.results import POOLED, Evaluation, counts_by_prompt, sorted_gammas, tasks_and_gammas
 from experiments.reporting.tabular import Table, number, with_interval
 
 # The numbers that the paper prints, in its abstract and tables of architectures. Its other results are figures.
@@ -35,22 +36,25 @@ DATA = {
 }
 
 
-def models(configs: dict[str, dict[str, Any]], parameters: dict[str, int]) -> Table:
+def models(configs: dict[str, dict[str, Any]], parameters: dict[str, int], active: dict[str, int]) -> Table:
     """Return the table of architectures and sizes, with the paper's own models.
 
     Args:
         configs: "target" or "drafter" -> the model's config.json.
         parameters: the same names -> the number of parameters.
+        active: the same names -> the number of those that a token meets; fewer in a mixture of experts.
     """
     rows = []
     for name, config in configs.items():
         fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         named = [str(config.get(field) or config.get(OTHER_NAMES.get(field, ""), "")) for field in fields]
-        ratio = "" if name == "target" else f"{parameters[name] / parameters['target']:.2%}"
-        rows.append([name, *named, number(parameters[name]), ratio])
+        ratio = "" if name == "target" else f"{active[name] / active['target']:.2%}"
+        met = f" ({number(active[name])} active)" if active[name] < parameters[name] else ""
+        rows.append([name, *named, number(parameters[name]) + met, ratio])
     rows += [[name, *map(str, sizes), number(count), ratio] for name, *sizes, count, ratio in PAPER_MODELS]
     columns = ["model", "layers", "hidden", "intermediate", "heads", "vocabulary", "parameters", "c"]
-    return Table("models", "Architectures", columns, rows, "c is drafter / target parameters.")
+    of_mixtures = ", of a mixture of experts those that a token meets (active)" if active != parameters else ""
+    return Table("models", "Architectures", columns, rows, f"c is drafter / target parameters{of_mixtures}.")
 
 
 OTHER_NAMES = {

@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,32 +13,12 @@ import numpy as np
 from drafter.artifacts.manifest import MANIFEST, STARTED, ArtifactError, read_jsonl, read_manifest
 from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference, read_row
 from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields, read_record
+from experiments.reporting.parts import Gamma, Part, parts_of
 
 POOLED = "in domain, all"
-Gamma = int | str  # "adaptive"
+Key = tuple[str, Gamma, str]  # task, gamma, prompt
 RATIO = "ratio"  # the paper's acceptance rule
-
-
-class Part(NamedTuple):
-    """The counts of a part of one prompt's decoding: a turn, the tokens of one role, or a range of positions.
-
-    Attributes:
-        kind: what the decoding is divided by: "turn", "role" or "position".
-        label: which turn, role or range it is.
-        gamma: the draft length.
-        task: the task.
-        prompt: the prompt's id.
-        tokens: generated tokens.
-        target_calls: calls of the target.
-    """
-
-    kind: str
-    label: str
-    gamma: Gamma
-    task: str
-    prompt: str
-    tokens: int
-    target_calls: int
+KEY = itemgetter("task", "gamma", "prompt")  # of a row of counts.jsonl
 
 
 class Evaluation(NamedTuple):
@@ -45,23 +26,25 @@ class Evaluation(NamedTuple):
 
     Attributes:
         drafter: which drafter it is.
-        size_ratio: c, the drafter's parameters divided by the target's.
+        size_ratio: c, the drafter's parameters divided by the target's; of mixtures of experts, the active ones.
         in_domain: the tasks whose kind of prompts the drafters are finetuned on.
         counts: (task, gamma, prompt) -> counts.
         positions: for each row of counts, its gamma, and the accepted and tested drafts at each position of a block.
         directory: the directory that it was read from.
         rule: the acceptance rule of the counts. Those at temperature 0 hold for every rule.
         parts: the parts of each decoding; none if an earlier version of this project made or began the evaluation.
+        drafted_by_model: the key of `counts` -> drafts by the model, where others were drafted without a model.
     """
 
     drafter: DrafterIdentity
     size_ratio: float
     in_domain: tuple[str, ...]
-    counts: dict[tuple[str, Gamma, str], Counts]
+    counts: dict[Key, Counts]
     positions: list[tuple[Gamma, list[int], list[int]]]
     directory: Path
     parts: Sequence[Part] = ()
     rule: str = RATIO
+    drafted_by_model: Mapping[Key, int] = {}
 
     @property
     def series(self) -> str:
@@ -108,15 +91,31 @@ def read_evaluations(folder: Path, base: str = PRETRAINED, rule: str = RATIO) ->
         if rule not in rules_of(manifest):
             continue
         rows = rows_by_rule(read_jsonl(path.parent / "counts.jsonl"), rule)
-        counts = {(row["task"], row["gamma"], row["prompt"]): read_row(row) for row in rows}
+        counts = {KEY(row): read_row(row) for row in rows}
         positions = [(row["gamma"], *row["by_position"]) for row in rows]
         # An earlier version may have begun an evaluation that this one has finished.
         parts = [part for row in rows for part in parts_of(row)] if all("turn" in row for row in rows) else []
-        ratio = summary["drafter_parameters"] / summary["target_parameters"]
+        sizes = active_parameters(summary)
         in_domain = tuple(task for task, how in tasks.items() if how["in_domain"])
         drafter = read_fields(summary, path.parent)
-        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts, rule))
+        by_model = {KEY(row): row["drafted_by_model"] for row in rows if "drafted_by_model" in row}
+        ratio = sizes["drafter"] / sizes["target"]
+        found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts, rule, by_model))
     return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
+
+
+def active_parameters(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of parameters of drafter and target that a token meets, given an evaluation's counts.
+
+    These are all, but in a mixture of experts.
+
+    >>> active_parameters({"drafter_parameters": 4, "target_parameters": 100})
+    {'drafter': 4, 'target': 100}
+    """
+    return {
+        model: summary.get(f"{model}_active_parameters", summary[f"{model}_parameters"])
+        for model in ("drafter", "target")
+    }
 
 
 def rules_of(manifest: Mapping[str, Any]) -> list[str]:
@@ -140,18 +139,6 @@ def rows_by_rule(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str, An
     [{'n': 1, 'greedy': True}, {'n': 3, 'rule': 'argmax'}]
     """
     return [row for row in rows if row.get("rule", RATIO) == rule or row.get("greedy", False)]
-
-
-def parts_of(row: dict[str, Any]) -> list[Part]:
-    """Return the parts of a row of counts.jsonl, as far as it has them."""
-    divided = {"role": row.get("by_role", {}), "position": row.get("by_answer_position", {})}
-    if "turn" in row:
-        divided["turn"] = {str(row["turn"]): (row["tokens"], row["target_calls"])}
-    return [
-        Part(kind, label, row["gamma"], row["task"], row["prompt"], *counts)
-        for kind, counts_by_label in divided.items()
-        for label, counts in counts_by_label.items()
-    ]
 
 
 def seed_and_step(evaluation: Evaluation) -> tuple[int, int]:
@@ -203,9 +190,7 @@ def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Res
             counts = counts_by_prompt(of_series, task, gamma)
             reference = counts_by_prompt([one for one in evaluations if one.series == base], task, gamma)
             efficiency = estimate(counts, "block_efficiency")
-            sums = Counts(*np.sum(list(counts.values()), axis=0))
-            drafts = gamma if isinstance(gamma, int) else sums.drafted / sums.target_calls
-            speedup = [memory_bound_speedup(value, of_series[0].size_ratio, drafts) for value in efficiency]
+            cost = of_series[0].size_ratio, mean_drafts(of_series, task, gamma)
             comparable = series != base and reference.keys() == counts.keys()
             rows.append(
                 ResultRow(
@@ -217,7 +202,7 @@ def summarise(evaluations: list[Evaluation], base: str = PRETRAINED) -> list[Res
                     efficiency,
                     estimate(counts, "expected_block_efficiency"),
                     paired_difference(counts, reference, "block_efficiency") if comparable else None,
-                    Estimate(*speedup),
+                    Estimate(*(memory_bound_speedup(value, *cost) for value in efficiency)),
                     token_rate(counts),
                     estimate(counts, "acceptance_rate"),
                 )
@@ -241,13 +226,27 @@ def tasks_and_gammas(evaluation: Evaluation) -> list[tuple[str, Gamma]]:
 
 def counts_by_prompt(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> dict[str, np.ndarray]:
     """Return the counts by prompt of one task (or POOLED) and gamma, summed over the evaluations (seeds)."""
-    picked = [
-        (prompt, counts)
-        for evaluation in evaluations
-        for (of_task, of_gamma, prompt), counts in evaluation.counts.items()
-        if of_gamma == gamma and (of_task == task or (task == POOLED and of_task in evaluation.in_domain))
+    keys = keys_of(evaluations, task, gamma)
+    return by_prompt([prompt for _, (_, _, prompt) in keys], [one.counts[key] for one, key in keys])
+
+
+def keys_of(evaluations: Iterable[Evaluation], task: str, gamma: Gamma) -> list[tuple[Evaluation, Key]]:
+    """Return the evaluations with each key of their counts of one task (or POOLED) and gamma."""
+    return [
+        (one, key)
+        for one in evaluations
+        for key in one.counts
+        if key[1] == gamma and (key[0] == task or (task == POOLED and key[0] in one.in_domain))
     ]
-    return by_prompt([prompt for prompt, _ in picked], [counts for _, counts in picked])
+
+
+def mean_drafts(evaluations: Sequence[Evaluation], task: str, gamma: Gamma) -> float:
+    """Return gamma or, where it varies, how many tokens a draft model has drafted per block."""
+    if isinstance(gamma, int) and not any(one.drafted_by_model for one in evaluations):
+        return gamma
+    keys = keys_of(evaluations, task, gamma)
+    drafted = sum(one.drafted_by_model.get(key, one.counts[key].drafted) for one, key in keys)
+    return drafted / sum(one.counts[key].target_calls for one, key in keys)
 
 
 def sorted_gammas(gammas: Iterable[Gamma]) -> list[Gamma]:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from drafter.metrics import Estimate, estimate, memory_bound_speedup, paired_difference
 from experiments.reporting.paper import by_seed, difference, domain_task, efficiency, is_outside, of_series
-from experiments.reporting.results import RATIO, Evaluation, Gamma, counts_by_prompt, tasks_and_gammas
+from experiments.reporting.parts import Gamma
+from experiments.reporting.results import RATIO, Evaluation, counts_by_prompt, tasks_and_gammas
 from experiments.reporting.tabular import Table, with_interval
 
 

@@ -1,6 +1,7 @@
 """A table that can be written as Markdown and as LaTeX."""
 
 import re
+from math import isnan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,8 +85,8 @@ def escaped(text: str) -> str:
 
 
 def with_interval(value: Estimate | None, signed: bool = False) -> str:
-    """Return an estimate with its interval, such as "2.31 [2.20, 2.44]"; "" for None."""
-    if value is None:
+    """Return an estimate with its interval, such as "2.31 [2.20, 2.44]"; "" for None and NaN."""
+    if value is None or isnan(value.value):
         return ""
     sign = "+" if signed else ""
     return f"{value.value:{sign}.2f} [{value.low:{sign}.2f}, {value.high:{sign}.2f}]"

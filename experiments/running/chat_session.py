@@ -13,6 +13,7 @@ from drafter.data.text_stream import Piece, TextStream
 from drafter.decoding.acceptance import Block
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.decoders import Decodable
+from drafter.decoding.drafting import Drafter, models_of
 from drafter.decoding.generation import Decoded, first_difference
 from drafter.decoding.options import Adaptive, DecodingOptions, max_draft_length
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
@@ -27,7 +28,7 @@ class Pair(NamedTuple):
     """A target and its drafter, and how they decode together."""
 
     target: Decodable
-    drafter: Decodable
+    drafter: Drafter
     num_speculative_tokens: int | Adaptive
     options: DecodingOptions
 
@@ -39,7 +40,7 @@ class Pair(NamedTuple):
     def warm_up(self, prompt: list[int]) -> None:
         """Make every kind of call once, because the first ones are slow: they set up, or compile."""
         most = max_draft_length(self.num_speculative_tokens)
-        for model, longest in ((self.target, most + 1), (self.drafter, 2)):
+        for model, longest in ((self.target, most + 1), *((model, 2) for model in models_of(self.drafter))):
             decoder = decoder_of(model)
             decoder.forward([prompt], [0], 1)
             for count in range(1, longest + 1):

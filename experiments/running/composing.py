@@ -16,6 +16,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 # Keys whose values already choose a directory, in every stage.
 DIRECTORY_KEYS = ("root", "out", "scale", "name", "series", "label", "experiment", "logger", "cluster")
 
+# ~ or ~user where a path begins; also in the name of a drafter without a model, such as ngram:~/responses+~/drafter.
+HOME = re.compile(r"(?:^|(?<=[:+]))~[^/:+]*")
+
 
 class Keys(NamedTuple):
     """The keys of a config that an override can start with.
@@ -64,8 +67,8 @@ def _expand(section: DictConfig | ListConfig, written: Any) -> None:
     for key, value in written.items() if isinstance(written, dict) else enumerate(written):
         if isinstance(value, (dict, list)):
             _expand(section[key], value)
-        elif isinstance(value, str) and value.startswith("~") and key != "template":
-            section[key] = os.path.expanduser(value)
+        elif isinstance(value, str) and value.startswith(("~", "ngram")) and key != "template":
+            section[key] = HOME.sub(lambda found: os.path.expanduser(found[0]), value)
 
 
 def concerning(name: str, arguments: list[str]) -> list[str]:

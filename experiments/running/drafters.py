@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from drafter.artifacts.manifest import MANIFEST, STARTED, ArtifactError
-from drafter.models.fingerprints import model_fingerprint
 from experiments.reporting.identity import IDENTITY, STEPS
+from experiments.running.named_drafters import fingerprint_of, label_of, model_of, path_of
 
 log = logging.getLogger(__name__)
 
@@ -16,13 +16,22 @@ log = logging.getLogger(__name__)
 def find_drafters(patterns: list[str]) -> list[str]:
     """Return the finished model directories that match each pattern, in order.
 
-    A pattern that does not look like a path, such as "org/name", is returned unchanged, as the name of a hub model.
+    A pattern that does not look like a path, such as "org/name", is returned unchanged, as the name of a hub model. So
+    is the name of a drafter without a model; if it is combined with models, there is a name for each that matches.
 
     Raises:
         ArtifactError: a local pattern matches nothing.
+        ValueError: it begins like the name of a drafter without a model, but is none.
     """
     found = []
-    for pattern in patterns:
+    for name in patterns:
+        pattern = model_of(name)
+        if pattern is None:
+            found.append(name)
+            continue
+        if pattern != name:
+            found += [name.removesuffix(pattern) + path for path in find_drafters([pattern])]
+            continue
         paths, is_glob = match_paths(pattern)
         local = sorted(path for path in paths if (Path(path) / "config.json").exists())
         finished = [path for path in local if _is_finished(Path(path))] if is_glob else local
@@ -53,18 +62,18 @@ def match_paths(pattern: str) -> tuple[list[str], bool]:
 
 
 def output_directories(out: Path, paths: list[str]) -> dict[str, Path]:
-    """Return the directory of each drafter's evaluation, which has the name of the drafter's own directory.
+    """Return the directory of each drafter's evaluation, which has the drafter's label: its own directory's name.
 
     Drafters with the same name get the name of a parent directory in front. A drafter that was evaluated under its
     plain name before keeps that name. Of several copies of one drafter, only the first is evaluated.
 
     Args:
         out: the directory in which all evaluations lie.
-        paths: directories of drafters, or their names on the hub.
+        paths: directories of drafters, or their names (see named_drafters).
     """
     by_name: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
-        by_name.setdefault(Path(path).name, []).append(path)
+        by_name.setdefault(label_of(path), []).append(path)
     names = {same[0]: name for name, same in by_name.items() if len(same) == 1}
     for name, same in by_name.items():
         if len(same) > 1:
@@ -82,15 +91,16 @@ def _distinct_names(paths: list[str], evaluated: str | None, taken: set[str]) ->
     """
     first: dict[str, str] = {}
     for path in paths:
-        fingerprint = model_fingerprint(path)
+        fingerprint = fingerprint_of(path)
         if fingerprint in first:
             log.info("%s is a copy of %s, which is evaluated", path, first[fingerprint])
         first.setdefault(fingerprint, path)
-    name, others = Path(paths[0]).name, list(first.values())
+    name, others = label_of(paths[0]), list(first.values())
     kept = {} if evaluated not in first else {first[evaluated]: name}
     if len(others) == 1:
         return {others[0]: name}
-    above = {path: list((Path(path).absolute() if Path(path).exists() else Path(path)).parts[:-1]) for path in others}
+    places = {path: path_of(path) for path in others}
+    above = {path: list((place.absolute() if place.exists() else place).parts[:-1]) for path, place in places.items()}
     depths = range(1, max(map(len, above.values())) + 1)
     one_parent = ([(above[path][-depth:] or [""])[0] for path in others] for depth in depths)
     all_parents = (["-".join(above[path][-depth:]) for path in others] for depth in depths)

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter.artifacts.manifest import MANIFEST
 from drafter.data.conversations import opening
@@ -23,8 +23,9 @@ from drafter.data.prompts import check_embedding
 from drafter.data.selection import Row, read_instructions
 from drafter.data.sources import Source, entries
 from drafter.models.end_of_turn import end_of_turn_ids
-from drafter.models.inspection import num_parameters
+from drafter.models.inspection import num_active_parameters, num_parameters
 from drafter.models.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
+from drafter.models.quantisation import check_quantisation
 from experiments.running.choosing import choose_instructions, choose_prompts, prompt_length
 from experiments.running.data_settings import (
     Docstrings,
@@ -63,17 +64,24 @@ def show(cfg: DictConfig, stage: str, check: Callable[[DictConfig], object] = la
 def models(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Describe the target and the drafter, built on the meta device, and the tokenizer."""
     path, source = cfg.target.path, target_source(cfg)
+    check_quantisation(source)
     rows = vocabulary_width(source)
     check_embedding(tokenizer, rows, path)
     target = meta_model(source)
     drafter = empty_drafter(cfg, target)
-    ratio = num_parameters(drafter) / num_parameters(target)
+    ratio = num_active_parameters(drafter) / num_active_parameters(target)
     context = context_limit(source)
-    yield f"target {path}: {type(target).__name__}, {num_parameters(target):,} parameters, context {context:,}"
+    yield f"target {path}: {type(target).__name__}, {counted(target)}, context {context:,}"
     ends = end_of_turn_ids(source, tokenizer)
     template = "with a chat template" if tokenizer.chat_template else "without a chat template: prompts are used as is"
     yield f"tokenizer: {len(tokenizer):,} tokens, {rows:,} rows, ends at {ends}, {template}"
-    yield f"drafter: {type(drafter).__name__}, {num_parameters(drafter):,} parameters, c = {ratio:.2%}"
+    yield f"drafter: {type(drafter).__name__}, {counted(drafter)}, c = {ratio:.2%}"
+
+
+def counted(model: PreTrainedModel) -> str:
+    """Return the number of parameters as text, and of a mixture of experts also that of the active ones."""
+    number, active = num_parameters(model), num_active_parameters(model)
+    return f"{number:,} parameters" + (f" ({active:,} active per token)" if active < number else "")
 
 
 def data(cfg: DictConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -25,12 +25,14 @@ from drafter.data.engines import (
 )
 from drafter.data.responses import Instruction, plan, shards
 from drafter.decoding.options import DecodingOptions
+from drafter.decoding.padded import Way, way_of
 from drafter.decoding.speculative import autoregressive_decode
 from drafter.models.source import ModelSource
 from drafter.ranks import Ranks
 from experiments.running.responding import engine, log_ignored_settings
 from tests.conftest import VOCABULARY, save_target, small_model
 from tests.data.test_responses import requests
+from tests.families import family
 
 # Values for the fields of a generation config that would change what is generated, or how it is returned.
 TRUE = "early_stopping do_sample use_mtp renormalize_logits remove_invalid_values token_healing output_attentions "
@@ -104,6 +106,32 @@ def test_a_response_ends_with_its_first_stop_token(target, make):
     for tokens in make(target, Limits(0.95, 12, stops), 100)(requests()):
         assert all(token not in stops for token in tokens[:-1])
         assert tokens[-1] in stops or len(tokens) == 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "batches", "pads"),
+    [("rwkv", False, False), ("minimax", True, False), ("recurrent_gemma", True, False), ("lfm2", True, True)],
+)
+def test_a_target_with_states_responds_as_without_a_cache_whatever_its_padding_would_do(kind, batches, pads):
+    target = family(kind)
+    assert way_of(target) == Way(batches, pads, caches=True)
+    prompts = [[3, 5, 7, 9, 11, 2, 4], [13, 8, 6], [21, 22, 23, 24, 25], [9, 8, 7], [6]]
+    asked = [Request(str(number), "k", "train", 0.0, prompt) for number, prompt in enumerate(prompts)]
+    for prompt, tokens in zip(prompts, transformers_engine(target, Limits(1.0, 20, []), 100)(asked), strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 20:
+            ids.append(int(target(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert tokens == ids[len(prompt) :]
+        assert len(set(tokens)) > 2
+
+
+def test_a_target_whose_cache_is_wrong_responds_without_it(monkeypatch):
+    target, errors = small_model(1), {True: 2.0, False: 0.1}
+    monkeypatch.setattr("drafter.decoding.padded._error", lambda _, way: errors[way.caches])
+    assert way_of(target) == Way(batches=False, pads=False, caches=False)
+    errors[False] = 3.0
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not generate the text of its own logits"):
+        way_of(small_model(1))
 
 
 def test_a_mixture_chooses_the_engine_of_a_request_by_its_id_alone():

@@ -7,8 +7,10 @@ from drafter.decoding.capabilities import check_can_decode, check_decodes, decod
 from drafter.decoding.decoders import Compiled, Decoder
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
+from drafter.decoding.stateful import StatefulDecoder
+from drafter.decoding.timings import CallTimings, measure_call_timings
 from tests.conftest import small_model
-from tests.families import DECODE, REFUSED, family
+from tests.families import DECODE, REFUSED, STATEFUL, family
 
 PROMPT = [3, 5, 7, 9, 11, 2, 4]
 
@@ -40,8 +42,56 @@ def test_a_family_decodes_as_without_a_cache_even_beyond_its_window(kind):
     assert len(set(expected)) > 2
 
 
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_family_with_states_decodes_as_without_a_cache_as_target_and_as_drafter(kind):
+    target = family(kind)
+    check_can_decode(target.config)
+    expected, options = uncached(target, PROMPT, 20), DecodingOptions(20)
+    decoded = speculative_decode(target, like(target), PROMPT, 3, options)
+    assert decoded.tokens == autoregressive_decode(target, PROMPT, options).tokens == expected
+    accepted = {block.accepted for block in decoded.blocks}
+    assert 0 in accepted  # rejected at once,
+    assert accepted & {1, 2}  # and after an accepted draft
+    assert len(set(expected)) > 2
+    with pytest.raises(ValueError, match="has states, which advance for all sequences at once: decode its sequences"):
+        speculative_decode_batch(target, target, [PROMPT], 3, options)
+    with pytest.raises(ValueError, match="has states, which a compiled call does not keep: give compile=false"):
+        decoder_of(Compiled(target, 40))
+
+
+def test_wrong_states_that_look_like_rounding_are_told_from_it():
+    """Jamba begins from an empty state if a later call has several tokens: wrong by a tenth of what others change."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for seed in range(4):
+            decoder = decoder_of(family("jamba", seed).to(dtype))
+            assert isinstance(decoder, StatefulDecoder)
+            assert decoder.one_at_a_time
+        decoder = decoder_of(family("qwen3_5_text").to(dtype))
+        assert isinstance(decoder, StatefulDecoder)
+        assert not decoder.one_at_a_time
+
+
+def test_a_decoder_with_states_can_return_to_any_earlier_position():
+    model = family("qwen3_5_text")
+    decoder, tokens = StatefulDecoder(model), [*PROMPT, 8, 6, 10, 12]
+    expected_TV = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    for start, end in ((0, 6), (6, 9), (7, 8), (8, 11), (8, 9), (9, 11), (2, 7), (0, 11)):
+        found_TV = decoder.forward([tokens[start:end]], [start], end - start)[0]
+        torch.testing.assert_close(found_TV, expected_TV[start:end], rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_of_a_target_with_states_also_takes_the_time_of_reading_its_tokens_again(drafter):
+    timings = measure_call_timings(family("lfm2"), drafter, PROMPT, 2)
+    assert timings.target_replays
+    assert not timings.drafter_replays
+    assert timings.widths() == {}
+    one = CallTimings(0.2, [1.0, 1.1, 1.3], target_replays=True)
+    assert one.block(2) == pytest.approx(0.2 * 2 + 1.3 + 1.1)
+    assert one._replace(drafter_replays=True).block(2) == pytest.approx(0.2 * 3 + 1.3 + 1.1)
+
+
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_family_that_keeps_a_state_is_refused_by_name_as_target_and_as_drafter(kind, drafter):
+def test_a_family_whose_states_cannot_be_put_back_is_refused_by_name_as_target_and_as_drafter(kind, drafter):
     model = family(kind)
     named = f"{type(model).__name__} cannot be decoded with: .* finetuning and validation's expected block efficiency"
     for refused in (

@@ -5,7 +5,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from drafter.decoding.capabilities import decoder_of
-from drafter.decoding.decoders import Compiled, Padded
+from drafter.decoding.decoders import Compiled, Decoder, Padded
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.decoding.timings import REPEATS, WARM_UP, CallTimings, measure_call_timings
@@ -89,6 +89,7 @@ def test_padded_calls_change_nothing_but_their_width(target, drafter, temperatur
 @pytest.mark.parametrize("capacity", [None, 128])
 def test_a_call_is_not_padded_beyond_the_context_or_the_capacity(target, capacity):
     decoder = decoder_of(Padded(target if capacity is None else Compiled(target, capacity), {2: 8}))
+    assert isinstance(decoder, Decoder)
     decoder.forward([[1] * 120], [0], 1)
     lengths = []
     for start in (120, 119, 126):  # with padding: 128, 127, 134 tokens, and the context has 128

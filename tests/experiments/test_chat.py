@@ -265,6 +265,13 @@ def test_one_prompt_is_answered_once(pair, capsys, monkeypatch):
     assert text in answers([*overrides, "chat.prompt='what did the cat'"], capsys, monkeypatch)  # it is the same again
 
 
+@pytest.mark.parametrize("name", ["ngram", "ngram2-3+{folder}/drafter"])
+def test_a_drafter_without_a_model_answers_the_same(pair, capsys, monkeypatch, name):
+    folder, overrides = pair
+    given = [*overrides, f"chat.drafter={name.format(folder=folder)}", "chat.prompt='what did the cat'"]
+    assert "the target alone writes the same" in answers(given, capsys, monkeypatch)
+
+
 def test_piped_messages_are_answered_line_by_line(pair, capsys, monkeypatch):
     _, overrides = pair
     given = "what did the cat\n\n  \nwho ran\n/new\nwhat did the cat\n/quit\nnever\n"
@@ -384,6 +391,8 @@ def test_a_signal_ends_a_chat_that_nobody_types(pair, monkeypatch):
         ),
         ("chat.context=129", "chat.context is 129, and the shorter context of the two models is 128"),
         ("chat.prompt='  '", "chat.prompt is empty"),
+        ("chat.drafter=ngram & chat.compile=true", "chat.drafter is ngram, without a model: give false"),
+        ("chat.drafter=ngram3", "drafter 'ngram3': a drafter without a model is ngram, "),
         ("target.path={folder}/strict & chat.system=brief", "chat.system: the chat template refuses"),
         ("chat.system='{long}'", "the template with chat.system and a short message has 13"),
     ],
@@ -402,7 +411,7 @@ def test_what_cannot_chat_is_refused_before_any_weights_are_loaded(pair, monkeyp
         pytest.fail("weights were loaded")
 
     monkeypatch.setattr(chat, "load_target", load)
-    monkeypatch.setattr(chat, "frozen_drafter", load)
+    monkeypatch.setattr(chat, "load_named", load)
     with pytest.raises(ValueError, match=message):
         stage("chat", [*overrides, *change.format(folder=folder, long="cat " * 130).split(" & ")])
 

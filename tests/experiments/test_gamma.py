@@ -3,12 +3,17 @@
 import pytest
 import torch
 
+from drafter.decoding.drafting import Combined
 from drafter.decoding.evaluation import Task
+from drafter.decoding.ngrams import Lookup, NgramSizes
 from drafter.decoding.options import DecodingOptions
+from drafter.decoding.timings import CallTimings
 from drafter.warping import Sampling
-from experiments.gamma import block_efficiencies, by_rule, decode_prompt
+from experiments.gamma import DecodedPrompt, block_efficiencies, by_rule, decode_prompt
 from experiments.reporting.gamma_page import gamma_page
+from experiments.running.proposed_blocks import predict
 from experiments.running.turns import Work
+from tests.experiments.test_pipeline import stage
 
 
 def test_the_prediction_by_argmax_is_the_number_of_blocks_that_the_targets_text_has(target, drafter):
@@ -28,8 +33,74 @@ def test_the_prediction_by_argmax_is_the_number_of_blocks_that_the_targets_text_
 
 
 def test_the_page_names_the_rule_unless_it_is_the_papers():
-    class Timings:
-        drafter, target, ratio = 0.001, [0.01], 0.1
-
-    pages = [gamma_page([], Timings, "drafter", False, {}, rule) for rule in ("ratio", "argmax")]
+    timings = CallTimings(0.1, [1.0, 1.1])
+    pages = [gamma_page([], timings, "drafter", False, {}, rule) for rule in ("ratio", "argmax")]
     assert ["accepted by the rule `argmax`" in page for page in pages] == [False, True]
+
+
+@pytest.mark.parametrize("rule", ["argmax", "ratio"])
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_drafter_without_a_model_costs_what_its_blocks_verify(target, drafter, combined, rule):
+    timings = CallTimings(0.25, [1 + gamma / 10 for gamma in range(4)])
+    work = Work([Task("task", "task:1", "", [1, 2, 1, 2], DecodingOptions(60, Sampling(1.0)))], {}, {})
+    (task,) = by_rule(work, rule).tasks
+    chosen = Combined(Lookup(), drafter) if combined else Lookup()
+    answer = decode_prompt(task, target, chosen, [1], 1).tokens
+    predicted = predict([task], [answer], target, chosen, timings, 3)
+    plain = block_efficiencies([task], [DecodedPrompt(answer, {})], target, drafter, 3)
+    for gamma, (efficiency, cost) in enumerate(predicted, start=1):
+        assert 1 <= efficiency <= gamma + 1
+        assert 1 < cost <= 1 + gamma / 10 + (0.25 * gamma if combined else 0.25)
+        assert cost != pytest.approx(1 + gamma / 10 + 0.25 * gamma)  # some blocks are not drafted by the model
+        never = predict([task], [answer], target, Combined(Lookup(NgramSizes(60, 60)), drafter), timings, 3)
+        assert never[gamma - 1] == pytest.approx((plain[gamma - 1], 1 + gamma / 10 + 0.25 * gamma))
+
+
+def test_states_cost_a_replay_in_the_blocks_in_which_a_model_has_any(target, drafter):
+    task = Task("task", "task:1", "", [1, 2, 1, 2], DecodingOptions(40))
+    answer = decode_prompt(task, target, Lookup(), [1], 1).tokens
+    never = Combined(Lookup(NgramSizes(40, 40)), drafter)
+    for chosen in (never, Lookup()):
+        for of_drafter, of_target in ((True, False), (False, True), (True, True)):
+            timings = CallTimings(0.25, [1 + gamma / 10 for gamma in range(4)], of_drafter, of_target)
+            without = timings._replace(drafter_replays=False, target_replays=False)
+            found = [predict([task], [answer], target, chosen, one, 3) for one in (timings, without)]
+            for gamma, ((_, cost), (_, cheaper)) in enumerate(zip(*found, strict=True), start=1):
+                if chosen is never:
+                    assert cost == pytest.approx(timings.block(gamma))
+                elif of_target:  # of the blocks that have drafts, and these read at most gamma tokens again
+                    assert 0 < cost - cheaper < timings.verification(gamma - 1)
+                else:
+                    assert cost == cheaper  # there is no draft model
+
+
+def test_the_page_says_that_states_cost_a_second_reading():
+    for of_drafter, of_target, subject in (
+        (False, False, None),
+        (True, False, "The drafter has"),
+        (False, True, "The target has"),
+        (True, True, "The target and the drafter have"),
+    ):
+        page = gamma_page([], CallTimings(0.1, [1.0, 1.1], of_drafter, of_target), "drafter", False, {})
+        assert ("states" in page) == (subject is not None)
+        assert subject is None or f"{subject} states, so that after a rejected draft" in page
+
+
+@pytest.mark.parametrize("name", ["ngram", "ngram2-4+{root}/drafter"])
+def test_the_report_of_a_drafter_without_a_model(world, tmp_path, capsys, name):
+    overrides, root = world
+    given = [
+        *overrides,
+        f"gamma.drafter={name.format(root=root)}",
+        "gamma.largest=3",
+        f"out={tmp_path}",
+        "gamma.pad=false",
+    ]
+    stage("gamma", [*given, "gamma.decode=[2]", "gamma.prompts_per_task=2"])
+    page = capsys.readouterr().out
+    assert f"# Which γ for {name.format(root=root)}" in page
+    assert ("proposing the drafts of a block takes" in page) == (name == "ngram")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == ("ngram" if name == "ngram" else "ngram2-4+drafter")
+    with pytest.raises(ValueError, match=r"gamma.drafter is ngram, without a model: give false"):
+        stage("gamma", [*overrides, "gamma.drafter=ngram", "gamma.compile=true", f"out={tmp_path}/out"])

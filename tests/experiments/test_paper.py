@@ -88,11 +88,16 @@ def test_the_line_along_finetuning_goes_from_the_pretrained_drafter_to_the_end(w
 
 def test_architectures_have_a_row_for_each_model_at_hand_and_the_papers_own():
     configs = {"target": {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 24}}
-    table = paper.models(configs, {"target": 158_000, "drafter": 7900})
+    parameters = {"target": 158_000, "drafter": 7900}
+    table = paper.models(configs, parameters, parameters)
     assert table.rows[0] == ["target", "2", "32", "", "4", "24", "158k", ""]
     assert [row[0] for row in table.rows[1:]] == [row[0] for row in paper.PAPER_MODELS]
     configs["drafter"] = {"num_hidden_layers": 1, "hidden_size": 8}
-    assert paper.models(configs, {"target": 158_000, "drafter": 7900}).rows[1][-2:] == ["7.9k", "5.00%"]
+    assert paper.models(configs, parameters, parameters).rows[1][-2:] == ["7.9k", "5.00%"]
+    assert table.note == "c is drafter / target parameters."
+    mixture = paper.models(configs, parameters, parameters | {"target": 79_000})
+    assert [row[-2:] for row in mixture.rows[:2]] == [["158k (79k active)", ""], ["7.9k", "10.00%"]]
+    assert "of a mixture of experts those that a token meets" in mixture.note
 
 
 def test_latex_escapes_what_it_has_to_and_aligns_numbers_right():

@@ -299,10 +299,14 @@ def test_the_pipeline_refuses_a_wrong_value_of_its_last_stage_before_the_first_c
 
 
 def save_hybrid(folder):
-    """Save a target whose config has convolution layers; it is refused without weights."""
+    """Save a target whose states are not in transformers' cache; it is refused without weights."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    kinds = {"num_key_value_heads": 2, "max_position_embeddings": 512, "layer_types": ["conv", "full_attention"]}
-    AutoConfig.for_model("lfm2", vocab_size=4096, **sizes, **kinds).save_pretrained(folder)
+    kinds = {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    AutoConfig.for_model("minimax", vocab_size=4096, **sizes, **kinds).save_pretrained(folder)
     for path in Path("assets/tiny-target").glob("*token*"):
         shutil.copy(path, folder)
     return str(folder)
@@ -311,11 +315,13 @@ def save_hybrid(folder):
 def test_a_target_that_cannot_be_decoded_is_refused_before_anything_computes(tmp_path):
     target, how = save_hybrid(tmp_path / "target"), ["scale=smoke", "logger=csv", f"root={tmp_path}/run"]
     how += [f"target.path={target}", "dry_run=true"]
-    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM cannot be decoded with: .* no evaluate, gamma and trim"):
+    with pytest.raises(
+        ValueError, match=r"MiniMaxForCausalLM cannot be decoded with: .* no evaluate, gamma, trim and chat"
+    ):
         main([*how, "losses=[kld]"])
     for name in ("evaluate", "gamma", "trim"):
         drafter = [] if name == "evaluate" else [f"{name}.drafter=nowhere"]
-        with pytest.raises(ValueError, match="Lfm2ForCausalLM cannot be decoded with"):
+        with pytest.raises(ValueError, match="MiniMaxForCausalLM cannot be decoded with"):
             stage(name, [*how, *drafter])
     assert not (tmp_path / "run").exists()
 

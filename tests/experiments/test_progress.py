@@ -102,3 +102,20 @@ def test_the_last_lines_say_if_times_were_not_measured(tmp_path):
     found = [evaluation("kld", 40, seconds, tmp_path) for seconds in (1.0, float("nan"))]
     _, pays, _ = conclusions(found, "runs/tiny/report")
     assert pays == "Whether it pays on this machine was not measured: evaluate with evaluate.batch_size=1."
+
+
+def test_the_last_lines_say_of_the_best_drafter_with_a_model_if_another_one_is_best(tmp_path):
+    found = [
+        evaluation(name, calls, seconds, tmp_path)
+        for name, calls, seconds in (("pretrained", 50, 1.0), ("kld", 40, 2.0), ("ngram", 30, 0.5))
+    ]
+    found[2] = found[2]._replace(drafter=DrafterIdentity("ngram"), size_ratio=0.0)
+    best, pays, trained, _ = conclusions(found, "runs/tiny/report")
+    assert best == "Best drafter: ngram, block efficiency 2.00 [2.00, 2.00] (γ = 3, the task task). It has no model."
+    assert pays.startswith("It pays")
+    assert trained.startswith("Best drafter with a model: kld, block efficiency 1.50 [1.50, 1.50] against 1.20")
+    assert "It does not pay on this machine" in trained
+    assert len(conclusions(found[:2], "runs/tiny/report")) == 3
+    alone = conclusions(found[2:], "runs/tiny/report")
+    assert alone[0].startswith("Best drafter: ngram, block efficiency 2.00")
+    assert len(alone) == 3

@@ -3,7 +3,9 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.families import family
 from drafter.models.initialization import build_drafter
+from drafter.models.inspection import num_active_parameters
 from drafter.models.loading import meta_model
 from experiments.planning.roofline import (
     Hardware,
@@ -120,3 +122,16 @@ def test_memory_of_training_and_decoding_is_shared_over_devices():
     assert whole["weights"] == 4 * shape.parameters
     decoding = generation_memory(shape, 8, 100, 2, 2)
     assert decoding["key-value cache"] == 8 * 100 * shape.kv_width
+
+
+def test_a_call_of_a_mixture_reads_the_experts_that_its_tokens_meet():
+    shape = Shape.of(family("mixtral"))
+    dense = shape.parameters - shape.routed
+    assert shape.met == 0.5  # two of four experts
+    assert shape.active == dense + shape.routed // 2 == num_active_parameters(family("mixtral"))
+    assert [shape.read(count) for count in (1, 2)] == [dense + 0.5 * shape.routed, dense + 0.75 * shape.routed]
+    assert shape.read(100) == pytest.approx(shape.parameters)
+    few, many = (forward_seconds(FAST._replace(flops=1e18), shape, count, 0, 1, 4) for count in (1, 4))
+    assert many > 1.2 * few  # v grows with gamma
+    whole = Shape.of(family("llama"))
+    assert whole.active == whole.read(1) == whole.read(100) == whole.parameters

@@ -165,6 +165,22 @@ def test_evaluations_are_read_with_the_pretrained_drafter_first_then_by_loss_and
     assert found[0].counts["code", 3, "code:1"].tokens == 17
 
 
+def test_the_size_ratio_of_a_mixture_is_of_the_parameters_that_a_token_meets(root):
+    path = root / "evaluate" / "drafter" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert "mixture" not in tables.describe_prompts(read_evaluations(root / "evaluate"))
+    manifest["counts"] |= {"drafter_active_parameters": 3, "target_active_parameters": 10}
+    path.write_text(json.dumps(manifest))
+    found = read_evaluations(root / "evaluate")
+    assert [one.size_ratio for one in found] == [0.3, 0.04, 0.04, 0.04]
+    speedups = {(row.series, row.task, row.gamma): row for row in summarise(found)}
+    row = speedups["pretrained", "code", 3]
+    assert row.speedup.value == pytest.approx(row.block_efficiency.value / (1 + 3 * 0.3))
+    assert "c = 0.3000. Of a mixture of experts, c counts the parameters that a token meets." in (
+        tables.describe_prompts(found)
+    )
+
+
 def test_an_unfinished_evaluation_is_left_out(root):
     (root / "evaluate" / "tvd-seed1" / "manifest.json").unlink()
     assert {row.series for row in read_evaluations(root / "evaluate")} == {"pretrained", "kld"}
@@ -620,3 +636,16 @@ def test_tasks_whose_answers_often_reach_their_limit_are_named(tmp_path):
     path.write_text(json.dumps(manifest))
     (note,) = describe_cut_answers(read_evaluations(tmp_path / "evaluate"))
     assert note.startswith("Answers that reached max_new_tokens: 67% of open ended (17). ")
+
+
+def test_nothing_drafted_has_no_acceptance_rate(tmp_path):
+    """A drafter without a model may find nothing on a task."""
+    folder = evaluation(tmp_path, "ngram", "ngram", None, accepted=0, fields={"loss": None})
+    rows = read_jsonl(folder / "counts.jsonl")
+    for row in rows:
+        row |= {"tokens": 10, "accepted": 0, "tested": 0, "drafted": 0, "by_position": [[], []]}
+    write_jsonl(folder / "counts.jsonl", rows)
+    evaluation(tmp_path, "drafter", "pretrained", 0)
+    found = read_evaluations(tmp_path / "evaluate")
+    lines = [cells(line) for line in task_table(summarise(found), "n", "t").markdown().splitlines()]
+    assert [(line[2], line[-1]) for line in lines if line[1] == "ngram"] == [("1.00 [1.00, 1.00]", "")] * 4

@@ -10,8 +10,9 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PhiConfig
 
+from benchmarks.families import family as models_of
 from drafter.models.initialization import build_drafter, special_ids
-from drafter.models.inspection import check_positions, hidden_states, num_parameters
+from drafter.models.inspection import check_positions, hidden_states, num_active_parameters, num_parameters
 from drafter.models.loading import (
     context_length,
     embedding_checksum,
@@ -143,6 +144,33 @@ def test_a_special_token_without_a_row_in_the_embedding_is_none(saved):
     assert special_ids(tokenizer, beyond) == SPECIAL | {"pad_token_id": None}
     assert special_ids(tokenizer, beyond + 1) == SPECIAL | {"pad_token_id": beyond}
     build_drafter(SMALL, beyond, special_ids(tokenizer, beyond))
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "llama4_text", "jamba", "ernie4_5_moe"]
+)
+def test_the_active_parameters_of_a_mixture_are_those_that_a_token_changes(kind):
+    """The reference is the gradient of one token: an expert that it does not meet has none."""
+    model = models_of(kind).requires_grad_(True)
+    embedding = model.get_input_embeddings()
+    model(input_ids=torch.tensor([[5]]), use_cache=False).logits.square().sum().backward()
+    met = 0
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if gradient is None or parameter is embedding.weight:  # router biases; rows that are looked up count, too
+            met += parameter.numel()
+        elif parameter.dim() == 3 or "bias" in kind:
+            met += int(gradient.flatten(1).abs().sum(1).count_nonzero()) * parameter[0].numel()
+        else:
+            met += parameter.numel()
+    biases = [one for name, one in model.named_parameters() if name.endswith("proj_bias")]  # of gpt-oss's experts
+    met -= sum(one.numel() // 2 for one in biases)
+    assert num_active_parameters(model) == met < num_parameters(model)
+
+
+def test_the_active_parameters_of_another_model_are_all():
+    assert num_active_parameters(model := models_of("llama")) == num_parameters(model)
+    assert num_active_parameters(model := models_of("mamba2")) == num_parameters(model)
 
 
 def test_a_tied_embedding_is_counted_once():
