@@ -9,7 +9,10 @@ parameters does not learn them from a few million tokens, so their weights are c
 - In the second layer, head 0 attends to positions before which the same two tokens stand as here. It writes the
   embedding of the token at such a position, which is the token that followed there.
 
-The dimensions of the hidden state are those of the token's embedding, a constant, and two codes.
+The dimensions of the hidden state are those of the token's embedding, a constant, and two codes. Training changes the
+lengths of embeddings, and with them all that is normalised together with them. So queries and keys have to be
+normalised in each head, as in Qwen3: what looks back then depends on the sign of the constant alone, and codes are
+compared by the cosine of the angle between them.
 
 Shapes: V vocabulary, T tokens, H hidden size, K dimensions of the embedding, R of a code, D of a head.
 """
@@ -29,10 +32,11 @@ SCALE = 0.3  # of the embeddings: large enough that the first training steps do 
 CONSTANT = 2.0  # the constant, in units of the scale
 OUTPUT_GAIN = 0.3  # of the last normalisation
 FAST_PAIRS = 6  # pairs of a head's dimensions that the rotary embedding turns fastest, which tell neighbours apart
-PREVIOUS = 12.0  # by how much the logit of attention to the previous token exceeds that to its neighbours
-MATCH = 4.0  # the gain of queries and keys that compare codes
+PREVIOUS = 17.0  # by how much the logit of attention to the previous token exceeds that to its neighbours
+MATCH = 32.0  # the logit of attention to a position whose two codes are those wanted; it is half of it for one code
 COPY = 4.0  # the length of what is copied, in units of the embedding's
-REACH, TURN = 256, 0.7  # codes are compared in dimensions that turn by at most so many radians over so many tokens
+REACH, TURN = 1024, 0.7  # codes are compared in dimensions that turn by at most so many radians over so many tokens
+NORMALISED = ("qwen3",)  # architectures like Llama's that normalise the queries and keys of each head
 MARK = "copying_heads"  # the field of a config that says that a drafter has them
 SEED = 0  # of the projection to codes
 CHECKED = 64  # tokens of the check
@@ -61,7 +65,7 @@ def add_copying_heads(drafter: PreTrainedModel, target_VH: torch.Tensor, counts_
     """Give a drafter the target's embeddings, projected, and heads that copy, in place, and return it.
 
     Args:
-        drafter: a drafter of Llama's architecture with random weights and as many rows as the target.
+        drafter: a drafter of Qwen3's architecture with random weights and as many rows as the target.
         target_VH: the target's output embedding.
         counts_V: how often each token occurs in text. The codes tell frequent tokens apart best.
 
@@ -88,21 +92,27 @@ def add_copying_heads(drafter: PreTrainedModel, target_VH: torch.Tensor, counts_
     return drafter
 
 
-def copying_weights(drafter: PreTrainedModel) -> Iterator[tuple[nn.Parameter, tuple[slice, slice]]]:
+def copying_weights(drafter: PreTrainedModel) -> Iterator[tuple[nn.Parameter, tuple[slice, ...]]]:
     """Yield the weights that were computed so that heads copy, each with its part; none for other drafters.
 
-    What is copied, by the values of the second layer, is left out: training refines it.
+    What is copied, by the values of the second layer, is left out: training refines it. The constant of the embeddings
+    adds the same to the logits of all tokens, so that holding it takes nothing from training.
     """
     if not getattr(drafter.config, MARK, False):
         return
     model: Any = body(drafter)
-    first, second = (layer.self_attn for layer in model.layers[:2])
+    layers, constant = model.layers[:2], check_can_copy(drafter).embedding
+    first, second = (layer.self_attn for layer in layers)
     both, one, every = slice(2 * first.head_dim), slice(second.head_dim), slice(None)
+    yield model.embed_tokens.weight, (every, slice(constant, constant + 1))
     for projection in (first.q_proj, first.k_proj, first.v_proj):
         yield projection.weight, (both, every)
     yield first.o_proj.weight, (every, both)
     for projection in (second.q_proj, second.k_proj):
         yield projection.weight, (one, every)
+    for layer in layers:
+        for norm in (layer.input_layernorm, layer.self_attn.q_norm, layer.self_attn.k_norm):
+            yield norm.weight, (every,)
 
 
 def check_can_copy(drafter: PreTrainedModel) -> _Layout:
@@ -114,7 +124,7 @@ def check_can_copy(drafter: PreTrainedModel) -> _Layout:
     config, model = drafter.config.get_text_config(), body(drafter)
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     wanted = {
-        "be a model like Llama": all(hasattr(model, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")),
+        "normalise queries and keys, as Qwen3 does": config.model_type in NORMALISED,
         "have tied embeddings": config.tie_word_embeddings,
         "have two layers or more": config.num_hidden_layers >= 2,
         "have two heads or more, each with keys of its own": heads >= 2 and groups in (None, heads),
@@ -178,21 +188,21 @@ def _look_back(
     Queries and keys are constant but for the rotary embedding. The key is turned in advance by the distance, so that
     it points in the query's direction at that distance alone.
     """
-    constant, rows, half = layout.constant, _rows(attention, head), attention.head_dim // 2
+    rows, half = _rows(attention, head), attention.head_dim // 2
     fast = frequencies[:FAST_PAIRS]
-    contrast = float((1 - fast.cos()).sum()) / math.sqrt(attention.head_dim)
-    length = math.sqrt(PREVIOUS / contrast) / constant
     query, key = torch.zeros(attention.head_dim), torch.zeros(attention.head_dim)
-    query[: len(fast)] = length
-    key[: len(fast)] = length * (fast * (head + 1)).cos()
-    key[half : half + len(fast)] = length * (fast * (head + 1)).sin()
+    query[: len(fast)] = 1
+    key[: len(fast)] = (fast * (head + 1)).cos()
+    key[half : half + len(fast)] = (fast * (head + 1)).sin()
     for projection, vector in ((attention.q_proj, query), (attention.k_proj, key)):
         projection.weight[rows] = 0
         projection.weight[rows, layout.embedding] = vector
+    contrast = float((1 - fast.cos()).mean())
+    _sharpen(attention, PREVIOUS / contrast, torch.cat([torch.arange(len(fast)), half + torch.arange(len(fast))]))
     attention.v_proj.weight[rows] = 0
     values = attention.v_proj.weight[rows][: layout.code]
     values[:, : layout.embedding] = code_RK
-    values[:, layout.embedding] = -mean_R / constant
+    values[:, layout.embedding] = -mean_R / layout.constant
 
 
 def _match(attention: Any, layout: _Layout, code_RK: torch.Tensor, mean_R: torch.Tensor) -> None:
@@ -204,16 +214,27 @@ def _match(attention: Any, layout: _Layout, code_RK: torch.Tensor, mean_R: torch
     size, code, width = attention.head_dim, layout.code, layout.embedding
     copied, (previous, earlier) = min(size, width), layout.codes
     later_dims, earlier_dims = torch.arange(size // 2 - code, size // 2), torch.arange(size - code, size)
-    one = torch.eye(code) * MATCH
+    one = torch.eye(code)
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         projection.weight[:size] = 0
-    attention.q_proj.weight[later_dims, :width] = code_RK * MATCH
-    attention.q_proj.weight[later_dims, width] = -mean_R / layout.constant * MATCH
+    attention.q_proj.weight[later_dims, :width] = code_RK
+    attention.q_proj.weight[later_dims, width] = -mean_R / layout.constant
     attention.q_proj.weight[earlier_dims, previous] = one
     attention.k_proj.weight[later_dims, previous] = one
     attention.k_proj.weight[earlier_dims, earlier] = one
+    _sharpen(attention, MATCH, torch.cat([later_dims, earlier_dims]))
     attention.v_proj.weight[:copied, :copied] = torch.eye(copied)
     attention.o_proj.weight[:copied, :copied] = torch.eye(copied) * SCALE * COPY
+
+
+def _sharpen(attention: Any, logit: float, dimensions: torch.Tensor) -> None:
+    """Let queries and keys that lie in these dimensions of a head, and in one direction, have this logit.
+
+    Without a gain it is the square root of the head's size: both have a mean square of 1 (Qwen3's `q_norm`, `k_norm`).
+    The gain is that of all heads of the layer.
+    """
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.weight[dimensions] = math.sqrt(logit / math.sqrt(attention.head_dim))
 
 
 def _check_copies(drafter: PreTrainedModel, counts_V: torch.Tensor) -> None:

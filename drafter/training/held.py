@@ -17,7 +17,7 @@ class _Held(NamedTuple):
     """A part of a weight, and its values."""
 
     weight: nn.Parameter
-    part: tuple[slice, slice]
+    part: tuple[slice, ...]
     values: torch.Tensor
 
 
@@ -45,7 +45,7 @@ def hold(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_post_hook(restore)
 
 
-def _without(part: tuple[slice, slice]) -> Any:
+def _without(part: tuple[slice, ...]) -> Any:
     def clear(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
         gradient[part] = 0
