@@ -13,8 +13,8 @@ from tests.experiments.test_configs import compose_config, hydra_session  # noqa
 from tests.models.test_initialization import byte_level, gpt2
 
 IDS = torch.arange(2, 12)[None]
-ROTARY = "+drafter.rope_parameters={rope_type: default, rope_theta: 1000000.0}"
-COPYING = ["init=copying", "drafter.hidden_size=64", "+drafter.head_dim=64", ROTARY]
+ROTARY = "+drafter.rope_parameters={rope_type: default, rope_theta: 100000000.0}"
+COPYING = ["init=copying", "drafter.hidden_size=64", "+drafter.head_dim=64", "drafter.model_type=qwen3", ROTARY]
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def test_a_repeated_phrase_is_continued(copying, distance):
 
 
 def test_long_rows_do_not_disturb_what_is_copied(copying):
-    """Training lengthens the embeddings of frequent tokens, and with them the hidden states of which the constant is a part."""
+    """Training lengthens the embeddings of frequent tokens, and what is normalised together with them."""
     with torch.no_grad():
         lengths = 1 + 4 * torch.rand(VOCABULARY, 1, generator=torch.Generator().manual_seed(6))
         copying.model.embed_tokens.weight[:, : check_can_copy(copying).embedding] *= lengths
@@ -104,7 +104,8 @@ def test_training_holds_the_computed_weights_and_trains_all_others(copying, opti
         assert torch.equal(weight[part], values)
     whole = {id(weight) for weight, part, _ in held if part == (slice(None),)}
     trained = {name: weight for name, weight in copying.named_parameters() if id(weight) not in whole}
-    assert len(whole) == 6 and not any(torch.equal(before[name], weight) for name, weight in trained.items())
+    assert len(whole) == 6
+    assert not any(torch.equal(before[name], weight) for name, weight in trained.items())
 
 
 def test_a_drafter_without_such_heads_is_trained_whole():
