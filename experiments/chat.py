@@ -15,8 +15,7 @@ from drafter.data.control_tokens import NEUTRAL
 from drafter.data.conversations import Conversation, UnusableConversation
 from drafter.data.prompts import check_embedding, encode_conversation
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import compiled_pair
-from drafter.decoding.drafting import models_of, with_models
+from drafter.decoding.drafting import compiled_with, with_models
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, max_draft_length
 from drafter.interruptions import Interrupted
 from drafter.models.compatibility import check_pair, drafter_source
@@ -35,7 +34,7 @@ from experiments.running.chat_screen import ChatScreen
 from experiments.running.chat_session import ChatSession, Pair, summary, system_messages
 from experiments.running.commands import command
 from experiments.running.inputs import target_source
-from experiments.running.named_drafters import check_responses, load_named, model_of
+from experiments.running.named_drafters import check_compiles, check_responses, load_named, model_of
 from experiments.running.tasks import draft_length
 
 log = logging.getLogger(__name__)
@@ -130,12 +129,9 @@ def check_drafter(cfg: DictConfig) -> None:
     if cfg.chat.drafter is None:
         raise ValueError(f"chat.drafter is null: {remedy}")
     check_responses(cfg, cfg.chat.drafter)
+    check_compiles(cfg, "chat")
     model = model_of(cfg.chat.drafter)
     if model is None:
-        if cfg.chat.compile:
-            raise ValueError(
-                f"chat.compile is true, and chat.drafter is {cfg.chat.drafter}, without a model: give false"
-            )
         return
     try:
         check_can_decode(load_config(drafter_source(model, target_source(cfg))))
@@ -201,8 +197,7 @@ def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSes
     gamma = chosen_draft_length(cfg)
     if chat.compile:
         log.info("the first calls compile both models, which takes minutes")
-        target, compiled = compiled_pair(target, models_of(drafter)[0], context, max_draft_length(gamma))
-        drafter = with_models(drafter, lambda _: compiled)
+        target, drafter = compiled_with(target, drafter, context, max_draft_length(gamma))
     else:
         target, drafter = pack(target), with_models(drafter, pack)
     pair = Pair(target, drafter, gamma, options_of(cfg, end_of_turn_ids(target_source(cfg), tokenizer)))

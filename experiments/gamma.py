@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.decoding.acceptance import check_rule
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import COMPILED_WIDTHS, Decodable, Padded, compiled_pair
-from drafter.decoding.drafting import Drafter, models_of, with_models, without_model
+from drafter.decoding.decoders import COMPILED_WIDTHS, Decodable, Padded
+from drafter.decoding.drafting import Drafter, compiled_with, models_of, with_models, without_model
 from drafter.decoding.evaluation import Task
 from drafter.decoding.expected_efficiency import expected_blocks
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
@@ -36,7 +36,7 @@ from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
-from experiments.running.named_drafters import check_responses, fingerprint_of, label_of, load_named, model_of
+from experiments.running.named_drafters import check_compiles, check_responses, fingerprint_of, label_of, load_named
 from experiments.running.proposed_blocks import acceptance_of_answer, predict
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import Work, decode_turns
@@ -71,8 +71,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.gamma.compile:  # a compiled call has packed weights of its own
         ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
         longest = context if work.continuations else max(ends)
-        compiled, of_drafter = compiled_pair(target, models_of(drafter)[0], longest, largest)
-        models = compiled, with_models(drafter, lambda _: of_drafter)
+        models = compiled_with(target, drafter, longest, largest)
         widths = {count: width for count, width in COMPILED_WIDTHS.items() if count < width and count <= largest + 1}
     else:
         for model in (target, *models_of(drafter)):
@@ -143,10 +142,7 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.gamma.compile and cfg.gamma.largest > longest:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at most {longest} with gamma.compile=true")
-    if cfg.gamma.compile and model_of(cfg.gamma.drafter) is None:
-        raise ValueError(
-            f"gamma.compile is true, and gamma.drafter is {cfg.gamma.drafter}, without a model: give false"
-        )
+    check_compiles(cfg, "gamma")
     check_responses(cfg, cfg.gamma.drafter)
     check_tasks(cfg, {})
     check_rule(cfg.gamma.acceptance_rule)

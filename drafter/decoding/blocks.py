@@ -46,7 +46,7 @@ def decode_blocks(
     while active:
         # The last token of a sequence is always a bonus token, so a draft never goes beyond the limit.
         lengths = [min(max_draft_length(num_speculative_tokens), one.remaining - 1) for one in active]
-        drafts = drafting.draft(active, lengths, num_speculative_tokens, options)
+        drafts = drafting.draft(active, lengths)
         clock.add_drafting()
         found = _verify(target, active, drafts, options)
         clock.add_verifying()

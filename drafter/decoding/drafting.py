@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch.nn.functional import one_hot
+from transformers import PreTrainedModel
 
-from drafter.decoding.decoders import CachedModel, Decodable, aligned_starts
+from drafter.decoding.decoders import CachedModel, Decodable, Padded, aligned_starts, compiled_pair
 from drafter.decoding.generation import Generation
 from drafter.decoding.ngrams import Lookup, NgramTable, TextDrafter
 from drafter.decoding.options import Adaptive, DecodingOptions
@@ -57,16 +58,32 @@ def with_models(drafter: Drafter, change: Callable[[Any], Any]) -> Drafter:
     return changed
 
 
-def drafting_of(drafter: Drafter, cached: Callable[[Decodable], CachedModel]) -> "Drafting":
+def compiled_with(target: PreTrainedModel, drafter: Drafter, longest: int, gamma: int) -> tuple[Padded, Drafter]:
+    """Return both models compiled (see `decoders.compiled_pair`). The drafter has a model."""
+    of_target, of_model = compiled_pair(target, models_of(drafter)[0], longest, gamma)
+    return of_target, with_models(drafter, lambda _: of_model)
+
+
+def drafting_of(
+    drafter: Drafter,
+    cached: Callable[[Decodable], CachedModel],
+    num_speculative_tokens: int | Adaptive,
+    options: DecodingOptions,
+) -> "Drafting":
     """Return what drafts the blocks of new sequences.
 
     Args:
         drafter: the drafter.
         cached: gives a model its cache.
+        num_speculative_tokens: gamma, or the rule that chooses it.
+        options: sampling and acceptance rule.
     """
     if isinstance(drafter, Combined):
-        return CombinedDrafting(drafter.first, drafting_of(drafter.otherwise, cached))
-    return TextDrafting(drafter) if isinstance(drafter, Lookup | NgramTable) else ModelDrafting(cached(drafter))
+        otherwise = drafting_of(drafter.otherwise, cached, num_speculative_tokens, options)
+        return CombinedDrafting(drafter.first, otherwise)
+    if isinstance(drafter, Lookup | NgramTable):
+        return TextDrafting(drafter)
+    return ModelDrafting(cached(drafter), num_speculative_tokens, options)
 
 
 class Drafts(NamedTuple):
@@ -96,13 +113,7 @@ class Drafts(NamedTuple):
 class Drafting(Protocol):
     """Drafts the blocks of several sequences, each of which has a row."""
 
-    def draft(
-        self,
-        active: list[Generation],
-        lengths: list[int],
-        num_speculative_tokens: int | Adaptive,
-        options: DecodingOptions,
-    ) -> Drafts:
+    def draft(self, active: list[Generation], lengths: list[int]) -> Drafts:
         """Propose at most so many tokens per sequence; none where that is 0."""
 
     def replace_row(self, row: int, generation: Generation) -> None:
@@ -117,20 +128,18 @@ class ModelDrafting:
 
     Args:
         model: the draft model.
+        num_speculative_tokens: gamma, or the rule that chooses it.
+        options: sampling and acceptance rule.
     """
 
-    def __init__(self, model: CachedModel):
-        self.model, self.was_called = model, False
+    def __init__(self, model: CachedModel, num_speculative_tokens: int | Adaptive, options: DecodingOptions):
+        self.model, self.options, self.was_called = model, options, False
+        chosen = num_speculative_tokens
+        self.threshold = chosen.threshold if isinstance(chosen, Adaptive) else None
 
-    def draft(
-        self,
-        active: list[Generation],
-        lengths: list[int],
-        num_speculative_tokens: int | Adaptive,
-        options: DecodingOptions,
-    ) -> Drafts:
+    def draft(self, active: list[Generation], lengths: list[int]) -> Drafts:
         """Draft until each sequence has as many tokens as it would have alone. The rows have equally many."""
-        threshold = num_speculative_tokens.threshold if isinstance(num_speculative_tokens, Adaptive) else None
+        threshold, options = self.threshold, self.options
         tokens: list[torch.Tensor] = []
         probabilities: list[torch.Tensor] = []
         if not max(lengths):
@@ -189,7 +198,7 @@ class TextDrafting:
     def __init__(self, drafter: TextDrafter | None):
         self.drafter = drafter
 
-    def draft(self, active: list[Generation], lengths: list[int], *_: object) -> Drafts:
+    def draft(self, active: list[Generation], lengths: list[int]) -> Drafts:
         """Propose at most so many tokens per sequence."""
         if self.drafter is None:
             return Drafts.certain([[] for _ in active])
@@ -221,17 +230,11 @@ class CombinedDrafting:
     def __init__(self, first: TextDrafter, otherwise: Drafting):
         self.first, self.otherwise = first, otherwise
 
-    def draft(
-        self,
-        active: list[Generation],
-        lengths: list[int],
-        num_speculative_tokens: int | Adaptive,
-        options: DecodingOptions,
-    ) -> Drafts:
+    def draft(self, active: list[Generation], lengths: list[int]) -> Drafts:
         """Propose at most so many tokens per sequence."""
         found = [propose(self.first, *pair) for pair in zip(active, lengths, strict=True)]
         rest = [0 if drafts else length for drafts, length in zip(found, lengths, strict=True)]
-        drafted = self.otherwise.draft(active, rest, num_speculative_tokens, options)
+        drafted = self.otherwise.draft(active, rest)
         if not any(found):
             return drafted
         pairs = zip(drafted.rows, drafted.lengths, found, strict=True)

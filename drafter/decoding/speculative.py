@@ -21,7 +21,7 @@ from drafter.decoding.blocks import decode_blocks
 from drafter.decoding.capabilities import check_side_by_side, decoder_of
 from drafter.decoding.clock import Clock
 from drafter.decoding.decoders import Decodable, plain_model
-from drafter.decoding.drafting import Drafter, TextDrafting, drafting_of, models_of
+from drafter.decoding.drafting import Drafter, Drafting, TextDrafting, drafting_of, models_of
 from drafter.decoding.generation import Decoded, Generation
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, check_prompt, max_draft_length
 from drafter.models.loading import context_length
@@ -59,7 +59,7 @@ def speculative_decode(
     """
     check_draft_length(num_speculative_tokens)
     check_prompt(prompt)
-    pair = decoder_of(target), drafting_of(drafter, decoder_of)
+    pair = decoder_of(target), drafting_of(drafter, decoder_of, num_speculative_tokens, options)
     most = max_length(prompt, options, target, *models_of(drafter))
     generation = Generation(list(prompt), len(prompt), most, generator)
     return decode_blocks(*pair, [generation], 1, num_speculative_tokens, options, on_block)[0]
@@ -130,7 +130,9 @@ def _decode_batch(
     def cached(model: Decodable) -> RaggedDecoder:
         return RaggedDecoder(plain_model(model), capacity)
 
-    drafting = TextDrafting(None) if drafter is None else drafting_of(drafter, cached)
+    drafting: Drafting = TextDrafting(None)
+    if drafter is not None:
+        drafting = drafting_of(drafter, cached, num_speculative_tokens, options)
     batch_size = batch_size or len(prompts)
     return decode_blocks(cached(target), drafting, generations, batch_size, num_speculative_tokens, options)
 

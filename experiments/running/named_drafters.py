@@ -155,6 +155,19 @@ def check_responses(cfg: DictConfig, name: str) -> None:
         check_responses(cfg, parsed.otherwise)
 
 
+def check_compiles(cfg: DictConfig, section: str) -> None:
+    """Check that a command that is to compile both models, by its section of the config, has a drafter with a model.
+
+    Raises:
+        ValueError: the drafter has no model.
+    """
+    chosen = cfg[section]
+    if chosen.compile and model_of(chosen.drafter) is None:
+        raise ValueError(
+            f"{section}.compile is true, and {section}.drafter is {chosen.drafter}, without a model: give false"
+        )
+
+
 def load_named(cfg: DictConfig, name: str) -> Drafter:
     """Load a drafter, after checking that it is compatible with the target."""
     parsed = parse(name)
