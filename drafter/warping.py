@@ -180,14 +180,16 @@ def in_nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 LIKELIEST = 256  # tokens that are tried as the nucleus before all are sorted
+LARGE = 2**14  # tokens of a vocabulary for which that saves time
 
 
 def _likeliest(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
     """Return the highest probabilities of each row in descending order: all, or so many that they add up to top_p.
 
-    On a CPU, sorting 5 rows of 49,152 takes 12 ms, a third of a small model's call, and finding 256 of each takes 1.3.
+    On a CPU, 256 rows of 49,152 take a quarter of the time if that many suffice, and a fifth more if they do not. With
+    4,096 tokens, sorting all is faster.
     """
-    if probs_V.device.type == "cpu" and probs_V.shape[-1] > LIKELIEST:
+    if probs_V.device.type == "cpu" and probs_V.shape[-1] >= LARGE:
         sorted_V = probs_V.topk(LIKELIEST).values
         if bool((sorted_V.cumsum(-1)[..., -1] >= top_p).all()):
             return sorted_V

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drafter import warping
-from drafter.warping import Sampling, check_sampling, double, draw, sample, warp
+from drafter.warping import LARGE, LIKELIEST, Sampling, check_sampling, double, draw, in_nucleus, sample, warp
 
 DRAFTER = Path(__file__).parent.parent / "drafter"
 # What may name float64: `double`, `_uniform`, the types of stored weights and the check of a loss, both on the CPU.
@@ -96,3 +96,15 @@ def test_samples_have_the_distribution_of_warp_without_sorting(temperature, top_
     found_V = torch.bincount(drawn, minlength=12)
     deviation_V = (count * expected_V * (1 - expected_V)).sqrt()
     assert ((found_V - count * expected_V).abs() <= 5 * deviation_V + 1e-3).all()
+
+
+def test_a_nucleus_is_that_of_all_sorted_tokens_whether_the_likeliest_suffice_or_not(monkeypatch):
+    logits_BV = torch.randn(6, LARGE, generator=torch.Generator().manual_seed(0))
+    peaked, flat, mixed = 8 * logits_BV, 0.1 * logits_BV, torch.cat([8 * logits_BV[:3], 0.1 * logits_BV[3:]])
+    equal = (8 * logits_BV).round()  # many tokens are equally likely
+    given = [(logits, top_p) for logits in (peaked, flat, mixed, equal) for top_p in (0.3, 0.9)]
+    found = [in_nucleus(logits.softmax(-1), top_p) for logits, top_p in given]
+    monkeypatch.setattr("drafter.warping.LARGE", LARGE + 1)  # sort all of them
+    for mask, (logits, top_p) in zip(found, given, strict=True):
+        assert torch.equal(mask, in_nucleus(logits.softmax(-1), top_p))
+    assert found[1].sum(-1).max() < LIKELIEST < found[3].sum(-1).min()
