@@ -28,9 +28,8 @@ from drafter.decoding.roles import RoleReader
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_active_parameters, num_parameters
-from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
+from drafter.models.loading import check_quantisation, context_length, load_config, load_target, load_tokenizer
 from drafter.models.packing import pack
-from drafter.models.quantisation import check_quantisation
 from drafter.models.sharding import check_parallel
 from drafter.ranks import deal, join, wait_for_all
 from experiments.reporting.identity import DrafterIdentity

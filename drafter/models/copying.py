@@ -121,7 +121,7 @@ def check_can_copy(drafter: PreTrainedModel) -> _Layout:
     Raises:
         ValueError: names what is missing.
     """
-    config, _model = drafter.config.get_text_config(), body(drafter)
+    config = drafter.config.get_text_config()
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     wanted = {
         "normalise queries and keys, as Qwen3 does": config.model_type in NORMALISED,

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from drafter.models.source import Model, ModelSource, existing, named
@@ -43,9 +44,34 @@ def load_config(model: Model) -> Any:
         return AutoConfig.from_pretrained(**source.where())
 
 
+def check_quantisation(model: Model) -> None:
+    """Check that transformers can load the weights of a model, if they are quantised.
+
+    Raises:
+        ValueError: it cannot, for example because a package is missing; names the method and what transformers says.
+    """
+    fields = getattr(load_config(model), "quantization_config", None)
+    if not fields:
+        return
+    known = fields if isinstance(fields, dict) else fields.to_dict()
+    try:
+        AutoHfQuantizer.from_config(fields, pre_quantized=True).validate_environment(device_map=None)
+    except (ImportError, ValueError, RuntimeError) as problem:
+        reason = " ".join(str(problem).split()).rstrip(".")
+        raise ValueError(
+            f"'{ModelSource.from_model(model).path}' has weights that are quantised by {known.get('quant_method')}, "
+            f"which cannot be loaded here: {reason}. Or give the checkpoint that is not quantised"
+        ) from problem
+
+
 def load_model(model: Model, **options: Any) -> PreTrainedModel:
-    """Load a causal LM with trainable weights."""
+    """Load a causal LM with trainable weights.
+
+    Raises:
+        ValueError: its weights are quantised, and cannot be loaded here.
+    """
     source = ModelSource.from_model(model)
+    check_quantisation(source)
     with named(source.path):
         loaded = AutoModelForCausalLM.from_pretrained(**source.where(), dtype=getattr(torch, source.dtype), **options)
     return loaded.train()

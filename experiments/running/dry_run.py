@@ -24,8 +24,7 @@ from drafter.data.selection import Row, read_instructions
 from drafter.data.sources import Source, entries
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_active_parameters, num_parameters
-from drafter.models.loading import context_limit, load_tokenizer, meta_model, vocabulary_width
-from drafter.models.quantisation import check_quantisation
+from drafter.models.loading import check_quantisation, context_limit, load_tokenizer, meta_model, vocabulary_width
 from experiments.running.choosing import choose_instructions, choose_prompts, prompt_length
 from experiments.running.data_settings import (
     Docstrings,

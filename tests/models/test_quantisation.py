@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from drafter.models.inspection import num_active_parameters, num_parameters
-from drafter.models.quantisation import check_quantisation
+from drafter.models.loading import check_quantisation, load_model
 from tests.families import family
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
@@ -28,10 +28,11 @@ def test_quantised_weights_without_their_package_are_refused_by_name(tmp_path, m
     check_quantisation(tmp_path / "plain")
     config.quantization_config = {"quant_method": method, **fields}
     config.save_pretrained(tmp_path / "quantised")
-    with pytest.raises(
-        ValueError, match=rf"quantised' has weights that are quantised by {method}, which cannot be .*: \w+"
-    ):
-        check_quantisation(tmp_path / "quantised")
+    for refuse in (check_quantisation, load_model):
+        with pytest.raises(
+            ValueError, match=rf"quantised' has weights that are quantised by {method}, which cannot be .*: \w+"
+        ):
+            refuse(tmp_path / "quantised")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
