@@ -177,8 +177,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def family(kind: str, seed: int = 0) -> PreTrainedModel:
     """Return a model of a family."""
+    return small_model(kind, SIZES | FAMILIES[kind], seed)
+
+
+def small_model(kind: str, fields: dict[str, Any], seed: int) -> PreTrainedModel:
+    """Return a model of an architecture, with these config fields and large random weights."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | FAMILIES[kind]))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from benchmarks.families import FAMILIES, family
 from drafter.data.batches import collate, response_mask, response_sequence
 from drafter.data.engines import Limits, Request, transformers_engine
+from drafter.data.padded import way_of
 from drafter.data.target_cache import live_target
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.options import DecodingOptions
-from drafter.decoding.padded import way_of
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode, speculative_decode_batch
 from drafter.decoding.stateful import StatefulDecoder
 from drafter.models.compatibility import resize_vocabulary

@@ -1,7 +1,6 @@
 """Small models of many architectures, with weights so large that greedy decoding does not repeat one token."""
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from benchmarks.families import small_model
 
 SIZES = {
     "vocab_size": 64,
@@ -57,11 +56,4 @@ REFUSED = {
 
 def family(kind, seed=0, **fields):
     """Return a model of this architecture with random weights."""
-    torch.manual_seed(seed)
-    known = SIZES | (DECODE | STATEFUL | REFUSED).get(kind, {}) | fields
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **known))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return model.requires_grad_(False).eval()
+    return small_model(kind, SIZES | (DECODE | STATEFUL | REFUSED).get(kind, {}) | fields, seed)

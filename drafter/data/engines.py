@@ -13,9 +13,9 @@ from zlib import crc32
 import torch
 from transformers import PreTrainedModel
 
+from drafter.data.padded import batches_of, generate_padded
 from drafter.decoding import side_by_side
 from drafter.decoding.capabilities import check_side_by_side
-from drafter.decoding.padded import batches_of, generate_padded
 from drafter.decoding.side_by_side import Generated
 from drafter.models.loading import load_generation_config
 from drafter.models.packing import pack

@@ -23,9 +23,9 @@ from drafter.data.engines import (
     transformers_engine,
     vllm_engine,
 )
+from drafter.data.padded import Way, way_of
 from drafter.data.responses import Instruction, plan, shards
 from drafter.decoding.options import DecodingOptions
-from drafter.decoding.padded import Way, way_of
 from drafter.decoding.speculative import autoregressive_decode
 from drafter.models.source import ModelSource
 from drafter.ranks import Ranks
@@ -127,7 +127,7 @@ def test_a_target_with_states_responds_as_without_a_cache_whatever_its_padding_w
 
 def test_a_target_whose_cache_is_wrong_responds_without_it(monkeypatch):
     target, errors = small_model(1), {True: 2.0, False: 0.1}
-    monkeypatch.setattr("drafter.decoding.padded._error", lambda _, way: errors[way.caches])
+    monkeypatch.setattr("drafter.data.padded._error", lambda _, way: errors[way.caches])
     assert way_of(target) == Way(batches=False, pads=False, caches=False)
     errors[False] = 3.0
     with pytest.raises(ValueError, match="LlamaForCausalLM does not generate the text of its own logits"):

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from drafter.data.batches import by_budget
 from drafter.decoding.trials import ordinary_tokens, relative_error
 from drafter.models.loading import context_length
 
@@ -64,13 +65,8 @@ def batches_of(model: PreTrainedModel, lengths: Sequence[int], batch_tokens: int
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
         groups.setdefault(0 if way.pads else lengths[index] if way.batches else index, []).append(index)
     for group in groups.values():
-        batch: list[int] = []
-        for index in group:
-            if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        yield batch
+        for batch in by_budget([lengths[index] for index in group], batch_tokens):
+            yield [group[place] for place in batch]
 
 
 @torch.inference_mode()
