@@ -72,7 +72,7 @@ check: setup ## formatting, lint and types
 # Each target is a scale of the same name. Prompts are decoded side by side, and the token rate is that of the gamma report.
 SIDE_BY_SIDE := evaluate.batch_size=20
 smollm2: ## a drafter for a published chat model, SmolLM2-135M-Instruct, from nothing (hours on two cores)
-smollm2_shipped: ## the drafter in assets/, from nothing: smollm2 with four times the data (a night on two cores)
+smollm2_shipped: ## the same with four times the data (a night on two cores)
 smollm2 smollm2_shipped: setup $(SMOLLM2_TARGET)
 	$(RUN).plan scale=$@ losses=[kld] seeds=[1] hardware=cpu plan.gpus=1 $(ARGS)
 	$(RUN).pipeline scale=$@ losses=[kld] seeds=[1] $(SIDE_BY_SIDE) $(foreach stage,prepare respond,ranks.$(stage)=$(RANKS)) $(ARGS)
