@@ -37,18 +37,22 @@ class Ranks(NamedTuple):
 def join(together: bool = False) -> Ranks:
     """Join the process group that torchrun's environment describes, if it has several processes.
 
+    If there are fewer GPUs than processes, they share them: a small model leaves a GPU idle while its kernels are
+    launched. NCCL refuses that, so these processes talk through the CPU.
+
     Args:
         together: the ranks share every matrix product (see models.sharding) rather than the items of work. Each then
             has rank 0 of 1, and only the first one writes.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, on_gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(local)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu")
+    if gpus:
+        torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        own_gpu = 0 < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=TIMEOUT)
     leave_at_exit()
-    device = torch.device(f"cuda:{local}" if on_gpu else "cpu")
     return Ranks(0, 1, device, rank == 0) if together else Ranks(rank, world_size, device)
 
 

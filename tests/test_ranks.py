@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from drafter.ranks import deal, join, wait_for_all
 from tests.training.test_faults import FORKED
@@ -47,3 +48,22 @@ def test_a_slow_rank_takes_fewer_numbers_and_each_number_is_taken_once(tmp_path)
 
 def test_a_single_process_takes_all_numbers_in_order():
     assert list(deal([3, 1], 1)) == [(0, 3), (1, 1)]
+
+
+@pytest.mark.parametrize(("processes", "backend"), [(2, "cpu:gloo,cuda:nccl"), (5, "gloo")])
+def test_processes_beyond_the_number_of_gpus_share_them_and_do_without_nccl(monkeypatch, processes, backend):
+    """NCCL refuses two ranks on one GPU, and there is no GPU with the number of the third rank."""
+    chosen, backends = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **_: backends.append(name))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    devices = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        devices.append(join().device)
+    assert devices == chosen == [torch.device("cuda", rank % 2) for rank in range(processes)]
+    assert backends == [backend] * processes
