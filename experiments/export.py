@@ -21,7 +21,7 @@ from drafter.models.compatibility import Difference, check_pair, drafter_source,
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.fingerprints import model_fingerprint
 from drafter.models.initialization import special_ids
-from drafter.models.loading import load_model, load_tokenizer, vocabulary_width
+from drafter.models.loading import load_model, load_tokenizer, save_tokenizer, vocabulary_width
 from drafter.models.trimming import read_kept, write_kept
 from experiments.exporting import to_gguf
 from experiments.exporting.card import describe_rule, write_card
@@ -189,7 +189,7 @@ def save_hf(cfg: DictConfig, folder: Path, gamma: int) -> None:
         assistant_confidence_threshold=0.0,
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def run(command: list[str]) -> None:

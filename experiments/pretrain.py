@@ -11,7 +11,7 @@ from drafter.artifacts.manifest import Stage
 from drafter.decoding.capabilities import check_can_decode
 from drafter.losses.trimmed import Kept
 from drafter.models.inspection import check_drafter_head, check_positions, vocabulary_rows
-from drafter.models.loading import context_length, load_tokenizer, meta_model
+from drafter.models.loading import context_length, load_tokenizer, meta_model, save_tokenizer
 from drafter.models.trimming import read_kept, write_kept
 from drafter.ranks import join, wait_for_all
 from drafter.training.datamodules import SequenceData
@@ -94,7 +94,7 @@ def save_start(drafter: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sta
     ranks = join()
     if ranks.first:
         drafter.save_pretrained(stage.directory)
-        tokenizer.save_pretrained(stage.directory)
+        save_tokenizer(tokenizer, stage.directory)
         if kept is not None:
             write_kept(stage.directory, kept.ids_K.tolist())
         stage.finish(counts={"steps": 0})

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from drafter.models.loading import load_model, load_tokenizer
+from drafter.models.loading import load_model, load_tokenizer, save_tokenizer
 from drafter.models.source import ModelSource
 from experiments.running.commands import command
 from experiments.running.inputs import ORIGIN
@@ -91,12 +91,19 @@ def from_package(cfg: DictConfig) -> Loaded:
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, origin: dict[str, str]) -> None:
-    """Write the model in bfloat16 with its tokenizer, and last where it is from."""
+    """Write the model in bfloat16 with its tokenizer, and last where it is from.
+
+    The files do not depend on the version of transformers, so that it is the same target on every machine.
+    """
     config = model.config
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
     model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((out / name).read_text(encoding="utf-8"))
+        fields.pop("transformers_version", None)
+        (out / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     (out / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     log.info("wrote %s: %s", out, origin["from"])
 

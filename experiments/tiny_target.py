@@ -24,7 +24,7 @@ from drafter.data.corpus import Doc, extract, is_heldout, pack, pretraining_text
 from drafter.data.instructions import derive
 from drafter.data.prompts import CHATML, encode_prompt
 from drafter.models.initialization import build_drafter, special_ids
-from drafter.models.loading import load_model, load_tokenizer
+from drafter.models.loading import load_model, load_tokenizer, save_tokenizer
 from drafter.training.datamodules import SequenceData
 from drafter.training.modules import Pretraining, check_precision
 from drafter.training.samples import InMemory, PackedText
@@ -149,7 +149,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, cfg: Dict
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     for stage in ("pretrain", "chat"):
         shutil.copy(Path(cfg.work) / stage / "metrics.csv", out / f"{stage}-metrics.csv")
     log.info("wrote %s: %.1f MB", out, (out / "model.safetensors").stat().st_size / 1e6)

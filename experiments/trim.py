@@ -22,7 +22,7 @@ from drafter.decoding.evaluation import Decodings, Task, decode
 from drafter.metrics import Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference, read_row
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.inspection import num_active_parameters, vocabulary_rows
-from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
+from drafter.models.loading import context_length, load_config, load_target, load_tokenizer, save_tokenizer
 from drafter.models.trimming import most_used, read_kept, trim, write_kept
 from experiments.reporting.figures import draw_trimming
 from experiments.reporting.identity import identity_of
@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> None:
     table = [row_of(size, coverage[size], ratios, counts, cfg.trim.num_speculative_tokens) for size in drafters]
     best = max(table, key=lambda row: row.speedup.value)
     untrimmed.save_pretrained(stage.directory)
-    tokenizer.save_pretrained(stage.directory)
+    save_tokenizer(tokenizer, stage.directory)
     if best.tokens < len(ranked):
         write_kept(stage.directory, ranked[: best.tokens])
     page = trim_page(table, best, cfg.trim.drafter, cfg.trim.num_speculative_tokens)

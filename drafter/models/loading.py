@@ -37,6 +37,17 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """Write a tokenizer's files. They do not depend on how it was loaded.
+
+    transformers also writes whether the tokenizer came from a local directory and whether the hub was used. The same
+    target would then have another fingerprint on a machine with HF_HUB_OFFLINE=1.
+    """
+    for field in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(field, None)
+    tokenizer.save_pretrained(directory)
+
+
 def load_config(model: Model) -> Any:
     """Load the config of a model."""
     source = ModelSource.from_model(model)

@@ -19,6 +19,7 @@ from drafter import interruptions
 from drafter.artifacts.manifest import Stage, write_json
 from drafter.data.batches import Batch
 from drafter.losses.trimmed import Kept
+from drafter.models.loading import save_tokenizer
 from drafter.models.trimming import write_kept
 from drafter.ranks import leave_at_exit
 from drafter.training.datamodules import SequenceData
@@ -180,7 +181,7 @@ class KeptSteps(lightning.Callback):
             half = path.with_name(path.name + ".tmp")
             shutil.rmtree(half, ignore_errors=True)
             pl_module.drafter.save_pretrained(half, state_dict=weights)
-            self.tokenizer.save_pretrained(half)
+            save_tokenizer(self.tokenizer, half)
             if self.kept is not None:
                 write_kept(half, self.kept.ids_K.tolist())
             write_json(half / IDENTITY, self.identity._replace(step=step)._asdict())
@@ -208,7 +209,7 @@ def save(
     weights = weights_of(model, trainer)
     if trainer.is_global_zero:
         model.save_pretrained(stage.directory, state_dict=weights)
-        tokenizer.save_pretrained(stage.directory)
+        save_tokenizer(tokenizer, stage.directory)
         if kept is not None:
             write_kept(stage.directory, kept.ids_K.tolist())
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}

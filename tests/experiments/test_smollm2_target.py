@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 import types
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from hydra import compose, initialize_config_module
 
+from drafter.models.fingerprints import model_fingerprint
 from drafter.models.loading import load_target, load_tokenizer
 from experiments import smollm2_target
 from tests.chat_target import save_chat_target
@@ -62,6 +65,22 @@ def test_the_package_is_used_where_the_hub_cannot_be_reached(run, package, tmp_p
     assert written["dtype"] == "bfloat16"
     config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert config["eos_token_id"] == written["eos_token_id"]
+
+
+def test_the_target_is_the_same_on_every_machine(run, package, tmp_path, monkeypatch):
+    run()
+    first = model_fingerprint(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    other.init_kwargs |= {
+        "local_files_only": True,
+        "is_local": False,
+    }  # a machine that has been told not to use the hub
+    monkeypatch.setattr(smollm2_target.AutoTokenizer, "from_pretrained", lambda *_, **__: other)
+    monkeypatch.setattr(transformers.configuration_utils, "__version__", "5.99")
+    run()
+    assert model_fingerprint(tmp_path / "out") == first
+    assert "transformers_version" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_the_weights_are_those_of_the_package_rounded_to_bfloat16(run, package, tmp_path, monkeypatch):
