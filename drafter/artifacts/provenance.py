@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
 def process() -> dict[str, Any]:
     """Return the command line, commit and versions at the first call, since a checkout may change during a long run."""
     return {
-        "argv": sys.orig_argv,
+        "argv": [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],  # where Python lies is of no use elsewhere
         "commit": commit(),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in LOGGED_VERSIONS},
         "cpus": os.cpu_count(),

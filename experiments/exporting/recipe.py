@@ -70,6 +70,10 @@ def describe_training(manifest: Manifest) -> dict[str, str]:
     if manifest["stage"] == "trim":
         head = f"{manifest['counts']['kept']} of {manifest['counts']['vocabulary']} tokens kept"
         return {"head": head} | describe_training(manifest_of(config["trim"]["drafter"]))
+    if manifest["stage"] == "average":
+        *others, last = config["average"]["drafters"]
+        weights = f"the mean of those of {', '.join(others)} and of the drafter that the following lines are about"
+        return {"weights": portable(weights)} | describe_training(manifest_of(last))
     stages = lineage(manifest)
     rows = describe_target(config["target"]) | describe_data(config["data"])
     for number, one in enumerate(stages, start=1):

@@ -47,7 +47,7 @@ def read_fields(fields: dict[str, Any], directory: str | Path) -> DrafterIdentit
 
 
 def read_record(record: dict[str, Any], directory: str | Path) -> DrafterIdentity:
-    """Return the identity in the manifest, or the started.json, of a stage that trains or trims a drafter."""
+    """Return the identity in the manifest, or the started.json, of a stage that makes a drafter."""
     if record.get("stage") == "pretrain":
         return DrafterIdentity(PRETRAINED, seed=record["settings"]["seed"])
     return read_fields(record["settings"], directory)
@@ -56,7 +56,7 @@ def read_record(record: dict[str, Any], directory: str | Path) -> DrafterIdentit
 def identity_of(path: str) -> DrafterIdentity:
     """Return the identity of a drafter: a directory or a hub name.
 
-    A drafter that no stage of this project trained or trimmed has the name of its directory, no seed and no step.
+    A drafter that no stage of this project made has the name of its directory, no seed and no step.
 
     Raises:
         ArtifactError: an earlier version of this project made the drafter.
@@ -68,6 +68,6 @@ def identity_of(path: str) -> DrafterIdentity:
         raise earlier_version(path, f"it has no {IDENTITY}")
     if (folder / MANIFEST).exists():
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if record.get("stage") in ("pretrain", "finetune", "trim"):
+        if record.get("stage") in ("pretrain", "finetune", "trim", "average"):
             return read_record(record, path)
     return DrafterIdentity(folder.name)

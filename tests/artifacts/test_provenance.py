@@ -39,6 +39,11 @@ def test_the_commit_is_the_one_at_the_start_of_the_process(monkeypatch):
     assert provenance.environment()["commit"] == "before"
 
 
+def test_the_command_line_does_not_say_where_python_lies(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["/home/me/.venv/bin/python3", "-m", "experiments.respond", "root=runs/mine"])
+    assert provenance.process()["argv"] == ["python3", "-m", "experiments.respond", "root=runs/mine"]
+
+
 def test_the_version_of_a_package_without_metadata_is_unknown(monkeypatch):
     monkeypatch.setattr(provenance, "LOGGED_VERSIONS", ("no-such-package",))
     assert provenance.environment()["versions"]["no-such-package"] == "unknown"
