@@ -7,7 +7,7 @@ Shapes: B rows, T tokens of a call, C the cache's capacity in tokens, V vocabula
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -131,6 +131,11 @@ class Compiled:
         self.cache.reset()
         return Decoder(self.model, self.cache, self._logits, self.capacity, widths=widths)
 
+    def compile(self, counts: Iterable[int]) -> None:
+        """Compile the calls with these numbers of tokens now, so that no timed decoding waits for it."""
+        for count in counts:
+            self.decoder().forward([[0] * count], [0], 1)
+
     def _logits(self, ids_BT: torch.Tensor, _: Cache, keep: int) -> torch.Tensor:
         count = ids_BT.shape[1]
         is_first = count not in self.calls
@@ -183,16 +188,22 @@ def plain_model(model: Decodable) -> PreTrainedModel:
 
 
 COMPILED_WIDTHS = {count: next(width for width in (1, 5, 9) if width >= count) for count in range(1, 10)}
+DRAFTER_WIDTHS = COMPILED_WIDTHS | {2: 2}  # a drafter reads two tokens after each block whose drafts were all accepted
 
 
-def compiled_pair(
-    target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gamma: int
-) -> tuple[Padded, Compiled]:
-    """Return both models compiled for sequences of `longest` tokens and this gamma, the target padded to few widths."""
+def compiled_pair(target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gamma: int) -> tuple[Padded, Padded]:
+    """Return both models compiled for sequences of `longest` tokens and this gamma, padded to few numbers of tokens.
+
+    All calls with these numbers are compiled here, which takes minutes: none is compiled while decoding is timed.
+    """
     widest = max(COMPILED_WIDTHS)
     capacity = longest + max(gamma + 1, widest)
-    models = [Compiled(model, capacity, max(gamma + 1, widest)) for model in (target, drafter)]
-    return Padded(models[0], COMPILED_WIDTHS), models[1]
+    pair = []
+    for model, widths in ((target, COMPILED_WIDTHS), (drafter, DRAFTER_WIDTHS)):
+        compiled = Compiled(model, capacity, max(gamma + 1, widest))
+        compiled.compile(sorted(set(widths.values())))
+        pair.append(Padded(compiled, widths))
+    return pair[0], pair[1]
 
 
 def aligned_starts(model: CachedModel, sequences: list[list[int]], cached: list[int]) -> list[int]:

@@ -37,6 +37,7 @@ def gamma_page(
     widths: Mapping[int, int],
     rule: str = RATIO,
     without_model: str | None = None,
+    plain_alone: bool = False,
 ) -> str:
     """Return the page in Markdown.
 
@@ -48,6 +49,7 @@ def gamma_page(
         widths: number of tokens -> number to which target calls were padded.
         rule: the acceptance rule above temperature 0, which the page names unless it is the paper's.
         without_model: whether drafts are proposed without a model, "alone" or "beside a model"; None if not.
+        plain_alone: whether the target alone was not compiled, although the pair was.
     """
     how = "both models compiled" if compiled else "no model compiled"
     call = "proposing the drafts of a block" if without_model == "alone" else "a drafter call"
@@ -62,6 +64,8 @@ def gamma_page(
     ]
     if without_model:
         lines += [f"{BLOCKS[without_model]} γ is the most drafts of a block; cγ + v is the mean over blocks.", ""]
+    if plain_alone:
+        lines += ["The target alone decodes without compilation, which is faster for it; so does that call.", ""]
     if rule != RATIO:
         lines += [f"Above temperature 0, drafts are accepted by the rule `{rule}`.", ""]
     if widths:

@@ -5,7 +5,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from drafter.decoding.capabilities import decoder_of
-from drafter.decoding.decoders import Compiled, Decoder, Padded
+from drafter.decoding.decoders import Compiled, Decoder, Padded, compiled_pair
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.decoding.timings import REPEATS, WARM_UP, CallTimings, measure_call_timings
@@ -40,6 +40,17 @@ def test_the_weights_of_a_compiled_call_are_constants():
     with torch.inference_mode():
         _, code = run_and_get_code(decoder.forward, [[1, 2]], [0], 1)
     assert "_frozen_param" in code[0]
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_compiled_pair_compiles_nothing_while_it_decodes():
+    """Compiling takes seconds to minutes, which would count as time of the first prompts."""
+    pair = compiled_pair(small_model(1), small_model(2), 60, 4)
+    before = [set(one.model.calls) for one in pair]
+    for gamma in (1, 3, 4):
+        speculative_decode(*pair, list(range(1, 13)), gamma, DecodingOptions(12))
+    later = [{count for count in one.model.calls if count <= one.model.longest} for one in pair]
+    assert later == before == [{1, 5, 9}, {1, 2, 5, 9}]
 
 
 def test_only_short_calls_are_compiled(target, monkeypatch):
