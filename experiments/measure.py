@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> None:
     stage = claim(cfg, "measure", {**settings, "seed": cfg.seed, "dtype": cfg.target.dtype}, inputs, directory)
     if stage.complete:
         return print((directory / "measure.md").read_text(encoding="utf-8"))
-    log.info("measure → %s: loading both models and timing their calls", directory)
+    log.info("measure: loading the models and timing their calls; the page will be in %s", directory)
     tasks, seed, largest = ready.tasks, cfg.seed, measure.largest
     pair = load_and_time(cfg, ready.names, tasks[GREEDY])
     at_most = len(measure.decode or range(min(2, largest))) * len(ready.names)

@@ -184,13 +184,13 @@ def verdict(found: Measurement) -> str:
         return f"γ = {best.gamma} pays: {speed} ({block})."
     if result == "no difference":
         return f"No difference seen: γ = {best.gamma}, the best of those decoded, has {speed} ({block})."
-    last = f"γ = {best.gamma}, the best of those decoded, has {speed}"
+    last = f"(γ = {best.gamma}, the best of those decoded, has {speed})"
     if not found.has_model:
-        return f"No γ pays: {block}; {last}."
+        return f"No γ pays: {block} {last}."
     costs, has = f"a draft costs {found.calls.ratio:.2f} target calls", found.acceptance_rates["greedy"]
     if found.needed_rate is None:
-        return f"No γ pays: {costs}, so that no acceptance rate is high enough; it has {has:.2f}; {last}."
-    return f"No γ pays: {costs} and needs an acceptance rate above {found.needed_rate:.2f}; it has {has:.2f}; {last}."
+        return f"No γ pays: {costs}, so that no acceptance rate is high enough; it has {has:.2f} {last}."
+    return f"No γ pays: {costs} and needs an acceptance rate above {found.needed_rate:.2f}; it has {has:.2f} {last}."
 
 
 def what_would_change(found: Measurement) -> str | None:
