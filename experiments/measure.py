@@ -25,6 +25,7 @@ from experiments.running.commands import command
 from experiments.running.inputs import claim, plain, target_fingerprint, target_source
 from experiments.running.measuring import (
     GREEDY,
+    SEVERAL,
     Prompt,
     choose_gammas,
     decode_all,
@@ -47,9 +48,8 @@ from experiments.running.timed_pair import expected_seconds, load_and_time
 
 log = logging.getLogger(__name__)
 OF_THE_PROMPTS = ("drafter", "rivals", "prompts", "template")  # settings whose content is among the inputs
-ALONE = (
-    3  # decodings of a prompt by the target alone: greedy and sampled for the predictions, greedy beside the drafters
-)
+# Decodings of a prompt by the target alone: greedy and sampled for the predictions, and greedy beside the drafters.
+ALONE = 3
 
 
 @command("measure")
@@ -59,8 +59,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         return print(f"{measure.drafter} can be measured with {cfg.target.path}")
     settings = {key: value for key, value in plain(measure).items() if key not in OF_THE_PROMPTS}
-    inputs = {label: fingerprint_of(name) for label, name in ready.names.items()}
-    inputs |= {"target": target_fingerprint(cfg), "prompts": digest(ready.prompts)}
+    drafters = {label: fingerprint_of(name) for label, name in ready.names.items()}
+    inputs = {"target": target_fingerprint(cfg), "drafters": digest(drafters), "prompts": digest(ready.prompts)}
     directory = Path(cfg.out or f"measure/{label_of(measure.drafter)}")
     stage = claim(cfg, "measure", {**settings, "seed": cfg.seed, "dtype": cfg.target.dtype}, inputs, directory)
     if stage.complete:
@@ -68,18 +68,20 @@ def main(cfg: DictConfig) -> None:
     log.info("measure: loading the models and timing their calls; the page will be in %s", directory)
     tasks, seed, largest = ready.tasks, cfg.seed, measure.largest
     pair = load_and_time(cfg, ready.names, tasks[GREEDY])
-    at_most = len(measure.decode or range(min(2, largest))) * len(ready.names)
-    total, count = len(ready.prompts) * (ALONE + at_most), len(ready.prompts)
-    seconds = expected_seconds(pair, count, ALONE + at_most, measure.batch_sizes)
-    log.info("measure: this takes about %s, unless drafts save time: %d prompts are decoded %d times, with up to %d "
-             "tokens each", duration(seconds), count, ALONE + at_most, measure.max_new_tokens)  # fmt: skip
+    drafted = len(measure.decode or range(min(SEVERAL, largest))) * len(ready.names)
+    count, decodings = len(ready.prompts), ALONE + drafted
+    log.info(
+        "measure: this takes about %s, unless drafts save time: %d prompts are decoded %d times, with up to %d tokens",
+        duration(expected_seconds(pair, count, decodings, measure.batch_sizes)),
+        *(count, decodings, measure.max_new_tokens),
+    )
     with Progress("measure", "decoding") as progress:
         done = 0
 
-        def advance(decodings: int) -> None:
+        def advance(more: int) -> None:
             nonlocal done
-            done += decodings
-            progress(done, total)
+            done += more
+            progress(done, count * decodings)
 
         answers = generate_answers(tasks, pair.target, pair.plain_target, pair.models, seed, lambda: advance(1))
         predictions = {
@@ -89,7 +91,7 @@ def main(cfg: DictConfig) -> None:
             for label, drafter in pair.plain_drafters.items()
         }
         gammas = {label: choose_gammas(found[GREEDY], measure.decode) for label, found in predictions.items()}
-        rows = decode_all(tasks[GREEDY], pair.target, pair.drafters, gammas, seed, lambda: advance(1 + at_most))
+        rows = decode_all(tasks[GREEDY], pair.target, pair.drafters, gammas, seed, lambda: advance(1 + drafted))
     found = summarise(cfg, pair, tasks[GREEDY], answers, predictions, rows, ready.differences)
     speedups = {
         label: {key: [one.speedup for one in of_key] for key, of_key in of_label.items()}
@@ -148,8 +150,9 @@ def check(cfg: DictConfig) -> Ready:
 
 def drafters_of(cfg: DictConfig) -> dict[str, str]:
     """Return the drafter and its rivals, each once, by a label that only one of them has."""
-    chosen = str(cfg.measure.drafter)
-    rivals = [name for name in cfg.measure.rivals if not (parse(chosen) and name == f"ngram+{chosen}")]
+    chosen, rivals = str(cfg.measure.drafter), cfg.measure.rivals
+    if rivals is None:
+        rivals = ["ngram"] if parse(chosen) else ["ngram", f"ngram+{chosen}"]
     names = list(dict.fromkeys([chosen, *rivals]))
     labels = [label_of(name) for name in names]
     return {label if labels.count(label) == 1 else name: name for label, name in zip(labels, names, strict=True)}

@@ -34,12 +34,23 @@ def engine_settings(
     return found
 
 
-def ngram_settings(target: str, sizes: tuple[int, int], speedups: Mapping[str, Sequence[float]]) -> list[EngineSetting]:
-    """Return how engines look drafts up in the prompt, with n-grams of the smallest to the largest size."""
+def ngram_settings(
+    target: str, label: str, sizes: tuple[int, int], speedups: Mapping[str, Sequence[float]]
+) -> list[EngineSetting]:
+    """Return how engines look drafts up in the prompt.
+
+    Args:
+        target: the target's path or name.
+        label: what the drafter without a model is called.
+        sizes: the smallest and the largest n of its n-grams.
+        speedups: "greedy", or the acceptance rule -> the predicted speed-up at γ = 1, 2, …
+    """
     gamma = best_gamma([speedups["greedy"], speedups["ratio"]])
     greedy, sampled = (speedups[key][gamma - 1] for key in ("greedy", "ratio"))
     lines = serving_ngrams(target, *sizes, gamma)
-    return [EngineSetting(f"{engine}, n-grams", "ratio", gamma, greedy, sampled, lines[engine]) for engine in lines]
+    return [
+        EngineSetting(f"{engine}, {label}", "ratio", gamma, greedy, sampled, text) for engine, text in lines.items()
+    ]
 
 
 def add_settings(found: Measurement, speedups: Mapping[str, Mapping[str, Sequence[float]]]) -> Measurement:
@@ -62,7 +73,7 @@ def add_settings(found: Measurement, speedups: Mapping[str, Mapping[str, Sequenc
     for label in (found.label, faster):
         parsed = parse(label) if label else None
         if label and parsed and not (parsed.responses or parsed.otherwise):
-            engines += ngram_settings(found.target, parsed.sizes, speedups[label])
+            engines += ngram_settings(found.target, label, parsed.sizes, speedups[label])
     schedule = {row.batch_size: row.gamma for row in found.batches}
     return found._replace(engines=engines, export=export, schedule=vllm_schedule(schedule) if schedule else None)
 

@@ -96,7 +96,7 @@ def tau_by_rule(found: Measurement) -> Section:
 def call_timings(found: Measurement) -> Section:
     """Return the table of v(γ), and the sentences about c."""
     calls = found.calls
-    call = "A drafter call" if found.has_model or calls.drafter > calls.target / 100 else "Proposing drafts"
+    call = "A drafter call" if found.size_ratio else "Proposing the drafts of a block"
     lines = [
         f"On this machine ({'both models' if calls.compiled else 'no model'} compiled) a target call with one token "
         f"takes {1e3 * calls.target:.2f} ms. {call} takes {1e3 * calls.drafter:.2f} ms: c = {calls.ratio:.2f}. A "

@@ -23,6 +23,7 @@ from experiments.running.predictions import acceptance_by_rule, block_efficienci
 from experiments.running.speedups import decode_prompt
 
 GREEDY, SAMPLED = "greedy", "sampled"
+SEVERAL = 2  # γ that are decoded for each drafter, unless the config names them
 BISECTIONS = 12  # of the interval from 0 to 1, to find the acceptance rate that is needed
 Prompt = tuple[str, str]  # its kind of task, and its text
 
@@ -266,7 +267,7 @@ def choose_gammas(predictions: Sequence[Prediction], decode: Sequence[int] | Non
     if decode is not None:
         return list(decode)
     order = sorted(range(len(predictions)), key=lambda index: predictions[index].speedup, reverse=True)
-    return sorted(index + 1 for index in order[:2])
+    return sorted(index + 1 for index in order[:SEVERAL])
 
 
 def decode_all(

@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
+from drafter.decoding.capabilities import check_side_by_side
 from drafter.decoding.decoders import Decodable
 from drafter.decoding.drafting import Drafter, models_of, with_models
 from drafter.decoding.evaluation import Task
@@ -56,6 +57,10 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
         cfg: the config of `measure`.
         names: the label of each drafter -> its name. The first one's model is compiled if any is.
         tasks: the prompts.
+
+    Raises:
+        ValueError: the context is too short for the timed calls, or a model cannot decode the sequences of
+            measure.batch_sizes side by side.
     """
     device, largest = "cuda" if torch.cuda.is_available() else "cpu", cfg.measure.largest
     target, loaded = load_target(target_source(cfg)).to(device), dict[str, PreTrainedModel]()
@@ -65,6 +70,9 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
     }
     first, context = next(iter(plain_drafters.values())), min(map(context_length, (target, *loaded.values())))
     prompt = timed_prompt(tasks, largest, context - WIDEST)
+    if max(cfg.measure.batch_sizes) > 1:
+        for model in (target, *models_of(first)):
+            check_side_by_side(model, len(prompt) + largest + 1)
     if cfg.measure.compile:
         longest = max(len(task.prompt) + task.options.max_new_tokens for task in tasks)
         pair = compile_pair(target, first, longest + WIDEST, largest)

@@ -106,7 +106,7 @@ def test_a_drafter_without_a_model_is_measured_and_has_the_settings_of_engines_f
     assert not found["acceptance_rates"]
     assert found["size_ratio"] == 0
     engines = {one["engine"]: one["lines"] for one in found["engines"]}
-    assert '"prompt_lookup_max": 3, "prompt_lookup_min": 2' in engines["vLLM, n-grams"]
+    assert '"prompt_lookup_max": 3, "prompt_lookup_min": 2' in engines["vLLM, ngram2-3"]
 
 
 def test_the_best_gamma_by_batch_size_is_also_a_schedule(pair, tmp_path):
@@ -164,6 +164,16 @@ def test_other_vocabularies_and_architectures_that_cannot_be_decoded_are_refused
     for key in ("target.path", "measure.drafter"):
         with pytest.raises(ValueError, match="RwkvForCausalLM cannot be decoded with"):
             stage("measure", overrides(pair, f"{key}={tmp_path}/rwkv"))
+
+
+def test_sequences_side_by_side_are_refused_where_a_model_has_states(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.measure.generate_answers", lambda *arguments: pytest.fail("decoded"))
+    family("lfm2").save_pretrained(tmp_path / "lfm2")
+    for path in (pair / "target").glob("tokenizer*"):
+        (tmp_path / "lfm2" / path.name).write_bytes(path.read_bytes())
+    given = [f"target.path={tmp_path}/lfm2", "measure.drafter=ngram", "measure.batch_sizes=[1,2]"]
+    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM has states, .*: decode its sequences one at a time"):
+        stage("measure", overrides(pair, *given, f"out={tmp_path}/out"))
 
 
 def test_a_dry_run_says_that_the_pair_can_be_measured(pair, monkeypatch, capsys):

@@ -138,12 +138,12 @@ def test_a_faster_prompt_lookup_and_an_export_are_among_the_settings():
     speedups = {"kld": SPEEDUPS, "ngram": SPEEDUPS}
     found = add_settings(measurement((0.8, 0.7, 0.9), differs=True, batches=[BatchRow(1, 0.3, 4, 1.2)]), speedups)
     names = [one.engine for one in found.engines]
-    assert "vLLM, n-grams" in names
+    assert "vLLM, ngram" in names
     assert found.export.startswith("python -m experiments.export export.drafter=runs/kld")
     assert "exports/kld-hf" in next(one.lines for one in found.engines if one.engine == "vLLM")
     assert found.schedule == "[[1, 4096, 4]]"
     slower = add_settings(measurement((0.8, 0.7, 0.9), rival=Estimate(0.1, -0.1, 0.3)), speedups)
-    assert "vLLM, n-grams" not in [one.engine for one in slower.engines]
+    assert "vLLM, ngram" not in [one.engine for one in slower.engines]
     page = markdown(sections(found))
     for text in ("export the drafter first", "γ by batch size", "serve the target without this drafter"):
         assert text in page
