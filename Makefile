@@ -21,7 +21,7 @@ SMOLLM2_TARGET := runs/smollm2/target/origin.json
 DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(word 1,$(subst $(comma), ,$(SEEDS)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma report tiny-target clean \
+.PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma measure report tiny-target clean \
   smollm2 smollm2_shipped plan dry-run test-serving test-models chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
 
 help: ## list the targets
@@ -111,6 +111,10 @@ evaluate: setup ## stage 4: speculative decoding against the baseline
 
 gamma: setup ## which gamma pays on this machine, for the drafter of LOSSES and SEEDS that come first
 	$(RUN).gamma scale=$(SCALE) gamma.drafter=$(DRAFTER) $(ARGS)
+
+TARGET ?= assets/tiny-target
+measure: setup ## is DRAFTER worth it for TARGET? Any two models; nothing has to be prepared
+	$(RUN).measure target.path=$(TARGET) measure.drafter=$(DRAFTER) $(ARGS)
 
 # The drafter in assets/ drafts for SmolLM2-135M-Instruct as the Python package has it, unless the target is there already.
 chat: ORIGIN := origin=package

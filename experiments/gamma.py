@@ -10,23 +10,17 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
-from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.decoding.acceptance import check_rule
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import COMPILED_WIDTHS, Decodable, Padded
-from drafter.decoding.drafting import Drafter, compiled_with, models_of, with_models, without_model
-from drafter.decoding.evaluation import Task
-from drafter.decoding.expected_efficiency import expected_blocks
-from drafter.decoding.speculative import autoregressive_decode, speculative_decode
+from drafter.decoding.decoders import COMPILED_WIDTHS
+from drafter.decoding.drafting import models_of, with_models, without_model
 from drafter.decoding.timings import measure_call_timings
-from drafter.metrics import Counts, by_prompt, count, estimate
+from drafter.metrics import by_prompt, count, estimate
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
 from drafter.models.packing import pack
@@ -37,12 +31,13 @@ from experiments.running.commands import command
 from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
 from experiments.running.named_drafters import check_compiles, check_responses, fingerprint_of, label_of, load_named
-from experiments.running.proposed_blocks import acceptance_of_answer, predict
+from experiments.running.predictions import predict
+from experiments.running.speedups import compile_pair, decode_prompt, prepare_pair
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import Work, decode_turns
 
 log = logging.getLogger(__name__)
-WIDEST = 16  # the most tokens of a call to which another one may be padded
+DRAFTER = "drafter"  # its name among the decodings of a prompt
 
 
 @command("gamma")
@@ -66,39 +61,42 @@ def main(cfg: DictConfig) -> None:
     work = by_rule(
         read_tasks(cfg, tokenizer, context, cfg.gamma.prompts_per_task, stops, {}), cfg.gamma.acceptance_rule
     )
-    prompt, widths, largest = work.tasks[0].prompt, dict[int, int](), cfg.gamma.largest
-    models: tuple[Decodable, Drafter]
-    if cfg.gamma.compile:  # a compiled call has packed weights of its own
+    prompt, largest = work.tasks[0].prompt, cfg.gamma.largest
+    if cfg.gamma.compile:
         ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
-        longest = context if work.continuations else max(ends)
-        models = compiled_with(target, drafter, longest, largest)
-        widths = {count: width for count, width in COMPILED_WIDTHS.items() if count < width and count <= largest + 1}
+        pair = compile_pair(target, drafter, context if work.continuations else max(ends), largest)
     else:
-        for model in (target, *models_of(drafter)):
-            pack(model)
-        if cfg.gamma.pad:
-            most = min(max(largest, WIDEST - 1), len(prompt) - 1)
-            widths = measure_call_timings(target, drafter, prompt, most).widths()
-        models = Padded(target, widths), drafter
-    timings = measure_call_timings(models[0], models[1], prompt, largest)
-    gammas = list(cfg.gamma.decode or range(1, largest + 1))
+        pair = prepare_pair(target, drafter, prompt, largest, cfg.gamma.pad)
+    timings, alone = measure_call_timings(pair.target, pair.drafter, prompt, largest), pair.target
+    if cfg.gamma.compile:
+        eager = pack(load_target(target_source(cfg)).to(target.device))
+        single = measure_call_timings(eager, pair.drafter, prompt, 1).target[0]
+        if (
+            single < timings.target[0]
+        ):  # the target alone decodes in the faster way, which is what a drafter has to beat
+            alone, timings = eager, timings._replace(target=[single, *timings.target[1:]])
+    drafters, gammas = {DRAFTER: pair.drafter}, {DRAFTER: list(cfg.gamma.decode or range(1, largest + 1))}
+    decode_turn = partial(
+        decode_prompt, target=pair.target, drafters=drafters, gammas=gammas, seed=cfg.seed, alone=alone
+    )
     rows, counts, left_out = [], [], {}
     for name in cfg.task:
-        decode_turn = partial(decode_prompt, target=models[0], drafter=models[1], gammas=gammas, seed=cfg.seed)
         reached = [
-            decode_turns(work, task, decode_turn, lambda one: one.tokens) for task in work.tasks if task.name == name
+            decode_turns(work, task, decode_turn, lambda one: one.baseline.tokens)
+            for task in work.tasks
+            if task.name == name
         ]
         turns = [turn for one in reached for turn in one.turns]
         tasks, found = [task for task, _ in turns], [decoded for _, decoded in turns]
         left_out[name] = sum((one.left_out for one in reached), work.left_out.get(name, Counter()))
-        if without_model(drafter):
-            predicted = predict(tasks, [one.tokens for one in found], target, drafter, timings, largest)
-        else:
-            efficiencies = block_efficiencies(tasks, found, target, drafter, largest)
-            predicted = [(efficiency, timings.block(gamma)) for gamma, efficiency in enumerate(efficiencies, start=1)]
+        predicted = predict(tasks, [one.baseline.tokens for one in found], target, drafter, timings, largest)
         for gamma, (efficiency, cost) in enumerate(predicted, start=1):
             pairs = zip(tasks, found, strict=True)
-            of_gamma = {task.prompt_id: one.counts[gamma] for task, one in pairs if gamma in one.counts}
+            of_gamma = {
+                task.prompt_id: count(one.drafted[DRAFTER, gamma], one.baseline)
+                for task, one in pairs
+                if (DRAFTER, gamma) in one.drafted
+            }
             speedup = estimate(by_prompt(of_gamma, of_gamma.values()), "token_rate_ratio") if of_gamma else None
             rows.append(GammaRow(name, gamma, efficiency, cost, efficiency / cost, speedup))
             counts += [
@@ -110,9 +108,10 @@ def main(cfg: DictConfig) -> None:
         timings,
         cfg.gamma.drafter,
         cfg.gamma.compile,
-        widths,
+        pair.widths,
         cfg.gamma.acceptance_rule,
         ("beside a model" if models_of(drafter) else "alone") if without_model(drafter) else None,
+        alone is not pair.target,
     )
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
@@ -121,7 +120,7 @@ def main(cfg: DictConfig) -> None:
     stage.finish(
         counts={
             "c": timings.ratio,
-            "widths": {str(count): width for count, width in widths.items()},
+            "widths": {str(tokens): width for tokens, width in pair.widths.items()},
             "v": [timings.verification(g) for g in range(1, largest + 1)],
             "stop_ids": stops,
             **({"turns_left_out": left_out} if work.continuations else {}),
@@ -151,43 +150,6 @@ def check(cfg: DictConfig) -> None:
 def by_rule(work: Work, rule: str) -> Work:
     """Return the same work, decoded by an acceptance rule."""
     return work._replace(tasks=[task._replace(options=replace(task.options, rule=rule)) for task in work.tasks])
-
-
-class DecodedPrompt(NamedTuple):
-    """What the target alone generates for a prompt, and the counts of decoding it with the drafter at each γ."""
-
-    tokens: list[int]
-    counts: dict[int, Counts]
-
-
-def decode_prompt(task: Task, target: Decodable, drafter: Drafter, gammas: list[int], seed: int) -> DecodedPrompt:
-    """Decode a prompt with the target alone, then with the drafter at each γ."""
-    generator = task.random(target.device, seed)
-    baseline = autoregressive_decode(target, task.prompt, task.options, generator)
-    counts = {}
-    for gamma in gammas:
-        decoded = speculative_decode(target, drafter, task.prompt, gamma, task.options, generator)
-        counts[gamma] = count(decoded, baseline)
-    return DecodedPrompt(baseline.tokens, counts)
-
-
-@torch.inference_mode()
-def block_efficiencies(
-    tasks: list[Task],
-    found: list[DecodedPrompt],
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    largest: int,
-) -> list[float]:
-    """Return the expected block efficiency at γ = 1 … largest, from the sequences that the target generated."""
-    blocks, tokens = np.zeros(largest), 0
-    for task, decoded in zip(tasks, found, strict=True):
-        length = len(decoded.tokens)
-        accept_BL = acceptance_of_answer(task, decoded.tokens, target, drafter)[None]
-        lengths_B = torch.tensor([length], device=target.device)
-        blocks += [expected_blocks(accept_BL, lengths_B, gamma).item() for gamma in range(1, largest + 1)]
-        tokens += length
-    return (tokens / blocks).tolist()
 
 
 if __name__ == "__main__":

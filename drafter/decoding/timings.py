@@ -10,21 +10,23 @@ taken to do so always, and to read gamma tokens again: this overestimates its ti
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from drafter.decoding.capabilities import decoder_of
+from drafter.decoding.batched import RaggedDecoder
+from drafter.decoding.capabilities import check_side_by_side, decoder_of
 from drafter.decoding.clock import now
-from drafter.decoding.decoders import Decodable
+from drafter.decoding.decoders import CachedModel, Decodable, plain_model
 from drafter.decoding.drafting import Drafter, models_of, without_model
 from drafter.decoding.generation import Generation
 from drafter.decoding.stateful import StatefulDecoder
 
 REPEATS = 15
 WARM_UP = 2
+READINGS = 3  # of a whole prompt, which take long
 LEAST_GAIN = 0.05  # of the time of a call, for which it is padded
 
 
@@ -81,11 +83,8 @@ class CallTimings(NamedTuple):
         return self.verification(drafts) + replay
 
 
-@torch.inference_mode()
 def measure_call_timings(target: Decodable, drafter: Drafter, prompt: list[int], largest: int) -> CallTimings:
     """Return the median wall-clock time of each kind of call, with a prompt in the cache.
-
-    The kinds of calls take turns, so that a change in the machine's speed affects all alike.
 
     Args:
         target: the target.
@@ -96,30 +95,87 @@ def measure_call_timings(target: Decodable, drafter: Drafter, prompt: list[int],
     Raises:
         ValueError: the prompt is shorter than the longest call.
     """
+    return measure_several(target, {"": drafter}, prompt, largest)[""]
+
+
+@torch.inference_mode()
+def measure_several(
+    target: Decodable, drafters: Mapping[str, Drafter], prompt: list[int], largest: int, rows: int = 1
+) -> dict[str, CallTimings]:
+    """Return the same for several drafters by name, of calls with one sequence or with several of the same length.
+
+    The kinds of calls take turns, so that a change in the machine's speed affects all alike. A draft model that several
+    drafters have is timed once.
+
+    Args:
+        target: see `measure_call_timings`.
+        drafters: see `measure_call_timings`.
+        prompt: see `measure_call_timings`.
+        largest: see `measure_call_timings`.
+        rows: the number of sequences that are decoded side by side.
+
+    Raises:
+        ValueError: the prompt is shorter than the longest call, or a model cannot decode side by side.
+    """
     if len(prompt) <= largest:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, and calls with up to gamma + 1 = {largest + 1} of them are timed: "
             f"give a longer prompt or a smaller gamma"
         )
-    models, decoder = models_of(drafter), decoder_of(target)
-    of_model = decoder_of(models[0]) if models else None
-    for one in (decoder, of_model):
-        if one:
-            one.forward([prompt], [0], 1)
-    draft: Callable[[], object]
-    if of_model:
-        draft = partial(of_model.forward, [prompt[:1]], [len(prompt)], 1)
-    else:
-        sequence = Generation(list(prompt), len(prompt), len(prompt) + largest)
-        draft = partial(without_model(drafter)[0].propose, sequence, largest)
-    calls = [draft]
-    calls += [partial(decoder.forward, [prompt[:count]], [len(prompt)], count) for count in range(1, largest + 2)]
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(WARM_UP + REPEATS):
-        for times, call in zip(seconds, calls, strict=True):
-            began = now(decoder.model.device)
+    capacity = len(prompt) + largest + 1
+
+    def started(model: Decodable) -> CachedModel:
+        if rows > 1:
+            check_side_by_side(plain_model(model), capacity)
+        made = decoder_of(model) if rows == 1 else RaggedDecoder(plain_model(model), capacity)
+        made.forward([prompt] * rows, [0] * rows, 1)
+        return made
+
+    def call(decoder: CachedModel, count: int) -> Callable[[], object]:
+        return partial(decoder.forward, [prompt[:count]] * rows, [len(prompt)] * rows, count)
+
+    of_target, decoders = started(target), dict[int, CachedModel]()
+    calls: dict[str, Callable[[], object]] = {}
+    for name, drafter in drafters.items():
+        if models := models_of(drafter):
+            key = id(models[0])
+            decoders[key] = decoders.get(key) or started(models[0])
+            calls[f"model {key}"] = call(decoders[key], 1)
+        else:
+            sequence = Generation(list(prompt), len(prompt), len(prompt) + largest)
+            calls[name] = partial(without_model(drafter)[0].propose, sequence, largest)
+    longer = {f"target {count}": call(of_target, count) for count in range(1, largest + 2)}
+    seconds = median_seconds({**calls, **longer}, of_target.model.device, WARM_UP + REPEATS)
+    found = {}
+    for name, drafter in drafters.items():
+        models = models_of(drafter)
+        own = seconds[f"model {id(models[0])}"] if models else rows * seconds[name]
+        replays = bool(models) and isinstance(decoders[id(models[0])], StatefulDecoder)
+        found[name] = CallTimings(
+            own, [seconds[one] for one in longer], replays, isinstance(of_target, StatefulDecoder)
+        )
+    return found
+
+
+@torch.inference_mode()
+def measure_reading(target: Decodable, drafter: Drafter, prompt: list[int]) -> tuple[float, float]:
+    """Return the median time in which the target, and the draft model if there is one, read a prompt, in seconds."""
+    models = {"target": target, "drafter": next(iter(models_of(drafter)), None)}
+    calls = {
+        name: partial(lambda one: decoder_of(one).forward([prompt], [0], 1), model)
+        for name, model in models.items()
+        if model is not None
+    }
+    seconds = median_seconds(calls, target.device, WARM_UP + READINGS)
+    return seconds["target"], seconds.get("drafter", 0.0)
+
+
+def median_seconds(calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Return the median time of each call, in seconds, without the first repeats. The calls take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            began = now(device)
             call()
-            times.append(now(decoder.model.device) - began)
-    of_drafter, *of_target = (statistics.median(times[WARM_UP:]) for times in seconds)
-    replays = (isinstance(one, StatefulDecoder) for one in (of_model, decoder))
-    return CallTimings(of_drafter, of_target, *replays)
+            seconds[name].append(now(device) - began)
+    return {name: statistics.median(times[WARM_UP:]) for name, times in seconds.items()}

@@ -28,7 +28,9 @@ def followed_rule(engine: str, rule: str = "ratio") -> str | None:
     return "ratio" if engine in ("transformers", "this project") else "argmax"
 
 
-def serving(kind: str, target: str, drafter: str, gamma: int, rule: str = "ratio") -> dict[str, str]:
+def serving(
+    kind: str, target: str, drafter: str, gamma: int, rule: str = "ratio", sets_gamma: bool = False
+) -> dict[str, str]:
     """Return the command, or the lines of Python, with which each engine serves the pair.
 
     Args:
@@ -37,6 +39,7 @@ def serving(kind: str, target: str, drafter: str, gamma: int, rule: str = "ratio
         drafter: the exported directory.
         gamma: the number of tokens to draft per block.
         rule: the acceptance rule that the drafter was made for, which is chosen where an engine has the choice.
+        sets_gamma: whether transformers and this project are told gamma, too. They read it from an exported directory.
 
     Returns:
         engine -> text to paste.
@@ -63,14 +66,37 @@ def serving(kind: str, target: str, drafter: str, gamma: int, rule: str = "ratio
         f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {gamma + 1}"
     )
     chat = f"python -m experiments.chat target.path={shlex.quote(target)} chat.drafter={shlex.quote(drafter)}"
+    fields = (
+        f'num_assistant_tokens={gamma}, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0'
+    )
+    own = [f"drafter.generation_config.update({fields})"] if sets_gamma else []
+    if sets_gamma:
+        chat += f" chat.num_speculative_tokens={gamma}"
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"tokenizer = AutoTokenizer.from_pretrained({target_text})",
         f"target = AutoModelForCausalLM.from_pretrained({target_text})",
         f"drafter = AutoModelForCausalLM.from_pretrained({drafter_text})",
+        *own,
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True, '
         'return_tensors="pt", return_dict=True)',
         "print(tokenizer.decode(target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)[0]))",
     ]
     vllm = shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(speculative, ensure_ascii=False)])
     return {"vLLM": vllm, "SGLang": sglang, "transformers": "\n".join(lines), "this project": chat}
+
+
+def serving_ngrams(target: str, smallest: int, largest: int, gamma: int) -> dict[str, str]:
+    """Return how engines use their own prompt lookup, which needs no draft model, with n-grams of these lengths.
+
+    Each accepts such drafts with the target's probability of them, which is the same by every acceptance rule.
+    """
+    fields = {"prompt_lookup_max": largest, "prompt_lookup_min": smallest}
+    speculative = {"method": "ngram", "num_speculative_tokens": gamma, **fields}
+    chat = f"python -m experiments.chat target.path={shlex.quote(target)} chat.drafter=ngram{smallest}-{largest}"
+    arguments = f"prompt_lookup_num_tokens={gamma}, max_matching_ngram_size={largest}"
+    return {
+        "vLLM": shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(speculative)]),
+        "transformers": f"target.generate(**inputs, {arguments})",
+        "this project": f"{chat} chat.num_speculative_tokens={gamma}",
+    }

@@ -9,12 +9,13 @@ A name is one of these:
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
 from drafter.artifacts.manifest import ArtifactError, digest, fingerprint, read_manifest, require
 from drafter.artifacts.rows import Rows
@@ -168,15 +169,22 @@ def check_compiles(cfg: DictConfig, section: str) -> None:
         )
 
 
-def load_named(cfg: DictConfig, name: str) -> Drafter:
-    """Load a drafter, after checking that it is compatible with the target."""
-    parsed = parse(name)
+def load_named(cfg: DictConfig, name: str, models: MutableMapping[str, PreTrainedModel] | None = None) -> Drafter:
+    """Load a drafter, after checking that it is compatible with the target.
+
+    Args:
+        cfg: the command's config.
+        name: the drafter's name.
+        models: the models that are loaded already, by name; a model that is loaded is added to them.
+    """
+    parsed, loaded = parse(name), {} if models is None else models
     if parsed is None:
-        return frozen_drafter(cfg, name)
+        loaded[name] = loaded[name] if name in loaded else frozen_drafter(cfg, name)
+        return loaded[name]
     first: TextDrafter = Lookup(parsed.sizes)
     if parsed.responses:
         first = count_ngrams(answers(parsed.responses), parsed.sizes)
-    return Combined(first, load_named(cfg, parsed.otherwise)) if parsed.otherwise else first
+    return Combined(first, load_named(cfg, parsed.otherwise, loaded)) if parsed.otherwise else first
 
 
 def answers(directory: str) -> Iterator[Answered]:

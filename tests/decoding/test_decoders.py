@@ -1,14 +1,25 @@
 """A compiled decoder agrees with the plain one, and the times of calls are measured and combined correctly."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.decoders import Compiled, Decoder, Padded, compiled_pair
+from drafter.decoding.drafting import Combined
+from drafter.decoding.ngrams import Lookup
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
-from drafter.decoding.timings import REPEATS, WARM_UP, CallTimings, measure_call_timings
+from drafter.decoding.timings import (
+    REPEATS,
+    WARM_UP,
+    CallTimings,
+    measure_call_timings,
+    measure_reading,
+    measure_several,
+)
 from drafter.warping import Sampling
 from tests.conftest import VOCABULARY, small_model
 
@@ -145,6 +156,41 @@ def test_timings_are_medians_after_the_warm_up(monkeypatch):
     monkeypatch.setattr("drafter.decoding.timings.now", lambda device: clock[0])
     timings = measure_call_timings("target", "drafter", [1, 2, 3, 4], 2)
     assert timings == CallTimings(drafter=2, target=[11, 12, 13])
+
+
+def test_a_model_that_several_drafters_have_is_timed_once(monkeypatch):
+    clock = [0.0]
+    decoders = {"target": TimedDecoder(clock, 10, calls=3), "drafter": TimedDecoder(clock, 1, calls=1)}
+    monkeypatch.setattr("drafter.decoding.timings.decoder_of", decoders.pop)
+    monkeypatch.setattr("drafter.decoding.timings.now", lambda device: clock[0])
+    drafters = {"model": "drafter", "both": Combined(Lookup(), "drafter"), "ngram": Lookup()}
+    found = measure_several("target", drafters, [1, 2, 3, 4], 2)
+    assert found["model"] == found["both"] == CallTimings(drafter=2, target=[11, 12, 13])
+    assert found["ngram"] == CallTimings(drafter=0, target=[11, 12, 13])
+
+
+def test_several_sequences_are_timed_side_by_side(target, drafter):
+    found = measure_several(target, {"model": drafter}, [1, 2, 3, 4], 2, rows=3)["model"]
+    assert len(found.target) == 3
+    assert min(found.drafter, *found.target) > 0
+
+
+def test_the_reading_of_a_prompt_is_timed_without_anything_cached(monkeypatch):
+    clock, starts = [0.0], []
+
+    def decoder(model):
+        def forward(ids, begins, keep):
+            starts.append((begins, keep))
+            clock[0] += model.base * len(ids[0])
+
+        return SimpleNamespace(forward=forward)
+
+    monkeypatch.setattr("drafter.decoding.timings.decoder_of", decoder)
+    monkeypatch.setattr("drafter.decoding.timings.now", lambda device: clock[0])
+    pair = [SimpleNamespace(base=base, device=torch.device("cpu")) for base in (10, 1)]
+    assert measure_reading(pair[0], pair[1], [1, 2, 3]) == (30, 3)
+    assert measure_reading(pair[0], Lookup(), [1, 2, 3]) == (30, 0)
+    assert set(map(str, starts)) == {"([0], 1)"}
 
 
 def test_a_prompt_shorter_than_the_longest_timed_call_is_refused(target, drafter):

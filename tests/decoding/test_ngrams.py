@@ -21,7 +21,7 @@ from drafter.decoding.speculative import (
 )
 from drafter.metrics import count
 from drafter.warping import Sampling, warp
-from experiments.running.proposed_blocks import proposals_along
+from experiments.running.predictions import proposals_along
 from tests.conftest import small_model
 from tests.decoding.chi_square import FALSE_ALARM, p_value
 from tests.families import family

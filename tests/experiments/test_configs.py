@@ -50,7 +50,7 @@ def resolve(cfg):
 def stage_of(group, option):
     """Return the stage in the command of an option's header, or finetune, which has every group."""
     header = re.match(r"(?:#.*\n)*", (CONF / group / f"{option}.yaml").read_text()).group()
-    named = [name for name in re.findall(r"experiments\.(\w+)", header) if name in (*STAGES, "plan")]
+    named = [name for name in re.findall(r"experiments\.(\w+)", header) if name in (*STAGES, "plan", "measure")]
     return named[0] if named else "finetune"
 
 
@@ -69,7 +69,7 @@ def test_every_option_of_every_group_composes(group, option):
     cfg = compose_config(stage_of(group, option), f"{group}={option}")
     assert HydraConfig.get().runtime.choices[group] == option
     missing = OmegaConf.missing_keys(cfg)
-    assert not missing or option in ("files", "existing", "transplant")  # their paths are the user's
+    assert not missing or option in ("files", "existing", "transplant", "own_words")  # their paths are the user's
     if not missing:
         resolve(cfg)
 

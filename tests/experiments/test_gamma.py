@@ -9,9 +9,10 @@ from drafter.decoding.ngrams import Lookup, NgramSizes
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.timings import CallTimings
 from drafter.warping import Sampling
-from experiments.gamma import DecodedPrompt, block_efficiencies, by_rule, decode_prompt
+from experiments.gamma import by_rule
 from experiments.reporting.gamma_page import gamma_page
-from experiments.running.proposed_blocks import predict
+from experiments.running.predictions import acceptance_of_answer, block_efficiencies, predict
+from experiments.running.speedups import decode_prompt
 from experiments.running.turns import Work
 from tests.experiments.test_pipeline import stage
 
@@ -19,16 +20,16 @@ from tests.experiments.test_pipeline import stage
 def test_the_prediction_by_argmax_is_the_number_of_blocks_that_the_targets_text_has(target, drafter):
     work = Work([Task("task", "task:1", "", [1, 2, 3], DecodingOptions(40, Sampling(1.0)))], {}, {})
     (task,) = by_rule(work, "argmax").tasks
-    found = decode_prompt(task, target, drafter, [2], 1)
-    ids = torch.tensor([task.prompt + found.tokens])
+    tokens = decode_prompt(task, target, {"it": drafter}, {"it": [2]}, 1).baseline.tokens
+    ids = torch.tensor([task.prompt + tokens])
     best = drafter(input_ids=ids).logits[0, len(task.prompt) - 1 : -1].argmax(-1).tolist()
-    right = [one == token for one, token in zip(best, found.tokens, strict=True)]
+    right = [one == token for one, token in zip(best, tokens, strict=True)]
     for gamma in (1, 2):
         position = blocks = 0
         while position < len(right):
             drafted = [*right[position : position + gamma], False]
             position, blocks = position + drafted.index(False) + 1, blocks + 1
-        efficiencies = block_efficiencies([task], [found], target, drafter, 2)
+        efficiencies = block_efficiencies([acceptance_of_answer(task, tokens, target, drafter)], 2)
         assert efficiencies[gamma - 1] == pytest.approx(len(right) / blocks)
 
 
@@ -45,9 +46,9 @@ def test_a_drafter_without_a_model_costs_what_its_blocks_verify(target, drafter,
     work = Work([Task("task", "task:1", "", [1, 2, 1, 2], DecodingOptions(60, Sampling(1.0)))], {}, {})
     (task,) = by_rule(work, rule).tasks
     chosen = Combined(Lookup(), drafter) if combined else Lookup()
-    answer = decode_prompt(task, target, chosen, [1], 1).tokens
+    answer = decode_prompt(task, target, {}, {}, 1).baseline.tokens
     predicted = predict([task], [answer], target, chosen, timings, 3)
-    plain = block_efficiencies([task], [DecodedPrompt(answer, {})], target, drafter, 3)
+    plain = block_efficiencies([acceptance_of_answer(task, answer, target, drafter)], 3)
     for gamma, (efficiency, cost) in enumerate(predicted, start=1):
         assert 1 <= efficiency <= gamma + 1
         assert 1 < cost <= 1 + gamma / 10 + (0.25 * gamma if combined else 0.25)
@@ -58,7 +59,7 @@ def test_a_drafter_without_a_model_costs_what_its_blocks_verify(target, drafter,
 
 def test_states_cost_a_replay_in_the_blocks_in_which_a_model_has_any(target, drafter):
     task = Task("task", "task:1", "", [1, 2, 1, 2], DecodingOptions(40))
-    answer = decode_prompt(task, target, Lookup(), [1], 1).tokens
+    answer = decode_prompt(task, target, {}, {}, 1).baseline.tokens
     never = Combined(Lookup(NgramSizes(40, 40)), drafter)
     for chosen in (never, Lookup()):
         for of_drafter, of_target in ((True, False), (False, True), (True, True)):

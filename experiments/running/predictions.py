@@ -1,4 +1,4 @@
-"""Predict τ and the cost of blocks whose drafts are proposed without a model, from what the target generated."""
+"""Predict τ and the cost of blocks at every γ from what the target generated, without decoding."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,11 @@ from transformers import PreTrainedModel
 
 from drafter.decoding.drafting import Drafter, models_of, without_model
 from drafter.decoding.evaluation import Task
-from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks_with_proposals
+from drafter.decoding.expected_efficiency import (
+    acceptance_of_written,
+    expected_blocks,
+    expected_blocks_with_proposals,
+)
 from drafter.decoding.generation import Generation
 from drafter.decoding.ngrams import TextDrafter
 from drafter.decoding.timings import CallTimings
@@ -18,13 +22,20 @@ def acceptance_of_answer(
     task: Task, tokens: list[int], target: PreTrainedModel, drafter: PreTrainedModel
 ) -> torch.Tensor:
     """Return the acceptance probability of each token that the target generated, if the model drafts it, shape (L,)."""
-    ids = torch.tensor([[*task.prompt, *tokens]], device=target.device)
-    p_LV, q_LV = (model(input_ids=ids, logits_to_keep=len(tokens) + 1).logits[0, :-1] for model in (drafter, target))
-    tokens_L = torch.tensor(tokens, device=target.device)
-    return acceptance_of_written(p_LV, q_LV, tokens_L, task.options.sampling, task.options.rule)
+    return acceptance_by_rule(task, tokens, target, drafter, [task.options.rule])[task.options.rule]
 
 
 @torch.inference_mode()
+def acceptance_by_rule(
+    task: Task, tokens: list[int], target: PreTrainedModel, drafter: PreTrainedModel, rules: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Return the same for several acceptance rules, from one forward pass of each model."""
+    ids = torch.tensor([[*task.prompt, *tokens]], device=target.device)
+    p_LV, q_LV = (model(input_ids=ids, logits_to_keep=len(tokens) + 1).logits[0, :-1] for model in (drafter, target))
+    tokens_L = torch.tensor(tokens, device=target.device)
+    return {rule: acceptance_of_written(p_LV, q_LV, tokens_L, task.options.sampling, rule) for rule in rules}
+
+
 def predict(
     tasks: Sequence[Task],
     answers: Sequence[list[int]],
@@ -32,6 +43,7 @@ def predict(
     drafter: Drafter,
     timings: CallTimings,
     largest: int,
+    accepts: Sequence[torch.Tensor] | None = None,
 ) -> list[tuple[float, float]]:
     """Return τ and the cost of a block in target calls at γ = 1 … largest.
 
@@ -42,14 +54,21 @@ def predict(
         tasks: the prompts.
         answers: what the target generated for each.
         target: the target.
-        drafter: a drafter without a model, or a combination.
+        drafter: the drafter.
         timings: c and v.
         largest: the largest γ.
+        accepts: the acceptance probabilities of each answer's tokens if the model drafts them, if they are known.
     """
     models = models_of(drafter)
+    if models and accepts is None:
+        pairs = zip(tasks, answers, strict=True)
+        accepts = [acceptance_of_answer(task, answer, target, models[0]) for task, answer in pairs]
+    if accepts is not None and not without_model(drafter):
+        efficiencies = block_efficiencies(accepts, largest)
+        return [(efficiency, timings.block(gamma)) for gamma, efficiency in enumerate(efficiencies, start=1)]
     by_drafted, by_model, tokens = np.zeros((largest, largest + 1)), np.zeros(largest), 0
-    for task, answer in zip(tasks, answers, strict=True):
-        accept_L = acceptance_of_answer(task, answer, target, models[0]).double().cpu().numpy() if models else None
+    for number, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
+        accept_L = accepts[number].double().cpu().numpy() if models and accepts is not None else None
         proposals = proposals_along(without_model(drafter), task.prompt, answer, largest)
         for gamma in range(1, largest + 1):
             found = expected_blocks_with_proposals(proposals, answer, accept_L, gamma)
@@ -63,6 +82,21 @@ def predict(
     else:
         drafting = np.full(largest, timings.ratio)
     return list(zip((tokens / blocks).tolist(), (drafting + scoring).tolist(), strict=True))
+
+
+def block_efficiencies(accepts: Sequence[torch.Tensor], largest: int) -> list[float]:
+    """Return the expected block efficiency of a draft model at γ = 1 … largest.
+
+    Args:
+        accepts: the acceptance probabilities of the tokens of each sequence that the target generated, shape (L,).
+        largest: the largest γ.
+    """
+    blocks, tokens = np.zeros(largest), 0
+    for accept_L in accepts:
+        lengths_B = torch.tensor([len(accept_L)], device=accept_L.device)
+        blocks += [expected_blocks(accept_L[None], lengths_B, gamma).item() for gamma in range(1, largest + 1)]
+        tokens += len(accept_L)
+    return (tokens / blocks).tolist()
 
 
 def proposals_along(

@@ -1,0 +1,96 @@
+"""Prepare a pair of models for timed decoding, and decode prompts with the target alone and with drafters."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from drafter.decoding.decoders import COMPILED_WIDTHS, Decodable, Padded
+from drafter.decoding.drafting import Drafter, compiled_with, models_of
+from drafter.decoding.evaluation import Task
+from drafter.decoding.generation import Decoded
+from drafter.decoding.speculative import autoregressive_decode, speculative_decode
+from drafter.decoding.timings import measure_call_timings
+from drafter.models.packing import pack
+
+WIDEST = 16  # the most tokens of a call to which another one may be padded
+
+
+class Prepared(NamedTuple):
+    """A pair whose calls are as fast as this project makes them.
+
+    Attributes:
+        target: the target, padded and perhaps compiled.
+        drafter: the drafter, its model perhaps compiled.
+        widths: number of tokens -> number to which target calls are padded.
+    """
+
+    target: Decodable
+    drafter: Drafter
+    widths: dict[int, int]
+
+
+def prepare_pair(target: PreTrainedModel, drafter: Drafter, prompt: list[int], largest: int, pad: bool) -> Prepared:
+    """Pack the weights of both models, in place, and pad target calls to widths that take less time.
+
+    Args:
+        target: the target.
+        drafter: the drafter.
+        prompt: the tokens that are cached when calls are timed.
+        largest: the largest γ.
+        pad: whether to look for widths that take less time.
+    """
+    for model in (target, *models_of(drafter)):
+        pack(model)
+    widths: dict[int, int] = {}
+    if pad:
+        most = min(max(largest, WIDEST - 1), len(prompt) - 1)
+        widths = measure_call_timings(target, drafter, prompt, most).widths()
+    return Prepared(Padded(target, widths), drafter, widths)
+
+
+def compile_pair(target: PreTrainedModel, drafter: Drafter, longest: int, largest: int) -> Prepared:
+    """Compile both models. A compiled call has packed weights of its own.
+
+    Args:
+        target: the target.
+        drafter: a drafter with a model.
+        longest: the number of tokens of the longest sequence.
+        largest: the largest γ.
+    """
+    widths = {count: width for count, width in COMPILED_WIDTHS.items() if count < width and count <= largest + 1}
+    return Prepared(*compiled_with(target, drafter, longest, largest), widths)
+
+
+class DecodedPrompt(NamedTuple):
+    """What the target alone generates for a prompt, and what it generates with each drafter at each γ."""
+
+    baseline: Decoded
+    drafted: dict[tuple[str, int], Decoded]
+
+
+def decode_prompt(
+    task: Task,
+    target: Decodable,
+    drafters: Mapping[str, Drafter],
+    gammas: Mapping[str, Sequence[int]],
+    seed: int,
+    alone: Decodable | None = None,
+) -> DecodedPrompt:
+    """Decode a prompt with the target alone, then with each drafter at each of its γ.
+
+    Args:
+        task: the prompt.
+        target: the target.
+        drafters: the drafters by name.
+        gammas: the γ of each drafter, by the same names.
+        seed: the run's seed.
+        alone: the target as it decodes alone; None: as it does with a drafter.
+    """
+    generator = task.random(target.device, seed)
+    baseline = autoregressive_decode(alone or target, task.prompt, task.options, generator)
+    drafted = {}
+    for name, drafter in drafters.items():
+        for gamma in gammas[name]:
+            drafted[name, gamma] = speculative_decode(target, drafter, task.prompt, gamma, task.options, generator)
+    return DecodedPrompt(baseline, drafted)

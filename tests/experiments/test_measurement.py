@@ -1,0 +1,160 @@
+"""What follows from a measurement: predictions, what would have to change, the verdict, the settings of engines."""
+
+import numpy as np
+import pytest
+import torch
+
+from drafter.decoding.timings import CallTimings
+from drafter.metrics import Estimate
+from experiments.exporting.engine_settings import add_settings, engine_settings
+from experiments.exporting.serving import serving
+from experiments.reporting.measure_page import as_json, inline, markdown, sections
+from experiments.reporting.measurement import (
+    BatchRow,
+    Calls,
+    MeasuredRow,
+    Measurement,
+    against_rivals,
+    verdict,
+    what_would_change,
+)
+from experiments.running.measuring import Conditions, Prediction, choose_gammas, find_requirement
+
+LONG = Conditions(1e9, 0.05)  # answers so long that the first block does not count
+
+
+def test_the_rate_and_the_c_that_are_needed_are_those_of_theory():
+    accepts, timings = [torch.full((400,), 0.42)], CallTimings(0.33, [1.0, 1.1])
+    found = find_requirement(accepts, timings, LONG, 1, factor=1.0)
+    # At γ = 1, τ = 1 + α up to the sequence's end, and a block costs c + v.
+    assert found.acceptance_rate == pytest.approx(0.33 + 1.1 - 1, abs=0.005)
+    assert found.ratio == pytest.approx(1 + 0.42 - 1.1, abs=0.005)
+    slower = find_requirement(accepts, timings, LONG, 1, factor=0.9)  # as measured, all takes a ninth longer
+    assert slower.acceptance_rate == pytest.approx((0.33 + 1.1) / 0.9 - 1, abs=0.005)
+
+
+def test_a_verification_that_takes_too_long_makes_nothing_enough():
+    found = find_requirement([torch.full((50,), 0.5)], CallTimings(0.5, [1.0, 2.5]), LONG, 1, 1.0)
+    assert found == (None, None)
+
+
+def test_hard_tokens_stay_hard_when_the_needed_rate_is_found():
+    accept = torch.tensor([1.0, 0.0] * 100)
+    found = find_requirement([accept], CallTimings(0.5, [1.0, 1.2]), LONG, 1, 1.0)
+    # The easy tokens are in every second place, where drafts do not save a block unless a hard one is accepted.
+    assert 0.5 <= found.acceptance_rate < 1
+
+
+def test_two_gammas_with_the_highest_prediction_are_decoded_unless_some_are_given():
+    predictions = [Prediction(2, 1, speedup) for speedup in (1.0, 1.3, 1.1, 1.2)]
+    assert choose_gammas(predictions, None) == [2, 4]
+    assert choose_gammas(predictions, [3]) == [3]
+    assert choose_gammas(predictions[:1], None) == [1]
+
+
+def test_reading_prompts_brings_a_speed_up_nearer_to_one():
+    alone, with_reading = Conditions(64, 0.05), Conditions(64, 0.05, 0.5, 0.05)
+    assert alone.speedup(2.4, 1.6) > with_reading.speedup(2.4, 1.6) > 1
+    assert alone.speedup(1.2, 1.6) < with_reading.speedup(1.2, 1.6) < 1
+
+
+def measurement(speedup, **fields):
+    rows = [
+        MeasuredRow("kld", 2, 1.8, 1.7, 1.6, 1.05, Estimate(0.5, 0.4, 0.6)),
+        MeasuredRow("kld", 3, 2.1, 2.0, 1.7, 1.04, Estimate(*speedup)),
+        MeasuredRow("ngram", 5, 1.4, 1.1, 1.4, 1.2, Estimate(1.2, 1.1, 1.3)),
+        MeasuredRow("ngram", 6, 1.4, 1.2, 1.4, 1.1, None),
+    ]
+    known = {
+        "target": "org/chat", "drafter": "runs/kld", "label": "kld", "has_model": True,
+        "compatibility": ["They fit."], "parameters": ["Small."], "size_ratio": 0.04, "prompts": "2 prompts",
+        "lengths": (20.0, 60.0), "temperature": 0.6,
+        "calls": Calls(0.0033, 0.01, [1.1, 1.2, 1.3, 1.4, 1.5, 1.6], [], {}, False),
+        "acceptance_rates": {"greedy": 0.42, "ratio": 0.5}, "by_rule": {"greedy": [1.4] * 6, "ratio": [1.5] * 6},
+        "rows": rows, "equal": (8, 8), "needed_rate": 0.7, "needed_ratio": 0.12,
+        "rival": Estimate(0.3, 0.1, 0.5),
+    }  # fmt: skip
+    return Measurement(**(known | fields))
+
+
+def test_the_verdict_has_its_reason_in_numbers():
+    assert verdict(measurement((1.31, 1.22, 1.4))) == (
+        "γ = 3 pays: 1.31 [1.22, 1.40] times the target's own token rate (a block costs 2.00 target calls and gives "
+        "2.10 tokens)."
+    )
+    assert verdict(measurement((1.03, 0.97, 1.09))).startswith("No difference seen: γ = 3, the best of those decoded")
+    assert verdict(measurement((0.8, 0.7, 0.9))) == (
+        "No γ pays: a draft costs 0.33 target calls and needs an acceptance rate above 0.70; it has 0.42 (γ = 3, the "
+        "best of those decoded, has 0.80 [0.70, 0.90] times the target's own token rate)."
+    )
+    assert "no acceptance rate is high enough; it has 0.42" in verdict(measurement((0.8, 0.7, 0.9), needed_rate=None))
+    assert verdict(measurement((0.8, 0.7, 0.9), has_model=False)).startswith("No γ pays: a block costs 2.00")
+
+
+def test_what_would_have_to_change_is_said_only_where_no_gamma_pays():
+    assert what_would_change(measurement((1.31, 1.22, 1.4))) is None
+    assert what_would_change(measurement((0.8, 0.7, 0.9))) == (
+        "What would have to change: a cheaper drafter: c below 0.12, or a better one: an acceptance rate above 0.70. "
+        "It has c = 0.33 and an acceptance rate of 0.42."
+    )
+    for fields, end in (
+        ({"needed_ratio": None}, "verification alone takes longer than it saves."),
+        ({"needed_rate": None}, "At this c no acceptance rate is high enough."),
+    ):
+        assert what_would_change(measurement((0.8, 0.7, 0.9), **fields)).endswith(end)
+    neither = what_would_change(measurement((0.8, 0.7, 0.9), needed_ratio=None, needed_rate=None))
+    assert neither.startswith("Neither a cheaper drafter nor a better one alone")
+
+
+def test_a_rival_is_faster_only_if_the_interval_of_the_difference_says_so():
+    assert "faster than `kld` (+0.30 [+0.10, +0.50])" in against_rivals(measurement((0.8, 0.7, 0.9)))
+    assert "no difference seen" in against_rivals(measurement((0.8, 0.7, 0.9), rival=Estimate(0.1, -0.1, 0.3)))
+    assert against_rivals(measurement((0.8, 0.7, 0.9), rival=None)) is None
+
+
+SPEEDUPS = {"greedy": [1.0, 1.2, 1.1], "ratio": [1.0, 1.1, 1.3], "argmax": [1.2, 1.1, 0.9], "match": [1.0, 0.9, 0.8]}
+
+
+def test_each_engine_gets_the_gamma_for_its_own_rule():
+    found = {one.engine: one for one in engine_settings("org/chat", "runs/kld", SPEEDUPS)}
+    assert (found["vLLM"].rule, found["vLLM"].gamma) == ("ratio", 3)  # 1.3 is above what `argmax` reaches
+    assert (found["SGLang"].rule, found["SGLang"].gamma) == ("argmax", 2)
+    assert (found["SGLang"].greedy, found["SGLang"].sampled) == (1.2, 1.1)
+    assert "--speculative-num-steps 2" in found["SGLang"].lines
+    other = {one.engine: one for one in engine_settings("t", "d", {**SPEEDUPS, "ratio": [0.9, 0.9, 0.9]})}
+    assert other["vLLM"].rule == "argmax"
+    assert "draft_sample_method" not in other["vLLM"].lines
+
+
+def test_transformers_and_this_project_are_told_gamma_of_a_drafter_that_was_not_exported():
+    lines, exported = (serving("hf", "t", "d", 3, sets_gamma=one) for one in (True, False))
+    assert "drafter.generation_config.update(num_assistant_tokens=3, " in lines["transformers"]
+    assert lines["this project"].endswith(" chat.num_speculative_tokens=3")
+    assert "num_assistant_tokens" not in exported["transformers"]
+    assert "num_speculative_tokens" not in exported["this project"]
+
+
+def test_a_faster_prompt_lookup_and_an_export_are_among_the_settings():
+    speedups = {"kld": SPEEDUPS, "ngram": SPEEDUPS}
+    found = add_settings(measurement((0.8, 0.7, 0.9), differs=True, batches=[BatchRow(1, 0.3, 4, 1.2)]), speedups)
+    names = [one.engine for one in found.engines]
+    assert "vLLM, ngram" in names
+    assert found.export.startswith("python -m experiments.export export.drafter=runs/kld")
+    assert "exports/kld-hf" in next(one.lines for one in found.engines if one.engine == "vLLM")
+    assert found.schedule == "[[1, 4096, 4]]"
+    slower = add_settings(measurement((0.8, 0.7, 0.9), rival=Estimate(0.1, -0.1, 0.3)), speedups)
+    assert "vLLM, ngram" not in [one.engine for one in slower.engines]
+    page = markdown(sections(found))
+    for text in ("export the drafter first", "γ by batch size", "serve the target without this drafter"):
+        assert text in page
+
+
+def test_the_page_says_that_rounding_made_texts_differ():
+    assert "own in 8 of 8 decodings. Measured" in markdown(sections(measurement((1.3, 1.2, 1.4))))
+    assert "In the others, rounding decided" in markdown(sections(measurement((1.3, 1.2, 1.4), equal=(7, 8))))
+
+
+def test_html_is_escaped_and_json_has_the_fields_of_records():
+    assert inline("a < b & `x`") == "a &lt; b &amp; <code>x</code>"
+    assert as_json(Estimate(1.0, 0.5, 1.5)) == {"value": 1.0, "low": 0.5, "high": 1.5}
+    assert as_json({2: [np.float64(1.5)]}) == {"2": [1.5]}
