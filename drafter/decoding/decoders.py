@@ -191,17 +191,26 @@ COMPILED_WIDTHS = {count: next(width for width in (1, 5, 9) if width >= count) f
 DRAFTER_WIDTHS = COMPILED_WIDTHS | {2: 2}  # a drafter reads two tokens after each block whose drafts were all accepted
 
 
-def compiled_pair(target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gamma: int) -> tuple[Padded, Padded]:
+def compiled_pair(
+    target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gamma: int, falls_behind: bool = False
+) -> tuple[Padded, Padded]:
     """Return both models compiled for sequences of `longest` tokens and this gamma, padded to few numbers of tokens.
 
-    All calls with these numbers are compiled here, which takes minutes: none is compiled while decoding is timed.
+    The calls that decoding makes are compiled here, which takes minutes, and not while decoding is timed.
+
+    Args:
+        target: the target.
+        drafter: the draft model.
+        longest: the length of the longest sequence, in tokens.
+        gamma: the most drafts of a block.
+        falls_behind: whether the drafter leaves blocks to another one, whose tokens it then reads in one call.
     """
     widest = max(COMPILED_WIDTHS)
-    capacity = longest + max(gamma + 1, widest)
+    read = widest if falls_behind else 2
     pair = []
-    for model, widths in ((target, COMPILED_WIDTHS), (drafter, DRAFTER_WIDTHS)):
-        compiled = Compiled(model, capacity, max(gamma + 1, widest))
-        compiled.compile(sorted(set(widths.values())))
+    for model, widths, most in ((target, COMPILED_WIDTHS, min(gamma + 1, widest)), (drafter, DRAFTER_WIDTHS, read)):
+        compiled = Compiled(model, longest + max(gamma + 1, widest), max(gamma + 1, widest))
+        compiled.compile(sorted({widths[count] for count in range(1, most + 1)}))
         pair.append(Padded(compiled, widths))
     return pair[0], pair[1]
 
