@@ -131,9 +131,11 @@ class Compiled:
         self.cache.reset()
         return Decoder(self.model, self.cache, self._logits, self.capacity, widths=widths)
 
+    @torch.inference_mode()  # as decoding does: a call that was compiled otherwise would be compiled again
     def compile(self, counts: Iterable[int]) -> None:
         """Compile the calls with these numbers of tokens now, so that no timed decoding waits for it."""
-        for count in counts:
+        prompt = min(self.longest + 1, self.capacity)  # is not compiled, and gives the cache its tensors first
+        for count in (prompt, *counts):
             self.decoder().forward([[0] * count], [0], 1)
 
     def _logits(self, ids_BT: torch.Tensor, _: Cache, keep: int) -> torch.Tensor:
