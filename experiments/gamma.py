@@ -71,9 +71,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.gamma.compile:
         eager = pack(load_target(target_source(cfg)).to(target.device))
         single = measure_call_timings(eager, pair.drafter, prompt, 1).target[0]
-        if (
-            single < timings.target[0]
-        ):  # the target alone decodes in the faster way, which is what a drafter has to beat
+        if single < timings.target[0]:  # what a drafter has to beat is the target alone in the faster way
             alone, timings = eager, timings._replace(target=[single, *timings.target[1:]])
     drafters, gammas = {DRAFTER: pair.drafter}, {DRAFTER: list(cfg.gamma.decode or range(1, largest + 1))}
     decode_turn = partial(

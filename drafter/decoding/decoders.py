@@ -193,27 +193,19 @@ COMPILED_WIDTHS = {count: next(width for width in (1, 5, 9) if width >= count) f
 DRAFTER_WIDTHS = COMPILED_WIDTHS | {2: 2}  # a drafter reads two tokens after each block whose drafts were all accepted
 
 
-def compiled_pair(
-    target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gamma: int, falls_behind: bool = False
-) -> tuple[Padded, Padded]:
+def compiled_pair(target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gamma: int) -> tuple[Padded, Padded]:
     """Return both models compiled for sequences of `longest` tokens and this gamma, padded to few numbers of tokens.
 
-    The calls that decoding makes are compiled here, which takes minutes, and not while decoding is timed.
-
-    Args:
-        target: the target.
-        drafter: the draft model.
-        longest: the length of the longest sequence, in tokens.
-        gamma: the most drafts of a block.
-        falls_behind: whether the drafter leaves blocks to another one, whose tokens it then reads in one call.
+    The calls of a block are compiled here, which takes minutes, and not while decoding is timed. Longer calls are not
+    compiled: prompts, and what a drafter reads after blocks that it left to another one.
     """
-    widest = max(COMPILED_WIDTHS)
-    read = widest if falls_behind else 2
+    most = COMPILED_WIDTHS.get(gamma + 1, gamma + 1)
     pair = []
-    for model, widths, most in ((target, COMPILED_WIDTHS, min(gamma + 1, widest)), (drafter, DRAFTER_WIDTHS, read)):
-        compiled = Compiled(model, longest + max(gamma + 1, widest), max(gamma + 1, widest))
-        compiled.compile(sorted({widths[count] for count in range(1, most + 1)}))
-        pair.append(Padded(compiled, widths))
+    for model, widths in ((target, COMPILED_WIDTHS), (drafter, DRAFTER_WIDTHS)):
+        padded = {count: width for count, width in widths.items() if width <= most}
+        compiled = Compiled(model, longest + most, most)
+        compiled.compile(sorted({*padded.values(), most}))
+        pair.append(Padded(compiled, padded))
     return pair[0], pair[1]
 
 

@@ -60,8 +60,7 @@ def with_models(drafter: Drafter, change: Callable[[Any], Any]) -> Drafter:
 
 def compiled_with(target: PreTrainedModel, drafter: Drafter, longest: int, gamma: int) -> tuple[Padded, Drafter]:
     """Return both models compiled (see `decoders.compiled_pair`). The drafter has a model."""
-    behind = isinstance(drafter, Combined)
-    of_target, of_model = compiled_pair(target, models_of(drafter)[0], longest, gamma, behind)
+    of_target, of_model = compiled_pair(target, models_of(drafter)[0], longest, gamma)
     return of_target, with_models(drafter, lambda _: of_model)
 
 
