@@ -197,7 +197,7 @@ def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSes
     gamma = chosen_draft_length(cfg)
     if chat.compile:
         log.info("the first calls compile both models, which takes minutes")
-        target, drafter = compiled_with(target, drafter, context, max_draft_length(gamma))
+        target, drafter = compiled_with(target, drafter, context, [max_draft_length(gamma)])
     else:
         target, drafter = pack(target), with_models(drafter, pack)
     pair = Pair(target, drafter, gamma, options_of(cfg, end_of_turn_ids(target_source(cfg), tokenizer)))

@@ -17,13 +17,10 @@ from omegaconf import DictConfig
 from drafter.artifacts.manifest import write_jsonl, write_text
 from drafter.decoding.acceptance import check_rule
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import COMPILED_WIDTHS
 from drafter.decoding.drafting import models_of, with_models, without_model
-from drafter.decoding.timings import measure_call_timings
 from drafter.metrics import by_prompt, count, estimate
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_length, load_config, load_target, load_tokenizer
-from drafter.models.packing import pack
 from experiments.reporting.figures import draw_gammas
 from experiments.reporting.gamma_page import GammaRow, gamma_page
 from experiments.running import dry_run
@@ -64,18 +61,14 @@ def main(cfg: DictConfig) -> None:
     prompt, largest = work.tasks[0].prompt, cfg.gamma.largest
     if cfg.gamma.compile:
         ends = [len(task.prompt) + task.options.max_new_tokens for task in work.tasks]
-        pair = compile_pair(target, drafter, context if work.continuations else max(ends), largest)
+        longest = context if work.continuations else max(ends)
+        pair = compile_pair(target, drafter, prompt, longest, largest, cfg.gamma.decode)
     else:
         pair = prepare_pair(target, drafter, prompt, largest, cfg.gamma.pad)
-    timings, alone = measure_call_timings(pair.target, pair.drafter, prompt, largest), pair.target
-    if cfg.gamma.compile:
-        eager = pack(load_target(target_source(cfg)).to(target.device))
-        single = measure_call_timings(eager, pair.drafter, prompt, 1).target[0]
-        if single < timings.target[0]:  # what a drafter has to beat is the target alone in the faster way
-            alone, timings = eager, timings._replace(target=[single, *timings.target[1:]])
+    timings = pair.time_calls({DRAFTER: pair.drafter}, prompt, largest)[DRAFTER]
     drafters, gammas = {DRAFTER: pair.drafter}, {DRAFTER: list(cfg.gamma.decode or range(1, largest + 1))}
     decode_turn = partial(
-        decode_prompt, target=pair.target, drafters=drafters, gammas=gammas, seed=cfg.seed, alone=alone
+        decode_prompt, target=pair.target, drafters=drafters, gammas=gammas, seed=cfg.seed, alone=pair.alone
     )
     rows, counts, left_out = [], [], {}
     for name in cfg.task:
@@ -109,7 +102,7 @@ def main(cfg: DictConfig) -> None:
         pair.widths,
         cfg.gamma.acceptance_rule,
         ("beside a model" if models_of(drafter) else "alone") if without_model(drafter) else None,
-        alone is not pair.target,
+        pair.alone is not pair.target,
     )
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
@@ -132,13 +125,11 @@ def check(cfg: DictConfig) -> None:
     check_can_decode(load_config(target_source(cfg)))
     if cfg.gamma.largest < 1:
         raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at least 1")
-    decoded, longest = cfg.gamma.decode, max(COMPILED_WIDTHS) - 1
+    decoded = cfg.gamma.decode
     if decoded is not None and (not decoded or not all(1 <= gamma <= cfg.gamma.largest for gamma in decoded)):
         raise ValueError(
             f"gamma.decode is {plain(decoded)}, must be null or some of 1 to gamma.largest={cfg.gamma.largest}"
         )
-    if cfg.gamma.compile and cfg.gamma.largest > longest:
-        raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at most {longest} with gamma.compile=true")
     check_compiles(cfg, "gamma")
     check_responses(cfg, cfg.gamma.drafter)
     check_tasks(cfg, {})

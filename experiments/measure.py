@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from drafter.artifacts.manifest import digest, write_jsonl
 from drafter.data.prompts import check_embedding
 from drafter.decoding.capabilities import check_can_decode
-from drafter.decoding.decoders import COMPILED_WIDTHS
 from drafter.decoding.evaluation import Task
 from drafter.models.compatibility import Difference, check_pair, drafter_source
 from drafter.models.end_of_turn import end_of_turn_ids
@@ -83,7 +82,7 @@ def main(cfg: DictConfig) -> None:
             done += more
             progress(done, count * decodings)
 
-        answers = generate_answers(tasks, pair.target, pair.plain_target, pair.models, seed, lambda: advance(1))
+        answers = generate_answers(tasks, pair.alone, pair.plain_target, pair.models, seed, lambda: advance(1))
         predictions = {
             label: predict_all(
                 tasks, answers, pair.plain_target, drafter, pair.timings[label], pair.conditions[label], largest
@@ -91,7 +90,9 @@ def main(cfg: DictConfig) -> None:
             for label, drafter in pair.plain_drafters.items()
         }
         gammas = {label: choose_gammas(found[GREEDY], measure.decode) for label, found in predictions.items()}
-        rows = decode_all(tasks[GREEDY], pair.target, pair.drafters, gammas, seed, lambda: advance(1 + drafted))
+        rows = decode_all(
+            tasks[GREEDY], pair.target, pair.alone, pair.drafters, gammas, seed, lambda: advance(1 + drafted)
+        )
     found = summarise(cfg, pair, tasks[GREEDY], answers, predictions, rows, ready.differences)
     speedups = {
         label: {key: [one.speedup for one in of_key] for key, of_key in of_label.items()}
@@ -172,13 +173,11 @@ def check_settings(cfg: DictConfig) -> None:
         raise ValueError(
             f"measure.temperature is {measure.temperature}, must be above 0: what is decoded is greedy in any case"
         )
-    decoded, longest = measure.decode, max(COMPILED_WIDTHS) - 1
+    decoded = measure.decode
     if decoded is not None and (not decoded or not all(1 <= gamma <= measure.largest for gamma in decoded)):
         raise ValueError(
             f"measure.decode is {plain(decoded)}, must be null or some of 1 to measure.largest={measure.largest}"
         )
-    if measure.compile and measure.largest > longest:
-        raise ValueError(f"measure.largest is {measure.largest}, must be at most {longest} with measure.compile=true")
     if not measure.batch_sizes or min(measure.batch_sizes) < 1:
         raise ValueError(f"measure.batch_sizes is {plain(measure.batch_sizes)}, must be numbers of at least 1")
     check_compiles(cfg, "measure")

@@ -18,6 +18,7 @@ from torch._inductor import config as inductor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
+from drafter.decoding.fixed_cache import FixedCache
 from drafter.models.inspection import body, has_plain_head
 from drafter.models.loading import context_length
 
@@ -102,9 +103,10 @@ class Compiled:
     """A model whose short calls are compiled (torch.compile), with a cache of a fixed size, for one sequence at a time.
 
     It pays where Python overhead dominates a call, as with small models on a CPU. There the weights become constants of
-    the compiled calls ("freezing"), so that they are packed for their number of rows. The first call with each number
-    of tokens takes seconds to minutes to compile; later sequences reuse the compiled calls. `Padded` with
-    `COMPILED_WIDTHS` keeps the number of compilations small.
+    the compiled calls ("freezing"), so that they are packed for their number of rows, and a call attends to the
+    positions in use alone (see `fixed_cache`). The first call with each number of tokens takes seconds to minutes to
+    compile; later sequences reuse the compiled calls. `Padded` with `compiled_widths` keeps the number of compilations
+    small.
 
     Args:
         model: a model that works with transformers' static cache.
@@ -115,9 +117,10 @@ class Compiled:
     def __init__(self, model: PreTrainedModel, capacity: int, longest: int = 9):
         self.model, self.longest, self.capacity = model, longest, capacity
         self.argument = cache_argument(type(model))
-        # Every layer stores the whole sequence: a sliding-window cache cannot be rolled back once it is full.
         layers = model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[StaticLayer(max_cache_len=capacity) for _ in range(layers)])
+        # On a GPU, a call with a dynamic size was not tried: it attends to all positions.
+        fixed = FixedCache(layers, capacity) if self.device.type == "cpu" else None
+        self.cache = fixed or Cache(layers=[StaticLayer(max_cache_len=capacity) for _ in range(layers)])
         self.calls: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     @property
@@ -140,13 +143,16 @@ class Compiled:
 
     def _logits(self, ids_BT: torch.Tensor, _: Cache, keep: int) -> torch.Tensor:
         count = ids_BT.shape[1]
-        is_first = count not in self.calls
-        if is_first:
+        if is_first := count not in self.calls:
             call = self._call()
             self.calls[count] = call if count > self.longest else torch.compile(call, dynamic=False)
+        if not isinstance(self.cache, FixedCache):
+            return self.calls[count](ids_BT)[:, -keep:]
+        # A product of one row in float32 is faster without packed weights (see drafter.models.packing).
+        freezes = is_first and not (count == 1 and self.model.dtype == torch.float32)
         # The first call compiles. It finds "freezing" in inductor's settings alone: as an option of torch.compile it
         # comes too late for dynamo, which then passes the weights as arguments.
-        with inductor.patch(freezing=True) if is_first and self.device.type == "cpu" else nullcontext():
+        with self.cache.extended(self.model, count), inductor.patch(freezing=True) if freezes else nullcontext():
             # The call computes the logits of all tokens, so that one compiled function serves every `keep`.
             return self.calls[count](ids_BT)[:, -keep:]
 
@@ -189,22 +195,30 @@ def plain_model(model: Decodable) -> PreTrainedModel:
     return model
 
 
-COMPILED_WIDTHS = {count: next(width for width in (1, 5, 9) if width >= count) for count in range(1, 10)}
-DRAFTER_WIDTHS = COMPILED_WIDTHS | {2: 2}  # a drafter reads two tokens after each block whose drafts were all accepted
+def compiled_widths(gammas: Iterable[int]) -> dict[int, int]:
+    """Return the padding of calls of which one with a single token and one for each gamma are compiled.
+
+    >>> compiled_widths([2, 4])
+    {1: 1, 2: 3, 3: 3, 4: 5, 5: 5}
+    """
+    widths = sorted({1, *(gamma + 1 for gamma in gammas)})
+    return {count: next(width for width in widths if width >= count) for count in range(1, widths[-1] + 1)}
 
 
-def compiled_pair(target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gamma: int) -> tuple[Padded, Padded]:
-    """Return both models compiled for sequences of `longest` tokens and this gamma, padded to few numbers of tokens.
+def compiled_pair(
+    target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gammas: Iterable[int]
+) -> tuple[Padded, Padded]:
+    """Return both models compiled for sequences of `longest` tokens and these gammas, padded to few numbers of tokens.
 
     The calls of a block are compiled here, which takes minutes, and not while decoding is timed. Longer calls are not
     compiled: prompts, and what a drafter reads after blocks that it left to another one.
     """
-    most = COMPILED_WIDTHS.get(gamma + 1, gamma + 1)
-    pair = []
-    for model, widths in ((target, COMPILED_WIDTHS), (drafter, DRAFTER_WIDTHS)):
-        padded = {count: width for count, width in widths.items() if width <= most}
+    widths = compiled_widths(gammas)
+    most, pair = max(widths), []
+    # A drafter reads two tokens after each block whose drafts were all accepted.
+    for model, padded in ((target, widths), (drafter, widths | {2: 2})):
         compiled = Compiled(model, longest + most, most)
-        compiled.compile(sorted({*padded.values(), most}))
+        compiled.compile(sorted(set(padded.values())))
         pair.append(Padded(compiled, padded))
     return pair[0], pair[1]
 

@@ -3,7 +3,7 @@
 Shapes: B sequences, G drafted tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -58,9 +58,11 @@ def with_models(drafter: Drafter, change: Callable[[Any], Any]) -> Drafter:
     return changed
 
 
-def compiled_with(target: PreTrainedModel, drafter: Drafter, longest: int, gamma: int) -> tuple[Padded, Drafter]:
+def compiled_with(
+    target: PreTrainedModel, drafter: Drafter, longest: int, gammas: Iterable[int]
+) -> tuple[Padded, Drafter]:
     """Return both models compiled (see `decoders.compiled_pair`). The drafter has a model."""
-    of_target, of_model = compiled_pair(target, models_of(drafter)[0], longest, gamma)
+    of_target, of_model = compiled_pair(target, models_of(drafter)[0], longest, gammas)
     return of_target, with_models(drafter, lambda _: of_model)
 
 

@@ -273,6 +273,7 @@ def choose_gammas(predictions: Sequence[Prediction], decode: Sequence[int] | Non
 def decode_all(
     tasks: Sequence[Task],
     target: Decodable,
+    alone: Decodable,
     drafters: Mapping[str, Drafter],
     gammas: Mapping[str, Sequence[int]],
     seed: int,
@@ -283,6 +284,7 @@ def decode_all(
     Args:
         tasks: the prompts.
         target: the target.
+        alone: the target as it decodes alone.
         drafters: the drafters by name.
         gammas: the γ of each drafter.
         seed: the run's seed.
@@ -290,7 +292,7 @@ def decode_all(
     """
     rows = []
     for task in tasks:
-        found = decode_prompt(task, target, drafters, gammas, seed)
+        found = decode_prompt(task, target, drafters, gammas, seed, alone)
         for (name, gamma), decoded in found.drafted.items():
             rows.append({"drafter": name, **row_of(task, gamma, task.options.rule, decoded, found.baseline)})
         advance()

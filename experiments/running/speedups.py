@@ -5,15 +5,16 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from drafter.decoding.decoders import COMPILED_WIDTHS, Decodable, Padded
+from drafter.decoding.decoders import Decodable, Padded
 from drafter.decoding.drafting import Drafter, compiled_with, models_of
 from drafter.decoding.evaluation import Task
 from drafter.decoding.generation import Decoded
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
-from drafter.decoding.timings import measure_call_timings
+from drafter.decoding.timings import CallTimings, measure_call_timings, measure_several
 from drafter.models.packing import pack
 
 WIDEST = 16  # the most tokens of a call to which another one may be padded
+COMPILED_GAMMAS = (3, 7)  # of which calls are compiled if none are chosen: packed products have rows in fours
 
 
 class Prepared(NamedTuple):
@@ -23,11 +24,27 @@ class Prepared(NamedTuple):
         target: the target, padded and perhaps compiled.
         drafter: the drafter, its model perhaps compiled.
         widths: number of tokens -> number to which target calls are padded.
+        alone: the target as it decodes alone, in its faster way.
     """
 
     target: Decodable
     drafter: Drafter
     widths: dict[int, int]
+    alone: Decodable
+
+    def time_calls(self, drafters: Mapping[str, Drafter], prompt: list[int], largest: int) -> dict[str, CallTimings]:
+        """Return the times of calls with each drafter, those with one token being of the target as it decodes alone.
+
+        Args:
+            drafters: the drafters by name.
+            prompt: the tokens that are cached.
+            largest: the largest γ.
+        """
+        found = measure_several(self.target, drafters, prompt, largest)
+        if self.alone is self.target:
+            return found
+        single = measure_call_timings(self.alone, self.drafter, prompt, 1).target[0]
+        return {name: one._replace(target=[single, *one.target[1:]]) for name, one in found.items()}
 
 
 def prepare_pair(target: PreTrainedModel, drafter: Drafter, prompt: list[int], largest: int, pad: bool) -> Prepared:
@@ -46,20 +63,33 @@ def prepare_pair(target: PreTrainedModel, drafter: Drafter, prompt: list[int], l
     if pad:
         most = min(max(largest, WIDEST - 1), len(prompt) - 1)
         widths = measure_call_timings(target, drafter, prompt, most).widths()
-    return Prepared(Padded(target, widths), drafter, widths)
+    padded = Padded(target, widths)
+    return Prepared(padded, drafter, widths, padded)
 
 
-def compile_pair(target: PreTrainedModel, drafter: Drafter, longest: int, largest: int) -> Prepared:
+def compile_pair(
+    target: PreTrainedModel,
+    drafter: Drafter,
+    prompt: list[int],
+    longest: int,
+    largest: int,
+    decode: Sequence[int] | None,
+) -> Prepared:
     """Compile both models. A compiled call has packed weights of its own.
 
     Args:
         target: the target.
         drafter: a drafter with a model.
+        prompt: the tokens that are cached when calls are timed.
         longest: the number of tokens of the longest sequence.
         largest: the largest γ.
+        decode: the γ that are decoded, for each of which a call is compiled; None for some up to the largest.
     """
-    widths = {count: width for count, width in COMPILED_WIDTHS.items() if count < width and count <= largest + 1}
-    return Prepared(*compiled_with(target, drafter, longest, largest), widths)
+    gammas = {largest, *(decode or (gamma for gamma in COMPILED_GAMMAS if gamma < largest))}
+    of_target, of_drafter = compiled_with(target, drafter, longest, gammas)
+    seconds = [measure_call_timings(one, of_drafter, prompt, 1).target[0] for one in (of_target, target)]
+    widths = {count: width for count, width in of_target.widths.items() if count < width}
+    return Prepared(of_target, of_drafter, widths, of_target if seconds[0] <= seconds[1] else target)
 
 
 class DecodedPrompt(NamedTuple):

@@ -11,7 +11,7 @@ from drafter.decoding.capabilities import check_side_by_side
 from drafter.decoding.decoders import Decodable
 from drafter.decoding.drafting import Drafter, models_of, with_models
 from drafter.decoding.evaluation import Task
-from drafter.decoding.timings import REPEATS, WARM_UP, CallTimings, measure_reading, measure_several
+from drafter.decoding.timings import REPEATS, WARM_UP, CallTimings, measure_reading
 from drafter.models.loading import context_length, load_target
 from drafter.models.packing import pack
 from experiments.running.inputs import target_source
@@ -24,7 +24,8 @@ class TimedPair(NamedTuple):
     """A target with drafters by name, the first of which is the one that is measured.
 
     Attributes:
-        target: the target as it decodes: padded, perhaps compiled.
+        target: the target as it decodes with a drafter: padded, perhaps compiled.
+        alone: the target as it decodes alone.
         plain_target: the target as it reads a whole sequence.
         drafters: the drafters as they decode.
         plain_drafters: the drafters with models that read a whole sequence.
@@ -35,6 +36,7 @@ class TimedPair(NamedTuple):
     """
 
     target: Decodable
+    alone: Decodable
     plain_target: PreTrainedModel
     drafters: Mapping[str, Drafter]
     plain_drafters: Mapping[str, Drafter]
@@ -75,7 +77,7 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
             check_side_by_side(model, len(prompt) + largest + 1)
     if cfg.measure.compile:
         longest = max(len(task.prompt) + task.options.max_new_tokens for task in tasks)
-        pair = compile_pair(target, first, longest + WIDEST, largest)
+        pair = compile_pair(target, first, prompt, longest + WIDEST, largest, cfg.measure.decode)
     else:
         pair = prepare_pair(target, first, prompt, largest, cfg.measure.pad)
     fast = {id(plain): model for plain, model in zip(models_of(first), models_of(pair.drafter), strict=True)}
@@ -83,13 +85,15 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
         if id(model) not in fast:
             pack(model)
     drafters = {label: with_models(one, replace_by(fast)) for label, one in plain_drafters.items()}
-    timings = measure_several(pair.target, drafters, prompt, largest)
+    timings = pair.time_calls(drafters, prompt, largest)
     mean = sum(len(task.prompt) for task in tasks) // len(tasks)
     conditions = {}
     for label, drafter in drafters.items():
         reading = measure_reading(pair.target, drafter, (prompt * (mean // len(prompt) + 1))[:mean])
         conditions[label] = Conditions(cfg.measure.max_new_tokens, timings[label].target[0], *reading)
-    return TimedPair(pair.target, target, drafters, plain_drafters, timings, conditions, pair.widths, prompt)
+    return TimedPair(
+        pair.target, pair.alone, target, drafters, plain_drafters, timings, conditions, pair.widths, prompt
+    )
 
 
 def replace_by(fast: Mapping[int, Decodable]) -> Callable[[Decodable], Decodable]:
