@@ -1,10 +1,11 @@
-"""Faster products with few rows on a CPU, from weights that oneDNN has packed.
+"""Faster products with few rows on a CPU, from weights that are packed for them.
 
 A product of a few rows with a weight matrix reads the whole matrix, and its time should hardly depend on the number of
-rows. That of PyTorch's default library does, up to several times; with packed weights it does not. Of a single row the
-default is the faster one. Such products are most of the time of decoding on a CPU, side by side or with a drafter.
+rows. That of PyTorch's default way does, up to several times; with packed weights it does not. Up to three rows the
+default is the faster one. For four it is MKL's packed weights, which serve one number of rows alone, and for more it is
+oneDNN's. Such products are most of the time of decoding on a CPU, side by side or with a drafter.
 
-The packed weights are a copy, so that the model takes twice its memory. Logits differ by rounding.
+The packed weights are copies, so that the model takes up to three times its memory. Logits differ by rounding.
 """
 
 from collections.abc import Container
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 SMALLEST = 2**24  # parameters: in smaller models, other work takes most of the time of a call
 LARGEST = 2**30  # parameters: a copy of larger models might not fit into memory
 ROWS = range(4, 97)  # the numbers of rows for which packed weights were faster wherever this was measured
+BLOCK_ROWS = 4  # the number of rows that MKL's weights are packed for: a block with three drafts
 
 
 def pack(model: nn.Module, rows: Container[int] = ROWS) -> nn.Module:
@@ -38,7 +40,10 @@ def pack(model: nn.Module, rows: Container[int] = ROWS) -> nn.Module:
         return model
     for layer in layers:
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, None)
-        layer.forward = partial(_linear, layer, packed, rows)  # type: ignore[method-assign]
+        of_block = None
+        if torch.backends.mkl.is_available() and BLOCK_ROWS in rows:
+            of_block = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight, BLOCK_ROWS)
+        layer.forward = partial(_linear, layer, packed, of_block, rows)  # type: ignore[method-assign]
     return model
 
 
@@ -52,9 +57,15 @@ def _can_be_packed(layer: nn.Linear) -> bool:
     )
 
 
-def _linear(layer: nn.Linear, packed: torch.Tensor, rows: Container[int], values: torch.Tensor) -> torch.Tensor:
+def _linear(
+    layer: nn.Linear, packed: torch.Tensor, of_block: torch.Tensor | None, rows: Container[int], values: torch.Tensor
+) -> torch.Tensor:
     """Return what the layer returns."""
-    if values.numel() // layer.in_features in rows and not torch.is_grad_enabled():
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(values, packed, layer.bias, "none", [], "")
-        return found
-    return F.linear(values, layer.weight, layer.bias)
+    count = values.numel() // layer.in_features
+    if count not in rows or torch.is_grad_enabled():
+        return F.linear(values, layer.weight, layer.bias)
+    if of_block is not None and count == BLOCK_ROWS:
+        found: torch.Tensor = torch.ops.mkl._mkl_linear(values, of_block, layer.weight, layer.bias, BLOCK_ROWS)
+    else:
+        found = torch.ops.mkldnn._linear_pointwise(values, packed, layer.bias, "none", [], "")
+    return found
