@@ -27,6 +27,7 @@ from drafter.decoding.stateful import StatefulDecoder
 REPEATS = 15
 WARM_UP = 2
 READINGS = 3  # of a whole prompt, which take long
+DRAFTS = 3  # drafter calls that are timed in a row, as in a block: the first one finds other data in the CPU's cache
 LEAST_GAIN = 0.05  # of the time of a call, for which it is padded
 
 
@@ -34,7 +35,8 @@ class CallTimings(NamedTuple):
     """The seconds of model calls.
 
     Attributes:
-        drafter: of a drafter call with one token; without a draft model, of a proposal of a block's drafts.
+        drafter: of a drafter call with one token, as a mean over those of a block; without a draft model, of a proposal
+            of a block's drafts.
         target: of target calls with 1, 2, … tokens.
         drafter_replays: the drafter has states.
         target_replays: the target has states.
@@ -134,13 +136,17 @@ def measure_several(
     def call(decoder: CachedModel, count: int) -> Callable[[], object]:
         return partial(decoder.forward, [prompt[:count]] * rows, [len(prompt)] * rows, count)
 
-    of_target, decoders = started(target), dict[int, CachedModel]()
+    def draft(decoder: CachedModel) -> None:
+        for start in range(len(prompt), len(prompt) + drafts):
+            decoder.forward([prompt[:1]] * rows, [start] * rows, 1)
+
+    of_target, decoders, drafts = started(target), dict[int, CachedModel](), min(DRAFTS, largest)
     calls: dict[str, Callable[[], object]] = {}
     for name, drafter in drafters.items():
         if models := models_of(drafter):
             key = id(models[0])
             decoders[key] = decoders.get(key) or started(models[0])
-            calls[f"model {key}"] = call(decoders[key], 1)
+            calls[f"model {key}"] = partial(draft, decoders[key])
         else:
             sequence = Generation(list(prompt), len(prompt), len(prompt) + largest)
             calls[name] = partial(without_model(drafter)[0].propose, sequence, largest)
@@ -149,7 +155,7 @@ def measure_several(
     found = {}
     for name, drafter in drafters.items():
         models = models_of(drafter)
-        own = seconds[f"model {id(models[0])}"] if models else rows * seconds[name]
+        own = seconds[f"model {id(models[0])}"] / drafts if models else rows * seconds[name]
         replays = bool(models) and isinstance(decoders[id(models[0])], StatefulDecoder)
         found[name] = CallTimings(
             own, [seconds[one] for one in longer], replays, isinstance(of_target, StatefulDecoder)

@@ -150,36 +150,41 @@ def test_a_block_takes_the_time_of_its_drafts_and_its_verification():
 class TimedDecoder:
     """A stub whose calls advance a clock: `base` seconds and one per token; the first and the last calls are slow."""
 
-    def __init__(self, clock, base, calls):
-        self.clock, self.base, self.calls, self.seen = clock, base, calls, 0
+    def __init__(self, clock, base, calls, drafts=False):
+        self.clock, self.base, self.calls, self.seen, self.drafts = clock, base, calls, 0, drafts
         self.model = torch.nn.Identity()
         self.model.device = torch.device("cpu")
 
     def forward(self, ids, starts, keep):
         assert keep == len(ids[0]) or self.seen == 0  # of the prompt only the last logits are needed
-        assert starts == ([0] if self.seen == 0 else [4])  # each timed call follows the cached prompt
+        # Each timed call follows the cached prompt, or the draft before.
+        follows = (self.seen - 1) % self.calls if self.drafts else 0
+        assert starts == ([0] if self.seen == 0 else [4 + follows])
         slow = self.seen <= WARM_UP * self.calls or self.seen > (WARM_UP + REPEATS - 2) * self.calls
         self.seen += 1
-        self.clock[0] += (100 if slow else 1) * (self.base + len(ids[0]))
+        seconds = self.base + len(ids[0]) + (4 if self.drafts and not follows else 0)
+        self.clock[0] += (100 if slow else 1) * seconds
 
 
-def test_timings_are_medians_after_the_warm_up(monkeypatch):
+@pytest.fixture
+def stubs(monkeypatch):
+    """Two decoders whose calls advance a clock. The drafter's first call of each block takes 4 seconds more."""
     clock = [0.0]
-    decoders = {"target": TimedDecoder(clock, 10, calls=3), "drafter": TimedDecoder(clock, 1, calls=1)}
-    monkeypatch.setattr("drafter.decoding.timings.decoder_of", decoders.get)
     monkeypatch.setattr("drafter.decoding.timings.now", lambda device: clock[0])
+    return {"target": TimedDecoder(clock, 10, 3), "drafter": TimedDecoder(clock, 1, 2, drafts=True)}
+
+
+def test_timings_are_medians_after_the_warm_up(monkeypatch, stubs):
+    monkeypatch.setattr("drafter.decoding.timings.decoder_of", stubs.get)
     timings = measure_call_timings("target", "drafter", [1, 2, 3, 4], 2)
-    assert timings == CallTimings(drafter=2, target=[11, 12, 13])
+    assert timings == CallTimings(drafter=4, target=[11, 12, 13])
 
 
-def test_a_model_that_several_drafters_have_is_timed_once(monkeypatch):
-    clock = [0.0]
-    decoders = {"target": TimedDecoder(clock, 10, calls=3), "drafter": TimedDecoder(clock, 1, calls=1)}
-    monkeypatch.setattr("drafter.decoding.timings.decoder_of", decoders.pop)
-    monkeypatch.setattr("drafter.decoding.timings.now", lambda device: clock[0])
+def test_a_model_that_several_drafters_have_is_timed_once(monkeypatch, stubs):
+    monkeypatch.setattr("drafter.decoding.timings.decoder_of", stubs.pop)
     drafters = {"model": "drafter", "both": Combined(Lookup(), "drafter"), "ngram": Lookup()}
     found = measure_several("target", drafters, [1, 2, 3, 4], 2)
-    assert found["model"] == found["both"] == CallTimings(drafter=2, target=[11, 12, 13])
+    assert found["model"] == found["both"] == CallTimings(drafter=4, target=[11, 12, 13])
     assert found["ngram"] == CallTimings(drafter=0, target=[11, 12, 13])
 
 
