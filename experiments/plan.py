@@ -4,10 +4,12 @@ The command prints the number of parameters, c, the expected speed-up, and for e
 by part, disk and time. It refuses a plan that cannot fit and names the setting that would make it fit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
+from drafter.artifacts.manifest import ArtifactError, read_manifest
 from drafter.metrics import memory_bound_speedup
 from drafter.models.loading import meta_model
 from experiments.planning.advice import advise, check_hours
@@ -34,8 +36,11 @@ def main(settings: DictConfig) -> None:
         raise ValueError(f"plan.gpus is {settings.plan.gpus}, must be a whole number above 0")
     jobs = all_jobs(settings)
     world = world_of(settings, jobs)
-    stages = [stage for job in jobs for stage in estimates(job, world)]
-    print(plan_text(stages, world, settings))
+    finished = {id(job): job.stage for job in jobs if is_finished(job)}
+    stages = [
+        stage._replace(seconds=0.0) if id(job) in finished else stage for job in jobs for stage in estimates(job, world)
+    ]
+    print(plan_text(stages, world, settings, list(dict.fromkeys(finished.values()))))
     check_fits(stages, world, settings)
     print(advise(next(job.cfg for job in jobs if job.stage == "pretrain"), world, stages, settings.plan.hours))
 
@@ -61,13 +66,22 @@ def world_of(settings: DictConfig, jobs: list[Job]) -> World:
     )
 
 
+def is_finished(job: Job) -> bool:
+    """Return whether a stage's directory is complete. Whether it is so with these settings, the stage itself checks."""
+    try:
+        read_manifest(job.cfg.out, job.stage)
+    except ArtifactError:
+        return False
+    return True
+
+
 def active(shape: Shape) -> str:
     """Say how many parameters of a mixture of experts a token meets; nothing about another model."""
     return f" ({number(shape.active)} active per token)" if shape.routed else ""
 
 
-def plan_text(stages: list[StageEstimate], world: World, settings: DictConfig) -> str:
-    """Return the plan as Markdown."""
+def plan_text(stages: list[StageEstimate], world: World, settings: DictConfig, finished: Sequence[str] = ()) -> str:
+    """Return the plan as Markdown. The stages that are finished, by name, take no time."""
     ratio, gammas = world.drafter.active / world.target.active, (3, 5)
     speedups = ", ".join(f"{memory_bound_speedup(world.block_efficiency, ratio, g):.2f} at γ = {g}" for g in gammas)
     head = (
@@ -77,6 +91,8 @@ def plan_text(stages: list[StageEstimate], world: World, settings: DictConfig) -
         f"c = {ratio:.2%}. With the block efficiency to expect, {world.block_efficiency}, the memory-bound speed-up is "
         f"{speedups}.\n"
     )
+    if finished:
+        head += f"\nFinished already, and without time in the table: {', '.join(finished)}.\n"
     price = settings.plan.price
     columns = ["stage", "runs", "tokens", "operations", "memory per device", "disk", "time", "device-hours"]
     columns += ["price"] if price else []

@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from drafter.artifacts.manifest import write_json
 from drafter.data.target_cache import ExactFormat, SparseFormat, normalise
 from drafter.losses.chunked import Head
 from experiments import pipeline, plan, pretrain
@@ -35,8 +36,8 @@ def plan_page(*overrides):
 
 def rows(page):
     """Return the first table of a page: stage -> column -> cell."""
-    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
-    header, body = lines[0], [line for line in lines[2:] if len(line) == len(lines[0])]
+    first = page.partition("\n## ")[0]
+    header, _, *body = [line.strip("| ").split(" | ") for line in first.splitlines() if line.startswith("|")]
     return {line[0]: dict(zip(header, line, strict=True)) for line in body}
 
 
@@ -54,6 +55,16 @@ def test_every_scale_is_planned_without_a_hub(scale):
 def test_another_target_is_planned_with_its_own_shape():
     page = plan_page("scale=llama2", "target.path=assets/tiny-target", "drafter=tiny")
     assert "Target 3.44M parameters" in page
+
+
+def test_a_finished_stage_takes_no_time(tmp_path):
+    write_json(tmp_path / "responses" / "manifest.json", {"stage": "respond"})
+    write_json(tmp_path / "cache" / "manifest.json", {"stage": "another one"})
+    page = plan_page("scale=llama2", f"root={tmp_path}")
+    assert "Finished already, and without time in the table: respond.\n" in page
+    without = {stage for stage, row in rows(page).items() if row["time"] == "0 s"}
+    assert without == {"respond"}
+    assert "Finished already" not in plan_page("scale=llama2", f"root={tmp_path / 'other'}")
 
 
 def test_the_papers_scale_has_the_papers_size_ratio_and_speedup():
