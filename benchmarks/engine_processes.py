@@ -127,6 +127,7 @@ class LlamaServer:
 
     def close(self) -> None:
         """Stop the server."""
+        self.client.close()
         _end(self.process)
 
 
