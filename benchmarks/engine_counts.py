@@ -12,6 +12,7 @@ import numpy as np
 from drafter.decoding.generation import first_difference
 from drafter.metrics import Counts, Estimate, by_prompt, estimate
 from experiments.reporting.tabular import Table, with_interval
+from experiments.running.engine_answers import Answer, decoding_counts
 
 ALL = "all"  # the task of the pooled rows
 NOTE = (
@@ -21,28 +22,6 @@ NOTE = (
     "per target call with drafts, relative to the target's time per token without; it is v + γc: c is the drafter's "
     "time per token when it decodes alone, relative to the target's, and v what remains, verification and all else."
 )
-
-
-class Answer(NamedTuple):
-    """An engine's answer to one request.
-
-    Attributes:
-        tokens: the text's ids as the engine returns them.
-        generated: the number of generated tokens, with one that ends the text.
-        seconds: wall-clock time of the complete request.
-        decoding_seconds: the part of it after the first token.
-        target_calls: calls of the target after the one that yields the first token.
-        drafted: drafted tokens.
-        accepted: those of them that were accepted, as the engine counts them.
-    """
-
-    tokens: list[int]
-    generated: int
-    seconds: float
-    decoding_seconds: float
-    target_calls: int
-    drafted: int = 0
-    accepted: int = 0
 
 
 class Measurement(NamedTuple):
@@ -74,9 +53,7 @@ class Pair(NamedTuple):
 
     def decoding(self) -> Counts:
         """Return the counts after the first token."""
-        tokens, baseline = self.drafted.generated - 1, self.alone.generated - 1
-        calls, seconds = self.drafted.target_calls, self.drafted.decoding_seconds
-        return Counts(tokens, calls, self.drafted.accepted, 0, seconds, baseline, self.alone.decoding_seconds)
+        return decoding_counts(self.drafted, self.alone)
 
     def request(self) -> Counts:
         """Return the counts of the complete requests; only the token rate is read from them."""

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.engine_counts import Answer
-from drafter.data.http_client import HttpClient, Retries, ServerError, UnreadableAnswer
+from drafter.data.engines import Limits
+from drafter.data.http_client import HttpClient, Retries, ServerError
+from experiments.running.engine_answers import Answer, ask_llama_server
 
 OPENVINO = Path(__file__).parent / "openvino_client.py"
 PATIENCE = 300.0  # seconds in which an engine must have loaded its models
@@ -121,52 +122,13 @@ class LlamaServer:
 
     def ask(self, prompt: list[int], gamma: int) -> Answer:
         """Return the greedy continuation of a prompt, and its counts with a drafter of γ tokens per block."""
-        body = {"prompt": prompt, "n_predict": self.length, "temperature": 0.0, "ignore_eos": False}
-        body |= {"top_k": 1, "samplers": ["top_k"], "cache_prompt": False, "return_tokens": True}
         self.client.close()  # the server ends a connection that was idle while other processes were asked
-        began = time.perf_counter()
-        found = self.client.ask("/completion", body, _with_timings)
-        return llama_answer(found, time.perf_counter() - began, gamma, self.length, len(prompt))
+        return ask_llama_server(self.client, prompt, Limits(1.0, self.length, []), gamma)
 
     def close(self) -> None:
         """Stop the server."""
+        self.client.close()
         _end(self.process)
-
-
-def _with_timings(found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict) or "timings" not in found or not found.get("tokens"):
-        raise UnreadableAnswer("an answer of /completion without timings or tokens: take a newer llama-server")
-    return found
-
-
-def llama_answer(found: dict[str, Any], seconds: float, gamma: int, length: int, prompt: int) -> Answer:
-    """Return what an answer of llama-server's /completion says.
-
-    It counts drafts, not calls. In a text of the full length, each call brought one token that was not drafted. A text
-    that ended by itself may end within its last block; all of its blocks have γ drafts, except those that begin at most
-    γ tokens before the full length, which such a text rarely reaches. A draft that ends the text is not counted as
-    accepted.
-
-    Args:
-        found: the answer's JSON.
-        seconds: the request's time.
-        gamma: drafted tokens per block; 0 without a drafter.
-        length: the most tokens of the text.
-        prompt: the prompt's number of tokens.
-
-    Raises:
-        ServerError: it kept a part of the prompt from an earlier request, or drafted nothing.
-    """
-    timings = found["timings"]
-    generated, drafted = timings["predicted_n"], timings.get("draft_n", 0)
-    if timings["prompt_n"] != prompt:
-        raise ServerError(f"llama-server read {timings['prompt_n']} of {prompt} prompt tokens: it kept the others")
-    if gamma and generated > 2 and not drafted:
-        raise ServerError(f"llama-server drafted nothing in a text of {generated} tokens: its log says why")
-    accepted = timings.get("draft_n_accepted", 0)
-    whole = generated == length or not gamma
-    calls = generated - 1 - accepted if whole else -(-drafted // gamma)
-    return Answer(found["tokens"], generated, seconds, timings["predicted_ms"] / 1000, calls, drafted, accepted)
 
 
 class OpenVino:

@@ -27,7 +27,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.engine_counts import ALL, Answer, Measurement, record, summarise, summary_record, table
+from benchmarks.engine_counts import ALL, Measurement, record, summarise, summary_record, table
 from benchmarks.engine_processes import LlamaServer, OpenVino, Settings
 from drafter.artifacts.manifest import read_jsonl, write_json
 from drafter.data.conversations import UnusableConversation, opening
@@ -35,6 +35,7 @@ from drafter.data.http_client import ServerError
 from drafter.data.prompts import encode_prompt
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import context_limit, load_tokenizer
+from experiments.running.engine_answers import Answer
 
 SAMPLE = "A sentence whose ids must be the same text in both vocabularies: café, 1,234.5 and naïve λ."
 

@@ -33,6 +33,7 @@ from experiments.running.measuring import (
     predict_all,
     read_prompts,
 )
+from experiments.running.measuring_engine import ask_servers, check_engine_settings, find_servers, summarise_engine
 from experiments.running.named_drafters import (
     check_compiles,
     check_responses,
@@ -56,6 +57,7 @@ def main(cfg: DictConfig) -> None:
     """Measure, and write measure.md, measure.html, measure.json and counts.jsonl."""
     ready, measure = check(cfg), cfg.measure
     if cfg.dry_run:
+        find_servers(cfg, ready.tasks[GREEDY])
         return print(f"{measure.drafter} can be measured with {cfg.target.path}")
     settings = {key: value for key, value in plain(measure).items() if key not in OF_THE_PROMPTS}
     drafters = {label: fingerprint_of(name) for label, name in ready.names.items()}
@@ -64,6 +66,8 @@ def main(cfg: DictConfig) -> None:
     stage = claim(cfg, "measure", {**settings, "seed": cfg.seed, "dtype": cfg.target.dtype}, inputs, directory)
     if stage.complete:
         return print((directory / "measure.md").read_text(encoding="utf-8"))
+    servers = find_servers(cfg, ready.tasks[GREEDY])
+    served = ask_servers(servers, ready.tasks[GREEDY]) if servers else []
     log.info("measure: loading the models and timing their calls; the page will be in %s", directory)
     tasks, seed, largest = ready.tasks, cfg.seed, measure.largest
     pair = load_and_time(cfg, ready.names, tasks[GREEDY])
@@ -94,6 +98,9 @@ def main(cfg: DictConfig) -> None:
             tasks[GREEDY], pair.target, pair.alone, pair.drafters, gammas, seed, lambda: advance(1 + drafted)
         )
     found = summarise(cfg, pair, tasks[GREEDY], answers, predictions, rows, ready.differences)
+    if servers:
+        figures = summarise_engine(servers, served, pair, tasks[GREEDY], answers, found.rows)
+        found = found._replace(engine=figures)
     speedups = {
         label: {key: [one.speedup for one in of_key] for key, of_key in of_label.items()}
         for label, of_label in predictions.items()
@@ -180,6 +187,7 @@ def check_settings(cfg: DictConfig) -> None:
         )
     if not measure.batch_sizes or min(measure.batch_sizes) < 1:
         raise ValueError(f"measure.batch_sizes is {plain(measure.batch_sizes)}, must be numbers of at least 1")
+    check_engine_settings(cfg)
     check_compiles(cfg, "measure")
 
 

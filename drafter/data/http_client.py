@@ -93,13 +93,14 @@ class HttpClient:
         self._sleep, self._random = sleep or self._cancelled.wait, random.Random()
         self._lock, self._idle, self._busy = threading.Lock(), list[Connection](), set[Connection]()
 
-    def ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
+    def ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], T], as_text: bool = False) -> T:
         """Return what `read` makes of the answer: POST if there is a body, else GET.
 
         Args:
             path: the path after the base, or, if it begins with two slashes, after the base without its final /v1.
             body: the JSON that is sent.
             read: reads the answer's JSON, and raises UnreadableAnswer if it lacks something.
+            as_text: the answer is no JSON, and `read` gets its text.
 
         Raises:
             ServerError: the server refused the request, which is raised at once, or failed for too long.
@@ -108,7 +109,7 @@ class HttpClient:
         while not self._cancelled.is_set():
             pause, tries = 0.0, tries + 1
             try:
-                return read(self._try(path, body))
+                return read(self._try(path, body, as_text))
             except UnreadableAnswer as problem:
                 reason, unreadable = f"its answer cannot be used: {self._without_key(str(problem))}", unreadable + 1
             except _Failed as problem:
@@ -139,11 +140,12 @@ class HttpClient:
                 connection.close()
             self._idle.clear()
 
-    def _try(self, path: str, body: dict[str, Any] | None) -> Any:
-        """Send a request once. Return the JSON of the answer."""
+    def _try(self, path: str, body: dict[str, Any] | None, as_text: bool) -> Any:
+        """Send a request once. Return the JSON of the answer, or its text."""
         base = self._parts.path.rstrip("/")
         address = base.removesuffix("/v1") + path[1:] if path.startswith("//") else base + path
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        accept = "text/plain" if as_text else "application/json"
+        headers = {"Content-Type": "application/json", "Accept": accept}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         data = None if body is None else json.dumps(body).encode()
@@ -163,6 +165,8 @@ class HttpClient:
         if status != 200:
             message = f"{self.url} refused a request to {address} with HTTP {status}: {self._message(answer)}"
             raise Refused(message, status)
+        if as_text:
+            return answer.decode(errors="replace")
         try:
             return json.loads(answer)
         except ValueError:

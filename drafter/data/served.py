@@ -145,7 +145,7 @@ def check_server(
             f"llama-server or vLLM, which take the prompt as it is"
         )
     if answer.ids is not None:
-        _check_vocabulary(client, tokenizer, answer, limits)
+        check_vocabulary(client.url, tokenizer, answer.ids, answer.text, limits.stop_ids)
     elif encoded_response(answer, probe_ids, tokenizer) is None:
         log.warning("%s: %r is %s: such responses are left out", client.url, answer.text, TEXT_DIFFERS)
     log.info("%s serves %s: prompts are sent as %s, responses come as %s", client.url, server.model, sent, come)
@@ -171,13 +171,26 @@ def _find_model(client: HttpClient, model: str) -> Server:
     return Server(model, native=rows[names.index(model)].get("owned_by") == "llamacpp")
 
 
-def _check_vocabulary(client: HttpClient, tokenizer: PreTrainedTokenizerBase, answer: Answer, limits: Limits) -> None:
-    """Refuse a server whose ids have other texts than the target's."""
-    ids = [token for token in answer.ids or [] if token not in limits.stop_ids]
+def check_vocabulary(
+    url: str, tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str, stop_ids: list[int]
+) -> None:
+    """Refuse a server whose ids have other texts than the target's.
+
+    Args:
+        url: the server's address.
+        tokenizer: the target's.
+        tokens: the ids of an answer.
+        text: the same answer as the server decodes it.
+        stop_ids: the ids that end an answer, and that the text may lack.
+
+    Raises:
+        ServerError: names both texts.
+    """
+    ids = [token for token in tokens if token not in stop_ids]
     texts = {tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)}
-    if answer.text.strip().rstrip("\ufffd") not in {text.strip().rstrip("\ufffd") for text in texts}:
+    if text.strip().rstrip("\ufffd") not in {one.strip().rstrip("\ufffd") for one in texts}:
         raise ServerError(
-            f"{client.url} writes {answer.text!r} for ids that the target's tokenizer decodes to {sorted(texts)[0]!r}: "
+            f"{url} writes {text!r} for ids that the target's tokenizer decodes to {sorted(texts)[0]!r}: "
             f"it serves a model with another tokenizer than target.path"
         )
 

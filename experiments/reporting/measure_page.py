@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from drafter.artifacts.manifest import write_json, write_text
+from experiments.reporting.engine_section import TITLE, engine_paragraphs, engine_table
 from experiments.reporting.measurement import Measurement, against_rivals, outcome, verdict, what_would_change
 from experiments.reporting.tabular import Table, with_interval
 
@@ -48,6 +49,8 @@ def sections(found: Measurement) -> list[Section]:
     ]
     if found.batches:
         parts.append(batch_sizes(found))
+    if found.engine:
+        parts.append(Section(TITLE, engine_paragraphs(found.engine), engine_table(found.engine)))
     return [*parts, settings(found)]
 
 

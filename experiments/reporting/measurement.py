@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from drafter.metrics import Estimate
+from experiments.reporting.engine_section import EngineFigures
 from experiments.reporting.tabular import with_interval
 
 
@@ -110,6 +111,7 @@ class Measurement(NamedTuple):
         differs: whether the two models differ in what engines compare, and an export adjusts.
         export: the command of that export, if it is needed.
         schedule: the best γ by batch size as a setting of vLLM, if several sizes were timed.
+        engine: what the counters of an engine that serves the pair say, if one was asked.
     """
 
     target: str
@@ -135,6 +137,7 @@ class Measurement(NamedTuple):
     schedule: str | None = None
     differs: bool = False
     export: str | None = None
+    engine: EngineFigures | None = None
 
     def best(self, drafter: str | None = None) -> MeasuredRow:
         """Return the row of a drafter's highest measured speed-up; by default of the drafter that is measured."""

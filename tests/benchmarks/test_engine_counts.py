@@ -2,8 +2,9 @@ import math
 
 import pytest
 
-from benchmarks.engine_counts import ALL, Answer, Measurement, pairs, summarise, summary_record, table
+from benchmarks.engine_counts import ALL, Measurement, pairs, summarise, summary_record, table
 from drafter.metrics import Estimate
+from experiments.running.engine_answers import Answer
 
 
 def alone(tokens, seconds):

@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from benchmarks import engines
-from benchmarks.engine_processes import Settings, llama_answer, llama_arguments, openvino_answer
-from drafter.data.http_client import ServerError
+from benchmarks.engine_processes import Settings, llama_arguments, openvino_answer
 
 NEW = "-md, --model-draft FNAME  --spec-draft-n-max N  --spec-draft-n-min N  --spec-draft-p-min, --draft-p-min P"
 NEW += "  --spec-type none,draft-simple,ngram-simple  -cram, --cache-ram N"
@@ -42,37 +41,6 @@ def test_exact_sets_the_cache_of_both_models():
     assert {found[name] for name in ("-ctk", "-ctv", "-ctkd", "-ctvd")} == {"f32"}
     assert found["--flash-attn"] == "off"
     assert "-ctkd" not in llama_arguments(NEW, None, 0, settings(exact=True))
-
-
-def answer(tokens, **timings):
-    found = {"prompt_n": 7, "predicted_n": tokens, "predicted_ms": 500.0, **timings}
-    return {"tokens": list(range(tokens)), "timings": found}
-
-
-@pytest.mark.parametrize(
-    ("found", "gamma", "calls"),
-    [
-        # Of 16 tokens the first is the prompt's; 15 come from blocks, 5 of them drafted.
-        (answer(16, draft_n=28, draft_n_accepted=5), 3, 10),
-        # The last blocks before the limit are shorter, which the number of drafts would count wrongly.
-        (answer(16, draft_n=22, draft_n_accepted=5), 3, 10),
-        # Ended by itself: 4 blocks of 3 drafts; the end is a draft, which is not counted as accepted.
-        (answer(9, draft_n=12, draft_n_accepted=4), 3, 4),
-        (answer(9), 0, 8),
-        (answer(1), 3, 0),
-    ],
-)
-def test_target_calls_follow_from_what_llama_server_counts(found, gamma, calls):
-    one = llama_answer(found, 2.0, gamma, length=16, prompt=7)
-    assert one.target_calls == calls
-    assert (one.seconds, one.decoding_seconds) == (2.0, 0.5)
-
-
-def test_a_kept_prompt_and_a_server_that_does_not_draft_are_refused():
-    with pytest.raises(ServerError, match="read 2 of 7 prompt tokens"):
-        llama_answer(answer(9, prompt_n=2), 2.0, 0, 16, 7)
-    with pytest.raises(ServerError, match="drafted nothing in a text of 9 tokens"):
-        llama_answer(answer(9), 2.0, 3, 16, 7)
 
 
 def test_openvinos_accepted_drafts_follow_from_its_calls():

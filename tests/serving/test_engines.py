@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from benchmarks.engine_processes import LlamaServer, Settings
 from drafter.artifacts.manifest import read_jsonl
 from drafter.data.prompts import encode_prompt
 from drafter.decoding.options import DecodingOptions
@@ -28,6 +30,7 @@ TARGET = ROOT / "assets" / "tiny-target"
 DRAFTER = Path(os.environ.get("DRAFTER", ROOT / "runs" / "tiny" / "finetune" / "tvdpp-seed1"))
 ENVIRONMENT = ROOT / ".venv-serving"
 PYTHON = ENVIRONMENT / "bin" / "python"
+LLAMA_SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
 GAMMA, LIMIT = 3, 64
 
 pytestmark = pytest.mark.skipif(not DRAFTER.exists(), reason=f"{DRAFTER} is not there: `make demo` makes it")
@@ -186,6 +189,28 @@ def test_llama_cpp_with_the_predictor_of_node_llama_cpp(pair, ggufs, llama_clien
     found = answered(llama_client, pair.asked(*ggufs) | {"predictor": "own"})
     assert texts(found) == pair.alone
     assert 0 < sum(row["accepted"] for row in found) < sum(map(sum, pair.accepted(1)))
+
+
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER does not name llama-server, which has to be compiled")
+def test_the_counters_of_llama_server_are_those_of_this_project(pair, ggufs, tmp_path):
+    target, drafter = map(str, ggufs)
+    settings = Settings(threads=1, context=512, length=LIMIT, exact=True, stop_ids=pair.stops, logs=tmp_path)
+    with ExitStack() as stack:
+        drafted, alone = (LlamaServer(LLAMA_SERVER, target, one, GAMMA, settings) for one in (drafter, None))
+        for server in (drafted, alone):
+            stack.callback(server.close)
+        given = {"target.path": TARGET, "measure.drafter": DRAFTER, "out": tmp_path / "out", "measure.rivals": "[]"}
+        given |= {"measure.engine": "llama-server", "measure.engine_gamma": GAMMA, "measure.max_new_tokens": LIMIT}
+        given |= {"measure.url": drafted.client.url, "measure.url_alone": alone.client.url}
+        given |= {"measure.prompts": DRAFTER.parent.parent / "data" / "tasks.jsonl", "measure.num_prompts": 32}
+        arguments = [f"{name}={value}" for name, value in given.items()]
+        command = [sys.executable, "-m", "experiments.measure", *arguments, f"hydra.run.dir={tmp_path}"]
+        subprocess.run(command, check=True, cwd=ROOT)
+    found = json.loads((tmp_path / "out" / "measure.json").read_text())["engine"]
+    print(f"\nllama-server: tau {found['tau']['value']:.3f}, here {found['own_tau']:.3f}; equal texts {found['equal']}")
+    equal, texts = found["equal"]
+    assert equal >= 0.9 * texts  # in float32 only near ties differ
+    assert found["tau"]["value"] == pytest.approx(found["own_tau"], rel=0.03)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
