@@ -19,8 +19,10 @@ from drafter.models.compatibility import Difference, check_pair, drafter_source
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import check_quantisation, context_limit, load_config, load_tokenizer, vocabulary_width
 from experiments.exporting.engine_settings import add_settings
+from experiments.planning.expected_calls import check_hardware, expected_timings
 from experiments.reporting.measure_page import write_page
 from experiments.running.commands import command
+from experiments.running.contexts import check_contexts, context_rows, context_seconds
 from experiments.running.inputs import claim, plain, target_fingerprint, target_source
 from experiments.running.measuring import (
     GREEDY,
@@ -58,20 +60,25 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         return print(f"{measure.drafter} can be measured with {cfg.target.path}")
     settings = {key: value for key, value in plain(measure).items() if key not in OF_THE_PROMPTS}
+    hardware = {} if cfg.get("hardware") is None else {"hardware": plain(cfg.hardware)}
     drafters = {label: fingerprint_of(name) for label, name in ready.names.items()}
     inputs = {"target": target_fingerprint(cfg), "drafters": digest(drafters), "prompts": digest(ready.prompts)}
     directory = Path(cfg.out or f"measure/{label_of(measure.drafter)}")
-    stage = claim(cfg, "measure", {**settings, "seed": cfg.seed, "dtype": cfg.target.dtype}, inputs, directory)
+    stage = claim(
+        cfg, "measure", {**settings, "seed": cfg.seed, "dtype": cfg.target.dtype, **hardware}, inputs, directory
+    )
     if stage.complete:
         return print((directory / "measure.md").read_text(encoding="utf-8"))
     log.info("measure: loading the models and timing their calls; the page will be in %s", directory)
     tasks, seed, largest = ready.tasks, cfg.seed, measure.largest
     pair = load_and_time(cfg, ready.names, tasks[GREEDY])
     drafted = len(measure.decode or range(min(SEVERAL, largest))) * len(ready.names)
-    count, decodings = len(ready.prompts), ALONE + drafted
+    count, decodings, contexts = len(ready.prompts), ALONE + drafted, measure.contexts or []
+    seconds = expected_seconds(pair, count, decodings, measure.batch_sizes)
+    seconds += context_seconds(pair, tasks[GREEDY], contexts)
     log.info(
         "measure: this takes about %s, unless drafts save time: %d prompts are decoded %d times, with up to %d tokens",
-        duration(expected_seconds(pair, count, decodings, measure.batch_sizes)),
+        duration(seconds),
         *(count, decodings, measure.max_new_tokens),
     )
     with Progress("measure", "decoding") as progress:
@@ -94,6 +101,11 @@ def main(cfg: DictConfig) -> None:
             tasks[GREEDY], pair.target, pair.alone, pair.drafters, gammas, seed, lambda: advance(1 + drafted)
         )
     found = summarise(cfg, pair, tasks[GREEDY], answers, predictions, rows, ready.differences)
+    by_roofline = expected_timings(cfg, pair)
+    found = found._replace(
+        contexts=context_rows(pair, tasks[GREEDY], answers, contexts, largest, by_roofline),
+        hardware=cfg.hardware.name if by_roofline else None,
+    )
     speedups = {
         label: {key: [one.speedup for one in of_key] for key, of_key in of_label.items()}
         for label, of_label in predictions.items()
@@ -181,6 +193,8 @@ def check_settings(cfg: DictConfig) -> None:
     if not measure.batch_sizes or min(measure.batch_sizes) < 1:
         raise ValueError(f"measure.batch_sizes is {plain(measure.batch_sizes)}, must be numbers of at least 1")
     check_compiles(cfg, "measure")
+    check_contexts(cfg)
+    check_hardware(cfg)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,9 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
         for model in (target, *models_of(first)):
             check_side_by_side(model, len(prompt) + largest + 1)
     if cfg.measure.compile:
-        longest = max(len(task.prompt) + task.options.max_new_tokens for task in tasks)
-        pair = compile_pair(target, first, prompt, longest + WIDEST, largest, cfg.measure.decode)
+        answered = [len(task.prompt) + task.options.max_new_tokens for task in tasks]
+        longest = max([*answered, *(cfg.measure.contexts or ())])
+        pair = compile_pair(target, first, prompt, longest + max(WIDEST, largest + 1), largest, cfg.measure.decode)
     else:
         pair = prepare_pair(target, first, prompt, largest, cfg.measure.pad)
     fast = {id(plain): model for plain, model in zip(models_of(first), models_of(pair.drafter), strict=True)}
