@@ -15,7 +15,7 @@ from drafter.artifacts.manifest import digest, write_jsonl
 from drafter.data.prompts import check_embedding
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.evaluation import Task
-from drafter.models.compatibility import Difference, check_pair, drafter_source
+from drafter.models.compatibility import Difference, check_pair
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import check_quantisation, context_limit, load_config, load_tokenizer, vocabulary_width
 from experiments.exporting.engine_settings import add_settings
@@ -37,10 +37,11 @@ from experiments.running.measuring import (
 )
 from experiments.running.named_drafters import (
     check_compiles,
-    check_responses,
+    check_named,
     fingerprint_of,
     label_of,
     model_of,
+    model_source,
     parse,
 )
 from experiments.running.progress import Progress, duration
@@ -61,7 +62,7 @@ def main(cfg: DictConfig) -> None:
         return print(f"{measure.drafter} can be measured with {cfg.target.path}")
     settings = {key: value for key, value in plain(measure).items() if key not in OF_THE_PROMPTS}
     hardware = {} if cfg.get("hardware") is None else {"hardware": plain(cfg.hardware)}
-    drafters = {label: fingerprint_of(name) for label, name in ready.names.items()}
+    drafters = {label: fingerprint_of(name, target_fingerprint(cfg)) for label, name in ready.names.items()}
     inputs = {"target": target_fingerprint(cfg), "drafters": digest(drafters), "prompts": digest(ready.prompts)}
     directory = Path(cfg.out or f"measure/{label_of(measure.drafter)}")
     stage = claim(
@@ -146,16 +147,16 @@ def check(cfg: DictConfig) -> Ready:
     check_embedding(tokenizer, vocabulary_width(target), target.path)
     context = context_limit(target)
     for name in names.values():
-        check_responses(cfg, name)
+        check_named(cfg, name)
     # The drafter is the first of them, so that the differences are those of the drafter that is measured.
     models = list(dict.fromkeys(model for name in names.values() if (model := model_of(name))))
-    for source in (target, *(drafter_source(model, target) for model in models)):
+    for source in (target, *(model_source(cfg, model) for model in models)):
         check_can_decode(load_config(source))
         check_quantisation(source)
     for model in models:
-        found = check_pair(target, model, cfg.pad_vocabulary)
+        found = check_pair(target, model_source(cfg, model), cfg.pad_vocabulary)
         differences = found if model == model_of(cfg.measure.drafter) else differences
-        context = min(context, context_limit(drafter_source(model, target)))
+        context = min(context, context_limit(model_source(cfg, model)))
     prompts = read_prompts(cfg)
     tasks = encode_tasks(cfg, prompts, tokenizer, context, end_of_turn_ids(target, tokenizer))
     return Ready(names, prompts, tasks, differences)

@@ -9,11 +9,10 @@ from transformers import PreTrainedModel
 from drafter.decoding.drafting import models_of
 from drafter.decoding.stateful import keeps_states
 from drafter.decoding.timings import CallTimings
-from drafter.models.compatibility import drafter_source
 from drafter.models.loading import load_config
 from experiments.planning.roofline import Hardware, Shape, forward_seconds
 from experiments.running.inputs import plain, target_source
-from experiments.running.named_drafters import model_of
+from experiments.running.named_drafters import model_of, model_source
 from experiments.running.timed_pair import TimedPair
 
 
@@ -31,7 +30,7 @@ def check_hardware(cfg: DictConfig) -> None:
             f"as [128,1024], or leave out hardware"
         )
     target, model = target_source(cfg), model_of(str(cfg.measure.drafter))
-    for source in (target, *([drafter_source(model, target)] if model else [])):
+    for source in (target, *([model_source(cfg, model)] if model else [])):
         if keeps_states(load_config(source)):
             raise ValueError(
                 f"hardware is {cfg.hardware.name}, and {source.path} has states, while the roofline is that of "

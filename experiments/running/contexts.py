@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 from drafter.decoding.drafting import models_of
 from drafter.decoding.evaluation import Task
 from drafter.decoding.timings import DRAFTS, REPEATS, WARM_UP, CallTimings
-from drafter.models.compatibility import drafter_source
 from drafter.models.inspection import num_active_parameters
 from drafter.models.loading import context_length, context_limit
 from experiments.reporting.measurement import ContextRow
 from experiments.running.inputs import target_source
 from experiments.running.measuring import Answers
-from experiments.running.named_drafters import model_of
+from experiments.running.named_drafters import model_of, model_source
 from experiments.running.speedups import WIDEST, Prepared
 from experiments.running.summarising import speedups_with
 from experiments.running.timed_pair import TimedPair
@@ -43,7 +42,7 @@ def check_contexts(cfg: DictConfig) -> None:
         )
     limits = {target.path: context_limit(target)}
     if model:
-        limits[model] = context_limit(drafter_source(model, target))
+        limits[model] = context_limit(model_source(cfg, model))
     if max(contexts) > min(limits.values()):
         found = ", ".join(f"{path} has a context of {limit} tokens" for path, limit in limits.items())
         raise ValueError(f"measure.contexts has {max(contexts)}, and {found}: give at most {min(limits.values())}")

@@ -67,7 +67,7 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
     device, largest = "cuda" if torch.cuda.is_available() else "cpu", cfg.measure.largest
     target, loaded = load_target(target_source(cfg)).to(device), dict[str, PreTrainedModel]()
     plain_drafters = {
-        label: with_models(load_named(cfg, name, loaded), lambda model: model.to(device))
+        label: with_models(load_named(cfg, name, target, loaded), lambda model: model.to(device))
         for label, name in names.items()
     }
     first, context = next(iter(plain_drafters.values())), min(map(context_length, (target, *loaded.values())))

@@ -121,6 +121,20 @@ def test_the_best_gamma_by_batch_size_is_also_a_schedule(pair, tmp_path):
     assert found["rival"] is None
 
 
+def test_the_targets_first_layers_are_measured_as_drafter_and_rival(pair, tmp_path):
+    given = ["measure.drafter=layers1", "measure.rivals=[layers2,ngram+layers1]", "measure.num_prompts=2"]
+    given += ["measure.contexts=[20]", f"out={tmp_path}/out"]
+    stage("measure", overrides(pair, *given))
+    found = json.loads((tmp_path / "out" / "measure.json").read_text())
+    assert found["label"] == "layers1"
+    assert {row["drafter"] for row in found["rows"]} == {"layers1", "layers2", "ngram+layers1"}
+    assert found["equal"][0] == found["equal"][1] > 0
+    assert 0 < found["size_ratio"] < 1
+    whole = [row for row in found["rows"] if row["drafter"] == "layers2"]
+    assert all(row["block_efficiency"] > row["gamma"] / 2 + 1 for row in whole)  # each draft is accepted
+    assert not found["engines"]  # none can draft so
+
+
 def test_contexts_have_their_own_timings_and_the_tau_of_the_answers(pair, tmp_path):
     given = ["measure.contexts=[20,64]", "measure.rivals=[]", "measure.num_prompts=2", f"out={tmp_path}/out"]
     stage("measure", [*overrides(pair, *given), "hardware=cpu"])
