@@ -18,7 +18,7 @@ from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.drafting import compiled_with, with_models
 from drafter.decoding.options import Adaptive, DecodingOptions, check_draft_length, max_draft_length
 from drafter.interruptions import Interrupted
-from drafter.models.compatibility import check_pair, drafter_source
+from drafter.models.compatibility import check_pair
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import (
     context_limit,
@@ -34,7 +34,7 @@ from experiments.running.chat_screen import ChatScreen
 from experiments.running.chat_session import ChatSession, Pair, summary, system_messages
 from experiments.running.commands import command
 from experiments.running.inputs import target_source
-from experiments.running.named_drafters import check_compiles, check_responses, load_named, model_of
+from experiments.running.named_drafters import check_compiles, check_named, load_named, model_of, model_source
 from experiments.running.tasks import draft_length
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def check(cfg: DictConfig) -> PreTrainedTokenizerBase:
     check_opening(cfg, tokenizer)
     check_embedding(tokenizer, vocabulary_width(target), cfg.target.path)
     if model := model_of(chat.drafter):
-        check_pair(target, model, cfg.pad_vocabulary)
+        check_pair(target, model_source(cfg, model), cfg.pad_vocabulary)
     return tokenizer
 
 
@@ -128,13 +128,13 @@ def check_drafter(cfg: DictConfig) -> None:
     remedy = "`make demo` makes one for the demo's target; otherwise give the directory of a finetuning or an export"
     if cfg.chat.drafter is None:
         raise ValueError(f"chat.drafter is null: {remedy}")
-    check_responses(cfg, cfg.chat.drafter)
+    check_named(cfg, cfg.chat.drafter)
     check_compiles(cfg, "chat")
     model = model_of(cfg.chat.drafter)
     if model is None:
         return
     try:
-        check_can_decode(load_config(drafter_source(model, target_source(cfg))))
+        check_can_decode(load_config(model_source(cfg, model)))
     except OSError as problem:
         raise ValueError(f"chat.drafter is {cfg.chat.drafter}, which is no model: {remedy}") from problem
 
@@ -144,7 +144,7 @@ def chosen_draft_length(cfg: DictConfig) -> int | Adaptive:
     gamma, drafter = cfg.chat.num_speculative_tokens, cfg.chat.drafter
     model = None if drafter is None else model_of(drafter)
     if gamma is None and model is not None:
-        own = load_generation_config(drafter_source(model, target_source(cfg)))
+        own = load_generation_config(model_source(cfg, model))
         gamma = own.num_assistant_tokens if own else None
     return draft_length(DEFAULT_GAMMA if gamma is None else gamma, cfg.chat.adaptive, "chat.num_speculative_tokens")
 
@@ -173,7 +173,7 @@ def context_of(cfg: DictConfig) -> int:
     target, model = target_source(cfg), model_of(cfg.chat.drafter)
     limit = context_limit(target)
     if model is not None:
-        limit = min(limit, context_limit(drafter_source(model, target)))
+        limit = min(limit, context_limit(model_source(cfg, model)))
     context = cfg.chat.context or limit
     if context > limit:
         raise ValueError(f"chat.context is {context}, and the shorter context of the two models is {limit}")
@@ -191,9 +191,8 @@ def options_of(cfg: DictConfig, stop_ids: list[int]) -> DecodingOptions:
 def open_session(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> ChatSession:
     """Load the models, make their first calls, and return a conversation without a turn."""
     chat, context = cfg.chat, context_of(cfg)
-    drafter = load_named(cfg, chat.drafter)
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
-    drafter = with_models(drafter, lambda model: model.to(target.device))
+    drafter = with_models(load_named(cfg, chat.drafter, target), lambda model: model.to(target.device))
     gamma = chosen_draft_length(cfg)
     if chat.compile:
         log.info("the first calls compile both models, which takes minutes")

@@ -39,7 +39,7 @@ from experiments.running.composing import override
 from experiments.running.drafters import find_drafters, output_directories
 from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
-from experiments.running.named_drafters import check_responses, fingerprint_of, load_named, named_identity, parse
+from experiments.running.named_drafters import check_named, fingerprint_of, load_named, named_identity, parse
 from experiments.running.progress import Progress
 from experiments.running.tasks import check_tasks, decoding_settings, draft_length, read_tasks
 from experiments.running.turns import Work, check_fits, decode_turns_together, part_rows, target_answer, turns_by_task
@@ -61,13 +61,13 @@ def main(cfg: DictConfig) -> None:
     directories = output_directories(Path(cfg.out), find_drafters(list(cfg.drafters)))
     identities = {path: named_identity(path) for path in directories}  # refused before anything is decoded
     for path in directories:
-        check_responses(cfg, path)
+        check_named(cfg, path)
     stages = {
         path: claim(
             cfg,
             "evaluate",
             settings,
-            {**shared, "drafter": fingerprint_of(path)},
+            {**shared, "drafter": fingerprint_of(path, shared["target"])},
             directory,
             (override("drafters", [path]),),
         )
@@ -80,7 +80,7 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_tokenizer(target_source(cfg))
     target = pack(load_target(target_source(cfg)).to(ranks.device))
     drafters = {
-        path: with_models(load_named(cfg, path), lambda model: pack(model.to(ranks.device))) for path in pending
+        path: with_models(load_named(cfg, path, target), lambda model: pack(model.to(ranks.device))) for path in pending
     }
     models = {path: model for path, drafter in drafters.items() for model in models_of(drafter)}
     contexts = {path: context_length(model) for path, model in models.items()}

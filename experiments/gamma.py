@@ -27,7 +27,7 @@ from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
-from experiments.running.named_drafters import check_compiles, check_responses, fingerprint_of, label_of, load_named
+from experiments.running.named_drafters import check_compiles, check_named, fingerprint_of, label_of, load_named
 from experiments.running.predictions import predict
 from experiments.running.speedups import compile_pair, decode_prompt, prepare_pair
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
@@ -46,13 +46,13 @@ def main(cfg: DictConfig) -> None:
     settings = {**without_defaults(plain(cfg.gamma), {"acceptance_rule": "ratio"}), **decoding_settings(cfg)}
     del settings["drafter"]  # its fingerprint is among the inputs
     inputs = {"data": data_fingerprint(cfg), "target": target_fingerprint(cfg)}
-    inputs |= {"drafter": fingerprint_of(cfg.gamma.drafter)}
+    inputs |= {"drafter": fingerprint_of(cfg.gamma.drafter, inputs["target"])}
     stage = claim(cfg, "gamma", settings, inputs, Path(cfg.out) / label_of(cfg.gamma.drafter))
     if stage.complete:
         return log.info("%s is up to date", stage.directory)
     tokenizer = load_tokenizer(target_source(cfg))
     target = load_target(target_source(cfg)).to("cuda" if torch.cuda.is_available() else "cpu")
-    drafter = with_models(load_named(cfg, cfg.gamma.drafter), lambda model: model.to(target.device))
+    drafter = with_models(load_named(cfg, cfg.gamma.drafter, target), lambda model: model.to(target.device))
     stops = end_of_turn_ids(target_source(cfg), tokenizer)
     context = min(map(context_length, (target, *models_of(drafter))))
     work = by_rule(
@@ -131,7 +131,7 @@ def check(cfg: DictConfig) -> None:
             f"gamma.decode is {plain(decoded)}, must be null or some of 1 to gamma.largest={cfg.gamma.largest}"
         )
     check_compiles(cfg, "gamma")
-    check_responses(cfg, cfg.gamma.drafter)
+    check_named(cfg, cfg.gamma.drafter)
     check_tasks(cfg, {})
     check_rule(cfg.gamma.acceptance_rule)
 

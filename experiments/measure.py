@@ -15,12 +15,14 @@ from drafter.artifacts.manifest import digest, write_jsonl
 from drafter.data.prompts import check_embedding
 from drafter.decoding.capabilities import check_can_decode
 from drafter.decoding.evaluation import Task
-from drafter.models.compatibility import Difference, check_pair, drafter_source
+from drafter.models.compatibility import Difference, check_pair
 from drafter.models.end_of_turn import end_of_turn_ids
 from drafter.models.loading import check_quantisation, context_limit, load_config, load_tokenizer, vocabulary_width
 from experiments.exporting.engine_settings import add_settings
+from experiments.planning.expected_calls import check_hardware, expected_timings
 from experiments.reporting.measure_page import write_page
 from experiments.running.commands import command
+from experiments.running.contexts import check_contexts, context_rows, context_seconds
 from experiments.running.inputs import claim, plain, target_fingerprint, target_source
 from experiments.running.measuring import (
     GREEDY,
@@ -36,10 +38,11 @@ from experiments.running.measuring import (
 from experiments.running.measuring_engine import ask_servers, check_engine_settings, find_servers, summarise_engine
 from experiments.running.named_drafters import (
     check_compiles,
-    check_responses,
+    check_named,
     fingerprint_of,
     label_of,
     model_of,
+    model_source,
     parse,
 )
 from experiments.running.progress import Progress, duration
@@ -60,10 +63,13 @@ def main(cfg: DictConfig) -> None:
         find_servers(cfg, ready.tasks[GREEDY])
         return print(f"{measure.drafter} can be measured with {cfg.target.path}")
     settings = {key: value for key, value in plain(measure).items() if key not in OF_THE_PROMPTS}
-    drafters = {label: fingerprint_of(name) for label, name in ready.names.items()}
+    hardware = {} if cfg.get("hardware") is None else {"hardware": plain(cfg.hardware)}
+    drafters = {label: fingerprint_of(name, target_fingerprint(cfg)) for label, name in ready.names.items()}
     inputs = {"target": target_fingerprint(cfg), "drafters": digest(drafters), "prompts": digest(ready.prompts)}
     directory = Path(cfg.out or f"measure/{label_of(measure.drafter)}")
-    stage = claim(cfg, "measure", {**settings, "seed": cfg.seed, "dtype": cfg.target.dtype}, inputs, directory)
+    stage = claim(
+        cfg, "measure", {**settings, "seed": cfg.seed, "dtype": cfg.target.dtype, **hardware}, inputs, directory
+    )
     if stage.complete:
         return print((directory / "measure.md").read_text(encoding="utf-8"))
     servers = find_servers(cfg, ready.tasks[GREEDY])
@@ -72,10 +78,12 @@ def main(cfg: DictConfig) -> None:
     tasks, seed, largest = ready.tasks, cfg.seed, measure.largest
     pair = load_and_time(cfg, ready.names, tasks[GREEDY])
     drafted = len(measure.decode or range(min(SEVERAL, largest))) * len(ready.names)
-    count, decodings = len(ready.prompts), ALONE + drafted
+    count, decodings, contexts = len(ready.prompts), ALONE + drafted, measure.contexts or []
+    seconds = expected_seconds(pair, count, decodings, measure.batch_sizes)
+    seconds += context_seconds(pair, tasks[GREEDY], contexts)
     log.info(
         "measure: this takes about %s, unless drafts save time: %d prompts are decoded %d times, with up to %d tokens",
-        duration(expected_seconds(pair, count, decodings, measure.batch_sizes)),
+        duration(seconds),
         *(count, decodings, measure.max_new_tokens),
     )
     with Progress("measure", "decoding") as progress:
@@ -101,6 +109,11 @@ def main(cfg: DictConfig) -> None:
     if servers:
         figures = summarise_engine(servers, served, pair, tasks[GREEDY], answers, found.rows)
         found = found._replace(engine=figures)
+    by_roofline = expected_timings(cfg, pair)
+    found = found._replace(
+        contexts=context_rows(pair, tasks[GREEDY], answers, contexts, largest, by_roofline),
+        hardware=cfg.hardware.name if by_roofline else None,
+    )
     speedups = {
         label: {key: [one.speedup for one in of_key] for key, of_key in of_label.items()}
         for label, of_label in predictions.items()
@@ -141,16 +154,16 @@ def check(cfg: DictConfig) -> Ready:
     check_embedding(tokenizer, vocabulary_width(target), target.path)
     context = context_limit(target)
     for name in names.values():
-        check_responses(cfg, name)
+        check_named(cfg, name)
     # The drafter is the first of them, so that the differences are those of the drafter that is measured.
     models = list(dict.fromkeys(model for name in names.values() if (model := model_of(name))))
-    for source in (target, *(drafter_source(model, target) for model in models)):
+    for source in (target, *(model_source(cfg, model) for model in models)):
         check_can_decode(load_config(source))
         check_quantisation(source)
     for model in models:
-        found = check_pair(target, model, cfg.pad_vocabulary)
+        found = check_pair(target, model_source(cfg, model), cfg.pad_vocabulary)
         differences = found if model == model_of(cfg.measure.drafter) else differences
-        context = min(context, context_limit(drafter_source(model, target)))
+        context = min(context, context_limit(model_source(cfg, model)))
     prompts = read_prompts(cfg)
     tasks = encode_tasks(cfg, prompts, tokenizer, context, end_of_turn_ids(target, tokenizer))
     return Ready(names, prompts, tasks, differences)
@@ -189,6 +202,8 @@ def check_settings(cfg: DictConfig) -> None:
         raise ValueError(f"measure.batch_sizes is {plain(measure.batch_sizes)}, must be numbers of at least 1")
     check_engine_settings(cfg)
     check_compiles(cfg, "measure")
+    check_contexts(cfg)
+    check_hardware(cfg)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def take_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
     Raises:
         ValueError: a layer does not exist, none is given, or the architecture does not allow to leave out layers.
     """
-    prefix, count = _layers_of(model)
+    prefix, count = layers_of(model)
     if not numbers:
         raise ValueError("the layers to keep are an empty list: give one or more")
     if unknown := [number for number in numbers if not -count <= number < count]:
@@ -63,12 +63,7 @@ def take_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
             f"the layers to keep are {list(numbers)}, but the target has no layer {unknown[0]}: it has 0 to {count - 1}"
         )
     kept = [number % count for number in numbers]
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    for name, value in text.to_dict().items():
-        if isinstance(value, list) and len(value) == count:  # one entry per layer, such as layer_types
-            setattr(text, name, [value[number] for number in kept])
-    text.num_hidden_layers = len(kept)
+    config = config_of_layers(model, kept)
     weights = model.state_dict()
     renamed = {name: value for name, value in weights.items() if not name.startswith(prefix)}
     for new, old in enumerate(kept):
@@ -87,7 +82,19 @@ def take_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
     return made
 
 
-def _layers_of(model: PreTrainedModel) -> tuple[str, int]:
+def config_of_layers(model: PreTrainedModel, kept: Sequence[int]) -> Any:
+    """Return the config of a model of some layers of another, which are numbered from 0."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == count:  # one entry per layer, such as layer_types
+            setattr(text, name, [value[number] for number in kept])
+    text.num_hidden_layers = len(kept)
+    return config
+
+
+def layers_of(model: PreTrainedModel) -> tuple[str, int]:
     """Return the prefix of the names of a model's layers, and the number of layers."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.exporting.serving import followed_rule, serving, serving_ngrams
 from experiments.reporting.measurement import EngineSetting, Measurement
-from experiments.running.named_drafters import parse
+from experiments.running.named_drafters import exit_layer, parse
 
 
 def engine_settings(
@@ -64,7 +64,7 @@ def add_settings(found: Measurement, speedups: Mapping[str, Mapping[str, Sequenc
     """
     engines: list[EngineSetting] = []
     export = None
-    if found.has_model:
+    if found.has_model and exit_layer(found.drafter) is None:  # which no engine has
         exported = f"exports/{Path(found.drafter).name}-hf"
         export = export_command(found.target, found.drafter) if found.differs else None
         engines = engine_settings(found.target, exported if export else found.drafter, speedups[found.label])

@@ -8,7 +8,8 @@ in two-byte arithmetic, without the attention matrix, which fused attention does
 2205.05198, section 4.1).
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -30,6 +31,12 @@ class Hardware(NamedTuple):
     efficiency: float  # the part of `flops` that the products of a real model reach
     seconds_per_layer: float  # of a call, in addition to arithmetic and memory: kernel launches, Python
     process_memory: float  # bytes that a process takes without a model
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], low: bool) -> "Hardware":
+        """Return the hardware of a config with its speed in two-byte (`low`) or four-byte arithmetic."""
+        others = {name: value for name, value in fields.items() if name not in ("flops", "float32_flops")}
+        return cls(flops=fields["flops" if low else "float32_flops"], **others)
 
 
 class Shape(NamedTuple):

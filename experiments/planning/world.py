@@ -29,8 +29,7 @@ class World(NamedTuple):
 
     def device(self, low: bool) -> Hardware:
         """Return the hardware with its speed in two-byte (`low`) or four-byte arithmetic."""
-        fields = {str(name): value for name, value in self.hardware.items() if name not in ("flops", "float32_flops")}
-        return Hardware(flops=self.hardware.flops if low else self.hardware.float32_flops, **fields)
+        return Hardware.of({str(name): value for name, value in self.hardware.items()}, low)
 
     def call_seconds(self, shape: Shape, tokens: int, width: int, split: int = 1, sequences: int = 1) -> float:
         """Return the seconds of a model's call with so many tokens of each sequence, in numbers of `width` bytes."""

@@ -11,7 +11,14 @@ import jinja2
 
 from drafter.artifacts.manifest import write_json, write_text
 from experiments.reporting.engine_section import TITLE, engine_paragraphs, engine_table
-from experiments.reporting.measurement import Measurement, against_rivals, outcome, verdict, what_would_change
+from experiments.reporting.measurement import (
+    ContextRow,
+    Measurement,
+    against_rivals,
+    outcome,
+    verdict,
+    what_would_change,
+)
 from experiments.reporting.tabular import Table, with_interval
 
 RULES = {"greedy": "temperature 0", "ratio": "`ratio`", "argmax": "`argmax`", "match": "`match`"}
@@ -51,6 +58,8 @@ def sections(found: Measurement) -> list[Section]:
         parts.append(batch_sizes(found))
     if found.engine:
         parts.append(Section(TITLE, engine_paragraphs(found.engine), engine_table(found.engine)))
+    if found.contexts:
+        parts.append(contexts(found))
     return [*parts, settings(found)]
 
 
@@ -129,6 +138,43 @@ def batch_sizes(found: Measurement) -> Section:
     )
     columns = ["sequences", "c", "best γ", "predicted speed-up"]
     return Section("Batch sizes", [text], Table("batches", "Batch sizes", columns, cells))
+
+
+def contexts(found: Measurement) -> Section:
+    """Return the table of c, v(γ) and the predicted speed-up by the number of tokens in the cache."""
+    columns, cells = ["tokens in the cache", "γ", "c", "v(γ)", "predicted speed-up"], []
+    lines = [
+        "Calls are timed with so many tokens in the cache; where a model's context ends, with fewer, so that the calls "
+        "fit. τ is that of the answers above: it was not measured with long texts, where it may differ, most of all "
+        "that of prompt lookup. The speed-up is predicted from the two, without the reading of prompts.",
+        f"Best γ: {'; '.join(map(best_at, found.contexts))}.",
+    ]
+    if found.hardware:
+        columns += ["roofline: c", "roofline: v(γ)", "roofline: predicted speed-up"]
+        lines.append(
+            f"The roofline is that of {found.hardware}: a call takes the time of its arithmetic or of reading weights "
+            f"and cache, whichever is longer, and a fixed time per layer. It has the same τ."
+        )
+    for row in found.contexts:
+        for index in range(len(row.predicted)):
+            values = [
+                f"{value:.2f}"
+                for one in (row, row.roofline)
+                if one
+                for value in (one.ratio, one.verification[index], one.predicted[index])
+            ]
+            cells.append([f"{row.tokens:,}", str(index + 1), *values])
+    return Section("Contexts", lines, Table("contexts", "Contexts", columns, cells))
+
+
+def best_at(row: ContextRow) -> str:
+    """Return the best γ for a number of tokens in the cache as text.
+
+    >>> best_at(ContextRow(8176, 0.2, [1.1, 1.2], [1.2, 1.3], None))
+    '8,176 tokens: γ = 2 (1.30)'
+    """
+    best = f"γ = {row.gamma}" if row.gamma else "none pays"
+    return f"{row.tokens:,} tokens: {best} ({max(row.predicted):.2f})"
 
 
 def settings(found: Measurement) -> Section:

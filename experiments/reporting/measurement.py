@@ -64,6 +64,30 @@ class BatchRow(NamedTuple):
     predicted: float
 
 
+class ContextRow(NamedTuple):
+    """The timings and predictions for a number of tokens in the cache, without the reading of prompts.
+
+    Attributes:
+        tokens: the tokens in the cache.
+        ratio: c.
+        verification: v(γ) at γ = 1, 2, …
+        predicted: the predicted speed-up at γ = 1, 2, …
+        roofline: the same by the roofline of the hardware that was named, if any was.
+    """
+
+    tokens: int
+    ratio: float
+    verification: Sequence[float]
+    predicted: Sequence[float]
+    roofline: "ContextRow | None"
+
+    @property
+    def gamma(self) -> int:
+        """Return the best γ: 0 if none pays."""
+        best = max(self.predicted)
+        return self.predicted.index(best) + 1 if best > 1 else 0
+
+
 class EngineSetting(NamedTuple):
     """How an engine serves the pair.
 
@@ -107,6 +131,8 @@ class Measurement(NamedTuple):
         needed_ratio: the c below which a γ would pay; None if no drafter is cheap enough, or it is unknown.
         rival: the difference in speed-up of the fastest other drafter to this one, each at its best γ.
         batches: the best γ by batch size.
+        contexts: the timings and predictions by the number of tokens in the cache.
+        hardware: the name of the hardware of their roofline, if any was named.
         engines: how engines serve it.
         differs: whether the two models differ in what engines compare, and an export adjusts.
         export: the command of that export, if it is needed.
@@ -133,6 +159,8 @@ class Measurement(NamedTuple):
     needed_ratio: float | None = None
     rival: Estimate | None = None
     batches: Sequence[BatchRow] = ()
+    contexts: Sequence[ContextRow] = ()
+    hardware: str | None = None
     engines: Sequence[EngineSetting] = ()
     schedule: str | None = None
     differs: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from drafter.artifacts.manifest import MANIFEST, STARTED, ArtifactError
 from experiments.reporting.identity import IDENTITY, STEPS
-from experiments.running.named_drafters import fingerprint_of, label_of, model_of, path_of
+from experiments.running.named_drafters import exit_layer, fingerprint_of, label_of, model_of, path_of
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,8 @@ def find_drafters(patterns: list[str]) -> list[str]:
     """Return the finished model directories that match each pattern, in order.
 
     A pattern that does not look like a path, such as "org/name", is returned unchanged, as the name of a hub model. So
-    is the name of a drafter without a model; if it is combined with models, there is a name for each that matches.
+    is the name of a drafter without a model, or of the target's first layers; if it is combined with models, there is a
+    name for each that matches.
 
     Raises:
         ArtifactError: a local pattern matches nothing.
@@ -31,6 +32,9 @@ def find_drafters(patterns: list[str]) -> list[str]:
             continue
         if pattern != name:
             found += [name.removesuffix(pattern) + path for path in find_drafters([pattern])]
+            continue
+        if exit_layer(pattern) is not None:
+            found.append(name)
             continue
         paths, is_glob = match_paths(pattern)
         local = sorted(path for path in paths if (Path(path) / "config.json").exists())

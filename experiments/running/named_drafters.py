@@ -5,6 +5,7 @@ A name is one of these:
 - a directory with a model, or a hub name;
 - `ngram`: prompt lookup; `ngram2-5` with n-grams of 2 to 5 tokens (see drafter.decoding.ngrams.Lookup);
 - `ngram:<responses>`: a table of what the target wrote in a finished directory of responses, its training split;
+- `layers4`: the target's first 4 layers with its own output embedding (see drafter.models.early_exit);
 - `ngram+<other name>`: the first where it finds something, and otherwise the other one.
 """
 
@@ -22,9 +23,14 @@ from drafter.artifacts.rows import Rows
 from drafter.data.batches import response_sequence
 from drafter.decoding.drafting import Combined, Drafter
 from drafter.decoding.ngrams import Answered, Lookup, NgramSizes, TextDrafter, check_sizes, count_ngrams
+from drafter.decoding.stateful import keeps_states
+from drafter.models.compatibility import drafter_source
+from drafter.models.early_exit import first_layers
 from drafter.models.fingerprints import model_fingerprint
+from drafter.models.loading import load_config, meta_model
+from drafter.models.source import ModelSource
 from experiments.reporting.identity import DrafterIdentity, identity_of
-from experiments.running.inputs import frozen_drafter, target_fingerprint
+from experiments.running.inputs import frozen_drafter, target_fingerprint, target_source
 
 READ_AT_ONCE = 256  # rows of responses
 FORMS = "ngram, ngram2-5 (n-grams of 2 to 5 tokens), ngram:<responses directory>, or one of these with +<other drafter>"
@@ -88,6 +94,22 @@ def model_of(name: str) -> str | None:
     return model_of(parsed.otherwise) if parsed.otherwise else None
 
 
+def exit_layer(name: str) -> int | None:
+    """Return how many of the target's first layers a model's name stands for, or None if it names another model.
+
+    >>> exit_layer("layers4"), exit_layer("./layers4"), exit_layer("layers")
+    (4, None, None)
+    """
+    found = re.fullmatch(r"layers(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def model_source(cfg: DictConfig, name: str) -> ModelSource:
+    """Return where the model of this name is, which is the target itself for some of its layers."""
+    target = target_source(cfg)
+    return drafter_source(name, target) if exit_layer(name) is None else target
+
+
 def label_of(name: str) -> str:
     """Return the name of a drafter's directory of results: that of its own directory, or its parts.
 
@@ -112,13 +134,19 @@ def path_of(name: str) -> Path:
     return path_of(parsed.otherwise) if parsed.otherwise else Path(parsed.responses or name)
 
 
-def fingerprint_of(name: str) -> str:
-    """Return 16 hexadecimal digits that identify a drafter by its content."""
+def fingerprint_of(name: str, target: str = "") -> str:
+    """Return 16 hexadecimal digits that identify a drafter by its content.
+
+    Args:
+        name: the drafter's name.
+        target: the target's fingerprint, which is part of that of its first layers.
+    """
     parsed = parse(name)
     if parsed is None:
-        return model_fingerprint(name)
+        count = exit_layer(name)
+        return model_fingerprint(name) if count is None else digest({"target": target, "layers": count})
     responses = fingerprint(parsed.responses, "respond") if parsed.responses else None
-    otherwise = fingerprint_of(parsed.otherwise) if parsed.otherwise else None
+    otherwise = fingerprint_of(parsed.otherwise, target) if parsed.otherwise else None
     return digest({"ngram": list(parsed.sizes), "responses": responses, "otherwise": otherwise})
 
 
@@ -126,22 +154,23 @@ def named_identity(name: str) -> DrafterIdentity:
     """Return the identity of a drafter. A combination has the seed and step of its model, and a series of its own."""
     parsed = parse(name)
     if parsed is None:
-        return identity_of(name)
+        return identity_of(name) if exit_layer(name) is None else DrafterIdentity(name)
     if not parsed.otherwise:
         return DrafterIdentity(parsed.label())
     other = named_identity(parsed.otherwise)
     return DrafterIdentity(f"{parsed.label()}+{other.series}", seed=other.seed, step=other.step)
 
 
-def check_responses(cfg: DictConfig, name: str) -> None:
-    """Check that the responses in a drafter's name, if there are any, were written by the target.
+def check_named(cfg: DictConfig, name: str) -> None:
+    """Check that the responses in a drafter's name, if there are any, were written by the target, and its layers exist.
 
     Raises:
-        ArtifactError: they are not finished, of another target, or not written by a target.
+        ArtifactError: the responses are not finished, of another target, or not written by a target.
+        ValueError: the target does not have these layers, or they cannot be a drafter.
     """
     parsed = parse(name)
     if parsed is None:
-        return
+        return check_layers(cfg, name)
     if parsed.responses:
         try:
             manifest = read_manifest(parsed.responses, "respond")
@@ -153,38 +182,73 @@ def check_responses(cfg: DictConfig, name: str) -> None:
         if (by := manifest["settings"].get("by", "target")) != "target":
             raise ArtifactError(f"{parsed.responses} has answers by the {by}: give the target's, for a table of them")
     if parsed.otherwise:
-        check_responses(cfg, parsed.otherwise)
+        check_named(cfg, parsed.otherwise)
+
+
+def check_layers(cfg: DictConfig, name: str) -> None:
+    """Check that the target's first layers can be its drafter, if the name stands for them, without loading it.
+
+    Raises:
+        ValueError: the target has fewer layers, has states, cannot be made of some layers, or is split over ranks.
+    """
+    count, target = exit_layer(name), target_source(cfg)
+    if count is None:
+        return
+    if keeps_states(load_config(target)):
+        raise ValueError(f"drafter '{name}': {target.path} has states, so that its layers are no drafter: name a model")
+    if target.parallel:
+        raise ValueError(
+            f"drafter '{name}': target.parallel is {target.parallel}, and layers are shared with a whole target: give "
+            f"target.parallel=null"
+        )
+    try:
+        first_layers(meta_model(target), count)
+    except ValueError as problem:
+        raise ValueError(f"drafter '{name}': {problem}") from None
 
 
 def check_compiles(cfg: DictConfig, section: str) -> None:
     """Check that a command that is to compile both models, by its section of the config, has a drafter with a model.
 
     Raises:
-        ValueError: the drafter has no model.
+        ValueError: the drafter has no model, or one that shares its layers with the target.
     """
     chosen = cfg[section]
+    if chosen.compile and exit_layer(model_of(chosen.drafter) or "") is not None:
+        raise ValueError(
+            f"{section}.compile is true, and {section}.drafter is {chosen.drafter}, whose layers are the target's: "
+            f"give false"
+        )
     if chosen.compile and model_of(chosen.drafter) is None:
         raise ValueError(
             f"{section}.compile is true, and {section}.drafter is {chosen.drafter}, without a model: give false"
         )
 
 
-def load_named(cfg: DictConfig, name: str, models: MutableMapping[str, PreTrainedModel] | None = None) -> Drafter:
+def load_named(
+    cfg: DictConfig,
+    name: str,
+    target: PreTrainedModel,
+    models: MutableMapping[str, PreTrainedModel] | None = None,
+) -> Drafter:
     """Load a drafter, after checking that it is compatible with the target.
 
     Args:
         cfg: the command's config.
         name: the drafter's name.
+        target: the target, whose first layers may be the drafter.
         models: the models that are loaded already, by name; a model that is loaded is added to them.
     """
     parsed, loaded = parse(name), {} if models is None else models
     if parsed is None:
-        loaded[name] = loaded[name] if name in loaded else frozen_drafter(cfg, name)
+        if name not in loaded:
+            count = exit_layer(name)
+            loaded[name] = frozen_drafter(cfg, name) if count is None else first_layers(target, count)
         return loaded[name]
     first: TextDrafter = Lookup(parsed.sizes)
     if parsed.responses:
         first = count_ngrams(answers(parsed.responses), parsed.sizes)
-    return Combined(first, load_named(cfg, parsed.otherwise, loaded)) if parsed.otherwise else first
+    return Combined(first, load_named(cfg, parsed.otherwise, target, loaded)) if parsed.otherwise else first
 
 
 def answers(directory: str) -> Iterator[Answered]:

@@ -168,15 +168,24 @@ def batch_rows(
     if list(sizes) == [1]:
         return []
     label, drafter = next(iter(pair.plain_drafters.items()))
-    models, rows = models_of(drafter), []
-    accepts = answers.accepts[id(models[0])][GREEDY] if models else None
+    rows = []
     for size in sizes:
         timings = pair.timings[label]
         if size > 1:
             timings = measure_several(pair.plain_target, {label: drafter}, pair.prompt, largest, size)[label]
-        found = predict(tasks, answers.tokens[GREEDY], pair.plain_target, drafter, timings, largest, accepts)
-        speedups = [efficiency / cost for efficiency, cost in found]
+        speedups = speedups_with(pair, tasks, answers, timings, largest)
         best = max(speedups)
         gamma = speedups.index(best) + 1 if best > 1 else 0
         rows.append(BatchRow(size, timings.ratio, gamma, best))
     return rows
+
+
+def speedups_with(
+    pair: TimedPair, tasks: Sequence[Task], answers: Answers, timings: CallTimings, largest: int
+) -> list[float]:
+    """Return the first drafter's predicted speed-up at each γ with other timings, without the reading of prompts."""
+    drafter = next(iter(pair.plain_drafters.values()))
+    models = models_of(drafter)
+    accepts = answers.accepts[id(models[0])][GREEDY] if models else None
+    found = predict(tasks, answers.tokens[GREEDY], pair.plain_target, drafter, timings, largest, accepts)
+    return [efficiency / cost for efficiency, cost in found]

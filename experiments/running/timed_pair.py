@@ -67,7 +67,7 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
     device, largest = "cuda" if torch.cuda.is_available() else "cpu", cfg.measure.largest
     target, loaded = load_target(target_source(cfg)).to(device), dict[str, PreTrainedModel]()
     plain_drafters = {
-        label: with_models(load_named(cfg, name, loaded), lambda model: model.to(device))
+        label: with_models(load_named(cfg, name, target, loaded), lambda model: model.to(device))
         for label, name in names.items()
     }
     first, context = next(iter(plain_drafters.values())), min(map(context_length, (target, *loaded.values())))
@@ -76,8 +76,9 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
         for model in (target, *models_of(first)):
             check_side_by_side(model, len(prompt) + largest + 1)
     if cfg.measure.compile:
-        longest = max(len(task.prompt) + task.options.max_new_tokens for task in tasks)
-        pair = compile_pair(target, first, prompt, longest + WIDEST, largest, cfg.measure.decode)
+        answered = [len(task.prompt) + task.options.max_new_tokens for task in tasks]
+        longest = max([*answered, *(cfg.measure.contexts or ())])
+        pair = compile_pair(target, first, prompt, longest + max(WIDEST, largest + 1), largest, cfg.measure.decode)
     else:
         pair = prepare_pair(target, first, prompt, largest, cfg.measure.pad)
     fast = {id(plain): model for plain, model in zip(models_of(first), models_of(pair.drafter), strict=True)}

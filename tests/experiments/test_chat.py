@@ -265,8 +265,8 @@ def test_one_prompt_is_answered_once(pair, capsys, monkeypatch):
     assert text in answers([*overrides, "chat.prompt='what did the cat'"], capsys, monkeypatch)  # it is the same again
 
 
-@pytest.mark.parametrize("name", ["ngram", "ngram2-3+{folder}/drafter"])
-def test_a_drafter_without_a_model_answers_the_same(pair, capsys, monkeypatch, name):
+@pytest.mark.parametrize("name", ["ngram", "ngram2-3+{folder}/drafter", "layers1", "ngram+layers1"])
+def test_a_drafter_of_another_kind_answers_the_same(pair, capsys, monkeypatch, name):
     folder, overrides = pair
     given = [*overrides, f"chat.drafter={name.format(folder=folder)}", "chat.prompt='what did the cat'"]
     assert "the target alone writes the same" in answers(given, capsys, monkeypatch)
@@ -392,6 +392,7 @@ def test_a_signal_ends_a_chat_that_nobody_types(pair, monkeypatch):
         ("chat.context=129", "chat.context is 129, and the shorter context of the two models is 128"),
         ("chat.prompt='  '", "chat.prompt is empty"),
         ("chat.drafter=ngram & chat.compile=true", "chat.drafter is ngram, without a model: give false"),
+        ("chat.drafter=layers9", "drafter 'layers9': .* layers: give 1 to "),
         ("chat.drafter=ngram3", "drafter 'ngram3': a drafter without a model is ngram, "),
         ("target.path={folder}/strict & chat.system=brief", "chat.system: the chat template refuses"),
         ("chat.system='{long}'", "the template with chat.system and a short message has 13"),

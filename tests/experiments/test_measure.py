@@ -121,9 +121,67 @@ def test_the_best_gamma_by_batch_size_is_also_a_schedule(pair, tmp_path):
     assert found["rival"] is None
 
 
+def test_the_targets_first_layers_are_measured_as_drafter_and_rival(pair, tmp_path):
+    given = ["measure.drafter=layers1", "measure.rivals=[layers2,ngram+layers1]", "measure.num_prompts=2"]
+    given += ["measure.contexts=[20]", f"out={tmp_path}/out"]
+    stage("measure", overrides(pair, *given))
+    found = json.loads((tmp_path / "out" / "measure.json").read_text())
+    assert found["label"] == "layers1"
+    assert {row["drafter"] for row in found["rows"]} == {"layers1", "layers2", "ngram+layers1"}
+    assert found["equal"][0] == found["equal"][1] > 0
+    assert 0 < found["size_ratio"] < 1
+    whole = [row for row in found["rows"] if row["drafter"] == "layers2"]
+    assert all(row["block_efficiency"] > row["gamma"] / 2 + 1 for row in whole)  # each draft is accepted
+    assert not found["engines"]  # none can draft so
+
+
+def test_contexts_have_their_own_timings_and_the_tau_of_the_answers(pair, tmp_path):
+    given = ["measure.contexts=[20,64]", "measure.rivals=[]", "measure.num_prompts=2", f"out={tmp_path}/out"]
+    stage("measure", [*overrides(pair, *given), "hardware=cpu"])
+    found = json.loads((tmp_path / "out" / "measure.json").read_text())
+    assert [row["tokens"] for row in found["contexts"]] == [20, 64 - 16]  # the calls fit into the context of 64
+    taus = [row["block_efficiency"] for row in found["rows"]]
+    for row in found["contexts"]:
+        for one in (row, row["roofline"]):
+            costs = [one["ratio"] * gamma + v for gamma, v in enumerate(one["verification"], start=1)]
+            assert one["predicted"] == pytest.approx([tau / cost for tau, cost in zip(taus, costs, strict=True)])
+    page = (tmp_path / "out" / "measure.md").read_text()
+    assert "\n## Contexts\n" in page
+    assert "it was not measured with long texts" in page
+    assert "The roofline is that of 2 CPU cores" in page
+    assert len([line for line in page.splitlines() if line.startswith("| 48 |")]) == 4
+
+
+def test_contexts_without_a_draft_model_and_without_hardware(pair, tmp_path):
+    given = ["measure.drafter=ngram", "measure.contexts=[20]", f"out={tmp_path}/out", "measure.num_prompts=2"]
+    stage("measure", overrides(pair, *given))
+    (row,) = json.loads((tmp_path / "out" / "measure.json").read_text())["contexts"]
+    assert (row["tokens"], len(row["predicted"]), row["roofline"]) == (20, 4, None)
+    assert "roofline" not in (tmp_path / "out" / "measure.md").read_text()
+
+
+def test_the_roofline_is_refused_without_contexts_and_for_states(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.running.timed_pair.load_target", lambda source: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"hardware is 2 CPU cores, and measure\.contexts has none"):
+        stage("measure", [*overrides(pair), "hardware=cpu"])
+    family("lfm2").save_pretrained(tmp_path / "lfm2")
+    given = overrides(pair, f"target.path={tmp_path}/lfm2", "measure.drafter=ngram", "measure.contexts=[20]")
+    with pytest.raises(ValueError, match="lfm2 has states, while the roofline is that of attention"):
+        stage("measure", [*given, "hardware=cpu"])
+
+
+def test_contexts_are_not_compiled_on_a_gpu(pair, monkeypatch):
+    monkeypatch.setattr("experiments.running.timed_pair.load_target", lambda source: pytest.fail("loaded"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"measure.contexts is \[20\] and measure.compile is true: on a GPU"):
+        stage("measure", overrides(pair, "measure.contexts=[20]", "measure.compile=true"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ("measure.contexts=[20,100]", r"has 100, and .*target has a context of 64 tokens, .*drafter has a .* of 128"),
+        ("measure.contexts=[4,20]", r"measure.contexts is \[4, 20\], must be numbers above measure.largest=4"),
         ("measure.num_prompts=0", r"measure.num_prompts is 0, must be at least 1"),
         ("measure.largest=0", r"measure.largest is 0, must be at least 1"),
         ("measure.max_new_tokens=0", r"measure.max_new_tokens is 0, must be at least 1"),

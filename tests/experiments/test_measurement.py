@@ -1,8 +1,11 @@
 """What follows from a measurement: predictions, what would have to change, the verdict, the settings of engines."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafter.decoding.timings import CallTimings
 from drafter.metrics import Estimate
@@ -12,12 +15,14 @@ from experiments.reporting.measure_page import as_json, inline, markdown, sectio
 from experiments.reporting.measurement import (
     BatchRow,
     Calls,
+    ContextRow,
     MeasuredRow,
     Measurement,
     against_rivals,
     verdict,
     what_would_change,
 )
+from experiments.running.contexts import context_seconds
 from experiments.running.measuring import Conditions, Prediction, choose_gammas, find_requirement
 
 LONG = Conditions(1e9, 0.05)  # answers so long that the first block does not count
@@ -147,6 +152,26 @@ def test_a_faster_prompt_lookup_and_an_export_are_among_the_settings():
     page = markdown(sections(found))
     for text in ("export the drafter first", "γ by batch size", "serve the target without this drafter"):
         assert text in page
+
+
+def test_the_best_gamma_of_a_context_is_none_where_no_gamma_pays():
+    rows = [ContextRow(128, 0.1, [1.1, 1.2], [1.2, 1.3], None), ContextRow(8176, 0.4, [1.5, 1.9], [0.9, 0.8], None)]
+    page = markdown(sections(measurement((1.3, 1.2, 1.4), contexts=rows)))
+    assert "Best γ: 128 tokens: γ = 2 (1.30); 8,176 tokens: none pays (0.90)." in page
+    assert "| 8,176 | 1 | 0.40 | 1.50 | 0.90 |" in page
+    assert "## Contexts" not in markdown(sections(measurement((1.3, 1.2, 1.4))))
+
+
+def test_the_time_that_contexts_take_grows_faster_than_they_do():
+    config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+    target, tasks = LlamaForCausalLM(config), [SimpleNamespace(prompt=[1] * 10)]
+    timings, conditions = {"d": CallTimings(0.1, [1.0, 1.0])}, {"d": Conditions(8, 1.0, 10.0, 0.0)}
+    pair = SimpleNamespace(plain_target=target, alone=1, target=1, timings=timings, conditions=conditions)
+    assert context_seconds(pair, tasks, []) == 0
+    one, two = (context_seconds(pair, tasks, [context]) for context in (100, 200))
+    # A token of the prompt takes a second, and 17 rounds of calls take 2.3 seconds each, without attention.
+    assert one > 100 + 17 * 2.3
+    assert two - 17 * 2.3 > 2 * (one - 17 * 2.3)
 
 
 def test_the_page_says_that_rounding_made_texts_differ():

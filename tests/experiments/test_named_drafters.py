@@ -13,8 +13,19 @@ from experiments.reporting.identity import DrafterIdentity
 from experiments.reporting.results import read_evaluations, summarise
 from experiments.running.composing import configured, with_home
 from experiments.running.drafters import find_drafters, output_directories
-from experiments.running.named_drafters import label_of, load_named, model_of, named_identity, parse
+from experiments.running.named_drafters import (
+    check_compiles,
+    check_named,
+    exit_layer,
+    fingerprint_of,
+    label_of,
+    load_named,
+    model_of,
+    named_identity,
+    parse,
+)
 from tests.experiments.test_pipeline import stage
+from tests.families import family
 
 
 def test_a_name_says_what_drafts_first_and_what_otherwise():
@@ -97,7 +108,7 @@ def test_a_name_is_loaded_as_what_it_says(world):
     overrides, root = world
     with initialize_config_module("conf", version_base="1.3"):
         cfg = configured("evaluate", overrides)
-    combined = load_named(cfg, f"ngram2-3+ngram:{root}/responses+{root}/drafter")
+    combined = load_named(cfg, f"ngram2-3+ngram:{root}/responses+{root}/drafter", None)
     assert isinstance(combined, Combined)
     assert combined.first == Lookup(NgramSizes(2, 3))
     assert isinstance(combined.otherwise, Combined)
@@ -151,3 +162,66 @@ def test_drafters_without_a_model_are_evaluated_beside_models(world, tmp_path):
         assert [[row.get(field) for field in fields] for row in one] == [
             [row.get(field) for field in fields] for row in other
         ]
+
+
+def test_the_targets_first_layers_have_names_and_fingerprints():
+    assert [exit_layer(name) for name in ("layers4", "layers12", "layers", "./layers4", "org/layers4")] == [
+        4, 12, None, None, None,
+    ]  # fmt: skip
+    assert find_drafters(["layers4", "ngram2-4+layers4"]) == ["layers4", "ngram2-4+layers4"]
+    assert [label_of(name) for name in ("layers4", "ngram2-4+layers4")] == ["layers4", "ngram2-4+layers4"]
+    assert named_identity("layers4") == DrafterIdentity("layers4")
+    assert named_identity("ngram+layers4") == DrafterIdentity("ngram+layers4")
+    found = {fingerprint_of(name, target) for name in ("layers1", "layers2", "ngram+layers1") for target in ("a", "b")}
+    assert len(found) == 6
+
+
+def test_the_targets_first_layers_are_evaluated_beside_others(world, tmp_path):
+    overrides, _ = world
+    out = [f"out={tmp_path}/evaluate", "evaluate.num_speculative_tokens=[3]"]
+    stage("evaluate", [*overrides, *out, "drafters=[layers1,layers2,ngram+layers1]"])
+    counted = {}
+    for label in ("layers1", "layers2", "ngram+layers1"):
+        counts = json.loads((tmp_path / "evaluate" / label / "manifest.json").read_text())["counts"]
+        assert counts["greedy_outputs_unlike_the_target"] == 0 < counts["greedy_outputs"]
+        counted[label] = counts["drafter_parameters"]
+        whole = counts["target_parameters"]
+    assert counted["layers1"] == counted["ngram+layers1"] < counted["layers2"] == whole
+    series = {row.series for row in summarise(read_evaluations(tmp_path / "evaluate"))}
+    assert series == {"layers1", "layers2", "ngram+layers1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["layers0"], "drafter 'layers0': .* has 2 layers: give 1 to 2 of them, not 0"),
+        (["ngram+layers3"], "drafter 'layers3': .* has 2 layers: give 1 to 2 of them, not 3"),
+        (["layers1", "target.parallel=tensor"], "drafter 'layers1': target.parallel is tensor"),
+    ],
+)
+def test_layers_that_are_no_drafter_are_refused(world, tmp_path, given, message):
+    overrides, _ = world
+    name, *more = given
+    with initialize_config_module("conf", version_base="1.3"):
+        cfg = configured("evaluate", [*overrides, *more])
+    with pytest.raises(ValueError, match=message):
+        check_named(cfg, name)
+
+
+def test_layers_of_a_target_with_states_and_compiled_ones_are_refused(world, tmp_path):
+    overrides, _ = world
+    family("lfm2").save_pretrained(tmp_path / "lfm2")
+    with initialize_config_module("conf", version_base="1.3"):
+        cfg = configured("evaluate", [*overrides, f"target.path={tmp_path}/lfm2"])
+        compiled = configured("gamma", [*overrides, "gamma.compile=true", "gamma.drafter=ngram+layers1"])
+    with pytest.raises(ValueError, match="lfm2 has states, so that its layers are no drafter"):
+        check_named(cfg, "layers1")
+    with pytest.raises(ValueError, match=r"gamma.compile is true, and gamma.drafter is .*layers1, whose layers are"):
+        check_compiles(compiled, "gamma")
+
+
+def test_gamma_takes_the_targets_first_layers(world, tmp_path):
+    overrides, _ = world
+    given = ["gamma.drafter=ngram+layers1", "gamma.largest=2", f"out={tmp_path}/gamma", "gamma.prompts_per_task=1"]
+    stage("gamma", [*overrides, *given])
+    assert (tmp_path / "gamma" / "ngram+layers1" / "gamma.md").exists()

@@ -7,6 +7,7 @@ from benchmarks.families import family
 from drafter.models.initialization import build_drafter
 from drafter.models.inspection import num_active_parameters
 from drafter.models.loading import meta_model
+from experiments.planning.expected_calls import call_seconds
 from experiments.planning.roofline import (
     Hardware,
     Shape,
@@ -135,3 +136,14 @@ def test_a_call_of_a_mixture_reads_the_experts_that_its_tokens_meet():
     assert many > 1.2 * few  # v grows with gamma
     whole = Shape.of(family("llama"))
     assert whole.active == whole.read(1) == whole.read(100) == whole.parameters
+
+
+def test_calls_that_memory_bounds_take_the_time_of_weights_and_cache():
+    fields = FAST._replace(flops=0, bandwidth=1e3)._asdict()
+    fields |= {"flops": 0, "float32_flops": 1e30}  # a call in float32 has the other field
+    model = small_model(0, hidden=32, layers=2, vocab=24)
+    shape = Shape.of(model)
+    for context in (0, 1000):
+        numbers = shape.parameters + context * shape.kv_width
+        assert call_seconds(fields, model, 1, context) == pytest.approx(4 * numbers / 1e3)
+        assert call_seconds(fields, model, 5, context) == call_seconds(fields, model, 1, context)
