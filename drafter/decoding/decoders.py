@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 from drafter.decoding.fixed_cache import FixedCache
+from drafter.decoding.grouped_attention import attends_in_groups
 from drafter.models.inspection import body, has_plain_head
 from drafter.models.loading import context_length
 
@@ -90,7 +91,8 @@ class Decoder:
         if self.explicit_positions and start and self.length - start > 1:
             arguments = masks_and_positions(torch.arange(start, self.length, device=device)[None], self.length)
         padded = torch.tensor([[*ids[0], *ids[0][-1:] * padding]], device=device)
-        return self.call(padded, self.cache, keep + padding, **arguments)[:, :keep]
+        with attends_in_groups(self.model) if arguments else nullcontext():
+            return self.call(padded, self.cache, keep + padding, **arguments)[:, :keep]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Do nothing: there is only one row."""
