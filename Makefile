@@ -123,7 +123,7 @@ measure: setup ## is DRAFTER worth it for TARGET? Any two models; nothing has to
 # The drafter in assets/ drafts for SmolLM2-135M-Instruct as the Python package has it, unless the target is there already.
 chat: ORIGIN := origin=package
 chat: setup $(if $(GIVEN),,$(SMOLLM2_TARGET)) ## a chat with SmolLM2-135M-Instruct and the drafter in assets/; with SCALE, LOSSES or SEEDS, with that drafter
-	$(RUN).chat $(if $(GIVEN),scale=$(SCALE) chat.drafter=$(DRAFTER),scale=smollm2 chat.drafter=ngram2-4+assets/smollm2-drafter) $(ARGS)
+	$(RUN).chat $(if $(GIVEN),scale=$(SCALE) chat.drafter=$(DRAFTER),scale=smollm2 chat.drafter=ngram2-4+assets/smollm2-drafter chat.num_speculative_tokens=3) $(ARGS)
 
 trim: setup ## how many tokens the drafter's head should keep, for LOSSES and SEEDS that come first
 	$(RUN).trim scale=$(SCALE) trim.drafter=$(DRAFTER) $(ARGS)
