@@ -115,7 +115,7 @@ def test_make_help_lists_every_target(tmp_path):
 @pytest.mark.parametrize(
     ("given", "pair"),
     [
-        ([], "scale=smollm2 chat.drafter=ngram2-4+assets/smollm2-drafter"),
+        ([], "scale=smollm2 chat.drafter=ngram2-4+assets/smollm2-drafter chat.num_speculative_tokens=3"),
         (["SCALE=tiny"], "scale=tiny chat.drafter=runs/tiny/finetune/kld-seed1"),
         (["LOSSES=tvdpp", "SEEDS=2"], "scale=tiny chat.drafter=runs/tiny/finetune/tvdpp-seed2"),
     ],
