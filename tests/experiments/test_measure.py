@@ -9,22 +9,9 @@ import pytest
 
 from drafter.artifacts.manifest import read_jsonl
 from drafter.models.compatibility import VocabularyError
-from tests.conftest import WORDS, save_llama, save_target, write_jsonl
+from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 from tests.families import family
-
-PROMPTS = [f"who saw the {word} and then what did the {word} do ?" for word in WORDS[3:8]]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Save a target, a drafter of another architecture with the same tokenizer, and prompts."""
-    folder = tmp_path_factory.mktemp("pair")
-    save_target(folder / "target")
-    (folder / "drafter").mkdir()
-    save_llama(folder / "drafter", folder / "target")
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": text, "question": text.upper()} for text in PROMPTS])
-    return folder
 
 
 def overrides(pair, *more):

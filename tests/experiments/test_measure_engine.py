@@ -14,22 +14,11 @@ from drafter.models.loading import load_target, load_tokenizer
 from experiments.reporting.engine_section import EngineFigures, comparison, engine_paragraphs, engine_table
 from experiments.running.engine_answers import ASK
 from experiments.running.measuring_engine import without_end
-from tests.conftest import WORDS, save_llama, save_target, write_jsonl
+from tests.experiments.conftest import PROMPTS
 from tests.experiments.engine_stub import SECONDS, EngineStub, Text
 from tests.experiments.test_pipeline import stage
 
 GAMMA, LIMIT = 3, 12
-PROMPTS = [f"who saw the {word} and then what did the {word} do ?" for word in WORDS[3:8]]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    save_target(folder / "target")
-    (folder / "drafter").mkdir()
-    save_llama(folder / "drafter", folder / "target")
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
-    return folder
 
 
 @pytest.fixture(scope="module")
