@@ -29,7 +29,7 @@ from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
 from experiments.running.named_drafters import check_compiles, check_named, fingerprint_of, label_of, load_named
 from experiments.running.predictions import predict
-from experiments.running.speedups import compile_pair, decode_prompt, prepare_pair
+from experiments.running.speedups import check_gammas, compile_pair, decode_prompt, prepare_pair
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import Work, decode_turns
 
@@ -123,13 +123,7 @@ def main(cfg: DictConfig) -> None:
 def check(cfg: DictConfig) -> None:
     """Refuse a target or tasks that cannot be decoded, and a largest γ below 1."""
     check_can_decode(load_config(target_source(cfg)))
-    if cfg.gamma.largest < 1:
-        raise ValueError(f"gamma.largest is {cfg.gamma.largest}, must be at least 1")
-    decoded = cfg.gamma.decode
-    if decoded is not None and (not decoded or not all(1 <= gamma <= cfg.gamma.largest for gamma in decoded)):
-        raise ValueError(
-            f"gamma.decode is {plain(decoded)}, must be null or some of 1 to gamma.largest={cfg.gamma.largest}"
-        )
+    check_gammas(cfg, "gamma")
     check_compiles(cfg, "gamma")
     check_named(cfg, cfg.gamma.drafter)
     check_tasks(cfg, {})

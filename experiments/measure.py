@@ -46,6 +46,7 @@ from experiments.running.named_drafters import (
     parse,
 )
 from experiments.running.progress import Progress, duration
+from experiments.running.speedups import check_gammas
 from experiments.running.summarising import summarise
 from experiments.running.timed_pair import expected_seconds, load_and_time
 
@@ -186,18 +187,14 @@ def check_settings(cfg: DictConfig) -> None:
         ValueError: names the setting, its value, and what is allowed.
     """
     measure = cfg.measure
-    for name in ("num_prompts", "max_new_tokens", "largest"):
+    for name in ("num_prompts", "max_new_tokens"):
         if measure[name] < 1:
             raise ValueError(f"measure.{name} is {measure[name]}, must be at least 1")
     if not measure.temperature > 0:
         raise ValueError(
             f"measure.temperature is {measure.temperature}, must be above 0: what is decoded is greedy in any case"
         )
-    decoded = measure.decode
-    if decoded is not None and (not decoded or not all(1 <= gamma <= measure.largest for gamma in decoded)):
-        raise ValueError(
-            f"measure.decode is {plain(decoded)}, must be null or some of 1 to measure.largest={measure.largest}"
-        )
+    check_gammas(cfg, "measure")
     if not measure.batch_sizes or min(measure.batch_sizes) < 1:
         raise ValueError(f"measure.batch_sizes is {plain(measure.batch_sizes)}, must be numbers of at least 1")
     check_engine_settings(cfg)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.decoding.decoders import Decodable, Padded
@@ -12,9 +13,29 @@ from drafter.decoding.generation import Decoded
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
 from drafter.decoding.timings import CallTimings, measure_call_timings, measure_several
 from drafter.models.packing import pack
+from experiments.running.inputs import plain
 
 WIDEST = 16  # the most tokens of a call to which another one may be padded
 COMPILED_GAMMAS = (3, 7)  # of which calls are compiled if none are chosen: packed products have rows in fours
+
+
+def check_gammas(cfg: DictConfig, section: str) -> None:
+    """Refuse a largest γ below 1, and γ to decode with that are not among those up to it.
+
+    Args:
+        cfg: the config.
+        section: its part with `largest` and `decode`.
+
+    Raises:
+        ValueError: names the setting, its value, and what is allowed.
+    """
+    largest, decoded = cfg[section].largest, cfg[section].decode
+    if largest < 1:
+        raise ValueError(f"{section}.largest is {largest}, must be at least 1")
+    if decoded is not None and (not decoded or not all(1 <= gamma <= largest for gamma in decoded)):
+        raise ValueError(
+            f"{section}.decode is {plain(decoded)}, must be null or some of 1 to {section}.largest={largest}"
+        )
 
 
 class Prepared(NamedTuple):
