@@ -1,7 +1,7 @@
 """The command `bundle`: another run starts from its file, which is small and the same for the same rows."""
 
 import shutil
-import tarfile
+import subprocess
 
 import pytest
 
@@ -31,8 +31,8 @@ def test_a_run_starts_from_a_bundle(answered, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{folder}/run, " in printed.split("its manifests name paths of this machine, ")[1]
     assert f"mkdir -p {root} && tar -xJf {tmp_path}/first.tar.xz -C {root}\n" in printed
-    with tarfile.open(tmp_path / "first.tar.xz") as archive:
-        archive.extractall(tmp_path / "run", filter="data")
+    (tmp_path / "run").mkdir()
+    subprocess.run(["tar", "-xJf", tmp_path / "first.tar.xz", "-C", tmp_path / "run"], check=True)
     ours, theirs = (Rows(one / "responses", "respond") for one in (tmp_path / "run", root))
     assert "hidden" not in ours.schema.names
     for one, other in zip(ours, theirs, strict=True):
