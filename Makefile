@@ -22,7 +22,7 @@ DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma measure report tiny-target clean \
-  smollm2 smollm2_shipped plan dry-run test-serving test-models chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts figure-checkpoints curves sync
+  smollm2 smollm2_shipped plan dry-run test-serving test-models chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts compare figure-checkpoints curves sync
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -159,6 +159,13 @@ table-transfer: setup ## trained on one kind of instruction, tested on all tasks
 
 table-starts: setup ## what each start is worth at equal compute
 	$(RUN).starts scale=$(SCALE) publish=results/$(SCALE) ranks.evaluate=$(RANKS) $(ARGS)
+
+# Every finetuned drafter of SCALE is judged on the same responses of the target, which are written first.
+RANKED := $(if $(filter-out 1,$(RANKS)),$(PY) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) -m experiments,$(RUN))
+compare: setup ## which loss for which engine: expected tau by temperature and acceptance rule, without decoding
+	$(RANKED).respond scale=$(SCALE) distillation=judged $(ARGS)
+	$(RANKED).cache scale=$(SCALE) distillation=judged $(ARGS)
+	$(RANKED).compare scale=$(SCALE) publish=results/$(SCALE)/compare $(ARGS)
 
 figure-checkpoints: setup ## block efficiency along finetuning
 	$(SUITE) losses=[kld,tvd,tvdpp] seeds=[1] $(ALONG) $(ARGS)

@@ -1,0 +1,185 @@
+"""Read the expected blocks of compared drafters, and make the tables of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from drafter.artifacts.manifest import MANIFEST, ArtifactError, read_jsonl, read_manifest
+from drafter.metrics import Counts, Estimate, by_prompt, estimate, paired_difference
+from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields
+from experiments.reporting.tabular import Table, with_interval
+
+ANY = "any"  # the acceptance rule at temperature 0, where all are the same
+# Which rule engines follow above temperature 0; docs/SERVING.md has the sources.
+ENGINES = {
+    "ratio": "transformers; vLLM with `probabilistic`; this project",
+    "argmax": "vLLM by default, SGLang, TensorRT-LLM, llama.cpp",
+    "match": "mlx-lm",
+    ANY: "every engine",
+}
+METHOD = (
+    "τ is the expected number of tokens per target call, computed in teacher forcing on what the target wrote, without "
+    "decoding; all drafters have the same responses. In brackets: 95% bootstrap intervals over instructions."
+)
+
+
+class Setting(NamedTuple):
+    """How drafts are verified: the temperature, the acceptance rule and γ."""
+
+    temperature: float
+    rule: str
+    gamma: int
+
+    def title(self) -> str:
+        """Return it as the head of a column, without γ."""
+        return "greedy" if self.rule == ANY else f"T = {self.temperature:g}, `{self.rule}`"
+
+
+class Compared(NamedTuple):
+    """One drafter, and for each setting its counts by instruction."""
+
+    drafter: DrafterIdentity
+    counts: Mapping[Setting, Mapping[str, Counts]]
+    responses: int
+
+
+def read_compared(folder: Path) -> list[Compared]:
+    """Return the drafters whose expected blocks were counted in a folder, sorted by series and seed.
+
+    Raises:
+        ArtifactError: there is none, or they were not counted on the same responses.
+    """
+    found, caches = [], {}
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        manifest = read_manifest(path.parent, "compare")
+        caches[manifest["inputs"]["cache"]] = path.parent
+        counts: dict[Setting, dict[str, list[Counts]]] = {}
+        for row in read_jsonl(path.parent / "counts.jsonl"):
+            setting = Setting(row["temperature"], row.get("rule", ANY), row["gamma"])
+            one = Counts(row["tokens"], row["blocks"], 0, 0, 0.0, 0, 0.0)
+            counts.setdefault(setting, {}).setdefault(row["prompt"], []).append(one)
+        summed = {
+            setting: {prompt: Counts(*np.sum(rows, axis=0).tolist()) for prompt, rows in of_prompt.items()}
+            for setting, of_prompt in counts.items()
+        }
+        found.append(Compared(read_fields(manifest["counts"], path.parent), summed, manifest["counts"]["responses"]))
+    if not found:
+        raise ArtifactError(f"no drafter was compared in {folder}: run `python -m experiments.compare` first")
+    if len(caches) > 1:
+        raise ArtifactError(f"{' and '.join(map(str, caches.values()))} were compared on different responses")
+    return sorted(found, key=lambda one: (one.drafter.series != PRETRAINED, one.drafter.series, one.drafter.seed or 0))
+
+
+def comparison_tables(compared: Sequence[Compared], yardsticks: Sequence[str]) -> list[Table]:
+    """Return a table of τ and one of differences to each yardstick for each γ, and the table of the best series.
+
+    Args:
+        compared: the drafters.
+        yardsticks: the series that the others are compared with; those that are not there are left out.
+    """
+    settings = sorted(compared[0].counts)
+    series = list(dict.fromkeys(one.drafter.series for one in compared))
+    known = [name for name in yardsticks if name in series]
+    tables = []
+    for gamma in sorted({setting.gamma for setting in settings}):
+        chosen = [setting for setting in settings if setting.gamma == gamma]
+        columns = [setting.title() for setting in chosen]
+        values = {name: [efficiency(compared, name, setting) for setting in chosen] for name in series}
+        best = [max(values[name][column].value for name in series) for column in range(len(chosen))]
+        rows = [[name, str(len(of_series(compared, name))), *map(bold_if, values[name], best)] for name in series]
+        tables.append(Table(f"compare_gamma_{gamma}", f"Expected τ, γ = {gamma}", ["drafter", "seeds", *columns], rows))
+        for base in known:
+            rows = [
+                [name, *(with_interval(difference(compared, name, base, setting), signed=True) for setting in chosen)]
+                for name in series
+                if name != base
+            ]
+            title = f"Difference of expected τ to {base}, γ = {gamma}"
+            tables.append(Table(f"compare_gamma_{gamma}_{base}", title, ["drafter", *columns], rows))
+        tables.append(best_table(compared, known, chosen))
+    return tables
+
+
+def best_table(compared: Sequence[Compared], yardsticks: Sequence[str], settings: Sequence[Setting]) -> Table:
+    """Return for each setting the trained series with the highest τ, and by how much it leads the yardsticks."""
+    trained = list(dict.fromkeys(one.drafter.series for one in compared if one.drafter.loss))
+    rows = []
+    for setting in settings if trained else []:
+        best = max(trained, key=lambda name: efficiency(compared, name, setting).value)
+        row = [ENGINES[setting.rule], setting.title(), best, with_interval(efficiency(compared, best, setting))]
+        rows.append([*row, *(lead(difference(compared, best, base, setting)) for base in yardsticks)])
+    gamma = settings[0].gamma
+    note = "The best of several is chosen on these responses, which favours it a little. " + METHOD
+    columns = ["engine", "verification", "best loss", "τ", *(f"over {base}" for base in yardsticks)]
+    return Table(f"compare_gamma_{gamma}_engines", f"Which loss for which engine? γ = {gamma}", columns, rows, note)
+
+
+def lead(value: Estimate | None) -> str:
+    """Return by how much the best series leads another, or that no difference was seen."""
+    if value is None:
+        return ""
+    return with_interval(value, signed=True) if value.low > 0 else f"no difference seen ({with_interval(value, True)})"
+
+
+def bold_if(value: Estimate, best: float) -> str:
+    """Return an estimate with its interval, in bold if it is the best one."""
+    return f"**{with_interval(value)}**" if value.value == best else with_interval(value)
+
+
+def of_series(compared: Sequence[Compared], series: str) -> list[Compared]:
+    """Return the drafters of one series: its seeds."""
+    return [one for one in compared if one.drafter.series == series]
+
+
+def counts_of(compared: Sequence[Compared], series: str, setting: Setting) -> dict[str, np.ndarray]:
+    """Return the counts by instruction of a series, summed over its seeds."""
+    pairs = [pair for one in of_series(compared, series) for pair in one.counts[setting].items()]
+    return by_prompt([prompt for prompt, _ in pairs], [counts for _, counts in pairs])
+
+
+def efficiency(compared: Sequence[Compared], series: str, setting: Setting) -> Estimate:
+    """Return the expected τ of a series."""
+    return estimate(counts_of(compared, series, setting), "block_efficiency")
+
+
+def difference(compared: Sequence[Compared], series: str, base: str, setting: Setting) -> Estimate | None:
+    """Return how much higher the expected τ of one series is than of another; None for the same series."""
+    if series == base:
+        return None
+    ours, theirs = (counts_of(compared, name, setting) for name in (series, base))
+    return paired_difference(ours, theirs, "block_efficiency")
+
+
+def describe(compared: Sequence[Compared]) -> str:
+    """Say on how much text the drafters were compared."""
+    parts = []
+    first = compared[0]
+    gamma = min(setting.gamma for setting in first.counts)
+    rules = {setting.temperature: setting for setting in sorted(first.counts) if setting.gamma == gamma}
+    for temperature, setting in rules.items():
+        counts = first.counts[setting]
+        tokens = sum(one.tokens for one in counts.values())
+        parts.append(f"{len(counts)} instructions, {tokens:,.0f} tokens at T = {temperature:g}")
+    return f"{first.responses} responses: {'; '.join(parts)}."
+
+
+def comparison_page(compared: Sequence[Compared], yardsticks: Sequence[str]) -> str:
+    """Return all tables as one page of Markdown."""
+    tables = comparison_tables(compared, yardsticks)
+    parts = ["# Drafters compared", METHOD, describe(compared)]
+    return "\n\n".join([*parts, *(f"## {table.title}\n\n{table.markdown()}" for table in tables)]) + "\n"
+
+
+def describe_runs(folder: Path) -> str:
+    """Return as JSON what made each compared drafter's counts, and the drafter itself where a stage here made it."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        made = Path(manifest["counts"]["drafter"]) / MANIFEST
+        for place in (path, *([made] if made.exists() else [])):
+            record = json.loads(place.read_text(encoding="utf-8"))
+            found[str(place.parent)] = {key: record[key] for key in record if key not in ("files", "config")}
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
