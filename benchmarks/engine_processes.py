@@ -1,4 +1,4 @@
-"""Run llama-server and OpenVINO GenAI as processes that answer one greedy request at a time, and say what it took."""
+"""Run llama-server and OpenVINO GenAI as processes that answer one request at a time, and say what it took."""
 
 import json
 import re
@@ -120,10 +120,10 @@ class LlamaServer:
         """Return the text of token ids in the model's own vocabulary."""
         return str(self.client.ask("/detokenize", {"tokens": ids}, lambda found: found["content"]))
 
-    def ask(self, prompt: list[int], gamma: int) -> Answer:
-        """Return the greedy continuation of a prompt, and its counts with a drafter of γ tokens per block."""
+    def ask(self, prompt: list[int], gamma: int, temperature: float = 0.0, seed: int = 0) -> Answer:
+        """Return the continuation of a prompt, and its counts with a drafter of γ tokens per block."""
         self.client.close()  # the server ends a connection that was idle while other processes were asked
-        return ask_llama_server(self.client, prompt, Limits(1.0, self.length, []), gamma)
+        return ask_llama_server(self.client, prompt, Limits(1.0, self.length, []), gamma, temperature, seed)
 
     def close(self) -> None:
         """Stop the server."""

@@ -62,16 +62,20 @@ def decoding_counts(drafted: Answer, alone: Answer | None) -> Counts:
     return Counts(tokens, calls, drafted.accepted, 0, seconds, *baseline, drafted=drafted.drafted)
 
 
-def ask_llama_server(client: HttpClient, prompt: list[int], limits: Limits, gamma: int) -> Answer:
-    """Return llama-server's greedy continuation of a prompt, and its counts with a drafter of γ tokens per block.
+def ask_llama_server(
+    client: HttpClient, prompt: list[int], limits: Limits, gamma: int, temperature: float = 0.0, seed: int = 0
+) -> Answer:
+    """Return llama-server's continuation of a prompt, and its counts with a drafter of γ tokens per block.
 
-    The server decides itself which tokens end a text.
+    The server decides itself which tokens end a text. Above temperature 0 it samples from the complete distribution:
+    its own top-k, top-p and min-p are switched off.
 
     Raises:
         ServerError: see `llama_answer`; or the context was too short.
     """
-    body = {"prompt": prompt, "n_predict": limits.max_new_tokens, "temperature": 0.0, "ignore_eos": False}
-    body |= {"top_k": 1, "samplers": ["top_k"], "cache_prompt": False, "return_tokens": True}
+    body = {"prompt": prompt, "n_predict": limits.max_new_tokens, "temperature": temperature, "ignore_eos": False}
+    body |= {"cache_prompt": False, "return_tokens": True}
+    body |= {"samplers": ["temperature"], "seed": seed} if temperature else {"top_k": 1, "samplers": ["top_k"]}
     began = time.perf_counter()
     found = client.ask("//completion", body, _with_timings)
     if found.get("truncated"):

@@ -213,6 +213,23 @@ def test_the_counters_of_llama_server_are_those_of_this_project(pair, ggufs, tmp
     assert found["tau"]["value"] == pytest.approx(found["own_tau"], rel=0.03)
 
 
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER does not name llama-server, which has to be compiled")
+def test_llama_server_samples_by_the_rule_argmax(ggufs, tmp_path):
+    target, drafter = ggufs
+    prompts = DRAFTER.parent.parent / "data" / "tasks.jsonl"
+    given = {"target": TARGET, "drafter": DRAFTER, "target-gguf": target, "drafter-gguf": drafter, "prompts": prompts}
+    given |= {"binary": LLAMA_SERVER, "gamma": GAMMA, "length": LIMIT, "threads": 1, "out": tmp_path}
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, "-m", "benchmarks.engine_rules", *options], check=True, cwd=ROOT)
+    texts = json.loads((tmp_path / "engine_rules.json").read_text())["texts"]
+    for temperature in (0.6, 1.0):
+        chosen = [text["calls"] for text in texts if text["temperature"] == temperature]
+        engine, argmax, match = (sum(calls[name] for calls in chosen) for name in ("llama-server", "argmax", "match"))
+        assert engine > 2000
+        assert argmax == pytest.approx(engine, rel=0.005)  # in float32 only near ties of the drafter differ
+        assert abs(match - engine) > 0.02 * engine
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_engines_for_gpus(pair, tmp_path, engine):
     if subprocess.run([str(PYTHON), "-c", f"import {engine}"], capture_output=True).returncode:
