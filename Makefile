@@ -10,6 +10,8 @@ ARGS ?=
 RANKS ?= $(if $(filter tiny smoke smollm2%,$(SCALE)),2,1)
 FORMAT ?= hf
 JOBS ?= 2
+# Overrides among ARGS that every command has, where one target runs several commands.
+SHARED := target.% root=% scale.% task.% seed=% logger=%
 PARALLEL := -n $(JOBS) --dist worksteal
 VENV ?= .venv
 SERVING := .venv-serving
@@ -80,7 +82,7 @@ smollm2 smollm2_shipped: setup $(SMOLLM2_TARGET)
 	  mkdir -p runs/$@/unpacked && tar -xJf assets/$@-data.tar.xz -C runs/$@/unpacked && mv runs/$@/unpacked/* runs/$@/; fi
 	$(RUN).plan scale=$@ losses=[kld] seeds=[1] hardware=cpu plan.gpus=1 $(ARGS)
 	$(RUN).pipeline scale=$@ losses=[kld] seeds=[1] $(SIDE_BY_SIDE) $(foreach stage,prepare respond,ranks.$(stage)=$(RANKS)) $(ARGS)
-	$(RUN).gamma scale=$@ gamma.compile=true gamma.decode=[3] $(ARGS)
+	$(RUN).gamma scale=$@ gamma.compile=true gamma.decode=[3] $(filter $(SHARED) gamma.%,$(ARGS))
 	$(RUN).export export.drafter=runs/$@/finetune/kld-seed1 export.dtype=bfloat16 export.license=apache-2.0 \
 	  export.base_model=HuggingFaceTB/SmolLM2-135M-Instruct out=exports/$@
 
@@ -163,9 +165,9 @@ table-starts: setup ## what each start is worth at equal compute
 # Every finetuned drafter of SCALE is judged on the same responses of the target, which are written first.
 RANKED := $(if $(filter-out 1,$(RANKS)),$(PY) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) -m experiments,$(RUN))
 compare: setup ## which loss for which engine: expected tau by temperature and acceptance rule, without decoding
-	$(RANKED).respond scale=$(SCALE) distillation=judged $(ARGS)
-	$(RANKED).cache scale=$(SCALE) distillation=judged $(ARGS)
-	$(RANKED).compare scale=$(SCALE) publish=results/$(SCALE)/compare $(ARGS)
+	$(RANKED).respond scale=$(SCALE) distillation=judged $(filter $(SHARED) respond.%,$(ARGS))
+	$(RANKED).cache scale=$(SCALE) distillation=judged $(filter $(SHARED) cache.%,$(ARGS))
+	$(RANKED).compare scale=$(SCALE) publish=results/$(SCALE)/compare $(filter-out respond.% cache.%,$(ARGS))
 
 figure-checkpoints: setup ## block efficiency along finetuning
 	$(SUITE) losses=[kld,tvd,tvdpp] seeds=[1] $(ALONG) $(ARGS)

@@ -46,6 +46,7 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         tokens="token" if gamma == 1 else "tokens",
         report=report,
         best=facts.best,
+        several=len({row.gamma for row in facts.rows}) > 1,
         is_timed=is_timed(facts),
         temperature=shared_temperature(facts),
         pooled=POOLED if any(row.task == POOLED for row in facts.rows) else None,

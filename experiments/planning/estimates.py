@@ -1,7 +1,6 @@
 """Estimate what each stage of a plan needs: tokens, operations, memory by part, disk and time.
 
-The estimates follow from the config of the stage and the shapes of the two models; see `roofline` for the formulas. The
-expected text lengths and block efficiency are in `scale.expected`.
+The estimates follow from a stage's config, `scale.expected` and the shapes of both models (formulas: `roofline`).
 """
 
 import math
@@ -105,7 +104,8 @@ def estimate_finetune(cfg: DictConfig, world: World) -> StageEstimate:
     tokens, scored = finetuning_tokens(cfg, world.prompt, world.response)
     seconds, memory = training_cost(cfg, settings, world, tokens, settings.sequence_length, scored, samples)
     answered, judged = samples * (1 - share) * settings.max_steps, num_validated(cfg, settings)
-    seconds = seconds * settings.max_steps + target_seconds(cfg, world, answered + judged)
+    seconds = seconds * settings.max_steps + target_seconds(cfg, world, judged)
+    seconds += target_seconds(cfg, world, answered, trained_shape(world.target, settings))
     seconds += validation_seconds(cfg, world, settings, judged * world.length, world.length, judged * world.response)
     done = finetuning_operations(cfg, world.drafter, world.target) * settings.max_steps
     done += target_operations(cfg, world.target, judged)
@@ -149,7 +149,8 @@ def finetuning_operations(cfg: DictConfig, drafter: Shape, target: Shape) -> flo
     samples = settings.batch_size * cfg.trainer.accumulate_grad_batches
     tokens, scored = finetuning_tokens(cfg, expected.prompt_tokens, expected.response_tokens)
     trained = 3 * operations(trained_shape(drafter, settings), tokens, settings.sequence_length / 2, scored)
-    return trained + target_operations(cfg, target, samples * (1 - share))
+    known = trained_shape(target, settings) if cfg.inputs.cache else target
+    return trained + target_operations(cfg, known, samples * (1 - share))
 
 
 def target_operations(cfg: DictConfig, target: Shape, responses: float) -> float:
@@ -161,10 +162,13 @@ def target_operations(cfg: DictConfig, target: Shape, responses: float) -> float
     return operations(target, responses * length, length / 2, responses * expected.response_tokens)
 
 
-def target_seconds(cfg: DictConfig, world: World, samples: float) -> float:
-    """Return the seconds, on all devices, for the target's logits of so many responses."""
+def target_seconds(cfg: DictConfig, world: World, samples: float, shape: Shape | None = None) -> float:
+    """Return the seconds, on all devices, for the target's logits of so many responses.
+
+    With a cache, they are those of `shape`'s output embedding; in training it has the rows of kept and sampled tokens.
+    """
     if cfg.inputs.cache:
-        device, shape = world.device(BYTES[cfg.target.dtype] < 4), world.target
+        device, shape = world.device(BYTES[cfg.target.dtype] < 4), shape or world.target
         return 2 * shape.head * samples * world.response / world.gpus / (device.flops * device.efficiency)
     batches = samples / cfg.finetune.batch_size
     tokens = cfg.finetune.batch_size * world.length / world.gpus
@@ -260,7 +264,7 @@ def validation_seconds(
 
 
 def trained_shape(shape: Shape, settings: DictConfig) -> Shape:
-    """Return a drafter's shape in training: its output embedding has the kept and sampled tokens alone, if given.
+    """Return a model's shape in training: its output embedding has the kept and sampled tokens alone, if given.
 
     The embedding is still stored completely, with its gradient and the optimizer's state.
     """

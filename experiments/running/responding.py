@@ -146,6 +146,8 @@ def plan_requests(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
             )
         if settings.by == "log":
             number = min(number, len(usable))  # a logged answer is taken once
+        if settings.all_temperatures:
+            number = len(usable) * len(settings.temperatures)
         wanted = plan(usable, list(settings.temperatures), number)
         fitting = [request for request in wanted if len(request.prompt_ids) + settings.max_new_tokens <= context]
         if not fitting:

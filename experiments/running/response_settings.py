@@ -26,13 +26,16 @@ VLLM_RESOURCES = {
     "disable_log_stats",
 }
 
+LEFT_OUT = {"states": None, "all_temperatures": False}  # settings that the identity has only if they differ from this
+
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that determine the responses and their files. Batch sizes are not among them."""
     settings: dict[str, Any] = plain(cfg.respond)
     del settings["batch_tokens"], settings["replay"]
-    if settings["states"] is None:
-        del settings["states"]
+    for name, default in LEFT_OUT.items():
+        if settings[name] == default:
+            del settings[name]
     settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_RESOURCES}
     served = settings.pop("openai")
     if settings["engine"] == "openai":  # where the server is, and how it is asked, does not change the responses

@@ -19,7 +19,7 @@ SETTINGS = ["compare.num_speculative_tokens=[1,3]", "compare.acceptance_rules=[r
 def judged(world):
     """Write responses of the target to compare drafters on, with its distributions in float32."""
     overrides, root = world
-    stage("respond", [*overrides, "distillation=judged", "respond.num_responses=300"])
+    stage("respond", [*overrides, "distillation=judged"])
     stage("cache", [*overrides, "distillation=judged", "cache.format.dtype=float32"])
     return overrides, root
 
@@ -36,6 +36,14 @@ def compared(judged, tmp_path_factory):
 
 def rows_of(out, label):
     return read_jsonl(out / label / "counts.jsonl")
+
+
+def test_each_instruction_is_answered_at_each_temperature(judged):
+    _, root = judged
+    asked = [(row["id"], round(float(row["temperature"]), 2)) for row in Rows(root / "responses-judged", "respond")]
+    instructions = {name for name, _ in asked}
+    assert sorted(asked) == sorted((name, temperature) for name in instructions for temperature in (0.0, 0.6, 1.0))
+    assert {row["split"] for row in Rows(root / "responses-judged", "respond")} == {"validation"}
 
 
 def test_greedy_counts_are_the_calls_of_decoding(compared, judged):

@@ -17,7 +17,7 @@ from drafter.artifacts.manifest import write_json
 from drafter.data.target_cache import ExactFormat, SparseFormat, normalise
 from drafter.losses.chunked import Head
 from experiments import pipeline, plan, pretrain
-from experiments.planning.estimates import cached_bytes, estimates
+from experiments.planning.estimates import cached_bytes, estimates, finetuning_operations
 from experiments.planning.roofline import Shape, operations
 from experiments.planning.world import World
 from experiments.running.composing import cells, configured, gather_stage_overrides
@@ -192,6 +192,17 @@ def test_an_unknown_setting_is_refused(override):
 
 
 @pytest.mark.end_to_end
+def test_kept_tokens_spare_the_logits_of_the_others_in_both_models():
+    with initialize_config_module("conf", version_base="1.3"):
+        cfgs = [configured("finetune", ["loss=kld", *change]) for change in ([], ["finetune.kept_tokens=1024"])]
+    target, drafter = (Shape(1e6, 1e6, 2, hidden, hidden, 4096, 64, 0, 1.0) for hidden in (256, 64))
+    whole, kept = (finetuning_operations(cfg, drafter, target) for cfg in cfgs)
+    scored = cfgs[0].finetune.batch_size * (1 - cfgs[0].finetune.text_share) * cfgs[0].scale.expected.response_tokens
+    text = cfgs[0].finetune.batch_size * cfgs[0].finetune.text_share * cfgs[0].finetune.sequence_length
+    spared = 2 * 3072 * (256 * scored + 3 * 64 * (scored + text))
+    assert whole - kept == pytest.approx(spared)
+
+
 def test_finetuning_without_a_cache_holds_the_target_and_fsdp_splits_it():
     def target_bytes(*overrides):
         page = plan_page("scale=llama2", *overrides)
@@ -209,7 +220,7 @@ def test_finetuning_without_a_cache_holds_the_target_and_fsdp_splits_it():
 
 
 @pytest.mark.parametrize(
-    ("experiment", "count"), [("losses", 24), ("data", 27), ("transfer", 12), ("transfer_paper", 9)]
+    ("experiment", "count"), [("losses", 24), ("rules", 33), ("data", 27), ("transfer", 12), ("transfer_paper", 9)]
 )
 def test_each_experiment_is_a_sweep_with_as_many_cells_as_it_should_have(experiment, count):
     with initialize_config_module("conf", version_base="1.3"):
