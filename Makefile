@@ -1,7 +1,7 @@
 # make demo   the whole method on the embedded default        make test   the test suite
 # make tables the paper's comparisons, into results/          make curves  loss curves, drawn here
 # make plan   what a scale will take, before it runs       make dry-run  models without weights, first rows
-# Variables: SCALE=tiny|smoke|gpu|smollm2|smollm2_shipped|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  RANKS=2 (processes side by side)  ARGS="any Hydra override"
+# Variables: SCALE=tiny|smoke|gpu|smollm2|smollm2_shipped|smollm2_tables|llama2|llama2_13b|llama3|qwen3  LOSSES=kld,tvd,tvdpp  SEEDS=1,2,3  RANKS=2 (processes side by side)  ARGS="any Hydra override"
 PYTHON ?= python3
 SCALE ?= tiny
 LOSSES ?= kld,tvd,tvdpp
