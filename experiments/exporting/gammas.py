@@ -29,7 +29,7 @@ class GammaReport(NamedTuple):
     def best(self) -> list[GammaRow]:
         """Return the row of the best gamma for each task: by measurement if several were decoded, else predicted."""
         tasks = dict.fromkeys(row.task for row in self.rows)
-        return [max((row for row in self._compared() if row.task == task), key=speedup) for task in tasks]
+        return [max((row for row in self._compared() if row.task == task), key=self._compares) for task in tasks]
 
     @property
     def gamma(self) -> int:
@@ -39,30 +39,31 @@ class GammaReport(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """Return the speed-up at the best gamma, as a mean over the tasks."""
-        return max(self._means().values())
+        """Return the speed-up at the best gamma, as a mean over the tasks: measured, or else predicted."""
+        rows = [row for row in self.rows if row.gamma == self.gamma]
+        return sum(row.measured.value if row.measured else row.predicted for row in rows) / len(rows)
 
     @property
     def is_measured(self) -> bool:
-        """Return whether the speed-ups were measured, and not predicted from timed calls."""
-        return self._compared()[0].measured is not None
+        """Return whether the speed-up at the best gamma was measured, and not predicted from timed calls."""
+        return all(row.measured for row in self.rows if row.gamma == self.gamma)
+
+    @property
+    def chosen_by_measurement(self) -> bool:
+        """Return whether several gammas were decoded, so that their token rates were compared."""
+        return len({row.gamma for row in self.rows if row.measured}) > 1
 
     def _means(self) -> dict[int, float]:
         by_gamma: dict[int, list[float]] = {}
         for row in self._compared():
-            by_gamma.setdefault(row.gamma, []).append(speedup(row))
+            by_gamma.setdefault(row.gamma, []).append(self._compares(row))
         return {gamma: sum(values) / len(values) for gamma, values in by_gamma.items()}
 
     def _compared(self) -> list[GammaRow]:
-        measured = [row for row in self.rows if row.measured]
-        if len({row.gamma for row in measured}) > 1:
-            return measured
-        return [row._replace(measured=None) for row in self.rows]
+        return [row for row in self.rows if row.measured] if self.chosen_by_measurement else self.rows
 
-
-def speedup(row: GammaRow) -> float:
-    """Return the measured token rate relative to the target alone, or else the predicted one."""
-    return row.measured.value if row.measured else row.predicted
+    def _compares(self, row: GammaRow) -> float:
+        return row.measured.value if self.chosen_by_measurement and row.measured else row.predicted
 
 
 def read_gamma(folder: Path) -> GammaReport:

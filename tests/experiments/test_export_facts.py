@@ -114,7 +114,11 @@ def test_the_best_gamma_is_the_measured_one_if_several_were_decoded():
         return GammaReport("an engine", [GammaRow(**row) for row in rows])
 
     assert report().gamma == 3
-    assert report(None, 1.4).gamma == 3  # one alone cannot be compared with another
+    alone = report(None, 1.4)  # which cannot be compared with another one
+    assert (alone.gamma, alone.speedup, alone.is_measured) == (3, pytest.approx(1.3), False)
+    decoded = report(None, None, 1.05)
+    assert (decoded.gamma, decoded.speedup, decoded.is_measured) == (3, pytest.approx(1.05), True)
+    assert all(row.measured and row.measured.value == 1.05 for row in decoded.best())
     assert report(1.4, 1.2, 1.1).gamma == 1
     assert [(row.task, row.gamma) for row in report(1.0, 1.6, 1.1).best()] == [
         ("inside", 2), ("inside too", 2), ("outside", 2),
