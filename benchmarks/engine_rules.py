@@ -82,7 +82,7 @@ def judge(
 ) -> list[Text]:
     """Return for each answer the calls that the engine counts, and those that each rule expects on its text."""
     source = ModelSource.from_model(str(target))
-    model, small = load_target(source), load_drafter(str(drafter), source).eval()
+    model, small = load_target(source), load_drafter(str(drafter), source, whole=True).eval()  # engines do not trim
     found = []
     for temperature, name, prompt, answer in answers:
         # The server leaves out the token that ends a text, and counts it.

@@ -7,6 +7,7 @@ bonus token of each block, so it lies between 1 (no draft accepted) and gamma + 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -279,9 +280,13 @@ def _resampled_sums(matrices: np.ndarray, resamples: int) -> np.ndarray:
         matrices: counts, shape (K, prompts, fields).
         resamples: the number of draws; the result has shape (K, resamples, fields).
     """
-    size = matrices.shape[1]
-    weights = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), resamples)
-    return weights @ matrices
+    return _resampling_weights(matrices.shape[1], resamples) @ matrices
+
+
+@lru_cache(maxsize=1)  # tables have hundreds of intervals over the same number of prompts
+def _resampling_weights(size: int, resamples: int) -> np.ndarray:
+    """Return how often each prompt is drawn, shape (resamples, size)."""
+    return np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), resamples)
 
 
 def _with_interval(value: float, draws: np.ndarray) -> Estimate:

@@ -8,12 +8,13 @@ this text. Drafters without a model, and their combinations with one, can be com
 Each drafter has a directory of its own, so that a new drafter needs only its own forward passes.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from drafter.artifacts.manifest import fingerprint, read_jsonl, read_manifest, require, write_jsonl, write_text
+from drafter.artifacts.manifest import ArtifactError, fingerprint, read_manifest, require, write_jsonl, write_text
 from drafter.artifacts.rows import Rows
 from drafter.data.target_cache import format_kind, require_output_embedding
 from drafter.decoding.acceptance import check_rules
@@ -21,7 +22,13 @@ from drafter.decoding.drafting import models_of, with_models
 from drafter.decoding.options import check_draft_length
 from drafter.models.loading import context_length, load_output_embedding, load_target
 from drafter.ranks import Ranks, deal, from_first, join, wait_for_all
-from experiments.reporting.comparison import comparison_page, comparison_tables, describe_runs, read_compared
+from experiments.reporting.comparison import (
+    check_alike,
+    comparison_page,
+    comparison_tables,
+    describe_runs,
+    read_compared,
+)
 from experiments.running import dry_run
 from experiments.running.commands import command
 from experiments.running.comparing import expected_counts, judged_responses
@@ -36,9 +43,12 @@ from experiments.running.named_drafters import (
     model_of,
     named_identity,
     parse,
+    path_of,
 )
 from experiments.running.progress import Progress
+from experiments.running.tasks import check_draft_lengths
 
+log = logging.getLogger(__name__)
 COUNTS = "counts.jsonl"
 
 
@@ -50,13 +60,17 @@ def main(cfg: DictConfig) -> None:
     check(cfg)
     out, cache = Path(cfg.out), cfg.inputs.cache
     directories = output_directories(out, find_drafters(list(cfg.drafters)))
+    identities = {path: named_identity(path) for path in directories}  # refused before anything is counted
     target = target_fingerprint(cfg)
     require(cache, "target", read_manifest(cache, "cache")["inputs"]["target"], target)
-    check_distributions(cfg)
+    rows = Rows(cache, "cache")
+    check_responses(cfg, rows)
     for path in directories:
         check_named(cfg, path)
     settings = {name: value for name, value in plain(cfg.compare).items() if name != "yardsticks"}
+    settings["target_dtype"] = cfg.target.dtype
     inputs = {"cache": fingerprint(cache, "cache"), "target": target}
+    check_alike(out, settings, inputs["cache"])
     stages = {
         path: claim(
             cfg,
@@ -70,25 +84,30 @@ def main(cfg: DictConfig) -> None:
     }
     pending = {path: stage for path, stage in stages.items() if not stage.complete}
     ranks = join()
-    count(cfg, {path: stage.directory for path, stage in pending.items()}, ranks)
+    count(cfg, rows, {path: stage.directory for path, stage in pending.items()}, ranks)
     wait_for_all()
     if ranks.first:
+        judged_on = {"responses": int((rows.splits == "validation").sum()), "top_p": top_p_of(rows)}
         for path, stage in pending.items():
-            responses = len(read_jsonl(stage.directory / COUNTS))
-            stage.finish(counts={**named_identity(path)._asdict(), "drafter": path, "responses": responses})
+            made = {"drafter": path, "directory": str(path_of(path))}
+            stage.finish(counts={**identities[path]._asdict(), **made, **judged_on})
         write(cfg, out)
 
 
-def count(cfg: DictConfig, directories: dict[str, Path], ranks: Ranks) -> None:
+def top_p_of(rows: Rows) -> float:
+    """Return the top-p with which the responses of a cache were generated."""
+    return float(rows.schema.metadata[b"top_p"])
+
+
+def count(cfg: DictConfig, rows: Rows, directories: dict[str, Path], ranks: Ranks) -> None:
     """Write the counts of each drafter that has none. Each rank takes the next drafter when it is free."""
     todo = from_first([path for path, directory in directories.items() if not (directory / COUNTS).exists()])
     if not todo:
         return
     whole = any(exit_layer(model_of(path) or "") is not None for path in todo)
-    target = (load_target if whole else load_output_embedding)(target_source(cfg))
+    target = (load_target if whole else load_output_embedding)(target_source(cfg)).to(ranks.device)
     require_output_embedding(cfg.inputs.cache, target.get_output_embeddings())
-    rows, how = Rows(cfg.inputs.cache, "cache"), cfg.compare
-    number = int((rows.splits == "validation").sum())
+    how, number = plain(cfg.compare), int((rows.splits == "validation").sum())
     with Progress("compare", "response", ranks.world_size) as report:
         for index, path_number in deal(list(range(len(todo))), ranks.world_size):
             path = todo[path_number]
@@ -102,9 +121,9 @@ def count(cfg: DictConfig, directories: dict[str, Path], ranks: Ranks) -> None:
                         drafter,
                         target,
                         judged,
-                        how.num_speculative_tokens,
-                        how.acceptance_rules,
-                        float(rows.schema.metadata[b"top_p"]),
+                        how["num_speculative_tokens"],
+                        how["acceptance_rules"],
+                        top_p_of(rows),
                     )
                 )
                 report(index * number + len(found), len(todo) * number, found[-1][0]["tokens"])
@@ -114,22 +133,25 @@ def count(cfg: DictConfig, directories: dict[str, Path], ranks: Ranks) -> None:
 def write(cfg: DictConfig, out: Path) -> None:
     """Write the page of all drafters that were compared in a directory, and publish it if that is asked for."""
     compared, yardsticks = read_compared(out), list(cfg.compare.yardsticks)
-    page = comparison_page(compared, yardsticks)
+    names = dict.fromkeys(one.drafter.series for one in compared)
+    if missing := [name for name in yardsticks if name not in names]:
+        log.warning("compare.yardsticks has %s, of which no drafter was compared: there are %s", missing, [*names])
+    tables = comparison_tables(compared, yardsticks)
+    page = comparison_page(compared, tables)
     for folder in filter(None, (out, cfg.publish and Path(cfg.publish))):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "compare.md", page)
-        write_text(folder / "compare.tex", "\n".join(one.latex() for one in comparison_tables(compared, yardsticks)))
+        write_text(folder / "compare.tex", "\n".join(one.latex() for one in tables))
         write_text(folder / "runs.json", describe_runs(out))
     print(f"{page}\nwritten to {out / 'compare.md'}")
 
 
 def check(cfg: DictConfig) -> None:
     """Check the settings before a model is loaded."""
-    how = cfg.compare
-    check_rules(plain(how.acceptance_rules))
-    if not how.num_speculative_tokens:
-        raise ValueError("compare.num_speculative_tokens is empty, must have at least one γ")
-    for gamma in how.num_speculative_tokens:
+    how = plain(cfg.compare)
+    check_rules(how["acceptance_rules"])
+    check_draft_lengths(how["num_speculative_tokens"], "compare.num_speculative_tokens")
+    for gamma in how["num_speculative_tokens"]:
         if type(gamma) is not int:
             raise ValueError(f"compare.num_speculative_tokens has {gamma}, must have whole numbers alone")
         check_draft_length(gamma)
@@ -137,15 +159,30 @@ def check(cfg: DictConfig) -> None:
         parse(name)
 
 
-def check_distributions(cfg: DictConfig) -> None:
-    """Refuse the rule `ratio` if the cache is sparse, and has no distribution at other temperatures than 1.
+def check_responses(cfg: DictConfig, rows: Rows) -> None:
+    """Check that the cache has the target's own responses to validation instructions, and what the rules need of them.
+
+    The rule `ratio` needs distributions at the temperature of the response, which a sparse cache has only at 1.
 
     Raises:
-        ValueError: names the rules that need the response and the drafter alone.
+        ArtifactError: the cache has no validation response, or others than the target wrote its responses.
+        ValueError: it is sparse; names the rules that need the response and the drafter alone.
     """
-    if "ratio" in cfg.compare.acceptance_rules and format_kind(cfg.inputs.cache) == "sparse":
+    cache = cfg.inputs.cache
+    by = read_manifest(cache, "cache")["counts"].get("by", "target")  # an earlier version did not record it
+    if by not in ("target", "log"):
+        raise ArtifactError(
+            f"{cache} has responses by the {by}, and the expected blocks are those of the target's own: give a cache "
+            f"of these, such as that of distillation=judged, as inputs.cache"
+        )
+    if not (rows.splits == "validation").any():
+        raise ArtifactError(
+            f"{cache} has no responses to validation instructions, and drafters are trained on the others: make one "
+            f"with distillation=judged, and give it as inputs.cache"
+        )
+    if "ratio" in cfg.compare.acceptance_rules and format_kind(cache) == "sparse":
         raise ValueError(
-            f"inputs.cache is {cfg.inputs.cache}, which is sparse: give compare.acceptance_rules=[argmax,match], which "
+            f"inputs.cache is {cache}, which is sparse: give compare.acceptance_rules=[argmax,match], which "
             f"need the drafter and the response alone, or a cache made with cache=exact"
         )
 

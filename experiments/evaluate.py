@@ -41,7 +41,7 @@ from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
 from experiments.running.named_drafters import check_named, fingerprint_of, load_named, named_identity, parse
 from experiments.running.progress import Progress
-from experiments.running.tasks import check_tasks, decoding_settings, draft_length, read_tasks
+from experiments.running.tasks import check_draft_lengths, check_tasks, decoding_settings, draft_length, read_tasks
 from experiments.running.turns import Work, check_fits, decode_turns_together, part_rows, target_answer, turns_by_task
 
 log = logging.getLogger(__name__)
@@ -177,6 +177,7 @@ def check(cfg: DictConfig) -> None:
     batch_size = cfg.evaluate.batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"evaluate.batch_size is {batch_size}, must be a whole number, at least 1")
+    check_draft_lengths(plain(cfg.evaluate.num_speculative_tokens), "evaluate.num_speculative_tokens")
     for gamma in cfg.evaluate.num_speculative_tokens:
         check_draft_length(gamma_of(gamma, cfg))
 

@@ -276,7 +276,10 @@ def target_at(
     plain_head: bool = True,
     batch_tokens: int | None = None,
 ) -> Callable[[slice], Target]:
-    """Return a function of a slice of the N response positions to the target's distributions, cached or live."""
+    """Return a function of a slice of the N response positions to the target's distributions, cached or live.
+
+    Cached states may lie on another device than the target, which gives the logits.
+    """
     cached = batch.cached_N
     if isinstance(cached, Sparse):
         return cached.__getitem__
@@ -285,7 +288,7 @@ def target_at(
     head = Head.from_module(target.get_output_embeddings())
     # A batch of packed text alone has no positions.
     hidden_NH = head.weight_VH[:0] if cached is None else cached.hidden_NH
-    return lambda rows: head(hidden_NH[rows]).detach()
+    return lambda rows: head(hidden_NH[rows].to(head.weight_VH.device)).detach()
 
 
 def _require_finite(values: torch.Tensor, what: str) -> None:

@@ -3,19 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from drafter.artifacts.manifest import MANIFEST, ArtifactError, read_jsonl, read_manifest
-from drafter.metrics import Counts, Estimate, by_prompt, estimate, paired_difference
-from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields
+from drafter.metrics import Counts, Estimate, by_prompt, conversation_and_turn, estimate, paired_difference
+from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields, with_distinct_series
 from experiments.reporting.tabular import Table, with_interval
 
 ANY = "any"  # the acceptance rule at temperature 0, where all are the same
 # Which rule engines follow above temperature 0; docs/SERVING.md has the sources.
 ENGINES = {
-    "ratio": "transformers; vLLM with `probabilistic`; this project",
+    "ratio": "transformers; vLLM with `probabilistic` at top-p 1; this project",
     "argmax": "vLLM by default, SGLang, TensorRT-LLM, llama.cpp",
     "match": "mlx-lm",
     ANY: "every engine",
@@ -39,23 +39,56 @@ class Setting(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """One drafter, and for each setting its counts by instruction."""
+    """One drafter, and for each setting its counts by instruction.
+
+    Attributes:
+        drafter: which drafter it is.
+        counts: setting -> instruction -> counts.
+        responses: how many responses it was judged on.
+        top_p: that of the responses' sampling, with which the drafter's distributions were cut, too; None: unknown.
+    """
 
     drafter: DrafterIdentity
     counts: Mapping[Setting, Mapping[str, Counts]]
     responses: int
+    top_p: float | None = None
+
+
+def check_alike(folder: Path, settings: Mapping[str, Any], cache: str) -> None:
+    """Check that the drafters in a folder were compared as those will be that are added to it.
+
+    Args:
+        folder: has a directory for each drafter; it need not exist.
+        settings: those of the comparison.
+        cache: the fingerprint of its responses.
+
+    Raises:
+        ArtifactError: a drafter was compared on other responses or with other settings; names both.
+    """
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        manifest = read_manifest(path.parent, "compare")
+        for what, found, wanted in (
+            ("responses", manifest["inputs"]["cache"], cache),
+            ("settings", manifest["settings"], dict(settings)),
+        ):
+            if found != wanted:
+                raise ArtifactError(
+                    f"{path.parent} was compared with other {what} ({found}, and here they are {wanted}), so that one "
+                    f"table cannot have both: give another directory as `out`, or remove that one"
+                )
 
 
 def read_compared(folder: Path) -> list[Compared]:
-    """Return the drafters whose expected blocks were counted in a folder, sorted by series and seed.
+    """Return the drafters whose expected blocks were counted in a folder, sorted by series, step and seed.
+
+    The kept steps of a finetuning are series of their own, and so are drafters that only have the same name.
 
     Raises:
-        ArtifactError: there is none, or they were not counted on the same responses.
+        ArtifactError: there is none.
     """
-    found, caches = [], {}
+    found, directories = [], []
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
-        manifest = read_manifest(path.parent, "compare")
-        caches[manifest["inputs"]["cache"]] = path.parent
+        summary = read_manifest(path.parent, "compare")["counts"]
         counts: dict[Setting, dict[str, list[Counts]]] = {}
         for row in read_jsonl(path.parent / "counts.jsonl"):
             setting = Setting(row["temperature"], row.get("rule", ANY), row["gamma"])
@@ -65,16 +98,31 @@ def read_compared(folder: Path) -> list[Compared]:
             setting: {prompt: Counts(*np.sum(rows, axis=0).tolist()) for prompt, rows in of_prompt.items()}
             for setting, of_prompt in counts.items()
         }
-        found.append(Compared(read_fields(manifest["counts"], path.parent), summed, manifest["counts"]["responses"]))
+        one_by_temperature = {setting.temperature: of_prompt for setting, of_prompt in counts.items()}
+        responses = sum(len(rows) for of_prompt in one_by_temperature.values() for rows in of_prompt.values())
+        found.append(Compared(read_fields(summary, path.parent), summed, responses, summary.get("top_p")))
+        directories.append(path.parent)
     if not found:
         raise ArtifactError(f"no drafter was compared in {folder}: run `python -m experiments.compare` first")
-    if len(caches) > 1:
-        raise ArtifactError(f"{' and '.join(map(str, caches.values()))} were compared on different responses")
-    return sorted(found, key=lambda one: (one.drafter.series != PRETRAINED, one.drafter.series, one.drafter.seed or 0))
+    identities = [one.drafter._replace(series=series_of_step(one.drafter)) for one in found]
+    named = zip(found, with_distinct_series(identities, directories), strict=True)
+    ordered = sorted(named, key=lambda pair: order(pair[0].drafter))
+    return [one._replace(drafter=drafter) for one, drafter in ordered]
+
+
+def series_of_step(drafter: DrafterIdentity) -> str:
+    """Return the series of a drafter, with the step at which it was kept."""
+    return drafter.series if drafter.step is None else f"{drafter.series}, step {drafter.step}"
+
+
+def order(drafter: DrafterIdentity) -> tuple[bool, str, bool, int, int]:
+    """Return a sort key: the pretrained drafter first; then by series, step, of which the end is the last, and seed."""
+    pretrained, is_end = drafter.series == PRETRAINED, drafter.step is None
+    return not pretrained, drafter.series, is_end, drafter.step or 0, drafter.seed or 0
 
 
 def comparison_tables(compared: Sequence[Compared], yardsticks: Sequence[str]) -> list[Table]:
-    """Return a table of τ and one of differences to each yardstick for each γ, and the table of the best series.
+    """Return for each γ a table of τ, one of differences to each yardstick and, of trained drafters, one of the best.
 
     Args:
         compared: the drafters.
@@ -99,17 +147,31 @@ def comparison_tables(compared: Sequence[Compared], yardsticks: Sequence[str]) -
             ]
             title = f"Difference of expected τ to {base}, γ = {gamma}"
             tables.append(Table(f"compare_gamma_{gamma}_{base}", title, ["drafter", *columns], rows))
-        tables.append(best_table(compared, known, chosen))
+        if trained := {
+            name: values[name] for name in series if any(one.drafter.loss for one in of_series(compared, name))
+        }:
+            tables.append(best_table(compared, known, chosen, trained))
     return tables
 
 
-def best_table(compared: Sequence[Compared], yardsticks: Sequence[str], settings: Sequence[Setting]) -> Table:
-    """Return for each setting the trained series with the highest τ, and by how much it leads the yardsticks."""
-    trained = list(dict.fromkeys(one.drafter.series for one in compared if one.drafter.loss))
+def best_table(
+    compared: Sequence[Compared],
+    yardsticks: Sequence[str],
+    settings: Sequence[Setting],
+    trained: Mapping[str, Sequence[Estimate]],
+) -> Table:
+    """Return for each setting the trained series with the highest τ, and by how much it leads the yardsticks.
+
+    Args:
+        compared: the drafters.
+        yardsticks: the series that the best one is compared with.
+        settings: the settings of one γ.
+        trained: trained series -> its τ in each setting.
+    """
     rows = []
-    for setting in settings if trained else []:
-        best = max(trained, key=lambda name: efficiency(compared, name, setting).value)
-        row = [ENGINES[setting.rule], setting.title(), best, with_interval(efficiency(compared, best, setting))]
+    for number, setting in enumerate(settings):
+        best = max(trained, key=lambda name: trained[name][number].value)
+        row = [ENGINES[setting.rule], setting.title(), best, with_interval(trained[best][number])]
         rows.append([*row, *(lead(difference(compared, best, base, setting)) for base in yardsticks)])
     gamma = settings[0].gamma
     note = "The best of several is chosen on these responses, which favours it a little. " + METHOD
@@ -157,18 +219,18 @@ def describe(compared: Sequence[Compared]) -> str:
     """Say on how much text the drafters were compared."""
     parts = []
     first = compared[0]
-    gamma = min(setting.gamma for setting in first.counts)
-    rules = {setting.temperature: setting for setting in sorted(first.counts) if setting.gamma == gamma}
-    for temperature, setting in rules.items():
+    one_by_temperature = {setting.temperature: setting for setting in sorted(first.counts)}
+    for temperature, setting in one_by_temperature.items():
         counts = first.counts[setting]
         tokens = sum(one.tokens for one in counts.values())
-        parts.append(f"{len(counts)} instructions, {tokens:,.0f} tokens at T = {temperature:g}")
-    return f"{first.responses} responses: {'; '.join(parts)}."
+        instructions = len({conversation_and_turn(prompt)[0] for prompt in counts})
+        parts.append(f"{instructions} instructions, {tokens:,.0f} tokens at T = {temperature:g}")
+    top_p = "" if first.top_p is None else f", with top-p {first.top_p:g} above T = 0"
+    return f"{first.responses} responses{top_p}: {'; '.join(parts)}."
 
 
-def comparison_page(compared: Sequence[Compared], yardsticks: Sequence[str]) -> str:
+def comparison_page(compared: Sequence[Compared], tables: Sequence[Table]) -> str:
     """Return all tables as one page of Markdown."""
-    tables = comparison_tables(compared, yardsticks)
     parts = ["# Drafters compared", METHOD, describe(compared)]
     return "\n\n".join([*parts, *(f"## {table.title}\n\n{table.markdown()}" for table in tables)]) + "\n"
 
@@ -178,7 +240,7 @@ def describe_runs(folder: Path) -> str:
     found = {}
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        made = Path(manifest["counts"]["drafter"]) / MANIFEST
+        made = Path(manifest["counts"].get("directory", manifest["counts"]["drafter"])) / MANIFEST
         for place in (path, *([made] if made.exists() else [])):
             record = json.loads(place.read_text(encoding="utf-8"))
             found[str(place.parent)] = {key: record[key] for key in record if key not in ("files", "config")}

@@ -1,6 +1,8 @@
 """Identify the drafter that a number belongs to, by fields that manifests carry and never by a directory's name."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,3 +73,23 @@ def identity_of(path: str) -> DrafterIdentity:
         if record.get("stage") in ("pretrain", "finetune", "trim", "average"):
             return read_record(record, path)
     return DrafterIdentity(folder.name)
+
+
+def with_distinct_series(found: Sequence[DrafterIdentity], directories: Sequence[Path]) -> list[DrafterIdentity]:
+    """Append the directory's name to a series wherever different drafters would be summed as if they were its seeds.
+
+    This concerns drafters that share series, seed and step, and drafters from elsewhere whose name is also that of a
+    series that was trained here.
+
+    Args:
+        found: the drafters.
+        directories: the directory of each one's results.
+    """
+    times = Counter((one.series, one.seed, one.step or 0) for one in found)
+    trained = {one.series for one in found if one.loss}
+    return [
+        one._replace(series=f"{one.series} ({directory.name})")
+        if times[one.series, one.seed, one.step or 0] > 1 or (one.loss is None and one.series in trained)
+        else one
+        for one, directory in zip(found, directories, strict=True)
+    ]

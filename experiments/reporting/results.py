@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from drafter.artifacts.manifest import MANIFEST, STARTED, ArtifactError, read_jsonl, read_manifest
 from drafter.metrics import Counts, Estimate, by_prompt, estimate, memory_bound_speedup, paired_difference, read_row
-from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields, read_record
+from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields, read_record, with_distinct_series
 from experiments.reporting.parts import Gamma, Part, parts_of
 
 POOLED = "in domain, all"
@@ -101,7 +100,9 @@ def read_evaluations(folder: Path, base: str = PRETRAINED, rule: str = RATIO) ->
         by_model = {KEY(row): row["drafted_by_model"] for row in rows if "drafted_by_model" in row}
         ratio = sizes["drafter"] / sizes["target"]
         found.append(Evaluation(drafter, ratio, in_domain, counts, positions, path.parent, parts, rule, by_model))
-    return sorted(_with_distinct_series(found), key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
+    identities = with_distinct_series([one.drafter for one in found], [one.directory for one in found])
+    named = [one._replace(drafter=drafter) for one, drafter in zip(found, identities, strict=True)]
+    return sorted(named, key=lambda one: (one.series != base, one.series, *seed_and_step(one)))
 
 
 def active_parameters(summary: Mapping[str, Any]) -> dict[str, int]:
@@ -145,22 +146,6 @@ def seed_and_step(evaluation: Evaluation) -> tuple[int, int]:
     """Return a sort key: the seed, then the step. A drafter without a seed comes first."""
     seed, step = evaluation.drafter.seed, evaluation.drafter.step
     return -1 if seed is None else seed, step or 0
-
-
-def _with_distinct_series(found: list[Evaluation]) -> list[Evaluation]:
-    """Append the directory's name to a series wherever different drafters would be summed as if they were its seeds.
-
-    This concerns drafters that share series, seed and step, and drafters from elsewhere whose name is also that of a
-    series that was trained here.
-    """
-    times = Counter((one.series, *seed_and_step(one)) for one in found)
-    trained = {one.series for one in found if one.drafter.loss}
-    return [
-        one._replace(drafter=one.drafter._replace(series=f"{one.series} ({one.directory.name})"))
-        if times[one.series, *seed_and_step(one)] > 1 or (one.drafter.loss is None and one.series in trained)
-        else one
-        for one in found
-    ]
 
 
 def check_evaluations(found: list[Evaluation], folder: Path, base: str, rule: str = RATIO) -> None:

@@ -60,6 +60,7 @@ def cache(cfg: DictConfig) -> None:
             "undecided_mass": sum(note["undecided_mass"] for note in notes) / tokens,
             "output_embedding": head,
             "taken_from_responses": sum(note.get("taken", 0) for note in notes),
+            "by": read_manifest(cfg.inputs.responses, "respond")["settings"].get("by", "target"),
             "target": target_named(cfg),
         }
         stage.finish(files, counts)

@@ -92,10 +92,19 @@ def acceptance(
     sampling: Sampling,
     rules: Sequence[str],
 ) -> dict[str, torch.Tensor]:
-    """Return by rule the acceptance probability of each response token of a row, shape (N,)."""
-    mask_BT = response_mask(batch)
-    tokens_N, q = next_tokens(batch)[mask_BT], target_at(target, batch)
-    p_NV = model(input_ids=batch.input_ids_BT.to(model.device), use_cache=False).logits.cpu()[mask_BT]
+    """Return by rule the acceptance probability of each response token of a row, shape (N,), on the CPU.
+
+    They are computed on the device of the drafter, where the target is, too.
+
+    Raises:
+        ValueError: the drafter's logits are not numbers.
+    """
+    here = batch.uncached(model.device)
+    mask_BT = response_mask(here)
+    tokens_N, q = next_tokens(here)[mask_BT], target_at(target, batch)
+    p_NV = model(input_ids=here.input_ids_BT, use_cache=False).logits[mask_BT]
+    if p_NV.isnan().any():
+        raise ValueError(f"the logits of drafter '{model.name_or_path}' are not numbers: leave it out of `drafters`")
     step = chunk_rows(p_NV.device, p_NV.shape[-1])
     parts: dict[str, list[torch.Tensor]] = {rule: [] for rule in rules}
     for start in range(0, len(p_NV), step):
@@ -104,7 +113,7 @@ def acceptance(
         q_nV: Any = q(rows) if "ratio" in rules and sampling.temperature else None
         for rule in rules:
             parts[rule].append(acceptance_of_written(p_NV[rows], q_nV, tokens_N[rows], sampling, rule))
-    return {rule: torch.cat(found) for rule, found in parts.items()}
+    return {rule: torch.cat(found).cpu() for rule, found in parts.items()}
 
 
 def proposals_of(drafter: Drafter, sample: Sample, part: tuple[int, int], gamma: int) -> list[list[int]] | None:

@@ -18,8 +18,8 @@ ORIGIN = "origin.json"  # lies in the directory of a target that a command wrote
 
 
 def plain(section: Any) -> Any:
-    """Return a config section as plain Python values, with interpolations resolved."""
-    return OmegaConf.to_container(section, resolve=True)
+    """Return a config section as plain Python values, with interpolations resolved. A single value stays as it is."""
+    return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
 
 
 def target_source(cfg: DictConfig) -> ModelSource:

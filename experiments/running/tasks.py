@@ -73,6 +73,16 @@ def draft_length(gamma: Any, adaptive: DictConfig, key: str) -> int | Adaptive:
     return gamma
 
 
+def check_draft_lengths(gammas: Any, key: str) -> None:
+    """Check that the values of γ are a list with each once.
+
+    Raises:
+        ValueError: they are not; names the key and the value.
+    """
+    if not isinstance(gammas, list) or not gammas or any(gammas.count(gamma) > 1 for gamma in gammas):
+        raise ValueError(f"{key} is {gammas}, must be a list of at least one γ, each once, such as [3]")
+
+
 def check_tasks(cfg: DictConfig, overrides: Mapping[str, Any]) -> None:
     """Raise ValueError if a task cannot be decoded with its settings (see `options_of` and `turns_of`)."""
     for task, settings in cfg.task.items():

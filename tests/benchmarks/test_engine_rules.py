@@ -1,5 +1,7 @@
 """Which rule an engine follows: a text that was decoded by one rule has that rule's expected target calls."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from drafter.decoding.acceptance import RULES
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.loading import load_target
+from drafter.models.trimming import write_kept
 from drafter.warping import Sampling
 from experiments.running.engine_answers import Answer
 from tests.conftest import save_llama, save_target
@@ -42,6 +45,14 @@ def test_the_text_determines_the_calls_of_argmax(folder):
     for text in judge(folder / "target", folder / "drafter", decoded(folder, "argmax", 6), GAMMA, []):
         assert text.tokens == LENGTH - 1
         assert text.calls[ENGINE] == pytest.approx(text.calls["argmax"], rel=1e-6)
+
+
+def test_a_trimmed_drafter_is_judged_with_the_whole_output_embedding_that_engines_have(folder, tmp_path):
+    shutil.copytree(folder / "drafter", tmp_path / "drafter")
+    write_kept(tmp_path / "drafter", range(4))
+    answers = decoded(folder, "argmax", 3)
+    trimmed, whole = (judge(folder / "target", root / "drafter", answers, GAMMA, []) for root in (tmp_path, folder))
+    assert trimmed == whole
 
 
 def test_the_calls_of_another_rule_differ(folder):

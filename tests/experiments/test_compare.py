@@ -1,5 +1,10 @@
 """The command `compare`: its counts are those of decoding, and what it refuses."""
 
+import gc
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +14,8 @@ from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import speculative_decode
 from drafter.models.loading import load_target
 from drafter.warping import Sampling, warp
+from experiments import compare
+from experiments.running.comparing import expected_counts
 from tests.experiments.test_pipeline import snapshot, stage
 
 pytestmark = pytest.mark.end_to_end
@@ -106,11 +113,16 @@ def test_drafters_without_a_model_are_compared_too(compared):
 
 
 def test_the_page_and_a_second_run(compared):
-    arguments, _, out = compared
+    arguments, root, out = compared
     page = (out / "compare.md").read_text()
     for text in ("## Expected τ, γ = 1", "## Difference of expected τ to kld, γ = 3", "`argmax`", "| layers1 |"):
         assert text in page
-    assert "kld-seed1" in (out / "runs.json").read_text()
+    responses = Rows(root / "cache-judged", "cache")
+    assert f"{len(responses)} responses, with top-p 1 above T = 0: " in page
+    runs = json.loads((out / "runs.json").read_text())
+    assert {"kld-seed1", "drafter"} <= {Path(run).name for run in runs}
+    assert str(root / "finetune" / "kld-seed1") in runs
+    assert str(root / "drafter") in runs
     assert read_manifest(out / "kld-seed1", "compare")["counts"]["series"] == "kld"
     before = {path: state for path, state in snapshot(out).items() if path.name in ("counts.jsonl", "manifest.json")}
     stage("compare", [*arguments, "compare.yardsticks=[pretrained]"])
@@ -130,6 +142,80 @@ def test_what_it_cannot_say_is_refused(judged, tmp_path):
     stage("compare", [*sparse, "compare.acceptance_rules=[argmax]"])
     with pytest.raises(ArtifactError, match="acceptance_rules"):
         stage("compare", [*sparse, "compare.acceptance_rules=[match]"])
+    with pytest.raises(ArtifactError, match="compared with other settings"):
+        stage("compare", [*sparse, "drafters=[ngram]", "compare.acceptance_rules=[match]"])
+    with pytest.raises(ArtifactError, match=r"compared with other settings .*'target_dtype': 'float64'"):
+        stage("compare", [*sparse, "compare.acceptance_rules=[argmax]", "target.dtype=float64"])
+    assert not (tmp_path / "compare" / "ngram").exists()
     with pytest.raises(ValueError, match="whole numbers"):
         stage("compare", [*overrides, start, "compare.num_speculative_tokens=[adaptive]", f"out={tmp_path}/new"])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("num_speculative_tokens=3", "num_speculative_tokens is 3, must be a list"),
+        ("num_speculative_tokens=[]", r"num_speculative_tokens is \[\], must be a list of at least one"),
+        ("num_speculative_tokens=[3,3]", r"num_speculative_tokens is \[3, 3\], .* each once"),
+        ("num_speculative_tokens=[0]", "is 0, must be at least 1"),
+        ("acceptance_rules=argmax", "the acceptance rules are 'argmax'"),
+        ("acceptance_rules=[typical]", "the acceptance rule is 'typical'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compare", "evaluate"])
+def test_settings_that_are_no_lists_or_out_of_range_are_refused(world, tmp_path, command, setting, message):
+    overrides, _ = world
+    with pytest.raises(ValueError, match=message):
+        stage(command, [*overrides, f"{command}.{setting}", f"out={tmp_path}/new"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_responses_that_the_target_did_not_write_or_that_drafters_were_trained_on_are_refused(world, tmp_path):
+    overrides, root = world
+    assert read_manifest(root / "cache", "cache")["counts"]["by"] == "target"
+    start, out = f"drafters=[{root}/drafter,ngram]", tmp_path / "compare"
+    for name, settings, message in (
+        ("drafter", ["distillation.splits=[validation]"], "cache-drafter has responses by the drafter, .*inputs.cache"),
+        ("greedy", ["respond.num_responses=10"], "cache-greedy has no responses to validation instructions"),
+    ):
+        shared = [*overrides, f"distillation={name}"]
+        stage("respond", [*shared, *settings, f"out={tmp_path}/responses"])
+        stage("cache", [*shared, f"inputs.responses={tmp_path}/responses", f"out={tmp_path}/cache-{name}"])
+        with pytest.raises(ArtifactError, match=message):
+            stage("compare", [*overrides, start, f"inputs.cache={tmp_path}/cache-{name}", f"out={out}"])
+        assert not out.exists()
+        shutil.rmtree(tmp_path / "responses")
+
+
+def test_responses_of_another_top_p_are_judged_with_it(world, tmp_path):
+    overrides, root = world
+    stage(
+        "compare", [*overrides, f"drafters=[{root}/drafter]", f"inputs.cache={root}/cache", f"out={tmp_path}/compare"]
+    )
+    assert "responses, with top-p 0.95 above T = 0" in (tmp_path / "compare" / "compare.md").read_text()
+
+
+def test_an_interrupted_comparison_goes_on_with_the_drafters_it_has_not_counted(judged, tmp_path, monkeypatch):
+    overrides, root = judged
+    out, seen = tmp_path / "compare", []
+    arguments = [*overrides, f"drafters=[{root}/drafter,{root}/finetune/kld-seed1]", f"out={out}"]
+
+    def killed(drafter, *given):
+        if drafter not in seen:
+            seen.append(drafter)
+        if len(seen) == 2:
+            raise RuntimeError("killed")
+        return expected_counts(drafter, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "expected_counts", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            stage("compare", arguments)
+    gc.collect()  # the locks of the stages end with them
+    first = out / "drafter" / "counts.jsonl"
+    before = first.stat().st_mtime_ns
+    assert not list(out.glob("*/manifest.json"))
+    stage("compare", arguments)
+    assert first.stat().st_mtime_ns == before
+    assert {path.parent.name for path in out.glob("*/manifest.json")} == {"drafter", "kld-seed1"}

@@ -2,9 +2,17 @@
 
 import pytest
 
-from drafter.artifacts.manifest import ArtifactError
+from drafter.artifacts.manifest import ArtifactError, write_json, write_jsonl
 from drafter.metrics import Counts
-from experiments.reporting.comparison import ANY, Compared, Setting, comparison_page, comparison_tables, read_compared
+from experiments.reporting.comparison import (
+    ANY,
+    Compared,
+    Setting,
+    check_alike,
+    comparison_page,
+    comparison_tables,
+    read_compared,
+)
 from experiments.reporting.identity import DrafterIdentity
 
 GREEDY, SAMPLED = Setting(0.0, ANY, 3), Setting(1.0, "argmax", 3)
@@ -47,10 +55,68 @@ def test_a_lead_needs_an_interval_above_zero():
 
 
 def test_the_page_says_on_how_much_text():
-    page = comparison_page(FOUND, ["kld"])
+    page = comparison_page(FOUND, comparison_tables(FOUND, ["kld"]))
     assert "6 responses: 3 instructions, 30 tokens at T = 0; 3 instructions, 30 tokens at T = 1." in page
 
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="no drafter was compared"):
         read_compared(tmp_path)
+
+
+def write_compared(folder, label, identity, blocks=2.0, cache="c", settings=None):
+    """Write a finished directory of a drafter that was judged on three responses, two of them to one instruction."""
+    (folder / label).mkdir(parents=True)
+    where = [("a", 0.0), ("a", 0.6), ("b#2", 0.6)]
+    rows = [
+        {"prompt": prompt, "kind": "chat", "temperature": temperature, "gamma": gamma, "tokens": 8, "blocks": blocks}
+        | ({} if temperature == 0 else {"rule": rule})
+        for gamma in (1, 3)
+        for prompt, temperature in where
+        for rule in (["any"] if temperature == 0 else ["argmax", "match"])
+    ]
+    write_jsonl(folder / label / "counts.jsonl", rows)
+    counts = {**identity._asdict(), "drafter": label, "directory": label, "responses": 3, "top_p": 0.9}
+    manifest = {"stage": "compare", "settings": settings or {}, "inputs": {"cache": cache}, "counts": counts}
+    write_json(folder / label / "manifest.json", manifest)
+
+
+def test_only_seeds_of_one_series_are_summed(tmp_path):
+    kld = DrafterIdentity("kld", loss="kld", seed=1)
+    for label, identity in (
+        ("kld-seed1", kld), ("kld-seed2", kld._replace(seed=2)),  # two seeds
+        ("kld-seed1-step20", kld._replace(step=20)), ("kld-seed1-step100", kld._replace(step=100)),  # kept steps
+        ("tvd-seed1", DrafterIdentity("tvd", loss="tvd", seed=1)),
+        ("other-tvd-seed1", DrafterIdentity("tvd", loss="tvd", seed=1)),  # of another root
+        ("ngram-responses", DrafterIdentity("ngram-responses")),
+        ("big-ngram-responses", DrafterIdentity("ngram-responses")),
+        ("drafter", DrafterIdentity("pretrained", seed=0)), ("drafter-copying", DrafterIdentity("pretrained", seed=0)),
+    ):  # fmt: skip
+        write_compared(tmp_path, label, identity)
+    tau = comparison_tables(read_compared(tmp_path), [])[0]
+    assert [(row[0], row[1]) for row in tau.rows] == [
+        ("pretrained (drafter)", "1"), ("pretrained (drafter-copying)", "1"),
+        ("kld, step 20", "1"), ("kld, step 100", "1"), ("kld", "2"),
+        ("ngram-responses (big-ngram-responses)", "1"), ("ngram-responses (ngram-responses)", "1"),
+        ("tvd (other-tvd-seed1)", "1"), ("tvd (tvd-seed1)", "1"),
+    ]  # fmt: skip
+
+
+def test_the_responses_are_counted_once_whatever_gammas_and_rules_there_are(tmp_path):
+    write_compared(tmp_path, "drafter", DrafterIdentity("pretrained"))
+    found = read_compared(tmp_path)
+    page = comparison_page(found, comparison_tables(found, ["kld"]))
+    assert "3 responses, with top-p 0.9 above T = 0: 1 instructions, 8 tokens at T = 0; 2 instructions, 16 tok" in page
+    assert found[0].counts[Setting(0.6, "match", 3)]["a"].target_calls == 2
+    assert "Which loss" not in page  # no loss has trained anything
+
+
+def test_a_folder_has_drafters_that_were_compared_alike(tmp_path):
+    settings = {"num_speculative_tokens": [3], "acceptance_rules": ["match"]}
+    check_alike(tmp_path / "none", settings, "c")
+    write_compared(tmp_path, "drafter", DrafterIdentity("pretrained"), settings=settings)
+    check_alike(tmp_path, settings, "c")
+    with pytest.raises(ArtifactError, match=r"drafter was compared with other responses \(c, and here they are d\)"):
+        check_alike(tmp_path, settings, "d")
+    with pytest.raises(ArtifactError, match=r"drafter was compared with other settings .*another directory as `out`"):
+        check_alike(tmp_path, settings | {"num_speculative_tokens": [5]}, "c")

@@ -18,7 +18,7 @@ from tests.conftest import small_model
 from tests.objectives import at_positions
 
 CONF = Path(__file__).parents[2] / "conf"
-STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "gamma", "tables", "curves")
+STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "gamma", "compare", "tables", "curves")
 SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))

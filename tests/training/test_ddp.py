@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from drafter.artifacts.manifest import read_jsonl
+from tests.experiments.test_pipeline import stage
 
 pytestmark = pytest.mark.end_to_end
 
@@ -48,25 +49,34 @@ def test_two_ranks_run_every_stage(world, tmp_path, subtests):
     shutil.copytree(root, tmp_path / "root")
     drafters = f"drafters=[{tmp_path}/finetune/*,{root}/drafter]"
     on_policy = [f"root={tmp_path}/root", "variant=drafter", "distillation.rounds=2", "loss=kld", STEPS]
+    comparison = [drafters, f"inputs.cache={tmp_path}/cache", f"out={tmp_path}/compare"]
     commands = [
         ("respond", [f"out={tmp_path}/respond"]),
         ("cache", [f"out={tmp_path}/cache"]),
         ("finetune", ["loss=tvdpp", STEPS, f"out={tmp_path}/finetune/two"]),
         ("evaluate", [drafters, f"out={tmp_path}/evaluate"]),
+        ("compare", comparison),
         ("finetune", on_policy),
     ]
-    run_on_two_ranks(tmp_path, [(stage, [*overrides, *own]) for stage, own in commands])
-    for stage, of_one in {"respond": "responses", "cache": "cache"}.items():
-        with subtests.test(stage):
-            two, one = manifest(tmp_path / stage), manifest(root / of_one)
+    run_on_two_ranks(tmp_path, [(name, [*overrides, *own]) for name, own in commands])
+    for name, of_one in {"respond": "responses", "cache": "cache"}.items():
+        with subtests.test(name):
+            two, one = manifest(tmp_path / name), manifest(root / of_one)
             assert [two[key] for key in ("counts", "inputs")] == [one[key] for key in ("counts", "inputs")]
             assert two["files"].keys() == one["files"].keys()
-            if stage == "respond":
+            if name == "respond":
                 assert two["files"] == one["files"]
     with subtests.test("finetune and evaluate"):
         assert manifest(tmp_path / "finetune" / "two")["counts"]["steps"] == 3
         assert {path.parent.name for path in tmp_path.glob("evaluate/*/manifest.json")} == {"two", "drafter"}
         assert all(len(read_jsonl(tmp_path / "evaluate" / name / "counts.jsonl")) == 12 for name in ("two", "drafter"))
+    with subtests.test("compare"):
+        alone = [*comparison[:-1], f"out={tmp_path}/alone"]
+        stage("compare", [*overrides, *alone])
+        for name in ("two", "drafter"):
+            two, one = (read_jsonl(tmp_path / out / name / "counts.jsonl") for out in ("compare", "alone"))
+            assert two == one
+        assert (tmp_path / "compare" / "compare.md").read_text() == (tmp_path / "alone" / "compare.md").read_text()
     with subtests.test("on-policy rounds"):
         assert manifest(tmp_path / "root" / "variants" / "kld-drafter-seed0")["counts"]["steps"] == 2
         assert manifest(tmp_path / "root" / "rounds" / "kld-drafter-seed0" / "1" / "drafter")["counts"]["steps"] == 1
