@@ -39,13 +39,13 @@ def test_every_stage_leaves_a_finished_directory(world):
     finished = {str(path.parent.relative_to(root)) for path in root.rglob("manifest.json")}
     assert finished == {
         "data", "drafter", "responses", "cache", "finetune/kld-seed1", "finetune/tvdpp-seed1",
-        "evaluate/drafter", "evaluate/kld-seed1", "evaluate/tvdpp-seed1",
+        "evaluate/drafter", "evaluate/kld-seed1", "evaluate/tvdpp-seed1", "evaluate/ngram",
     }  # fmt: skip
 
 
 def test_counts_add_up_and_greedy_text_equals_the_targets(world):
     _, root = world
-    for name in ("drafter", "kld-seed1", "tvdpp-seed1"):
+    for name in ("drafter", "kld-seed1", "tvdpp-seed1", "ngram"):
         rows = read_jsonl(root / "evaluate" / name / "counts.jsonl")
         assert {(row["task"], row["gamma"]) for row in rows} == {(t, g) for t in ("prompts", "sampled") for g in (3, 5)}
         for row in rows:
