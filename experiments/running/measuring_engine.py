@@ -13,11 +13,13 @@ from drafter.decoding.drafting import models_of
 from drafter.decoding.evaluation import Task
 from drafter.metrics import by_prompt, estimate
 from drafter.models.loading import load_tokenizer
+from drafter.models.trimming import read_kept
 from experiments.reporting.engine_section import EngineFigures
 from experiments.reporting.measurement import MeasuredRow
 from experiments.running.engine_answers import ASK, Answer, decoding_counts, reported_gamma
 from experiments.running.inputs import target_source
 from experiments.running.measuring import GREEDY, Answers
+from experiments.running.named_drafters import model_of
 from experiments.running.predictions import predict
 from experiments.running.progress import Progress
 from experiments.running.timed_pair import TimedPair
@@ -75,6 +77,12 @@ def check_engine_settings(cfg: DictConfig) -> None:
         raise ValueError(f"measure.url_alone is measure.url, {measure.url}: it must be a server without a drafter")
     for url in filter(None, (measure.url, measure.url_alone)):
         HttpClient(url)
+    model = model_of(measure.drafter)
+    if model and read_kept(model) is not None:
+        raise ValueError(
+            f"measure.drafter is {measure.drafter}, whose output embedding is trimmed by its kept_tokens.json. No "
+            f"engine reads it: its drafts differ from those here. Measure a copy without that file"
+        )
     gamma = measure.engine_gamma
     if gamma is not None and not 1 <= gamma <= measure.largest:
         raise ValueError(f"measure.engine_gamma is {gamma}, must be 1 to measure.largest={measure.largest}")

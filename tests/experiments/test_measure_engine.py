@@ -1,6 +1,7 @@
 """A pair is measured together with an engine that serves it: its counters are pooled, and compared with our τ."""
 
 import json
+import shutil
 
 import pytest
 
@@ -139,6 +140,15 @@ def refused(pair, tmp_path, monkeypatch):
             stage("measure", overrides(pair, tmp_path / "out", *given))
 
     return run
+
+
+def test_a_trimmed_drafter_is_refused_because_engines_do_not_trim_it(pair, tmp_path):
+    shutil.copytree(pair / "drafter", tmp_path / "trimmed")
+    (tmp_path / "trimmed" / "kept_tokens.json").write_text("[0, 1, 2]")
+    given = ["measure.engine=vllm", "measure.url=http://127.0.0.1:1", f"measure.drafter=ngram+{tmp_path}/trimmed"]
+    with pytest.raises(ValueError, match=r"trimmed by its kept_tokens.json. No engine reads it"):
+        stage("measure", overrides(pair, tmp_path / "out", *given))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("engine", ASK)
