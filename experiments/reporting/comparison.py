@@ -33,6 +33,10 @@ class Setting(NamedTuple):
     rule: str
     gamma: int
 
+    def order(self) -> tuple[float, int, int]:
+        """Return a sort key: the temperature, the rule in the order of ENGINES, γ."""
+        return self.temperature, list(ENGINES).index(self.rule), self.gamma
+
     def title(self) -> str:
         """Return it as the head of a column, without γ."""
         return "greedy" if self.rule == ANY else f"T = {self.temperature:g}, `{self.rule}`"
@@ -128,7 +132,7 @@ def comparison_tables(compared: Sequence[Compared], yardsticks: Sequence[str]) -
         compared: the drafters.
         yardsticks: the series that the others are compared with; those that are not there are left out.
     """
-    settings = sorted(compared[0].counts)
+    settings = sorted(compared[0].counts, key=Setting.order)
     series = list(dict.fromkeys(one.drafter.series for one in compared))
     known = [name for name in yardsticks if name in series]
     tables = []

@@ -45,6 +45,13 @@ def test_seeds_are_summed_and_differences_paired():
     assert difference.rows[0][1].startswith("+0.36 [+0.00")
 
 
+def test_columns_are_in_the_order_of_temperature_and_rule():
+    chosen = [Setting(1.0, rule, 3) for rule in ("match", "argmax", "ratio")] + [Setting(0.6, "argmax", 3), GREEDY]
+    one = Compared(DrafterIdentity("kld"), dict.fromkeys(chosen, FOUND[0].counts[GREEDY]), 3)
+    columns = comparison_tables([one], [])[0].columns[2:]
+    assert columns == ["greedy", "T = 0.6, `argmax`", "T = 1, `ratio`", "T = 1, `argmax`", "T = 1, `match`"]
+
+
 def test_a_lead_needs_an_interval_above_zero():
     always = [compared("kld", [5, 5, 4], [5, 5, 5]), compared("hit", [4, 4, 3], [4, 6, 4])]
     *_, engines = comparison_tables(always, ["kld"])
