@@ -16,16 +16,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.engine_processes import LlamaServer, Settings
-from benchmarks.engines import read_prompts
+from benchmarks.engine_processes import LlamaServer
+from benchmarks.engines import check_exists, check_small, described, read_prompts, settings_of
 from drafter.artifacts.manifest import write_json
 from drafter.decoding.acceptance import RULES
 from drafter.decoding.evaluation import Task
 from drafter.decoding.options import DecodingOptions
 from drafter.metrics import Counts, by_prompt, estimate, paired_difference
 from drafter.models.compatibility import load_drafter
-from drafter.models.end_of_turn import end_of_turn_ids
-from drafter.models.loading import load_target, load_tokenizer
+from drafter.models.loading import load_target
 from drafter.models.source import ModelSource
 from drafter.warping import Sampling
 from experiments.reporting.tabular import Table, with_interval
@@ -48,10 +47,7 @@ def main() -> None:
     """Ask the server, compute the expectations, print the table, and write both."""
     arguments = parse(sys.argv[1:])
     prompts = read_prompts(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stops = end_of_turn_ids(arguments.tokenizer, load_tokenizer(arguments.tokenizer))
-    context = max(len(prompt.ids) for prompt in prompts) + arguments.length + arguments.gamma + 2
-    settings = Settings(arguments.threads, context, arguments.length, True, stops, arguments.out)
+    settings = settings_of(arguments, prompts, arguments.gamma, exact=True)
     answers: list[tuple[float, str, list[int], Answer]] = []
     server = LlamaServer(
         arguments.binary, str(arguments.target_gguf), str(arguments.drafter_gguf), arguments.gamma, settings
@@ -64,12 +60,11 @@ def main() -> None:
                     answers.append((temperature, prompt.name, prompt.ids, answer))
     finally:
         server.close()
-    texts = judge(arguments.target, arguments.drafter, answers, arguments.gamma, stops)
+    texts = judge(arguments.target, arguments.drafter, answers, arguments.gamma, settings.stop_ids)
     table = rules_table(texts, arguments.gamma)
     table.write(arguments.out)
     rows = [one._asdict() for one in texts]
-    how = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    write_json(arguments.out / "engine_rules.json", {"arguments": how, "texts": rows})
+    write_json(arguments.out / "engine_rules.json", {"arguments": described(arguments), "texts": rows})
     print(f"{table.title}\n\n{table.markdown()}")
 
 
@@ -104,7 +99,7 @@ def rules_table(texts: Sequence[Text], gamma: int) -> Table:
         by_source = {
             source: by_prompt(
                 [one.prompt for one in chosen],
-                [Counts(one.tokens, one.calls[source], 0, 0, 0.0, 0, 0.0) for one in chosen],  # type: ignore[arg-type]
+                [Counts(one.tokens, one.calls[source]) for one in chosen],
             )
             for source in (ENGINE, *RULES)
         }
@@ -144,12 +139,9 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("engine_rules"))
     found = parser.parse_args(given)
+    check_small(parser, found, {"count": 1, "gamma": 1, "length": 2, "threads": 1})
     for name in ("target", "drafter", "target_gguf", "drafter_gguf", "prompts"):
-        if not (path := getattr(found, name)).exists():
-            parser.error(f"--{name.replace('_', '-')} is '{path}', which does not exist")
-    for name, least in (("gamma", 1), ("length", 2), ("threads", 1)):
-        if getattr(found, name) < least:
-            parser.error(f"--{name} is {getattr(found, name)}, must be at least {least}")
+        check_exists(parser, found, name)
     if min(found.temperatures) <= 0:
         parser.error(f"--temperatures are {found.temperatures}, must be above 0: at 0 all rules are the same")
     found.tokenizer = str(found.target)

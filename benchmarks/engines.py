@@ -22,7 +22,7 @@ after each repeat. benchmarks/engine_counts.py says what the columns are.
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,15 +60,7 @@ def main() -> None:
     """Measure, print the table, and write it with all measurements."""
     arguments = parse(sys.argv[1:])
     prompts = read_prompts(arguments)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    context = longest + arguments.length + max(arguments.gammas) + 2
-    if context > (limit := context_limit(arguments.tokenizer)):
-        raise SystemExit(f"the longest prompt has {longest} tokens: with --length it needs {context} of {limit} tokens")
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    logs = arguments.out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    stops = end_of_turn_ids(arguments.tokenizer, tokenizer)
-    settings = Settings(arguments.threads, context, arguments.length, arguments.exact, stops, logs)
+    settings = settings_of(arguments, prompts, max(arguments.gammas), arguments.exact)
     measurements: list[Measurement] = []
     try:
         with ExitStack() as stack:
@@ -80,9 +72,25 @@ def main() -> None:
                 write(arguments, measurements)
                 print(f"repeat {repeat + 1} of {arguments.repeats}, {len(prompts)} prompts", flush=True)
     except ServerError as problem:
-        raise SystemExit(f"{problem}\nThe logs are in {logs}") from None
+        raise SystemExit(f"{problem}\nThe logs are in {settings.logs}") from None
     found = table(arguments.engine, summarise(measurements))
     print(f"\n{found.title}\n\n{found.markdown()}")
+
+
+def settings_of(arguments: argparse.Namespace, prompts: Sequence[Prompt], gamma: int, exact: bool) -> Settings:
+    """Return what the processes of a measurement share, and make the folder of their logs.
+
+    Raises:
+        SystemExit: the longest prompt, its text and a block of γ drafts do not fit into the target's context.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    context = longest + arguments.length + gamma + 2
+    if context > (limit := context_limit(arguments.tokenizer)):
+        raise SystemExit(f"the longest prompt has {longest} tokens: with --length it needs {context} of {limit} tokens")
+    logs = arguments.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    stops = end_of_turn_ids(arguments.tokenizer, load_tokenizer(arguments.tokenizer))
+    return Settings(arguments.threads, context, arguments.length, exact, stops, logs)
 
 
 def parse(given: Sequence[str]) -> argparse.Namespace:
@@ -103,16 +111,12 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--exact", action="store_true", help="float32 everywhere, to compare texts")
     parser.add_argument("--out", type=Path, default=Path("engines"))
     found = parser.parse_args(given)
-    small = {"count": 1, "length": 2, "repeats": 1, "threads": 1}
-    for name, least in small.items():
-        if (value := getattr(found, name)) is not None and value < least:
-            parser.error(f"--{name} is {value}, must be at least {least}")
+    check_small(parser, found, {"count": 1, "length": 2, "repeats": 1, "threads": 1})
     if min(found.gammas) < 1:
         parser.error(f"--gammas are {found.gammas}, must be at least 1: the target alone is measured in any case")
     found.gammas = sorted(set(found.gammas))
     for name in ("target", "drafter", "prompts"):
-        if not (path := getattr(found, name)).exists():
-            parser.error(f"--{name} is '{path}', which does not exist")
+        path = check_exists(parser, found, name)
         if name != "prompts" and not is_model(path, found.engine):
             what = "GGUF file" if found.engine == "llama-server" else "directory with an openvino_model.xml"
             parser.error(f"--{name} is '{path}', must be a {what}: docs/SERVING.md says how to convert a model")
@@ -120,6 +124,21 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     if not shutil.which(program):
         parser.error(f"--{option} is '{program}', which is not an installed command")
     return found
+
+
+def check_small(parser: argparse.ArgumentParser, found: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """End the program if an argument is below the least value that it may have."""
+    for name, smallest in least.items():
+        if (value := getattr(found, name)) is not None and value < smallest:
+            parser.error(f"--{name} is {value}, must be at least {smallest}")
+
+
+def check_exists(parser: argparse.ArgumentParser, found: argparse.Namespace, name: str) -> Path:
+    """Return the path that an argument gives. End the program if nothing is there."""
+    path: Path = getattr(found, name)
+    if not path.exists():
+        parser.error(f"--{name.replace('_', '-')} is '{path}', which does not exist")
+    return path
 
 
 def is_model(path: Path, engine: str) -> bool:
@@ -214,14 +233,16 @@ def turn(decoders: Sequence[Decoder], number: int) -> Iterator[Decoder]:
     yield from reversed(found) if number % 2 else found
 
 
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return a command's arguments as JSON has them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+
+
 def write(arguments: argparse.Namespace, measurements: Sequence[Measurement]) -> None:
     """Write the measurements so far, and their table."""
     summaries = summarise(measurements)
-    how: dict[str, Any] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
-    }
     rows = {"summaries": list(map(summary_record, summaries)), "measurements": list(map(record, measurements))}
-    write_json(arguments.out / f"engines-{arguments.engine}.json", {"arguments": how, **rows})
+    write_json(arguments.out / f"engines-{arguments.engine}.json", {"arguments": described(arguments), **rows})
     table(arguments.engine, summaries).write(arguments.out)
 
 

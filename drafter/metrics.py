@@ -22,10 +22,10 @@ class Counts(NamedTuple):
 
     Attributes:
         tokens: generated tokens.
-        target_calls: calls of the target, which is the number of blocks.
+        target_calls: calls of the target, which is the number of blocks; a fraction if it is an expectation.
         accepted: accepted drafted tokens.
         tested: drafted tokens that were accepted or rejected; those after a rejection are not tested.
-        seconds: wall-clock time.
+        seconds: wall-clock time; NaN if it was not measured.
         baseline_tokens: generated tokens of autoregressive decoding of the same prompt.
         baseline_seconds: wall-clock time of autoregressive decoding of the same prompt.
         drafted: drafted tokens.
@@ -35,12 +35,12 @@ class Counts(NamedTuple):
     """
 
     tokens: int
-    target_calls: int
-    accepted: int
-    tested: int
-    seconds: float
-    baseline_tokens: int
-    baseline_seconds: float
+    target_calls: float
+    accepted: int = 0
+    tested: int = 0
+    seconds: float = np.nan
+    baseline_tokens: int = 0
+    baseline_seconds: float = np.nan
     drafted: int = 0
     expected: float = 0.0
     drafting_seconds: float = 0.0

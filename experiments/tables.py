@@ -24,7 +24,7 @@ from experiments.reporting.by_rule import rule_table
 from experiments.reporting.counts import write_counts
 from experiments.reporting.cut_answers import describe_cut_answers
 from experiments.reporting.figures import draw_along, draw_curves, draw_efficiency
-from experiments.reporting.identity import PRETRAINED
+from experiments.reporting.identity import PRETRAINED, read_record_of_run
 from experiments.reporting.page import write_html
 from experiments.reporting.results import (
     RATIO,
@@ -175,9 +175,8 @@ def describe_runs(root: Path) -> dict[str, Any]:
     """
     found = {}
     for path in sorted(root.rglob(MANIFEST)):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in manifest.items() if key not in ("files", "config")}
-        found[str(path.parent)] = {**kept, "fingerprint": fingerprint(path.parent, manifest["stage"])}
+        record = read_record_of_run(path)
+        found[str(path.parent)] = {**record, "fingerprint": fingerprint(path.parent, record["stage"])}
     return found
 
 

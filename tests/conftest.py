@@ -100,6 +100,13 @@ def save_llama(folder, tokenizer):
         shutil.copy(path, folder)
 
 
+def save_pair(folder):
+    """Save a target, and a drafter of another architecture with the same tokenizer."""
+    save_target(folder / "target")
+    (folder / "drafter").mkdir()
+    save_llama(folder / "drafter", folder / "target")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Finish a run of every stage with a GPT-2 and local files. Return its overrides and its root directory."""

@@ -28,42 +28,45 @@ class GammaReport(NamedTuple):
 
     def best(self) -> list[GammaRow]:
         """Return the row of the best gamma for each task: by measurement if several were decoded, else predicted."""
-        tasks = dict.fromkeys(row.task for row in self.rows)
-        return [max((row for row in self._compared() if row.task == task), key=self._compares) for task in tasks]
+        best: dict[str, tuple[GammaRow, float]] = {}
+        for row, value in self._compared():
+            if row.task not in best or value > best[row.task][1]:
+                best[row.task] = row, value
+        return [row for row, _ in best.values()]
 
     @property
     def gamma(self) -> int:
         """Return the gamma with the highest speed-up, as a mean over the tasks."""
-        means = self._means()
-        return max(means, key=lambda gamma: means[gamma])
+        by_gamma: dict[int, list[float]] = {}
+        for row, value in self._compared():
+            by_gamma.setdefault(row.gamma, []).append(value)
+        return max(by_gamma, key=lambda gamma: sum(by_gamma[gamma]) / len(by_gamma[gamma]))
 
     @property
     def speedup(self) -> float:
         """Return the speed-up at the best gamma, as a mean over the tasks: measured, or else predicted."""
-        rows = [row for row in self.rows if row.gamma == self.gamma]
+        rows = self._at_best()
         return sum(row.measured.value if row.measured else row.predicted for row in rows) / len(rows)
 
     @property
     def is_measured(self) -> bool:
         """Return whether the speed-up at the best gamma was measured, and not predicted from timed calls."""
-        return all(row.measured for row in self.rows if row.gamma == self.gamma)
+        return all(row.measured for row in self._at_best())
 
     @property
     def chosen_by_measurement(self) -> bool:
         """Return whether several gammas were decoded, so that their token rates were compared."""
         return len({row.gamma for row in self.rows if row.measured}) > 1
 
-    def _means(self) -> dict[int, float]:
-        by_gamma: dict[int, list[float]] = {}
-        for row in self._compared():
-            by_gamma.setdefault(row.gamma, []).append(self._compares(row))
-        return {gamma: sum(values) / len(values) for gamma, values in by_gamma.items()}
+    def _at_best(self) -> list[GammaRow]:
+        gamma = self.gamma
+        return [row for row in self.rows if row.gamma == gamma]
 
-    def _compared(self) -> list[GammaRow]:
-        return [row for row in self.rows if row.measured] if self.chosen_by_measurement else self.rows
-
-    def _compares(self, row: GammaRow) -> float:
-        return row.measured.value if self.chosen_by_measurement and row.measured else row.predicted
+    def _compared(self) -> list[tuple[GammaRow, float]]:
+        """Return the rows among which the best is chosen, each with its speed-up, measured or predicted in all."""
+        if self.chosen_by_measurement:
+            return [(row, row.measured.value) for row in self.rows if row.measured]
+        return [(row, row.predicted) for row in self.rows]
 
 
 def read_gamma(folder: Path) -> GammaReport:

@@ -9,7 +9,13 @@ import numpy as np
 
 from drafter.artifacts.manifest import MANIFEST, ArtifactError, read_jsonl, read_manifest
 from drafter.metrics import Counts, Estimate, by_prompt, conversation_and_turn, estimate, paired_difference
-from experiments.reporting.identity import PRETRAINED, DrafterIdentity, read_fields, with_distinct_series
+from experiments.reporting.identity import (
+    PRETRAINED,
+    DrafterIdentity,
+    read_fields,
+    read_record_of_run,
+    with_distinct_series,
+)
 from experiments.reporting.tabular import Table, with_interval
 
 ANY = "any"  # the acceptance rule at temperature 0, where all are the same
@@ -96,15 +102,13 @@ def read_compared(folder: Path) -> list[Compared]:
         counts: dict[Setting, dict[str, list[Counts]]] = {}
         for row in read_jsonl(path.parent / "counts.jsonl"):
             setting = Setting(row["temperature"], row.get("rule", ANY), row["gamma"])
-            one = Counts(row["tokens"], row["blocks"], 0, 0, 0.0, 0, 0.0)
+            one = Counts(row["tokens"], row["blocks"])
             counts.setdefault(setting, {}).setdefault(row["prompt"], []).append(one)
         summed = {
             setting: {prompt: Counts(*np.sum(rows, axis=0).tolist()) for prompt, rows in of_prompt.items()}
             for setting, of_prompt in counts.items()
         }
-        one_by_temperature = {setting.temperature: of_prompt for setting, of_prompt in counts.items()}
-        responses = sum(len(rows) for of_prompt in one_by_temperature.values() for rows in of_prompt.values())
-        found.append(Compared(read_fields(summary, path.parent), summed, responses, summary.get("top_p")))
+        found.append(Compared(read_fields(summary, path.parent), summed, summary["responses"], summary["top_p"]))
         directories.append(path.parent)
     if not found:
         raise ArtifactError(f"no drafter was compared in {folder}: run `python -m experiments.compare` first")
@@ -243,9 +247,8 @@ def describe_runs(folder: Path) -> str:
     """Return as JSON what made each compared drafter's counts, and the drafter itself where a stage here made it."""
     found = {}
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        made = Path(manifest["counts"].get("directory", manifest["counts"]["drafter"])) / MANIFEST
-        for place in (path, *([made] if made.exists() else [])):
-            record = json.loads(place.read_text(encoding="utf-8"))
-            found[str(place.parent)] = {key: record[key] for key in record if key not in ("files", "config")}
+        found[str(path.parent)] = manifest = read_record_of_run(path)
+        made = Path(manifest["counts"]["directory"]) / MANIFEST
+        if made.exists():
+            found[str(made.parent)] = read_record_of_run(made)
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"

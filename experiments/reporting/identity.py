@@ -55,6 +55,12 @@ def read_record(record: dict[str, Any], directory: str | Path) -> DrafterIdentit
     return read_fields(record["settings"], directory)
 
 
+def read_record_of_run(path: Path) -> dict[str, Any]:
+    """Return a manifest as runs.json has it: without the list of files and the config."""
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in manifest.items() if key not in ("files", "config")}
+
+
 def identity_of(path: str) -> DrafterIdentity:
     """Return the identity of a drafter: a directory or a hub name.
 

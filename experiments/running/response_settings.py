@@ -9,6 +9,7 @@ from drafter.data.dialogues import TURNS
 from drafter.data.states import require_plain_head
 from drafter.models.loading import meta_model
 from drafter.models.sharding import check_parallel
+from experiments.running.identity import without_defaults
 from experiments.running.inputs import plain, target_source
 
 BY = ("target", "drafter", "mixture", "reference", "log", "replay")
@@ -25,17 +26,14 @@ VLLM_RESOURCES = {
     "block_size",
     "disable_log_stats",
 }
-
-LEFT_OUT = {"states": None, "all_temperatures": False}  # settings that the identity has only if they differ from this
+# Settings that the identity has only where they differ from these values.
+LEFT_OUT = {"states": None, "all_temperatures": False}
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that determine the responses and their files. Batch sizes are not among them."""
-    settings: dict[str, Any] = plain(cfg.respond)
+    settings = without_defaults(plain(cfg.respond), LEFT_OUT)
     del settings["batch_tokens"], settings["replay"]
-    for name, default in LEFT_OUT.items():
-        if settings[name] == default:
-            del settings[name]
     settings["vllm"] = {name: value for name, value in settings["vllm"].items() if name not in VLLM_RESOURCES}
     served = settings.pop("openai")
     if settings["engine"] == "openai":  # where the server is, and how it is asked, does not change the responses

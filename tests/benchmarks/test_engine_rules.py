@@ -13,7 +13,7 @@ from drafter.models.loading import load_target
 from drafter.models.trimming import write_kept
 from drafter.warping import Sampling
 from experiments.running.engine_answers import Answer
-from tests.conftest import save_llama, save_target
+from tests.conftest import save_pair
 
 GAMMA, LENGTH = 3, 24
 
@@ -21,9 +21,7 @@ GAMMA, LENGTH = 3, 24
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     found = tmp_path_factory.mktemp("pair")
-    save_target(found / "target")
-    (found / "drafter").mkdir()
-    save_llama(found / "drafter", found / "target")
+    save_pair(found)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import WORDS, save_llama, save_target, write_jsonl
+from tests.conftest import WORDS, save_pair, write_jsonl
 
 PROMPTS = [f"who saw the {word} and then what did the {word} do ?" for word in WORDS[3:8]]
 
@@ -11,8 +11,6 @@ PROMPTS = [f"who saw the {word} and then what did the {word} do ?" for word in W
 def pair(tmp_path_factory):
     """Save a target, a drafter of another architecture with the same tokenizer, and prompts."""
     folder = tmp_path_factory.mktemp("pair")
-    save_target(folder / "target")
-    (folder / "drafter").mkdir()
-    save_llama(folder / "drafter", folder / "target")
+    save_pair(folder)
     write_jsonl(folder / "prompts.jsonl", [{"prompt": text, "question": text.upper()} for text in PROMPTS])
     return folder
