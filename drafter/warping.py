@@ -74,6 +74,22 @@ def warp(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return probs_V
 
 
+def probability(logits_NV: torch.Tensor, tokens_N: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return the probability of one token per row, shape (N,): `warp` at these tokens alone.
+
+    >>> logits_NV = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]).log()
+    >>> probability(logits_NV, torch.tensor([1, 2]), Sampling(temperature=1.0, top_p=0.6))
+    tensor([0.3750, 0.0000])
+    """
+    probs_NV = warp(logits_NV, sampling._replace(top_p=1.0))
+    drawn_N = probs_NV.gather(-1, tokens_N[:, None])[:, 0]
+    if sampling.top_p == 1 or sampling.temperature == 0:
+        return drawn_N
+    nucleus_NV = in_nucleus(probs_NV, sampling.top_p)
+    inside_N = nucleus_NV.gather(-1, tokens_N[:, None])[:, 0]
+    return drawn_N * inside_N / (probs_NV * nucleus_NV).sum(-1)
+
+
 def draw(weights_BV: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Draw one token per row with probabilities proportional to its weights, shape (B,); never one of weight 0.
 
@@ -171,29 +187,36 @@ def in_nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
     >>> in_nucleus(torch.tensor([0.2, 0.5, 0.2, 0.1]), top_p=0.6)
     tensor([ True,  True,  True, False])
     """
-    sorted_V = _likeliest(probs_V, top_p)
-    before_V = sorted_V.cumsum(-1) - sorted_V
-    inside_V = before_V < top_p
-    inside_V[..., 0] = True
-    last = sorted_V.gather(-1, inside_V.sum(-1, keepdim=True) - 1)
-    return probs_V >= last
+    return probs_V >= _least_likely(probs_V, top_p)
 
 
 LIKELIEST = 256  # tokens that are tried as the nucleus before all are sorted
 LARGE = 2**14  # tokens of a vocabulary for which that saves time
 
 
-def _likeliest(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the highest probabilities of each row in descending order: all, or so many that they add up to top_p.
+def _least_likely(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return the probability of the least likely token of each row's nucleus, shape (…, 1).
 
-    On a CPU, 256 rows of 49,152 take a quarter of the time if that many suffice, and a fifth more if they do not. With
-    4,096 tokens, sorting all is faster.
+    A row is sorted only if its LIKELIEST tokens do not add up to top_p. On a CPU, 256 rows of 49,152 take a quarter of
+    the time if that many suffice, and a fifth more if they do not. With 4,096 tokens, sorting all is faster.
     """
-    if probs_V.device.type == "cpu" and probs_V.shape[-1] >= LARGE:
-        sorted_V = probs_V.topk(LIKELIEST).values
-        if bool((sorted_V.cumsum(-1)[..., -1] >= top_p).all()):
-            return sorted_V
-    return _descending(probs_V)
+    if probs_V.device.type != "cpu" or probs_V.shape[-1] < LARGE:
+        return _last_inside(_descending(probs_V), top_p)
+    probs_NV = probs_V.reshape(-1, probs_V.shape[-1])
+    sorted_NK = probs_NV.topk(LIKELIEST).values
+    last_N1 = _last_inside(sorted_NK, top_p)
+    beyond_N = sorted_NK.cumsum(-1)[:, -1] < top_p
+    if beyond_N.any():
+        last_N1[beyond_N] = _last_inside(_descending(probs_NV[beyond_N]), top_p)
+    return last_N1.reshape(*probs_V.shape[:-1], 1)
+
+
+def _last_inside(sorted_V: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return the last of descending probabilities before which less than top_p has been added up, shape (…, 1)."""
+    before_V = sorted_V.cumsum(-1) - sorted_V
+    inside_V = before_V < top_p
+    inside_V[..., 0] = True
+    return sorted_V.gather(-1, inside_V.sum(-1, keepdim=True) - 1)
 
 
 def _descending(values_V: torch.Tensor) -> torch.Tensor:

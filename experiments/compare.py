@@ -27,6 +27,7 @@ from experiments.reporting.comparison import (
     comparison_page,
     comparison_tables,
     describe_runs,
+    kinds_page,
     read_compared,
 )
 from experiments.running import dry_run
@@ -141,6 +142,8 @@ def write(cfg: DictConfig, out: Path) -> None:
     for folder in filter(None, (out, cfg.publish and Path(cfg.publish))):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "compare.md", page)
+        if by_kind := kinds_page(compared, yardsticks):
+            write_text(folder / "by_kind.md", by_kind)
         write_text(folder / "compare.tex", "\n".join(one.latex() for one in tables))
         write_text(folder / "runs.json", describe_runs(out))
     print(f"{page}\nwritten to {out / 'compare.md'}")

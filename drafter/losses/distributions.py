@@ -151,6 +151,10 @@ class Pair(NamedTuple):
         log_covered_N1 = log_q_NK.logsumexp(-1, keepdim=True)
         return weighted(log_q_NK, log_q_NK - log_covered_N1 - log_p_NK).sum(-1)
 
+    def tvd(self) -> torch.Tensor:
+        """Return the total variation distance sum_x max(q - p, 0), shape (N,)."""
+        return self.sum((self.log_q_NV.exp() - self.log_p_NV.exp()).clamp_min(0))
+
     def reward(self) -> torch.Tensor:
         """Return the paper's r(x) = 1 if q(x) > p(x) else 0, shape (N, V), without gradient."""
         return (self.log_q_NV > self.log_p_NV).to(self.log_p_NV.dtype)
@@ -193,7 +197,7 @@ def pair(
         raise ValueError(f"loss.temperature is {temperature}, must be above 0 (use a small one for greedy decoding)")
     if not 0 < top_p <= 1:
         raise ValueError(f"loss.top_p is {top_p}, must be above 0 and at most 1")
-    scaled_NV = _at_least_float32(logits_p_NV) / (temperature * draft_temperature_factor)
+    scaled_NV = _scaled(logits_p_NV, temperature * draft_temperature_factor)
     log_p_NV = F.log_softmax(outcomes(scaled_NV, target), dim=-1)
     if isinstance(target, Sparse):
         if (temperature, top_p) != (1, 1):
@@ -205,7 +209,7 @@ def pair(
     if isinstance(target, Trimmed) and target.log_q is not None and (temperature, top_p) == (1, 1):
         return _with_rest(log_p_NV, target.log_q().detach(), target.kept)
     logits_q_NV = target.full() if isinstance(target, Trimmed) else target
-    log_q_NV = F.log_softmax(_at_least_float32(logits_q_NV.detach()) / temperature, dim=-1)
+    log_q_NV = F.log_softmax(_scaled(logits_q_NV.detach(), temperature), dim=-1)
     if top_p < 1:
         log_q_NV = log_q_NV.masked_fill(~in_nucleus(log_q_NV.exp(), top_p), -torch.inf).log_softmax(-1)
     if not isinstance(target, Trimmed):
@@ -231,3 +235,8 @@ def weighted(log_weight_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tens
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = _at_least_float32(logits)
+    return logits if temperature == 1 else logits / temperature

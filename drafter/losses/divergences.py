@@ -110,8 +110,7 @@ def tvd(
         >>> tvd(torch.tensor([[0.0, -math.inf]]), torch.tensor([[-math.inf, 0.0]]))  # disjoint distributions
         tensor([1.])
     """
-    both = pair(logits_p_NV, logits_q_NV, temperature, top_p)
-    return both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
+    return pair(logits_p_NV, logits_q_NV, temperature, top_p).tvd()
 
 
 def nla(
@@ -192,7 +191,7 @@ def lk_hybrid(
     """
     both = pair(logits_p_NV, logits_q_NV, temperature, top_p).require_full_vocabulary("lk_hybrid")
     lambda_N = (-rate * both.sum(_log_overlap(both).exp()).detach()).exp()
-    tvd_N = both.sum((both.log_q_NV.exp() - both.log_p_NV.exp()).clamp_min(0))
+    tvd_N = both.tvd()
     return lambda_N * both.kld() + (1 - lambda_N) * tvd_N
 
 

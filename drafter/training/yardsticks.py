@@ -24,8 +24,7 @@ from drafter.data.batches import Batch, response_mask, responses_of
 from drafter.decoding.acceptance import check_rules
 from drafter.decoding.expected_efficiency import acceptance_of_written, expected_blocks, split_rows
 from drafter.losses.chunked import Predicted, chunked_values
-from drafter.losses.distributions import Target, most_likely
-from drafter.losses.divergences import kld, tvd
+from drafter.losses.distributions import Target, most_likely, pair
 from drafter.losses.trimmed import Trimmed
 from drafter.warping import Sampling, double
 
@@ -63,12 +62,14 @@ class Yardsticks:
 
         def measures(logits_p_NV: torch.Tensor, rows: slice) -> torch.Tensor:
             target, tokens_N = predicted.target(rows), predicted.positions.tokens_N[rows]
-            kld_N, kept_N = kld(logits_p_NV, target), torch.ones(len(logits_p_NV), device=logits_p_NV.device)
+            both = pair(logits_p_NV, target, temperature=1.0, top_p=1.0)
+            kld_N, kept_N = both.kld(), torch.ones(len(logits_p_NV), device=logits_p_NV.device)
             if isinstance(target, Trimmed):
                 kept_N = target.full().float().softmax(-1).index_select(-1, target.kept.ids_K).sum(-1)
                 logits_p_NV, target = target.untrim(logits_p_NV), target.full()
+                both = pair(logits_p_NV, target, temperature=1.0, top_p=1.0)
             agreement_N = (logits_p_NV.argmax(-1) == most_likely(target)).float()
-            columns = [torch.ones_like(agreement_N), kld_N, tvd(logits_p_NV, target), agreement_N, kept_N]
+            columns = [torch.ones_like(agreement_N), kld_N, both.tvd(), agreement_N, kept_N]
             if self.num_speculative_tokens is not None:
                 columns += self._acceptance(logits_p_NV, target, tokens_N, temperature_N[rows]).unbind(-1)
             return torch.stack(columns, dim=-1)

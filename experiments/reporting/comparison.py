@@ -56,12 +56,14 @@ class Compared(NamedTuple):
         counts: setting -> instruction -> counts.
         responses: how many responses it was judged on.
         top_p: that of the responses' sampling, with which the drafter's distributions were cut, too; None: unknown.
+        kinds: instruction -> its kind.
     """
 
     drafter: DrafterIdentity
     counts: Mapping[Setting, Mapping[str, Counts]]
     responses: int
     top_p: float | None = None
+    kinds: Mapping[str, str] = {}
 
 
 def check_alike(folder: Path, settings: Mapping[str, Any], cache: str) -> None:
@@ -100,15 +102,17 @@ def read_compared(folder: Path) -> list[Compared]:
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         summary = read_manifest(path.parent, "compare")["counts"]
         counts: dict[Setting, dict[str, list[Counts]]] = {}
-        for row in read_jsonl(path.parent / "counts.jsonl"):
+        rows = read_jsonl(path.parent / "counts.jsonl")
+        for row in rows:
             setting = Setting(row["temperature"], row.get("rule", ANY), row["gamma"])
             one = Counts(row["tokens"], row["blocks"])
             counts.setdefault(setting, {}).setdefault(row["prompt"], []).append(one)
         summed = {
-            setting: {prompt: Counts(*np.sum(rows, axis=0).tolist()) for prompt, rows in of_prompt.items()}
+            setting: {prompt: Counts(*np.sum(several, axis=0).tolist()) for prompt, several in of_prompt.items()}
             for setting, of_prompt in counts.items()
         }
-        found.append(Compared(read_fields(summary, path.parent), summed, summary["responses"], summary["top_p"]))
+        identity, kinds = read_fields(summary, path.parent), {row["prompt"]: row["kind"] for row in rows}
+        found.append(Compared(identity, summed, summary["responses"], summary["top_p"], kinds))
         directories.append(path.parent)
     if not found:
         raise ArtifactError(f"no drafter was compared in {folder}: run `python -m experiments.compare` first")
@@ -223,24 +227,54 @@ def difference(compared: Sequence[Compared], series: str, base: str, setting: Se
     return paired_difference(ours, theirs, "block_efficiency")
 
 
-def describe(compared: Sequence[Compared]) -> str:
-    """Say on how much text the drafters were compared."""
+def of_kind(compared: Sequence[Compared], kind: str) -> list[Compared]:
+    """Return the drafters with the counts of the instructions of one kind, in the settings that have any."""
+    found = []
+    for one in compared:
+        counts = {
+            setting: {prompt: number for prompt, number in of_prompt.items() if one.kinds[prompt] == kind}
+            for setting, of_prompt in one.counts.items()
+        }
+        found.append(one._replace(counts={setting: chosen for setting, chosen in counts.items() if chosen}))
+    return found
+
+
+def describe(first: Compared) -> str:
+    """Say how much text a drafter was judged on, by temperature."""
     parts = []
-    first = compared[0]
     one_by_temperature = {setting.temperature: setting for setting in sorted(first.counts)}
     for temperature, setting in one_by_temperature.items():
         counts = first.counts[setting]
         tokens = sum(one.tokens for one in counts.values())
         instructions = len({conversation_and_turn(prompt)[0] for prompt in counts})
         parts.append(f"{instructions} instructions, {tokens:,.0f} tokens at T = {temperature:g}")
-    top_p = "" if first.top_p is None else f", with top-p {first.top_p:g} above T = 0"
-    return f"{first.responses} responses{top_p}: {'; '.join(parts)}."
+    return "; ".join(parts)
 
 
 def comparison_page(compared: Sequence[Compared], tables: Sequence[Table]) -> str:
     """Return all tables as one page of Markdown."""
-    parts = ["# Drafters compared", METHOD, describe(compared)]
-    return "\n\n".join([*parts, *(f"## {table.title}\n\n{table.markdown()}" for table in tables)]) + "\n"
+    first = compared[0]
+    top_p = "" if first.top_p is None else f", with top-p {first.top_p:g} above T = 0"
+    amount = f"{first.responses:,} responses{top_p}: {describe(first)}."
+    return "\n\n".join(["# Drafters compared", METHOD, amount, *map(section, tables)]) + "\n"
+
+
+def kinds_page(compared: Sequence[Compared], yardsticks: Sequence[str]) -> str:
+    """Return the same tables for each kind of instruction as one page of Markdown; empty if all are of one kind."""
+    kinds = sorted(set(compared[0].kinds.values()))
+    if len(kinds) < 2:
+        return ""
+    parts = ["# Drafters compared, by kind of instruction", METHOD]
+    for kind in kinds:
+        chosen = of_kind(compared, kind)
+        tables = [section(table, "###") for table in comparison_tables(chosen, yardsticks)]
+        parts += [f"## {kind}", f"{describe(chosen[0])}.", *tables]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(table: Table, heading: str = "##") -> str:
+    """Return a table under its title, as Markdown."""
+    return f"{heading} {table.title}\n\n{table.markdown()}"
 
 
 def describe_runs(folder: Path) -> str:

@@ -11,6 +11,7 @@ from experiments.reporting.comparison import (
     check_alike,
     comparison_page,
     comparison_tables,
+    kinds_page,
     read_compared,
 )
 from experiments.reporting.identity import DrafterIdentity
@@ -64,6 +65,25 @@ def test_a_lead_needs_an_interval_above_zero():
 def test_the_page_says_on_how_much_text():
     page = comparison_page(FOUND, comparison_tables(FOUND, ["kld"]))
     assert "6 responses: 3 instructions, 30 tokens at T = 0; 3 instructions, 30 tokens at T = 1." in page
+
+
+def test_each_kind_has_its_own_tables():
+    kinds = {"i0": "chat", "i1": "chat", "i2": "code"}
+    page = kinds_page([one._replace(kinds=kinds) for one in FOUND], ["kld"])
+    _, chat, code = page.split("\n## ")
+    assert "2 instructions, 20 tokens at T = 0; 2 instructions, 20 tokens at T = 1." in chat
+    assert "| kld | 1 | 2.00 [2.00, 2.00] |" in chat  # 20 tokens in 5 + 5 calls
+    assert "| kld | 1 | **2.50 [2.50, 2.50]** |" in code  # 10 tokens in 4 calls
+    assert "| hit | +0.00 [+0.00, +0.00] |" in code  # two seeds: 20 tokens in 3 + 5 calls
+    assert kinds_page([one._replace(kinds=dict.fromkeys(kinds, "chat")) for one in FOUND], ["kld"]) == ""
+
+
+def test_a_kind_without_responses_at_a_temperature_has_no_column_for_it():
+    counts = {GREEDY: FOUND[0].counts[GREEDY], SAMPLED: {"i2": FOUND[0].counts[SAMPLED]["i2"]}}
+    one = FOUND[0]._replace(counts=counts, kinds={"i0": "chat", "i1": "chat", "i2": "code"})
+    _, chat, code = kinds_page([one], []).split("\n## ")
+    assert "| drafter | seeds | greedy |\n" in chat
+    assert "| drafter | seeds | greedy | T = 1, `argmax` |\n" in code
 
 
 def test_an_empty_folder_is_refused(tmp_path):
