@@ -106,7 +106,7 @@ def samples(cfg: DictConfig, drafter: PreTrainedModel, context: int) -> tuple[Se
     text = PackedText(Path(cfg.inputs.data) / "train.npy", text_length, vocabulary)
     responses = Responses(rows, "train", cfg.finetune.responses_share, cfg.finetune.kinds, vocabulary, context)
     training = Mixture(responses, text, cfg.finetune.text_share, cfg.seed)
-    judges = Responses(judged_on, "validation", vocabulary=vocabulary, context=context)
+    judges = Responses(judged_on, "validation", cfg.finetune.validation_share, vocabulary=vocabulary, context=context)
     warn_of_context(cfg, context, context_limit(target_source(cfg)), responses.beyond, judges.beyond)
     return SequenceData(training, judges, cfg.finetune.batch_size, cfg.seed, cfg.finetune.num_workers), judged_on
 

@@ -136,8 +136,9 @@ class Responses:
         selected = self._within_context(selected)
         count = round(share * len(selected))
         if not 0 < count <= len(selected):
+            name = {"train": "responses_share", "validation": "validation_share"}[split]
             raise ValueError(
-                f"finetune.responses_share is {share}, which selects {count} of {len(selected)} responses: it must be "
+                f"finetune.{name} is {share}, which selects {count} of {len(selected)} responses: it must be "
                 f"at most 1, and select at least one"
             )
         self.indices = np.sort(np.random.default_rng(0).permutation(selected)[:count])

@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
-# Settings of a training stage that change its result at most by rounding.
-MEANS = {"num_workers", "keep_every", "gradient_checkpointing", "compile", "batch_tokens"}
+# Settings of a training stage that change its model at most by rounding.
+MEANS = {"num_workers", "keep_every", "validation_share", "gradient_checkpointing", "compile", "batch_tokens"}
 TRAINER_MEANS = {
     "_target_",
     "accelerator",

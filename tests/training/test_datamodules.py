@@ -122,6 +122,8 @@ def test_a_share_of_the_responses_has_the_same_ones_each_time(responses):
 def test_a_share_that_takes_nothing_or_too_much_is_refused(responses, share):
     with pytest.raises(ValueError, match=f"finetune.responses_share is {share}"):
         Responses(responses, "train", share)
+    with pytest.raises(ValueError, match=f"finetune.validation_share is {share}"):
+        Responses(responses, "validation", share)
 
 
 def test_responses_to_some_kinds_of_instruction_are_selected(responses):
