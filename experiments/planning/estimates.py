@@ -281,7 +281,7 @@ def num_validations(settings: DictConfig) -> int:
 
 def num_validated(cfg: DictConfig, settings: DictConfig) -> float:
     """Return the number of responses in all validations of a finetuning."""
-    return float(cfg.scale.num_responses / 10 * num_validations(settings))
+    return float(settings.validation_share * cfg.scale.num_responses / 10 * num_validations(settings))
 
 
 def num_kept_steps(cfg: DictConfig) -> int:
