@@ -70,6 +70,7 @@ class Yardsticks:
                 both = pair(logits_p_NV, target, temperature=1.0, top_p=1.0)
             agreement_N = (logits_p_NV.argmax(-1) == most_likely(target)).float()
             columns = [torch.ones_like(agreement_N), kld_N, both.tvd(), agreement_N, kept_N]
+            del both
             if self.num_speculative_tokens is not None:
                 columns += self._acceptance(logits_p_NV, target, tokens_N, temperature_N[rows]).unbind(-1)
             return torch.stack(columns, dim=-1)

@@ -264,7 +264,8 @@ def kinds_page(compared: Sequence[Compared], yardsticks: Sequence[str]) -> str:
     kinds = sorted(set(compared[0].kinds.values()))
     if len(kinds) < 2:
         return ""
-    parts = ["# Drafters compared, by kind of instruction", METHOD]
+    few = "With fewer than some thirty instructions, an interval is narrower than it should be."
+    parts = ["# Drafters compared, by kind of instruction", f"{METHOD} {few}"]
     for kind in kinds:
         chosen = of_kind(compared, kind)
         tables = [section(table, "###") for table in comparison_tables(chosen, yardsticks)]

@@ -213,7 +213,8 @@ def save(
         if kept is not None:
             write_kept(stage.directory, kept.ids_K.tolist())
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        stage.finish(counts={"steps": trainer.global_step, **metrics})
+        judged = {"validation_samples": len(trainer.datamodule.validation)}
+        stage.finish(counts={"steps": trainer.global_step, **judged, **metrics})
         shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)
     trainer.strategy.barrier()
 
