@@ -215,8 +215,13 @@ def save(
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         judged = {"validation_samples": len(trainer.datamodule.validation)}
         stage.finish(counts={"steps": trainer.global_step, **judged, **metrics})
-        shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)
+        remove_checkpoints(stage)
     trainer.strategy.barrier()
+
+
+def remove_checkpoints(stage: Stage) -> None:
+    """Remove the checkpoints of a finished run. One that was killed right after it had finished still has them."""
+    shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)
 
 
 def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]:

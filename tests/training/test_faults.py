@@ -99,6 +99,19 @@ def test_a_run_that_is_killed_repeatedly_ends_as_an_uninterrupted_one(world, tmp
         assert again[part] == expected[part], part
 
 
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_checkpoints_of_a_run_that_was_killed_right_after_its_end_are_removed(world, tmp_path, name):
+    overrides, _ = world
+    command = [*overrides, *STEPS[name], f"out={tmp_path}/out"]
+    run_to_the_end(name, command)
+    before, leftover = content(tmp_path / "out"), tmp_path / "out" / "checkpoints" / "last.ckpt"
+    leftover.parent.mkdir()
+    leftover.touch()
+    run_to_the_end(name, command)
+    assert not leftover.parent.exists()
+    assert content(tmp_path / "out") == before
+
+
 def test_a_resumed_curve_has_each_step_once(world, tmp_path):
     overrides, _ = world
     command = [*overrides, *STEPS["finetune"], f"out={tmp_path}/out"]
