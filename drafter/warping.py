@@ -74,22 +74,6 @@ def warp(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return probs_V
 
 
-def probability(logits_NV: torch.Tensor, tokens_N: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Return the probability of one token per row, shape (N,): `warp` at these tokens alone.
-
-    >>> logits_NV = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]).log()
-    >>> probability(logits_NV, torch.tensor([1, 2]), Sampling(temperature=1.0, top_p=0.6))
-    tensor([0.3750, 0.0000])
-    """
-    probs_NV = warp(logits_NV, sampling._replace(top_p=1.0))
-    drawn_N = probs_NV.gather(-1, tokens_N[:, None])[:, 0]
-    if sampling.top_p == 1 or sampling.temperature == 0:
-        return drawn_N
-    nucleus_NV = in_nucleus(probs_NV, sampling.top_p)
-    inside_N = nucleus_NV.gather(-1, tokens_N[:, None])[:, 0]
-    return drawn_N * inside_N / (probs_NV * nucleus_NV).sum(-1)
-
-
 def draw(weights_BV: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Draw one token per row with probabilities proportional to its weights, shape (B,); never one of weight 0.
 

@@ -34,15 +34,7 @@ from experiments.running.inputs import claim, pair_inputs, plain, responses_fing
 from experiments.running.keeping import check_kept, choose_tokens, training_responses
 from experiments.running.lengths import warn_of_context
 from experiments.running.losses import POSITIONS, TRIMMED, build_loss, try_loss
-from experiments.running.training import (
-    KeptSteps,
-    configure_memory,
-    optimization,
-    remove_checkpoints,
-    save,
-    train,
-    training_settings,
-)
+from experiments.running.training import KeptSteps, configure_memory, optimization, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +56,6 @@ def finetune(cfg: DictConfig) -> None:
     inputs = checked_inputs(cfg, loss)
     stage = claim(cfg, "finetune", settings_of(cfg), inputs)
     if stage.complete:
-        remove_checkpoints(stage)
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
     source = target_source(cfg)

@@ -29,14 +29,7 @@ from experiments.running.inputs import (
 from experiments.running.keeping import check_kept, choose_tokens, packed_text, training_responses
 from experiments.running.starts import check_start, empty_drafter, new_drafter, start_identity
 from experiments.running.teaching import build_teacher, check_teacher, teaching_settings
-from experiments.running.training import (
-    configure_memory,
-    optimization,
-    remove_checkpoints,
-    save,
-    train,
-    training_settings,
-)
+from experiments.running.training import configure_memory, optimization, save, train, training_settings
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +44,6 @@ def main(cfg: DictConfig) -> None:
     settings = {**training_settings(cfg, "pretrain"), **start, **teaching_settings(cfg)}
     stage = claim(cfg, "pretrain", settings, {"data": data_fingerprint(cfg), **made_of, **other_inputs(cfg)})
     if stage.complete:
-        remove_checkpoints(stage)
         return log.info("%s is up to date", cfg.out)
     lightning.seed_everything(cfg.seed, verbose=False)
     tokenizer = load_tokenizer(target_source(cfg))

@@ -9,6 +9,7 @@ directory, resumes an interrupted one, and refuses one with another identity, wh
 import hashlib
 import json
 import os
+import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from drafter.artifacts.storage import Folder, write_file
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+CHECKPOINTS = "checkpoints"  # the folder of an unfinished training, removed when it is complete
 
 
 class ArtifactError(ValueError):
@@ -69,6 +71,8 @@ class Stage:
             if first:
                 self._release = weakref.finalize(self, _lock(self.directory), force=True)
                 self._inspect()  # another process may have written to the directory before the lock was taken
+        if self.complete and first:
+            self._remove_checkpoints()  # of a process that was killed right after it had finished
         if not self.complete and first:
             if self.folder.is_local:
                 self.earlier_seconds = _earlier_seconds(self.directory)
@@ -109,10 +113,15 @@ class Stage:
         }
         self.folder.write(MANIFEST, _json(record))
         self.folder.remove(STARTED)
+        self._remove_checkpoints()
         if self.folder.is_local:
             remove_locks(self.directory)
         self._release()
         self.complete = True
+
+    def _remove_checkpoints(self) -> None:
+        if self.folder.is_local:
+            shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
 
     def _inspect(self) -> None:
         """Set `complete`. Refuse a directory with another identity or with files of unknown origin."""
@@ -225,7 +234,7 @@ def is_record(name: str) -> bool:
 def _content_files(directory: Path) -> list[str]:
     kept = (".json", ".jsonl", ".safetensors", ".npy", ".parquet", ".jinja")
     names = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.suffix in kept)
-    return [name for name in names if not is_record(name) and not name.startswith(("logs/", "checkpoints/"))]
+    return [name for name in names if not is_record(name) and not name.startswith(("logs/", f"{CHECKPOINTS}/"))]
 
 
 def _earlier_seconds(directory: Path) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from drafter.decoding.acceptance import check_rule
-from drafter.warping import Sampling, double, probability
+from drafter.warping import Sampling, double, warp
 
 
 def acceptance_of_written(
@@ -60,13 +60,17 @@ def acceptance_of_written(
     check_rule(rule)
     if sampling.temperature == 0 or rule == "argmax":
         return (logits_p_NV.argmax(-1) == tokens_N).float()
-    p_N = probability(logits_p_NV, tokens_N, sampling)
+    p_N = _probability(logits_p_NV, tokens_N, sampling)
     if rule == "match":
         return p_N
     if logits_q_NV is None:
         raise ValueError(f"the rule 'ratio' needs the target's logits above temperature 0, and here it is {sampling}")
-    q_N = probability(logits_q_NV, tokens_N, sampling)
+    q_N = _probability(logits_q_NV, tokens_N, sampling)
     return torch.where(q_N > 0, (p_N / q_N.clamp_min(1e-30)).clamp_max(1), (p_N > 0).float())
+
+
+def _probability(logits_NV: torch.Tensor, tokens_N: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    return warp(logits_NV, sampling).gather(-1, tokens_N[:, None])[:, 0]
 
 
 def expected_blocks(accept_BL: torch.Tensor, lengths_B: torch.Tensor, num_speculative_tokens: int) -> torch.Tensor:

@@ -105,7 +105,7 @@ class Responses:
     Args:
         rows: the rows of a distillation set, or of a cache made from one.
         split: "train" or "validation".
-        share: the fraction of responses to use, at least one of them. The selection is random, the same for all seeds.
+        share: the fraction of responses to use. The selection is random, and the same for all seeds.
         kinds: use the responses to instructions of these kinds alone. None means all kinds.
         vocabulary: all ids have to be below it, which is checked when a row is read. None means no check.
         context: the most tokens of a sequence. None means no limit.
@@ -134,10 +134,15 @@ class Responses:
             if len(selected) == 0:
                 raise ValueError(f"finetune.kinds is {list(kinds)}, but the responses have {existing.tolist()}")
         selected = self._within_context(selected)
-        if not 0 < share <= 1:
+        count = round(share * len(selected))
+        if split == "validation" and share > 0:
+            count = max(1, count)  # a small set has something to measure, too
+        if not 0 < count <= len(selected):
             name = {"train": "responses_share", "validation": "validation_share"}[split]
-            raise ValueError(f"finetune.{name} is {share}, must be above 0 and at most 1")
-        count = max(1, round(share * len(selected)))
+            raise ValueError(
+                f"finetune.{name} is {share}, which selects {count} of {len(selected)} responses: it must be "
+                f"at most 1, and select at least one"
+            )
         self.indices = np.sort(np.random.default_rng(0).permutation(selected)[:count])
 
     @property

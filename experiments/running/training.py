@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drafter import interruptions
-from drafter.artifacts.manifest import Stage, write_json
+from drafter.artifacts.manifest import CHECKPOINTS, Stage, write_json
 from drafter.data.batches import Batch
 from drafter.losses.trimmed import Kept
 from drafter.models.loading import save_tokenizer
@@ -32,7 +32,6 @@ from experiments.running.progress import Progress
 from experiments.running.recording import OneRun, finish_run, run_settings
 
 log = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"
 
 
 # Settings of a training stage that change its model at most by rounding.
@@ -215,13 +214,7 @@ def save(
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         judged = {"validation_samples": len(trainer.datamodule.validation)}
         stage.finish(counts={"steps": trainer.global_step, **judged, **metrics})
-        remove_checkpoints(stage)
     trainer.strategy.barrier()
-
-
-def remove_checkpoints(stage: Stage) -> None:
-    """Remove the checkpoints of a finished run. One that was killed right after it had finished still has them."""
-    shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)
 
 
 def weights_and_biases(cfg: DictConfig, stage: Stage, name: str) -> list[Logger]:

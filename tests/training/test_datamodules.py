@@ -118,15 +118,19 @@ def test_a_share_of_the_responses_has_the_same_ones_each_time(responses):
     assert Responses(responses, "train", share=1.0).indices.tolist() == [i for i in range(100) if i % 10]
 
 
-@pytest.mark.parametrize("share", [0, -1, 1.5])
+@pytest.mark.parametrize("share", [0, -1, 1.5, 0.001])
 def test_a_share_that_takes_nothing_or_too_much_is_refused(responses, share):
     with pytest.raises(ValueError, match=f"finetune.responses_share is {share}"):
         Responses(responses, "train", share)
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5])
+def test_a_share_of_the_validation_responses_has_the_same_limits(responses, share):
     with pytest.raises(ValueError, match=f"finetune.validation_share is {share}"):
         Responses(responses, "validation", share)
 
 
-def test_a_small_share_takes_one_response(responses):
+def test_a_small_share_of_the_validation_responses_takes_one(responses):
     assert len(Responses(responses, "validation", share=0.001)) == 1
 
 
