@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                (an H100 or another GPU with 40 GB; about 5 minutes)
     python -m benchmarks.gpu --small        (tiny shapes: a check of the script itself, on any machine)
+    python -m benchmarks.gpu --parts compiled
 
 The limits are measured in the same run: a large bfloat16 product (operations per second) and a large copy (bytes per
 second). Finetuning: the 115M drafter on sequences of 2,048 tokens of which half are response, TVD++, with an exact and
@@ -21,7 +22,7 @@ from drafter.data.batches import Batch, States
 from drafter.data.engines import Limits, Request, rounds_engine
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.clock import now
-from drafter.decoding.decoders import Compiled
+from drafter.decoding.decoders import Compiled, Decodable
 from drafter.decoding.generation import Decoded
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
@@ -33,6 +34,8 @@ from drafter.models.initialization import build_drafter
 from drafter.models.loading import OutputEmbedding
 from drafter.training.modules import Distillation
 from experiments.planning.roofline import Shape, operations
+
+PARTS = ("finetune", "respond", "eager", "compiled")
 
 
 def seconds(work, device, repeats=5):
@@ -138,6 +141,7 @@ def main():
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--acceptance", type=float, default=0.7)
     parser.add_argument("--gamma", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.small:
@@ -167,7 +171,7 @@ def main():
     flops, bandwidth = limits(device, shapes["dtype"], 256 if arguments.small else 8192)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: {flops:.3g} operations/s, {bandwidth:.3g} bytes/s\n")
-    for cache in ("exact", "sparse"):
+    for cache in ("exact", "sparse") if "finetune" in arguments.parts else ():
         tokens, scored, took, shape, peak = finetuning(device, shapes, cache == "sparse")
         used = 3 * operations(shape, tokens, shapes["length"] / 2, scored) / took
         print(
@@ -179,7 +183,8 @@ def main():
         target = LlamaForCausalLM(shapes["target"]).requires_grad_(False).eval()
         guesser = build_drafter(shapes["drafter"], shapes["target"].vocab_size, {}).requires_grad_(False).eval()
         torch.set_default_dtype(torch.float32)
-    responding(target, shapes, bandwidth, device)
+    if "respond" in arguments.parts:
+        responding(target, shapes, bandwidth, device)
     decoding(target, guesser, shapes, arguments, bandwidth, device)
 
 
@@ -199,8 +204,10 @@ def decoding(target, drafter, shapes, arguments, bandwidth, device):
     """Time one sequence without a drafter, and with drafts that are accepted with the prescribed probability."""
     Prescribed(target, arguments.acceptance, device)
     prompt, tokens, gamma = list(range(16)), 4 * shapes["tokens"], arguments.gamma
-    ways = {"eager": (target, drafter)}
-    if device.type == "cuda":
+    ways: dict[str, tuple[Decodable, Decodable]] = {}
+    if "eager" in arguments.parts:
+        ways["eager"] = (target, drafter)
+    if "compiled" in arguments.parts and device.type == "cuda":
         capacity = len(prompt) + tokens + gamma + 1
         ways["compiled"] = (Compiled(target, capacity), Compiled(drafter, capacity))
     options = DecodingOptions(tokens)
