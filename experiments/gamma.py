@@ -29,6 +29,7 @@ from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
 from experiments.running.named_drafters import check_compiles, check_named, fingerprint_of, label_of, load_named
 from experiments.running.predictions import predict
+from experiments.running.progress import Progress
 from experiments.running.speedups import check_gammas, compile_pair, decode_prompt, prepare_pair
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
 from experiments.running.turns import Work, decode_turns
@@ -70,13 +71,14 @@ def main(cfg: DictConfig) -> None:
     decode_turn = partial(
         decode_prompt, target=pair.target, drafters=drafters, gammas=gammas, seed=cfg.seed, alone=pair.alone
     )
+    decoded = []
+    with Progress("gamma", "prompt") as report:
+        for number, task in enumerate(work.tasks, start=1):
+            decoded.append(decode_turns(work, task, decode_turn, lambda one: one.baseline.tokens))
+            report(number, len(work.tasks))
     rows, counts, left_out = [], [], {}
     for name in cfg.task:
-        reached = [
-            decode_turns(work, task, decode_turn, lambda one: one.baseline.tokens)
-            for task in work.tasks
-            if task.name == name
-        ]
+        reached = [one for task, one in zip(work.tasks, decoded, strict=True) if task.name == name]
         turns = [turn for one in reached for turn in one.turns]
         tasks, found = [task for task, _ in turns], [decoded for _, decoded in turns]
         left_out[name] = sum((one.left_out for one in reached), work.left_out.get(name, Counter()))

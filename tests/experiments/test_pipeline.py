@@ -232,7 +232,7 @@ def test_gammas_that_are_not_decoded_are_predicted_and_calls_are_compiled_for_th
         ("gamma", "gamma.acceptance_rule=typical", ValueError, "the acceptance rule is 'typical'"),
         ("evaluate", "task.prompts.max_new_tokens=62", ValueError, "exceeds the context of 64 tokens"),
         ("finetune", "finetune.text_share=1.5", ValueError, "text_share is 1.5"),
-        ("finetune", "+loss.gamma=3", ValueError, r"loss: tvdpp\(\) got an unexpected keyword argument 'gamma'"),
+        ("finetune", "+loss.gamma=3", ValueError, r"loss: kld\(\) got an unexpected keyword argument 'gamma'"),
         ("finetune", "weighting=dpace weighting.smoothing=2", ValueError, "weighting.smoothing is 2"),
         ("evaluate", "+evaluate.sampling.topp=0.9", ValueError, "evaluate.sampling"),
         ("evaluate", "task.prompts.top_p=0", ValueError, "task.prompts: top_p is 0"),

@@ -53,13 +53,13 @@ def test_swept_keys_are_those_with_several_values_and_the_last_override_counts()
     ("stage", "overrides", "out"),
     [
         ("finetune", ["loss=kld", "loss.temperature=0.3"], "finetune/kld-temperature_0.3-seed0"),
-        ("finetune", ["weighting=dpace", "seed=2"], "finetune/tvdpp-weighting_dpace-seed2"),
+        ("finetune", ["weighting=dpace", "seed=2"], "finetune/kld-weighting_dpace-seed2"),
         ("finetune", ["variant=text_0", "loss=tvd"], "variants/tvd-text_0-seed0"),
-        ("finetune", ["finetune.kinds=[a,b]"], f"finetune/tvdpp-kinds_{as_name(['a', 'b'])}-seed0"),
+        ("finetune", ["finetune.kinds=[a,b]"], f"finetune/kld-kinds_{as_name(['a', 'b'])}-seed0"),
         (
             "finetune",
             ["loss.temperature=2.0", "+x.temperature=1"],
-            "finetune/tvdpp-loss.temperature_2.0-x.temperature_1-seed0",
+            "finetune/kld-loss.temperature_2.0-x.temperature_1-seed0",
         ),
         ("pretrain", ["drafter.hidden_size=64", "seed=3"], "drafter-hidden_size_64-seed_3"),
         ("respond", ["distillation=greedy", "respond.top_p=0.5"], "responses-greedy-top_p_0.5"),
@@ -114,7 +114,7 @@ def sweep(world, tmp_path, monkeypatch):
 def test_a_sweep_over_any_key_has_one_directory_per_cell(sweep, params, names):
     found = sweep(*params)
     seeds = (0, 1) if params == ["seed=0,1"] else (0, 0)
-    assert list(found) == [f"tvdpp-{name}seed{seed}" for name, seed in zip(names, seeds, strict=True)]
+    assert list(found) == [f"kld-{name}seed{seed}" for name, seed in zip(names, seeds, strict=True)]
     one, two = ({**manifest["settings"], "series": "", "swept": None} for manifest in found.values())
     assert one != two  # the swept values are part of a cell's identity
 
@@ -131,9 +131,9 @@ def test_a_sweep_over_two_keys_has_a_directory_and_a_wandb_run_per_cell_and_repe
     monkeypatch.setattr("experiments.running.training.run_settings", noted)
     params = "loss.temperature=0.5,1.0", "seed=1,2"
     found = sweep(*params, logger="wandb")
-    names = {f"tvdpp-temperature_{temperature}-seed{seed}" for temperature in (0.5, 1.0) for seed in (1, 2)}
+    names = {f"kld-temperature_{temperature}-seed{seed}" for temperature in (0.5, 1.0) for seed in (1, 2)}
     assert set(found) == {run["name"] for run in runs} == names
-    assert {run["group"] for run in runs} == {"tvdpp-temperature_0.5", "tvdpp-temperature_1.0"}  # one line each
+    assert {run["group"] for run in runs} == {"kld-temperature_0.5", "kld-temperature_1.0"}  # one line each
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 4
     before = snapshot(tmp_path / "out")
     assert sweep(*params, logger="wandb") == found
