@@ -58,6 +58,7 @@ def test_a_lead_needs_an_interval_above_zero():
     *_, engines = comparison_tables(always, ["kld"])
     assert [row[2] for row in engines.rows] == ["hit", "hit"]
     assert engines.rows[0][4].startswith("+0.58 [")
+    assert (engines.title, engines.columns[2]) == ("Which loss for which engine? γ = 3", "best loss")
     assert engines.rows[1][4].startswith("no difference seen (+0.14 [")
     assert "llama.cpp" in engines.rows[1][0]
 
@@ -127,6 +128,13 @@ def test_only_seeds_of_one_series_are_summed(tmp_path):
         ("ngram-responses (big-ngram-responses)", "1"), ("ngram-responses (ngram-responses)", "1"),
         ("tvd (other-tvd-seed1)", "1"), ("tvd (tvd-seed1)", "1"),
     ]  # fmt: skip
+
+
+def test_with_variants_the_best_is_a_drafter_and_no_loss():
+    tenth = compared("kld-responses_10", [5, 5, 5], [5, 5, 5])
+    tenth = tenth._replace(drafter=tenth.drafter._replace(loss="kld", variant="responses_10"))
+    *_, engines = comparison_tables([FOUND[0], tenth], [])
+    assert (engines.title, engines.columns[2]) == ("Which drafter for which engine? γ = 3", "best drafter")
 
 
 def test_the_responses_are_counted_once_whatever_gammas_and_rules_there_are(tmp_path):
