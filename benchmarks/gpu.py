@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu                (an H100 or another GPU with 40 GB; about 5 minutes)
     python -m benchmarks.gpu --small        (tiny shapes: a check of the script itself, on any machine)
-    python -m benchmarks.gpu --parts compiled
+    python -m benchmarks.gpu --parts respond compiled      (only some of: finetune, respond, eager, compiled)
 
 The limits are measured in the same run: a large bfloat16 product (operations per second) and a large copy (bytes per
 second). Finetuning: the 115M drafter on sequences of 2,048 tokens of which half are response, TVD++, with an exact and

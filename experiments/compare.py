@@ -138,17 +138,20 @@ def write(cfg: DictConfig, out: Path) -> None:
     if missing := [name for name in yardsticks if name not in names]:
         log.warning("compare.yardsticks has %s, of which no drafter was compared: there are %s", missing, [*names])
     tables = comparison_tables(compared, yardsticks)
-    page, by_kind = comparison_page(compared, tables), kinds_page(compared, yardsticks)
+    pages = {
+        "compare.md": comparison_page(compared, tables),
+        "by_kind.md": kinds_page(compared, yardsticks),
+        "compare.tex": "\n".join(one.latex() for one in tables),
+        "runs.json": describe_runs(out),
+    }
     for folder in filter(None, (out, cfg.publish and Path(cfg.publish))):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "compare.md", page)
-        if by_kind:
-            write_text(folder / "by_kind.md", by_kind)
-        else:
-            (folder / "by_kind.md").unlink(missing_ok=True)  # of an earlier comparison
-        write_text(folder / "compare.tex", "\n".join(one.latex() for one in tables))
-        write_text(folder / "runs.json", describe_runs(out))
-    print(f"{page}\nwritten to {out / 'compare.md'}")
+        for name, text in pages.items():
+            if text:
+                write_text(folder / name, text)
+            else:
+                (folder / name).unlink(missing_ok=True)  # of an earlier comparison
+    print(f"{pages['compare.md']}\nwritten to {out / 'compare.md'}")
 
 
 def check(cfg: DictConfig) -> None:

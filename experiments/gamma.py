@@ -71,14 +71,14 @@ def main(cfg: DictConfig) -> None:
     decode_turn = partial(
         decode_prompt, target=pair.target, drafters=drafters, gammas=gammas, seed=cfg.seed, alone=pair.alone
     )
-    decoded = []
+    conversations = []
     with Progress("gamma", "prompt") as report:
         for number, task in enumerate(work.tasks, start=1):
-            decoded.append(decode_turns(work, task, decode_turn, lambda one: one.baseline.tokens))
+            conversations.append(decode_turns(work, task, decode_turn, lambda one: one.baseline.tokens))
             report(number, len(work.tasks))
     rows, counts, left_out = [], [], {}
     for name in cfg.task:
-        reached = [one for task, one in zip(work.tasks, decoded, strict=True) if task.name == name]
+        reached = [one for task, one in zip(work.tasks, conversations, strict=True) if task.name == name]
         turns = [turn for one in reached for turn in one.turns]
         tasks, found = [task for task, _ in turns], [decoded for _, decoded in turns]
         left_out[name] = sum((one.left_out for one in reached), work.left_out.get(name, Counter()))

@@ -71,9 +71,9 @@ class Stage:
             if first:
                 self._release = weakref.finalize(self, _lock(self.directory), force=True)
                 self._inspect()  # another process may have written to the directory before the lock was taken
-        if self.complete and first:
+        if first and self.complete:
             self._remove_checkpoints()  # of a process that was killed right after it had finished
-        if not self.complete and first:
+        elif first:
             if self.folder.is_local:
                 self.earlier_seconds = _earlier_seconds(self.directory)
             command = {name: value for name, value in self.made_by.items() if name == "command"}
