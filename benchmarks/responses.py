@@ -2,10 +2,11 @@
 
     python -m benchmarks.responses                                        # the embedded target
     python -m benchmarks.responses --target DIRECTORY --prompts FILE      # another one; FILE has a `prompt` per row
+    python -m benchmarks.responses --all-temperatures                     # four answers to each prompt
 
 "rounds" is `engines.rounds_engine`, "side by side" is `engines.transformers_engine`, and "bare" only calls the target
-with one token per sequence, as many side by side as fit: no sampling, no prompts and no finished sequences. Process
-time is divided by the number of threads, so other work on the machine matters less.
+with one token per sequence, as many side by side as fit, along the whole length of a response: no sampling, no prompts
+and no finished sequences. Process time is divided by the number of threads, so other work on the machine matters less.
 """
 
 import argparse
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--target", default="assets/tiny-target")
     parser.add_argument("--prompts", default="runs/tiny/data/instructions.jsonl")
     parser.add_argument("--count", type=int, default=256, help="prompts")
+    parser.add_argument("--all-temperatures", action="store_true", help="answer each prompt at each temperature")
+    parser.add_argument("--without-rounds", action="store_true", help="leave out the slowest way")
     parser.add_argument("--length", type=int, default=64, help="the most tokens of a response")
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--repeats", type=int, default=3)
@@ -39,6 +42,8 @@ def main() -> None:
     prompts = sorted(
         (encode_prompt(tokenizer, row["prompt"]) for row in read_jsonl(asked.prompts)[: asked.count]), key=len
     )
+    if asked.all_temperatures:
+        prompts = [prompt for prompt in prompts for _ in TEMPERATURES]
     requests = [
         Request(str(number), "", "train", TEMPERATURES[number % len(TEMPERATURES)], prompt)
         for number, prompt in enumerate(prompts)
@@ -49,6 +54,8 @@ def main() -> None:
         "side by side": lambda: sum(map(len, transformers_engine(target, limits, asked.batch_tokens)(requests))),
         "bare": lambda: bare(target, prompts, asked.batch_tokens, asked.length),
     }
+    if asked.without_rounds:
+        del ways["rounds"]
     tokens, seconds = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
     for _ in range(asked.repeats):
         for name, generate in ways.items():
@@ -59,9 +66,8 @@ def main() -> None:
     mean = sum(map(len, prompts)) / len(prompts)
     print(f"{len(requests)} prompts of {mean:.0f} tokens, batches of {asked.batch_tokens} tokens")
     for name, rate in rates.items():
-        print(
-            f"{name:12s} {rate:6.0f} tokens/s, {rate / rates['rounds']:.2f} x rounds, {rate / rates['bare']:.2f} x bare"
-        )
+        ratios = (f"{rate / rates[other]:.2f} x {other}" for other in ("rounds", "bare") if other in rates)
+        print(f"{name:12s} {rate:6.0f} tokens/s, {', '.join(ratios)}")
 
 
 @torch.inference_mode()
@@ -71,7 +77,7 @@ def bare(target: torch.nn.Module, prompts: list[list[int]], batch_tokens: int, l
     width, steps = max(1, min(len(prompts), batch_tokens // (middle + length))), min(32, length)
     decoder = RaggedDecoder(target, middle + length)
     for step in range(steps):
-        decoder.forward([[1]] * width, [middle + step] * width, 1)
+        decoder.forward([[1]] * width, [middle + step * length // steps] * width, 1)
     return width * steps
 
 

@@ -8,10 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 # The source of random numbers for several rows: one for all (None: PyTorch's default), or one for each row. There, None
 # is for a row that needs no number.
 Random = torch.Generator | Sequence[torch.Generator | None] | None
+
+
+LARGE_VOCABULARY = 8192  # tokens from which on `draw` takes two steps, which is faster
+BLOCK = 256  # tokens that the first step takes together
 
 
 class Sampling(NamedTuple):
@@ -78,16 +83,27 @@ def draw(weights_BV: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Draw one token per row with probabilities proportional to its weights, shape (B,); never one of weight 0.
 
     The inverse of the cumulative distribution in float64 needs one random number per row, where torch.multinomial
-    draws V of them.
+    draws V of them. In a large vocabulary, a block of tokens is drawn first, by the sums of the blocks, and then one of
+    its tokens.
 
     >>> draw(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.1]]))
     tensor([1, 2])
     """
-    cumulative_BV = double(weights_BV).cumsum(-1)
-    total_B1 = cumulative_BV[:, -1:]
-    uniform_B1 = _uniform(len(weights_BV), weights_BV.device, generator)
+    if weights_BV.shape[1] < LARGE_VOCABULARY:
+        return _invert(weights_BV, generator)
+    blocks_BNT = F.pad(weights_BV, (0, -weights_BV.shape[1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block_B = _invert(blocks_BNT.sum(-1), generator)
+    rows_B = torch.arange(len(block_B), device=block_B.device)
+    return block_B * BLOCK + _invert(blocks_BNT[rows_B, block_B], generator)
+
+
+def _invert(weights_BN: torch.Tensor, generator: Random) -> torch.Tensor:
+    """Return the first entry of each row whose cumulative weight exceeds a random share of the total, shape (B,)."""
+    cumulative_BN = double(weights_BN).cumsum(-1)
+    total_B1 = cumulative_BN[:, -1:]
+    uniform_B1 = _uniform(len(weights_BN), weights_BN.device, generator)
     below_B1 = torch.minimum(uniform_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cumulative_BV, below_B1, right=True)[:, 0].to(weights_BV.device)
+    return torch.searchsorted(cumulative_BN, below_B1, right=True)[:, 0].to(weights_BN.device)
 
 
 ATTEMPTS = 4  # of `sample`, before it sorts
@@ -109,16 +125,20 @@ def sample(logits_BV: torch.Tensor, temperature_B: torch.Tensor, top_p: float = 
         temperature_B: the temperature of each row; 0 for the most likely token.
         top_p: as in `Sampling`.
     """
-    tokens_B = logits_BV.argmax(-1)
+    tokens_B = logits_BV.max(-1).indices  # `argmax` finds the same ones, three times as slowly on a CPU
     pending_B = temperature_B.nonzero()[:, 0]
     if not len(pending_B):
         return tokens_B
-    probs_BV = (logits_BV[pending_B].float() / temperature_B[pending_B, None]).softmax(-1)
+    probs_BV = logits_BV[pending_B].float().div_(temperature_B[pending_B, None]).softmax(-1)
     for _ in range(ATTEMPTS if top_p < 1 else 0):
         drawn_B = draw(probs_BV)
         tokens_B[pending_B] = drawn_B
-        likelier_BV = probs_BV > probs_BV.gather(1, drawn_B[:, None])
-        outside_B = (probs_BV * likelier_BV).sum(-1) >= top_p
+        # The tokens likelier than one of a probability above 1 - top_p cannot add up to top_p.
+        drawn_prob_B = probs_BV.gather(1, drawn_B[:, None])[:, 0]
+        unlikely_B = (drawn_prob_B <= 1 - top_p).nonzero()[:, 0]
+        unlikely_BV = probs_BV[unlikely_B]
+        likelier_BV = unlikely_BV > drawn_prob_B[unlikely_B, None]
+        outside_B = unlikely_B[(unlikely_BV * likelier_BV).sum(-1) >= top_p]
         pending_B, probs_BV = pending_B[outside_B], probs_BV[outside_B]
         if not len(pending_B):
             return tokens_B

@@ -7,7 +7,20 @@ import pytest
 import torch
 
 from drafter import warping
-from drafter.warping import LARGE, LIKELIEST, Sampling, check_sampling, double, draw, in_nucleus, sample, warp
+from drafter.warping import (
+    BLOCK,
+    LARGE,
+    LARGE_VOCABULARY,
+    LIKELIEST,
+    Sampling,
+    check_sampling,
+    double,
+    draw,
+    in_nucleus,
+    sample,
+    warp,
+)
+from tests.decoding.chi_square import FALSE_ALARM, p_value
 
 DRAFTER = Path(__file__).parent.parent / "drafter"
 # What may name float64: `double`, `_uniform`, the types of stored weights and the check of a loss, both on the CPU.
@@ -43,6 +56,18 @@ def test_draws_equal_those_of_a_cumulative_sum_in_float64():
     uniform = torch.rand(total.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected = torch.searchsorted(cumulative, uniform * total, right=True)[:, 0]
     assert torch.equal(draw(weights, torch.Generator().manual_seed(3)), expected)
+
+
+@pytest.mark.parametrize("vocabulary", [LARGE_VOCABULARY, LARGE_VOCABULARY + 1], ids=["whole blocks", "a part"])
+def test_draws_from_a_large_vocabulary_are_proportional_to_the_weights(vocabulary):
+    weights_V = 3.0 / torch.arange(1.0, vocabulary + 1)
+    weights_V[::2], weights_V[-1], weights_V[BLOCK : 3 * BLOCK] = 0.0, 0.5, 0.0
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([draw(weights_V.expand(500, -1), generator) for _ in range(60)])
+    counts = torch.bincount(drawn, minlength=vocabulary)
+    assert p_value(counts.numpy(), (weights_V.double() / weights_V.double().sum()).numpy()) > FALSE_ALARM
+    assert counts[weights_V == 0].sum() == 0
+    assert counts[-1] > 100
 
 
 def named(module):

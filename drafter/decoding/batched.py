@@ -104,13 +104,26 @@ class RaggedDecoder:
             self._store([row], single.cache, [0])
 
     def replace_rows(self, rows: list[int], sequences: list[list[int]]) -> None:
-        """Give rows to other sequences, and cache their tokens with one call. Equal sequences are computed once."""
+        """Give rows to other sequences, and cache their tokens.
+
+        The tokens that all sequences begin with, as the system message of chat prompts, are computed once, and so are
+        equal sequences.
+        """
         distinct = {tuple(ids): number for number, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
         width = max(map(len, distinct), default=0)
-        if width:
-            together = RaggedDecoder(self.model, width)
-            together.forward([[*ids, *[0] * (width - len(ids))] for ids in distinct], [0] * len(distinct), 1)
-            self._store(rows, together.cache, [distinct[tuple(ids)] for ids in sequences])
+        if not width:
+            return
+        # Where the first and the last in alphabetical order agree, all others do.
+        first, last = min(distinct), max(distinct)
+        shared = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        together = RaggedDecoder(self.model, width)
+        if shared:
+            together.forward([list(first[:shared])], [0], 1)
+            together.keep_rows([0] * len(distinct))
+        if shared < width:
+            rest = [[*ids[shared:], *[0] * (width - len(ids))] for ids in distinct]
+            together.forward(rest, [shared] * len(distinct), 1)
+        self._store(rows, together.cache, [distinct[tuple(ids)] for ids in sequences])
 
     def _store(self, rows: list[int], cache: Cache, sources: list[int]) -> None:
         """Copy the rows `sources` of another cache to the rows `rows` of this one."""
@@ -125,7 +138,7 @@ class RaggedDecoder:
                 stored[to, :, : states.shape[2]] = states[of]
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop all other rows."""
+        """Drop all other rows. A row that is given several times is copied."""
         kept = torch.tensor(rows, device=self.model.device)
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[kept], layer.values[kept]

@@ -133,7 +133,8 @@ def generate(
     with _inputs_of_head(model, latest) if states else nullcontext():
         while batch.active:
             logits_BV = batch.forward()
-            if not logits_BV.isfinite().all():
+            # A sum is not finite if a summand is not, and takes a tenth of the time.
+            if not logits_BV.sum(dtype=torch.float32).isfinite() and not logits_BV.isfinite().all():
                 raise ValueError(
                     f"the model's logits are not finite after {_longest(batch.active)} tokens: try "
                     f"target.dtype=float32, and check that its weights are complete"

@@ -57,6 +57,18 @@ def test_equal_prompts_are_read_once(target, monkeypatch):
     assert len(calls[1]) == 6
 
 
+def test_what_all_new_prompts_begin_with_is_read_once(target, monkeypatch):
+    asked = [[1, 2, 3, 4, 5], [1, 2, 3, 5, 4, 6, 1], [1, 2, 3, 7]]  # the last one's 7 is read with the first step
+    expected = [autoregressive_decode(target, one, DecodingOptions(20, stop_ids=STOPS)).tokens for one in asked]
+    calls = []
+    forward = side_by_side.RaggedDecoder.forward
+    monkeypatch.setattr(
+        side_by_side.RaggedDecoder, "forward", lambda self, ids, *rest: calls.append(ids) or forward(self, ids, *rest)
+    )
+    assert greedily(target, asked, 1000) == expected
+    assert calls[:2] == [[[1, 2, 3]], [[4, 0, 0], [5, 4, 6], [0, 0, 0]]]
+
+
 def test_sampled_tokens_have_the_warped_distribution(target):
     """Two temperatures in one batch. A chi-square above the 1e-6 quantile of its distribution fails."""
     prompt, count = [3, 1, 4], 8_000
