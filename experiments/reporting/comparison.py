@@ -187,8 +187,10 @@ def best_table(
         rows.append([*row, *(lead(difference(compared, best, base, setting)) for base in yardsticks)])
     gamma = settings[0].gamma
     note = "The best of several is chosen on these responses, which favours it a little. " + METHOD
-    varied = any(one.drafter.variant for one in compared if one.drafter.series in trained)
-    what = "drafter" if varied else "loss"  # with variants, the drafters differ in more than their loss
+    varied = any(one.drafter.variant or one.drafter.kinds for one in compared if one.drafter.series in trained)
+    what = (
+        "drafter" if varied else "loss"
+    )  # variants and kinds of instructions: the drafters differ in more than their loss
     columns = ["engine", "verification", f"best {what}", "τ", *(f"over {base}" for base in yardsticks)]
     return Table(f"compare_gamma_{gamma}_engines", f"Which {what} for which engine? γ = {gamma}", columns, rows, note)
 

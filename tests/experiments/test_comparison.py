@@ -130,10 +130,11 @@ def test_only_seeds_of_one_series_are_summed(tmp_path):
     ]  # fmt: skip
 
 
-def test_with_variants_the_best_is_a_drafter_and_no_loss():
-    tenth = compared("kld-responses_10", [5, 5, 5], [5, 5, 5])
-    tenth = tenth._replace(drafter=tenth.drafter._replace(loss="kld", variant="responses_10"))
-    *_, engines = comparison_tables([FOUND[0], tenth], [])
+@pytest.mark.parametrize("other", [{"variant": "responses_10"}, {"kinds": ["summary"]}])
+def test_with_other_data_the_best_is_a_drafter_and_no_loss(other):
+    changed = compared("kld-changed", [5, 5, 5], [5, 5, 5])
+    changed = changed._replace(drafter=changed.drafter._replace(loss="kld", **other))
+    *_, engines = comparison_tables([FOUND[0], changed], [])
     assert (engines.title, engines.columns[2]) == ("Which drafter for which engine? γ = 3", "best drafter")
 
 
