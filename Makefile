@@ -21,10 +21,11 @@ comma := ,
 GIVEN = $(filter-out file,$(foreach name,SCALE LOSSES SEEDS DRAFTER,$(origin $(name))))
 SMOLLM2_TARGET := runs/smollm2/target/origin.json
 DRAFTER ?= runs/$(SCALE)/finetune/$(word 1,$(subst $(comma), ,$(LOSSES)))-seed$(word 1,$(subst $(comma), ,$(SEEDS)))
+TABLES := tables table-models table-losses table-ood table-data table-transfer figure-checkpoints
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check prepare pretrain respond cache finetune evaluate gamma measure report tiny-target clean \
-  smollm2 smollm2_shipped plan dry-run test-serving test-models chat trim export tables table-models table-losses table-ood table-data table-transfer table-starts compare figure-checkpoints curves sync
+  smollm2 smollm2_shipped plan dry-run test-serving test-models chat trim export $(TABLES) table-starts compare curves sync
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -75,13 +76,17 @@ check: setup ## formatting, lint and types
 # with the hub's model, it is written first. Prompts are decoded side by side, and the token rate is that of the gamma report.
 DATA ?= assets
 SIDE_BY_SIDE := evaluate.batch_size=20
+MAKING_DATA := $(foreach stage,prepare respond,ranks.$(stage)=$(RANKS))
+define unpack
+if [ "$(DATA)" = assets ] && grep -q '"package"' $(SMOLLM2_TARGET) && ! [ -e runs/$(1)/data ]; then \
+	  mkdir -p runs/$(1)/unpacked && tar -xJf assets/$(1:_tables=)-data.tar.xz -C runs/$(1)/unpacked && mv runs/$(1)/unpacked/* runs/$(1)/; fi
+endef
 smollm2: ## a drafter for a published chat model, SmolLM2-135M-Instruct (92 minutes on two cores with DATA=own, else less; its plan comes first)
 smollm2_shipped: ## the same with four times the data (a night on two cores)
 smollm2 smollm2_shipped: setup $(SMOLLM2_TARGET)
-	if [ "$(DATA)" = assets ] && grep -q '"package"' $(SMOLLM2_TARGET) && ! [ -e runs/$@/data ]; then \
-	  mkdir -p runs/$@/unpacked && tar -xJf assets/$@-data.tar.xz -C runs/$@/unpacked && mv runs/$@/unpacked/* runs/$@/; fi
+	$(call unpack,$@)
 	$(RUN).plan scale=$@ losses=[kld] seeds=[1] hardware=cpu plan.gpus=1 $(ARGS)
-	$(RUN).pipeline scale=$@ losses=[kld] seeds=[1] $(SIDE_BY_SIDE) $(foreach stage,prepare respond,ranks.$(stage)=$(RANKS)) $(ARGS)
+	$(RUN).pipeline scale=$@ losses=[kld] seeds=[1] $(SIDE_BY_SIDE) $(MAKING_DATA) $(ARGS)
 	$(RUN).gamma scale=$@ gamma.compile=true gamma.decode=[3] $(filter $(SHARED) gamma.%,$(ARGS))
 	$(RUN).export export.drafter=runs/$@/finetune/kld-seed1 export.dtype=bfloat16 export.license=apache-2.0 \
 	  export.base_model=HuggingFaceTB/SmolLM2-135M-Instruct out=exports/$@
@@ -136,28 +141,27 @@ export: setup ## that drafter as FORMAT=hf|gguf|openvino, with a model card
 report: setup ## stage 5: tables, figures and the HTML report of whatever has been evaluated
 	$(RUN).tables scale=$(SCALE) $(ARGS)
 
-# The paper's comparisons, with three seeds, into results/SCALE. Each runs what it needs, and nothing twice.
-SUITE := $(RUN).pipeline scale=$(SCALE) publish=results/$(SCALE) \
-  $(if $(filter smollm2%,$(SCALE)),$(SIDE_BY_SIDE),ranks.evaluate=$(RANKS))
+# The paper's comparisons, with three seeds, into results/SCALE. Each runs what it needs, and nothing twice. On SmolLM2 they
+# take a day or more: the data of assets/ are used, and the plan comes first.
+SUITE := scale=$(SCALE) publish=results/$(SCALE)
 ALONG := along.losses=[kld,tvd,tvdpp] along.seeds=[1]
 TRANSFER := transfer$(if $(filter llama2,$(SCALE)),_paper)
-
-tables: setup ## every table and figure of the paper's questions
-	$(SUITE) losses=[] seeds=null experiments=[losses,data,$(TRANSFER)] $(ALONG) $(ARGS)
-
-table-models: setup ## architectures, parameters, c
-	$(SUITE) losses=[] $(ARGS)
-
-table-losses: setup ## which loss, in and out of the domain
-	$(SUITE) losses=[] seeds=null experiments=[losses] $(ARGS)
-
-table-ood: table-losses ## the same runs, which have the tasks out of the domain
-
-table-data: setup ## how much the training data matter
-	$(SUITE) losses=[tvdpp] seeds=[1,2,3] experiments=[data] $(ARGS)
-
-table-transfer: setup ## trained on one kind of instruction, tested on all tasks
-	$(SUITE) losses=[tvdpp] seeds=[1,2,3] experiments=[$(TRANSFER)] $(ARGS)
+tables: WHAT := losses=[] seeds=null experiments=[losses,data,$(TRANSFER)] $(ALONG) ## every table and figure of the paper's questions
+table-models: WHAT := losses=[] ## architectures, parameters, c
+table-losses: WHAT := losses=[] seeds=null experiments=[losses] ## which loss, in and out of the domain
+table-ood: WHAT := losses=[] seeds=null experiments=[losses] ## the same runs, which have the tasks out of the domain
+table-data: WHAT := losses=[tvdpp] seeds=[1,2,3] experiments=[data] ## how much the training data matter
+table-transfer: WHAT := losses=[tvdpp] seeds=[1,2,3] experiments=[$(TRANSFER)] ## trained on one kind of instruction, tested on all tasks
+figure-checkpoints: WHAT := losses=[kld,tvd,tvdpp] seeds=[1] $(ALONG) ## block efficiency along finetuning
+ifneq ($(filter smollm2%,$(SCALE)),)
+$(TABLES): setup $(SMOLLM2_TARGET)
+	$(call unpack,$(SCALE))
+	$(RUN).plan $(SUITE) $(WHAT) hardware=cpu plan.gpus=1 $(ARGS)
+	$(RUN).pipeline $(SUITE) $(WHAT) $(SIDE_BY_SIDE) $(MAKING_DATA) $(ARGS)
+else
+$(TABLES): setup
+	$(RUN).pipeline $(SUITE) $(WHAT) ranks.evaluate=$(RANKS) $(ARGS)
+endif
 
 table-starts: setup ## what each start is worth at equal compute
 	$(RUN).starts scale=$(SCALE) publish=results/$(SCALE) ranks.evaluate=$(RANKS) $(ARGS)
@@ -168,9 +172,6 @@ compare: setup ## which loss for which engine: expected tau by temperature and a
 	$(RANKED).respond scale=$(SCALE) distillation=judged $(filter $(SHARED) respond.%,$(ARGS))
 	$(RANKED).cache scale=$(SCALE) distillation=judged $(filter $(SHARED) cache.%,$(ARGS))
 	$(RANKED).compare scale=$(SCALE) publish=results/$(SCALE)/compare $(filter-out respond.% cache.%,$(ARGS))
-
-figure-checkpoints: setup ## block efficiency along finetuning
-	$(SUITE) losses=[kld,tvd,tvdpp] seeds=[1] $(ALONG) $(ARGS)
 
 curves: setup ## the finetunings' validation curves so far, finished or not
 	$(RUN).curves scale=$(SCALE) $(ARGS)

@@ -77,6 +77,7 @@ def main(cfg: DictConfig) -> None:
             conversations.append(decode_turns(work, task, decode_turn, lambda one: one.baseline.tokens))
             report(number, len(work.tasks))
     rows, counts, left_out = [], [], {}
+    greedy: list[bool] = []  # of each greedy decoding: is its text the target's own?
     for name in cfg.task:
         reached = [one for task, one in zip(work.tasks, conversations, strict=True) if task.name == name]
         turns = [turn for one in reached for turn in one.turns]
@@ -96,6 +97,12 @@ def main(cfg: DictConfig) -> None:
                 {"task": name, "gamma": gamma, "prompt": prompt, **values._asdict()}
                 for prompt, values in of_gamma.items()
             ]
+        greedy += [
+            decoding.tokens == one.baseline.tokens
+            for task, one in turns
+            if task.options.sampling.temperature == 0
+            for decoding in one.drafted.values()
+        ]
     page = gamma_page(
         rows,
         timings,
@@ -105,6 +112,7 @@ def main(cfg: DictConfig) -> None:
         cfg.gamma.acceptance_rule,
         ("beside a model" if models_of(drafter) else "alone") if without_model(drafter) else None,
         pair.alone is not pair.target,
+        (sum(greedy), len(greedy)),
     )
     write_jsonl(stage.directory / "gamma.jsonl", [row._asdict() for row in rows])
     write_jsonl(stage.directory / "counts.jsonl", counts)
@@ -116,6 +124,8 @@ def main(cfg: DictConfig) -> None:
             "widths": {str(tokens): width for tokens, width in pair.widths.items()},
             "v": [timings.verification(g) for g in range(1, largest + 1)],
             "stop_ids": stops,
+            "greedy_outputs": len(greedy),
+            "greedy_outputs_unlike_the_target": len(greedy) - sum(greedy),
             **({"turns_left_out": left_out} if work.continuations else {}),
         }
     )

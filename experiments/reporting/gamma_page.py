@@ -38,6 +38,7 @@ def gamma_page(
     rule: str = RATIO,
     without_model: str | None = None,
     plain_alone: bool = False,
+    greedy: tuple[int, int] = (0, 0),
 ) -> str:
     """Return the page in Markdown.
 
@@ -50,6 +51,7 @@ def gamma_page(
         rule: the acceptance rule above temperature 0, which the page names unless it is the paper's.
         without_model: whether drafts are proposed without a model, "alone" or "beside a model"; None if not.
         plain_alone: whether the target alone was not compiled, although the pair was.
+        greedy: how many greedy decodings gave the target's own text, and how many there were.
     """
     how = "both models compiled" if compiled else "no model compiled"
     call = "proposing the drafts of a block" if without_model == "alone" else "a drafter call"
@@ -66,6 +68,8 @@ def gamma_page(
         lines += [f"{BLOCKS[without_model]} γ is the most drafts of a block; cγ + v is the mean over blocks.", ""]
     if plain_alone:
         lines += ["The target alone decodes without compilation, which is faster for it; so does that call.", ""]
+    if greedy[1]:
+        lines += [f"Greedy text is the target's own in {greedy[0]} of {greedy[1]} decodings.", ""]
     if rule != RATIO:
         lines += [f"Above temperature 0, drafts are accepted by the rule `{rule}`.", ""]
     if widths:

@@ -1,5 +1,6 @@
 """The jobs of a pipeline: which stages run with which configs. Nothing is run here."""
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,7 +9,10 @@ from omegaconf import DictConfig
 
 from experiments.reporting.identity import STEPS
 from experiments.running.composing import cells, concerning, config_keys, configured, first_key, input_key, override
+from experiments.running.data_settings import by_name, has_docstrings
+from experiments.running.recipes import INSTRUCTIONS
 
+log = logging.getLogger(__name__)
 STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate", "tables")
 
 
@@ -43,7 +47,7 @@ def iterate_jobs(plan: DictConfig, others: list[str]) -> Iterator[Job]:
     starts = {tuple(override for override in cell if first_key(override) == "init") for cell in chosen}
     for start in sorted({(), *starts}):  # each start once, however many finetunings begin with it
         yield compose_job("pretrain", others, list(start))
-    finetunings = [compose_job("finetune", others, cell) for cell in chosen]
+    finetunings = without_references([compose_job("finetune", others, cell) for cell in chosen])
     distillations = [one.choice("distillation") for one in finetunings if not one.cfg.distillation.rounds]
     for name in dict.fromkeys(["target", *distillations]):  # each set once, however many finetunings read it
         yield compose_job("respond", others, [f"distillation={name}"])
@@ -75,6 +79,21 @@ def finetuning_overrides(plan: DictConfig) -> list[list[str]]:
             seeds = [f"seed={seed}" for seed in plan.seeds] if plan.seeds else list(set(cell) - set(ours))
             found += [cell for cell in ([*ours, seed] for seed in seeds) if cell not in found]
     return found
+
+
+def without_references(finetunings: list[Job]) -> list[Job]:
+    """Leave out the variants that train on reference answers where all instructions are self-written and have none."""
+    found = [job for job in finetunings if not (job.choice("variant") and lacks_references(job.cfg))]
+    if left_out := sorted({str(job.choice("variant")) for job in finetunings if job not in found}):
+        log.warning("variant=%s is left out: self-written instructions have no answers", ",".join(left_out))
+    return found
+
+
+def lacks_references(cfg: DictConfig) -> bool:
+    """Return whether a finetuning is on reference answers, and no source of instructions has any."""
+    if cfg.distillation.by != "reference" or has_docstrings(cfg):
+        return False
+    return len(by_name(cfg, INSTRUCTIONS)) == len(cfg.data.instructions)
 
 
 def compose_job(stage: str, others: list[str], overrides: list[str] | None = None) -> Job:

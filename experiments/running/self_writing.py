@@ -42,6 +42,12 @@ def write_sources(cfg: DictConfig) -> None:
 
 def claim_source(cfg: DictConfig, source: SelfSource) -> Stage:
     """Claim the directory of a source. Its identity is the target, the settings, the seed and how many are wanted."""
+    settings = source_settings(cfg, source)
+    return claim(cfg, SELF_WRITTEN, settings, target_inputs(cfg), source.directory, module="prepare")
+
+
+def source_settings(cfg: DictConfig, source: SelfSource) -> dict[str, Any]:
+    """Return the settings that determine what the target writes for a source."""
     settings = {
         **source.identity(),
         "part": source.part,
@@ -54,7 +60,7 @@ def claim_source(cfg: DictConfig, source: SelfSource) -> Stage:
     }
     for name in ("weight", "template"):  # they decide how rows are used, not what the target writes
         settings.pop(name, None)
-    return claim(cfg, SELF_WRITTEN, settings, target_inputs(cfg), source.directory, module="prepare")
+    return settings
 
 
 def write_source(cfg: DictConfig, source: SelfSource, stage: Stage) -> None:

