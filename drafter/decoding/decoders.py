@@ -210,19 +210,22 @@ def compiled_widths(gammas: Iterable[int]) -> dict[int, int]:
 def compiled_pair(
     target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gammas: Iterable[int]
 ) -> tuple[Padded, Padded]:
-    """Return both models compiled for sequences of `longest` tokens and these gammas, padded to few numbers of tokens.
+    """Return both models compiled for sequences of `longest` tokens and these gammas (see `compiled_model`)."""
+    widths = compiled_widths(gammas)
+    # A drafter reads two tokens after each block whose drafts were all accepted.
+    return compiled_model(target, longest, widths), compiled_model(drafter, longest, widths | {2: 2})
+
+
+def compiled_model(model: PreTrainedModel, longest: int, widths: Mapping[int, int]) -> Padded:
+    """Return a model compiled for sequences of `longest` tokens, whose calls are padded to few numbers of tokens.
 
     The calls of a block are compiled here, which takes minutes, and not while decoding is timed. Longer calls are not
     compiled: prompts, and what a drafter reads after blocks that it left to another one.
     """
-    widths = compiled_widths(gammas)
-    most, pair = max(widths), []
-    # A drafter reads two tokens after each block whose drafts were all accepted.
-    for model, padded in ((target, widths), (drafter, widths | {2: 2})):
-        compiled = Compiled(model, longest + most, most)
-        compiled.compile(sorted(set(padded.values())))
-        pair.append(Padded(compiled, padded))
-    return pair[0], pair[1]
+    most = max(widths)
+    compiled = Compiled(model, longest + most, most)
+    compiled.compile(sorted(set(widths.values())))
+    return Padded(compiled, widths)
 
 
 def aligned_starts(model: CachedModel, sequences: list[list[int]], cached: list[int]) -> list[int]:

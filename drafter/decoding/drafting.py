@@ -11,7 +11,15 @@ import torch
 from torch.nn.functional import one_hot
 from transformers import PreTrainedModel
 
-from drafter.decoding.decoders import CachedModel, Decodable, Padded, aligned_starts, compiled_pair
+from drafter.decoding.decoders import (
+    CachedModel,
+    Decodable,
+    Padded,
+    aligned_starts,
+    compiled_model,
+    compiled_pair,
+    compiled_widths,
+)
 from drafter.decoding.generation import Generation
 from drafter.decoding.ngrams import Lookup, NgramTable, TextDrafter
 from drafter.decoding.options import Adaptive, DecodingOptions
@@ -61,8 +69,10 @@ def with_models(drafter: Drafter, change: Callable[[Any], Any]) -> Drafter:
 def compiled_with(
     target: PreTrainedModel, drafter: Drafter, longest: int, gammas: Iterable[int]
 ) -> tuple[Padded, Drafter]:
-    """Return both models compiled (see `decoders.compiled_pair`). The drafter has a model."""
-    of_target, of_model = compiled_pair(target, models_of(drafter)[0], longest, gammas)
+    """Return both models compiled (see `decoders.compiled_pair`), or the target alone if the drafter has no model."""
+    if not (models := models_of(drafter)):
+        return compiled_model(target, longest, compiled_widths(gammas)), drafter
+    of_target, of_model = compiled_pair(target, models[0], longest, gammas)
     return of_target, with_models(drafter, lambda _: of_model)
 
 

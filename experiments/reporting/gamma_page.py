@@ -53,7 +53,7 @@ def gamma_page(
         plain_alone: whether the target alone was not compiled, although the pair was.
         greedy: how many greedy decodings gave the target's own text, and how many there were.
     """
-    how = "both models compiled" if compiled else "no model compiled"
+    how = f"{'the target' if without_model == 'alone' else 'both models'} compiled" if compiled else "no model compiled"
     call = "proposing the drafts of a block" if without_model == "alone" else "a drafter call"
     states = {"target": timings.target_replays, "drafter": timings.drafter_replays}
     lines = [

@@ -208,20 +208,16 @@ def check_layers(cfg: DictConfig, name: str) -> None:
 
 
 def check_compiles(cfg: DictConfig, section: str) -> None:
-    """Check that a command that is to compile both models, by its section of the config, has a drafter with a model.
+    """Check that a command that is to compile both models, by its section of the config, has two of them.
 
     Raises:
-        ValueError: the drafter has no model, or one that shares its layers with the target.
+        ValueError: the drafter's model shares its layers with the target.
     """
     chosen = cfg[section]
     if chosen.compile and exit_layer(model_of(chosen.drafter) or "") is not None:
         raise ValueError(
             f"{section}.compile is true, and {section}.drafter is {chosen.drafter}, whose layers are the target's: "
             f"give false"
-        )
-    if chosen.compile and model_of(chosen.drafter) is None:
-        raise ValueError(
-            f"{section}.compile is true, and {section}.drafter is {chosen.drafter}, without a model: give false"
         )
 
 

@@ -96,11 +96,11 @@ def compile_pair(
     largest: int,
     decode: Sequence[int] | None,
 ) -> Prepared:
-    """Compile both models. A compiled call has packed weights of its own.
+    """Compile the target, and the drafter's model if it has one. A compiled call has packed weights of its own.
 
     Args:
         target: the target.
-        drafter: a drafter with a model.
+        drafter: the drafter.
         prompt: the tokens that are cached when calls are timed.
         longest: the number of tokens of the longest sequence.
         largest: the largest γ.

@@ -8,7 +8,7 @@ from torch._inductor.utils import run_and_get_code
 
 from drafter.decoding.capabilities import decoder_of
 from drafter.decoding.decoders import Compiled, Decoder, Padded, compiled_pair
-from drafter.decoding.drafting import Combined
+from drafter.decoding.drafting import Combined, compiled_with
 from drafter.decoding.ngrams import Lookup
 from drafter.decoding.options import DecodingOptions
 from drafter.decoding.speculative import autoregressive_decode, speculative_decode
@@ -76,6 +76,17 @@ def test_a_compiled_pair_compiles_nothing_while_it_decodes():
         for gamma in (1, 3, 4):
             speculative_decode(pair[0], drafter, list(range(1, 13)), gamma, DecodingOptions(30))
     assert [short(one) for one in pair] == before == [{1, 5}, {1, 2, 5}]
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_drafter_without_a_model_has_a_compiled_target():
+    plain, prompt = small_model(1), [3, 4, 3, 4, 3]
+    target, drafter = compiled_with(plain, Lookup(), 60, [3])
+    assert isinstance(target.model, Compiled)
+    found = speculative_decode(target, drafter, prompt, 3, DecodingOptions(30))
+    assert found.tokens == autoregressive_decode(plain, prompt, DecodingOptions(30)).tokens
+    assert any(block.drafted for block in found.blocks)
+    assert drafter == Lookup()
 
 
 def test_only_short_calls_are_compiled(target, monkeypatch):

@@ -40,6 +40,12 @@ def test_the_page_names_the_rule_unless_it_is_the_papers():
     assert ["accepted by the rule `argmax`" in page for page in pages] == [False, True]
 
 
+def test_the_page_says_what_was_compiled():
+    timings = CallTimings(0.1, [1.0, 1.1])
+    assert "(the target compiled)" in gamma_page([], timings, "ngram", True, {}, without_model="alone")
+    assert "(both models compiled)" in gamma_page([], timings, "ngram+x", True, {}, without_model="beside a model")
+
+
 def test_the_page_counts_the_greedy_texts_that_are_the_targets_own():
     timings = CallTimings(0.1, [1.0, 1.1])
     page = gamma_page([], timings, "drafter", False, {}, greedy=(7, 8))
@@ -115,5 +121,3 @@ def test_the_report_of_a_drafter_without_a_model(world, tmp_path, capsys, name):
     assert counts["greedy_outputs_unlike_the_target"] == 0
     assert f"Greedy text is the target's own in {counts['greedy_outputs']} of {counts['greedy_outputs']}" in page
     assert folder.name == ("ngram" if name == "ngram" else "ngram2-4+drafter")
-    with pytest.raises(ValueError, match=r"gamma.drafter is ngram, without a model: give false"):
-        stage("gamma", [*overrides, "gamma.drafter=ngram", "gamma.compile=true", f"out={tmp_path}/out"])
