@@ -14,6 +14,7 @@ from experiments.reporting.engine_section import TITLE, engine_paragraphs, engin
 from experiments.reporting.measurement import (
     ContextRow,
     Measurement,
+    accuracy,
     against_rivals,
     outcome,
     verdict,
@@ -66,6 +67,7 @@ def sections(found: Measurement) -> list[Section]:
 def speedups(found: Measurement) -> Section:
     """Return the table of all drafters and γ."""
     columns = ["drafter", "γ", "τ", "block, in target calls", "MBSU", "predicted speed-up", "measured"]
+    columns.append("predicted / measured")
     cells = [
         [
             row.drafter,
@@ -75,6 +77,7 @@ def speedups(found: Measurement) -> Section:
             f"{row.memory_bound:.2f}",
             f"{row.predicted:.2f}",
             with_interval(row.measured),
+            "" if row.predicted_by_measured is None else f"{row.predicted_by_measured:.2f}",
         ]
         for row in found.rows
     ]
@@ -85,7 +88,7 @@ def speedups(found: Measurement) -> Section:
         "numbers of parameters and v = 1, as if only memory counted. The measured speed-up is the token rate relative "
         "to the target alone, decoded in turn with it. All of it is greedy."
     )
-    return Section("Speed-up", [text], Table("speedups", "Speed-up", columns, cells))
+    return Section("Speed-up", [text, accuracy(found.rows)], Table("speedups", "Speed-up", columns, cells))
 
 
 def tau_by_rule(found: Measurement) -> Section:
@@ -230,8 +233,14 @@ def write_page(folder: Path, found: Measurement) -> str:
     page = environment.get_template("measure.html.jinja").render(sections=parts)
     write_text(folder / "measure.md", markdown(parts))
     write_text(folder / "measure.html", page)
-    write_json(folder / "measure.json", {"verdict": verdict(found), **as_json(found)})
+    write_json(folder / "measure.json", json_of(found))
     return markdown(parts)
+
+
+def json_of(found: Measurement) -> dict[str, Any]:
+    """Return the fields of a measurement, with the verdict and each row's ratio of predicted to measured speed-up."""
+    rows = [{**as_json(row), "predicted_by_measured": row.predicted_by_measured} for row in found.rows]
+    return {"verdict": verdict(found), **as_json(found), "rows": rows}
 
 
 def inline(text: str) -> str:

@@ -29,6 +29,11 @@ class MeasuredRow(NamedTuple):
     predicted: float
     measured: Estimate | None
 
+    @property
+    def predicted_by_measured(self) -> float | None:
+        """Return the predicted speed-up divided by the measured one; None if this γ was not decoded."""
+        return self.predicted / self.measured.value if self.measured else None
+
 
 class Calls(NamedTuple):
     """The call timings of a pair.
@@ -191,6 +196,15 @@ def measured_speedup(row: MeasuredRow) -> float:
     """Return the measured speed-up of a row that was decoded."""
     assert row.measured is not None
     return row.measured.value
+
+
+def accuracy(rows: Sequence[MeasuredRow]) -> str:
+    """Return a sentence on how far the predictions are from what was measured, over all γ that were decoded."""
+    ratios = [ratio for row in rows if (ratio := row.predicted_by_measured) is not None]
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    if low == high:
+        return f"The predicted speed-up is {low} times the measured one."
+    return f"Predicted speed-ups are between {low} and {high} times the measured ones."
 
 
 def outcome(speedup: Estimate) -> str:

@@ -11,13 +11,14 @@ from drafter.decoding.timings import CallTimings
 from drafter.metrics import Estimate
 from experiments.exporting.engine_settings import add_settings, engine_settings
 from experiments.exporting.serving import serving
-from experiments.reporting.measure_page import as_json, inline, markdown, sections
+from experiments.reporting.measure_page import as_json, inline, json_of, markdown, sections
 from experiments.reporting.measurement import (
     BatchRow,
     Calls,
     ContextRow,
     MeasuredRow,
     Measurement,
+    accuracy,
     against_rivals,
     verdict,
     what_would_change,
@@ -115,6 +116,20 @@ def test_a_rival_is_faster_only_if_the_interval_of_the_difference_says_so():
     assert "faster than `kld` (+0.30 [+0.10, +0.50])" in against_rivals(measurement((0.8, 0.7, 0.9)))
     assert "no difference seen" in against_rivals(measurement((0.8, 0.7, 0.9), rival=Estimate(0.1, -0.1, 0.3)))
     assert against_rivals(measurement((0.8, 0.7, 0.9), rival=None)) is None
+
+
+def test_each_prediction_is_compared_with_what_was_measured():
+    found = measurement((1.3, 1.2, 1.4))
+    page = markdown(sections(found))
+    assert "| kld | 3 | 2.10 | 2.00 | 1.70 | 1.04 | 1.30 [1.20, 1.40] | 0.80 |" in page
+    assert "| ngram | 6 | 1.40 | 1.20 | 1.40 | 1.10 |  |  |" in page  # not decoded
+    # 1.05 / 0.5, 1.04 / 1.3 and 1.2 / 1.2.
+    assert "Predicted speed-ups are between 0.80 and 2.10 times the measured ones." in page
+    ratios = [row["predicted_by_measured"] for row in json_of(found)["rows"]]
+    assert ratios[:3] == pytest.approx([2.1, 0.8, 1.0])
+    assert ratios[3] is None
+    one = accuracy([row for row in found.rows if row.gamma == 5])
+    assert one == "The predicted speed-up is 1.00 times the measured one."
 
 
 SPEEDUPS = {"greedy": [1.0, 1.2, 1.1], "ratio": [1.0, 1.1, 1.3], "argmax": [1.2, 1.1, 0.9], "match": [1.0, 0.9, 0.8]}
