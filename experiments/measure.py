@@ -197,6 +197,11 @@ def check_settings(cfg: DictConfig) -> None:
     check_gammas(cfg, "measure")
     if not measure.batch_sizes or min(measure.batch_sizes) < 1:
         raise ValueError(f"measure.batch_sizes is {plain(measure.batch_sizes)}, must be numbers of at least 1")
+    if measure.compile and max(measure.batch_sizes) > 1:
+        raise ValueError(
+            f"measure.batch_sizes is {plain(measure.batch_sizes)} and measure.compile is true: only calls with one "
+            f"sequence are compiled, so that the sizes could not be compared; leave one of the two out"
+        )
     check_engine_settings(cfg)
     check_compiles(cfg, "measure")
     check_contexts(cfg)

@@ -177,6 +177,10 @@ def test_contexts_are_not_compiled_on_a_gpu(pair, monkeypatch):
         ("measure.decode=[5]", r"measure.decode is \[5\], must be null or some of 1 to measure.largest=4"),
         ("measure.decode=[]", r"measure.decode is \[\]"),
         ("measure.batch_sizes=[0]", r"measure.batch_sizes is \[0\]"),
+        (
+            ("measure.batch_sizes=[1,4]", "measure.compile=true"),
+            r"measure.batch_sizes is \[1, 4\] and measure.compile is true: only calls with one sequence are compiled",
+        ),
         ("measure.prompts=nowhere.jsonl", r"nowhere.jsonl"),
         ("measure.template='{answer}'", r"answer"),
         ("measure.max_new_tokens=60", r"prompt 0 has \d+ tokens; with max_new_tokens=60 it exceeds the context of 64"),
@@ -187,7 +191,7 @@ def test_contexts_are_not_compiled_on_a_gpu(pair, monkeypatch):
 def test_settings_that_cannot_be_measured_are_refused_before_a_model_is_loaded(pair, monkeypatch, given, message):
     monkeypatch.setattr("experiments.running.timed_pair.load_target", lambda source: pytest.fail("loaded"))
     with pytest.raises((ValueError, OSError, KeyError), match=message):
-        stage("measure", overrides(pair, given))
+        stage("measure", overrides(pair, *([given] if isinstance(given, str) else given)))
 
 
 def test_an_empty_file_of_prompts_is_refused(pair, tmp_path):
