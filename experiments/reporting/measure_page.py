@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,9 +207,20 @@ def settings(found: Measurement) -> Section:
         {} if found.export is None else {"Engines compare what differs here, so export the drafter first": found.export}
     )
     code |= {one.engine: one.lines for one in found.engines}
-    if found.schedule:
-        code["vLLM, γ by batch size, for --speculative-config"] = found.schedule
-    return Section("Settings", lines, table, code)
+    return Section("Settings", lines, table, code | by_batch_size(found))
+
+
+def by_batch_size(found: Measurement) -> dict[str, str]:
+    """Return the options of engines with the best γ by batch size by title, where several sizes were timed."""
+    options = {}
+    if found.speculative_config:
+        text = json.dumps(found.speculative_config, ensure_ascii=False)
+        options["vLLM, γ by batch size"] = shlex.join(["--speculative-config", text])
+    smallest = min(found.batches, key=lambda row: row.batch_size, default=None)
+    if smallest and smallest.gamma and any(one.engine.startswith("llama.cpp") for one in found.engines):
+        title = f"llama.cpp, one γ for all batch sizes: the best one at {smallest.batch_size}"
+        options[title] = f"--spec-draft-n-max {smallest.gamma}"
+    return options
 
 
 def markdown(parts: Sequence[Section]) -> str:

@@ -1,7 +1,7 @@
 """The results of measuring a pair, and the sentences that follow from them: whether it pays, and what would."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from drafter.metrics import Estimate
 from experiments.reporting.engine_section import EngineFigures
@@ -141,7 +141,8 @@ class Measurement(NamedTuple):
         engines: how engines serve it.
         differs: whether the two models differ in what engines compare, and an export adjusts.
         export: the command of that export, if it is needed.
-        schedule: the best γ by batch size as a setting of vLLM, if several sizes were timed.
+        schedule: the best γ by batch size as vLLM lists them, if several sizes were timed.
+        speculative_config: vLLM's `--speculative-config` with that list, if a γ pays and vLLM has such a drafter.
         engine: what the counters of an engine that serves the pair say, if one was asked.
     """
 
@@ -168,6 +169,7 @@ class Measurement(NamedTuple):
     hardware: str | None = None
     engines: Sequence[EngineSetting] = ()
     schedule: str | None = None
+    speculative_config: Mapping[str, Any] | None = None
     differs: bool = False
     export: str | None = None
     engine: EngineFigures | None = None

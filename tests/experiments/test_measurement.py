@@ -1,5 +1,7 @@
 """What follows from a measurement: predictions, what would have to change, the verdict, the settings of engines."""
 
+import json
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,11 +164,46 @@ def test_a_faster_prompt_lookup_and_an_export_are_among_the_settings():
     assert found.export.startswith("python -m experiments.export export.drafter=runs/kld")
     assert "exports/kld-hf" in next(one.lines for one in found.engines if one.engine == "vLLM")
     assert found.schedule == "[[1, 4096, 4]]"
+    assert found.speculative_config["model"] == "exports/kld-hf"
     slower = add_settings(measurement((0.8, 0.7, 0.9), rival=Estimate(0.1, -0.1, 0.3)), speedups)
     assert "vLLM, ngram" not in [one.engine for one in slower.engines]
     page = markdown(sections(found))
     for text in ("export the drafter first", "γ by batch size", "serve the target without this drafter"):
         assert text in page
+
+
+def test_the_gammas_by_batch_size_are_complete_options_of_engines():
+    batches = [BatchRow(2, 0.3, 3, 1.3), BatchRow(8, 0.3, 5, 1.4), BatchRow(64, 0.3, 0, 0.9)]
+    speedups = {"kld": SPEEDUPS, "ngram": SPEEDUPS}
+    found = add_settings(measurement((1.3, 1.2, 1.4), batches=batches), speedups)
+    assert found.speculative_config == {
+        "model": "runs/kld",
+        "num_speculative_tokens": 5,  # vLLM drafts no more than this for any batch size
+        "method": "draft_model",
+        "draft_sample_method": "probabilistic",
+        "num_speculative_tokens_per_batch_size": [[1, 7, 3], [8, 63, 5], [64, 4096, 0]],
+    }
+    code = sections(found)[-1].code
+    option, value = shlex.split(code["vLLM, γ by batch size"])
+    assert (option, json.loads(value)) == ("--speculative-config", found.speculative_config)
+    assert code["llama.cpp, one γ for all batch sizes: the best one at 2"] == "--spec-draft-n-max 3"
+    assert json_of(found)["speculative_config"] == found.speculative_config
+
+
+def test_no_option_is_printed_where_no_gamma_pays_or_no_engine_has_such_a_drafter():
+    speedups = {"kld": SPEEDUPS, "ngram": SPEEDUPS, "layers2": SPEEDUPS}
+    never = measurement((0.8, 0.7, 0.9), batches=[BatchRow(1, 0.3, 0, 0.9), BatchRow(8, 0.3, 0, 0.8)])
+    pays = [BatchRow(1, 0.3, 2, 1.1)]
+    lookup = {"drafter": "ngram", "label": "ngram", "has_model": False, "rival": None}
+    for given, method in (
+        (never, None),
+        (measurement((1.3, 1.2, 1.4), drafter="layers2", rival=None, batches=pays), None),
+        (measurement((1.3, 1.2, 1.4), **lookup, batches=pays), "ngram"),
+    ):
+        found = add_settings(given, speedups)
+        assert (found.speculative_config or {}).get("method") == method
+        assert ("vLLM, γ by batch size" in sections(found)[-1].code) == (method is not None)
+        assert not [title for title in sections(found)[-1].code if "one γ for all" in title]
 
 
 def test_the_best_gamma_of_a_context_is_none_where_no_gamma_pays():
