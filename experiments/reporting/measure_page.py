@@ -76,7 +76,7 @@ def speedups(found: Measurement) -> Section:
             f"{row.block_efficiency:.2f}",
             f"{row.cost:.2f}",
             f"{row.memory_bound:.2f}",
-            f"{row.predicted:.2f}",
+            with_interval(row.predicted),
             with_interval(row.measured),
             "" if row.predicted_by_measured is None else f"{row.predicted_by_measured:.2f}",
         ]
@@ -85,9 +85,10 @@ def speedups(found: Measurement) -> Section:
     text = (
         "τ is the number of tokens per target call, as it follows from what the target generates alone. A block costs "
         "cγ + v(γ) target calls with one token; where drafts are proposed without a model, it is the mean over blocks. "
-        "The predicted speed-up follows from the two and the time in which prompts are read. MBSU takes c from the "
-        "numbers of parameters and v = 1, as if only memory counted. The measured speed-up is the token rate relative "
-        "to the target alone, decoded in turn with it. All of it is greedy."
+        "The predicted speed-up follows from the two and the time in which prompts are read; its interval leaves out "
+        "what the times of calls may vary by. MBSU takes c from the numbers of parameters and v = 1, as if only memory "
+        "counted. The measured speed-up is the token rate relative to the target alone, decoded in turn with it. All "
+        "of it is greedy."
     )
     return Section("Speed-up", [text, accuracy(found.rows)], Table("speedups", "Speed-up", columns, cells))
 

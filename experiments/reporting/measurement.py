@@ -26,13 +26,13 @@ class MeasuredRow(NamedTuple):
     block_efficiency: float
     cost: float
     memory_bound: float
-    predicted: float
+    predicted: Estimate
     measured: Estimate | None
 
     @property
     def predicted_by_measured(self) -> float | None:
         """Return the predicted speed-up divided by the measured one; None if this γ was not decoded."""
-        return self.predicted / self.measured.value if self.measured else None
+        return self.predicted.value / self.measured.value if self.measured else None
 
 
 class Calls(NamedTuple):

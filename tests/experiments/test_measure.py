@@ -66,8 +66,9 @@ def test_without_more_only_two_gammas_of_each_drafter_are_decoded_and_one_direct
     rows = json.loads((folder / "measure.json").read_text())["rows"]
     for name in ("drafter", "ngram", "ngram+drafter"):
         of_name = [row for row in rows if row["drafter"] == name]
-        best = sorted(row["predicted"] for row in of_name)[-2:]
-        assert sorted(row["predicted"] for row in of_name if row["measured"]) == best
+        best = sorted(row["predicted"]["value"] for row in of_name)[-2:]
+        assert sorted(row["predicted"]["value"] for row in of_name if row["measured"]) == best
+        assert all(row["predicted"]["low"] <= row["predicted"]["value"] <= row["predicted"]["high"] for row in of_name)
     before, page = snapshot(folder), capsys.readouterr().out
     stage("measure", given)
     assert snapshot(folder) == before

@@ -27,6 +27,8 @@ from experiments.reporting.measurement import (
 )
 from experiments.running.contexts import context_seconds
 from experiments.running.measuring import Conditions, Prediction, choose_gammas, find_requirement
+from experiments.running.predictions import ExpectedCounts
+from experiments.running.summarising import predicted_speedups
 
 LONG = Conditions(1e9, 0.05)  # answers so long that the first block does not count
 
@@ -66,12 +68,28 @@ def test_reading_prompts_brings_a_speed_up_nearer_to_one():
     assert alone.speedup(1.2, 1.6) < with_reading.speedup(1.2, 1.6) < 1
 
 
+def test_the_interval_of_a_prediction_is_over_prompts():
+    conditions = Conditions(0, 0.01, 0.2, 0.05)  # the lengths are those of the answers
+    tokens_N, blocks_NG = np.array([20, 40, 30]), np.array([[10.0, 8.0], [20.0, 10.0], [15.0, 12.0]])
+    expected = ExpectedCounts(tokens_N, blocks_NG, blocks_NG * [1.2, 1.5])
+    same, differs = predicted_speedups(expected, conditions)
+    for gamma, found in enumerate((same, differs)):
+        ((efficiency, cost),) = expected.ratios()[gamma : gamma + 1]
+        assert found.value == pytest.approx(conditions._replace(tokens=30).speedup(efficiency, cost))
+    # The bounds are those of one prompt drawn three times: 1 of 27 draws, which is more than the 2.5% beyond a bound.
+    lengths_and_blocks = zip(tokens_N.tolist(), blocks_NG[:, 1], strict=True)
+    alone = [conditions._replace(tokens=tokens).speedup(tokens / blocks, 1.5) for tokens, blocks in lengths_and_blocks]
+    assert (differs.low, differs.high) == pytest.approx((min(alone), max(alone)))
+    one = ExpectedCounts(tokens_N[:1], blocks_NG[:1], blocks_NG[:1])
+    assert all(found.low == found.value == found.high for found in predicted_speedups(one, conditions))
+
+
 def measurement(speedup, **fields):
     rows = [
-        MeasuredRow("kld", 2, 1.8, 1.7, 1.6, 1.05, Estimate(0.5, 0.4, 0.6)),
-        MeasuredRow("kld", 3, 2.1, 2.0, 1.7, 1.04, Estimate(*speedup)),
-        MeasuredRow("ngram", 5, 1.4, 1.1, 1.4, 1.2, Estimate(1.2, 1.1, 1.3)),
-        MeasuredRow("ngram", 6, 1.4, 1.2, 1.4, 1.1, None),
+        MeasuredRow("kld", 2, 1.8, 1.7, 1.6, Estimate(1.05, 1.0, 1.1), Estimate(0.5, 0.4, 0.6)),
+        MeasuredRow("kld", 3, 2.1, 2.0, 1.7, Estimate(1.04, 0.9, 1.2), Estimate(*speedup)),
+        MeasuredRow("ngram", 5, 1.4, 1.1, 1.4, Estimate(1.2, 1.1, 1.3), Estimate(1.2, 1.1, 1.3)),
+        MeasuredRow("ngram", 6, 1.4, 1.2, 1.4, Estimate(1.1, 1.0, 1.2), None),
     ]
     known = {
         "target": "org/chat", "drafter": "runs/kld", "label": "kld", "has_model": True,
@@ -123,8 +141,8 @@ def test_a_rival_is_faster_only_if_the_interval_of_the_difference_says_so():
 def test_each_prediction_is_compared_with_what_was_measured():
     found = measurement((1.3, 1.2, 1.4))
     page = markdown(sections(found))
-    assert "| kld | 3 | 2.10 | 2.00 | 1.70 | 1.04 | 1.30 [1.20, 1.40] | 0.80 |" in page
-    assert "| ngram | 6 | 1.40 | 1.20 | 1.40 | 1.10 |  |  |" in page  # not decoded
+    assert "| kld | 3 | 2.10 | 2.00 | 1.70 | 1.04 [0.90, 1.20] | 1.30 [1.20, 1.40] | 0.80 |" in page
+    assert "| ngram | 6 | 1.40 | 1.20 | 1.40 | 1.10 [1.00, 1.20] |  |  |" in page  # not decoded
     # 1.05 / 0.5, 1.04 / 1.3 and 1.2 / 1.2.
     assert "Predicted speed-ups are between 0.80 and 2.10 times the measured ones." in page
     ratios = [row["predicted_by_measured"] for row in json_of(found)["rows"]]
