@@ -77,9 +77,9 @@ def main(cfg: DictConfig) -> None:
     served = ask_servers(servers, ready.tasks[GREEDY]) if servers else []
     log.info("measure: loading the models and timing their calls; the page will be in %s", directory)
     tasks, seed, largest = ready.tasks, cfg.seed, measure.largest
-    pair = load_and_time(cfg, ready.names, tasks[GREEDY])
     drafted = len(measure.decode or range(min(SEVERAL, largest))) * len(ready.names)
     count, decodings, contexts = len(ready.prompts), ALONE + drafted, measure.contexts or []
+    pair = load_and_time(cfg, ready.names, tasks[GREEDY], decodings)
     seconds = expected_seconds(pair, count, decodings, measure.batch_sizes)
     seconds += context_seconds(pair, tasks[GREEDY], contexts)
     log.info(

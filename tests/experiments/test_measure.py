@@ -1,6 +1,7 @@
 """A pair is measured without prepared data: what is found is right, and what cannot be measured is refused at once."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,20 @@ def test_the_roofline_is_refused_without_contexts_and_for_states(pair, tmp_path,
     given = overrides(pair, f"target.path={tmp_path}/lfm2", "measure.drafter=ngram", "measure.contexts=[20]")
     with pytest.raises(ValueError, match="lfm2 has states, while the roofline is that of attention"):
         stage("measure", [*given, "hardware=cpu"])
+
+
+def test_the_time_is_said_roughly_before_any_call_is_timed(pair, tmp_path, monkeypatch):
+    lines = []
+
+    def stops(*arguments):
+        raise RuntimeError("timing begins")
+
+    monkeypatch.setattr("experiments.running.timed_pair.log.info", lambda text, *given: lines.append(text % given))
+    monkeypatch.setattr("experiments.running.timed_pair.prepare_pair", stops)
+    with pytest.raises(RuntimeError, match="timing begins"):
+        stage("measure", overrides(pair, f"out={tmp_path}/out"))
+    (line,) = lines
+    assert re.fullmatch(r"measure: roughly [\d.]+ (s|min|h) in all, by the first calls .*", line)
 
 
 def test_contexts_are_not_compiled_on_a_gpu(pair, monkeypatch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafter.decoding.timings import CallTimings
@@ -29,6 +30,7 @@ from experiments.running.contexts import context_seconds
 from experiments.running.measuring import Conditions, Prediction, choose_gammas, find_requirement
 from experiments.running.predictions import ExpectedCounts
 from experiments.running.summarising import predicted_speedups
+from experiments.running.timed_pair import expected_seconds, rough_seconds
 
 LONG = Conditions(1e9, 0.05)  # answers so long that the first block does not count
 
@@ -242,6 +244,25 @@ def test_the_time_that_contexts_take_grows_faster_than_they_do():
     # A token of the prompt takes a second, and 17 rounds of calls take 2.3 seconds each, without attention.
     assert one > 100 + 17 * 2.3
     assert two - 17 * 2.3 > 2 * (one - 17 * 2.3)
+
+
+def test_the_expected_seconds_are_those_of_all_decodings_and_timed_calls():
+    timings, conditions = {"d": CallTimings(0.1, [1.0, 1.2])}, {"d": Conditions(8, 1.0, 2.0, 0.5)}
+    pair = SimpleNamespace(timings=timings, conditions=conditions)
+    # A decoding reads for 2.5 seconds and generates for 8; each of 17 rounds has a draft and calls with 1 and 2 tokens.
+    assert expected_seconds(pair, 3, 4, [1]) == pytest.approx(3 * 4 * 10.5)
+    assert expected_seconds(pair, 3, 4, [1, 2, 3]) == pytest.approx(3 * 4 * 10.5 + 17 * 2.3 * (2 + 3))
+
+
+def test_the_rough_seconds_follow_from_the_first_calls():
+    tasks = [SimpleNamespace(prompt=[1] * 10), SimpleNamespace(prompt=[1] * 30)]
+    given = {"batch_sizes": [1, 4], "contexts": [100], "pad": True, "largest": 3, "max_new_tokens": 20}
+    settings = OmegaConf.create(given)
+    # 5 decodings of 40 read and 2 * 20 generated tokens. Calls are timed, for padding too, with 4 rows and 100 tokens.
+    expected = 5 * (40 * 0.01 + 40 * 0.1) + 17 * 4 * 0.1 * (1 + 1 + 4 + 1) + 100 * 0.01
+    assert rough_seconds(0.1, 0.01, tasks, 5, settings) == pytest.approx(expected)
+    settings.batch_sizes, settings.contexts, settings.pad = [1], None, False
+    assert rough_seconds(0.1, 0.01, tasks, 5, settings) == pytest.approx(22 + 17 * 4 * 0.1)
 
 
 def test_the_page_says_that_rounding_made_texts_differ():
