@@ -6,7 +6,7 @@ bonus token of each block, so it lies between 1 (no draft accepted) and gamma + 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:  # the tables read counts on machines without torch
     from drafter.decoding.acceptance import Block
     from drafter.decoding.speculative import Decoded
+
+Ratio = Callable[[np.ndarray], np.ndarray]  # of sums of fields, the last axis, such as those of Counts
 
 
 class Counts(NamedTuple):
@@ -228,16 +230,15 @@ def by_prompt(prompts: Iterable[str], counts: Iterable[Counts]) -> dict[str, np.
     return {" ".join(sorted(members[conversation])): total for conversation, total in sums.items()}
 
 
-def estimate(rows: dict[str, np.ndarray], ratio: str, resamples: int = 2000) -> Estimate:
-    """Return one of RATIOS over all prompts, with its bootstrap 95% interval.
+def estimate(rows: dict[str, np.ndarray], ratio: str | Ratio, resamples: int = 2000) -> Estimate:
+    """Return one of RATIOS, or a function of sums of other fields, over all prompts, with its bootstrap 95% interval.
 
     >>> rows = {name: np.array(Counts(tokens, 2, 0, 0, 1.0, 2, 1.0)) for name, tokens in (("a", 4), ("b", 6))}
     >>> estimate(rows, "block_efficiency")
     Estimate(value=2.5, low=2.0, high=3.0)
     """
-    matrix = np.stack(list(rows.values()))
-    draws = RATIOS[ratio](_resampled_sums(matrix[None], resamples)[0])
-    return _with_interval(float(RATIOS[ratio](matrix.sum(0))), draws)
+    matrix, function = np.stack(list(rows.values())), RATIOS[ratio] if isinstance(ratio, str) else ratio
+    return _with_interval(float(function(matrix.sum(0))), function(_resampled_sums(matrix[None], resamples)[0]))
 
 
 def paired_difference(

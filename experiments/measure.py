@@ -77,9 +77,9 @@ def main(cfg: DictConfig) -> None:
     served = ask_servers(servers, ready.tasks[GREEDY]) if servers else []
     log.info("measure: loading the models and timing their calls; the page will be in %s", directory)
     tasks, seed, largest = ready.tasks, cfg.seed, measure.largest
-    pair = load_and_time(cfg, ready.names, tasks[GREEDY])
     drafted = len(measure.decode or range(min(SEVERAL, largest))) * len(ready.names)
     count, decodings, contexts = len(ready.prompts), ALONE + drafted, measure.contexts or []
+    pair = load_and_time(cfg, ready.names, tasks[GREEDY], decodings)
     seconds = expected_seconds(pair, count, decodings, measure.batch_sizes)
     seconds += context_seconds(pair, tasks[GREEDY], contexts)
     log.info(
@@ -197,6 +197,11 @@ def check_settings(cfg: DictConfig) -> None:
     check_gammas(cfg, "measure")
     if not measure.batch_sizes or min(measure.batch_sizes) < 1:
         raise ValueError(f"measure.batch_sizes is {plain(measure.batch_sizes)}, must be numbers of at least 1")
+    if measure.compile and max(measure.batch_sizes) > 1:
+        raise ValueError(
+            f"measure.batch_sizes is {plain(measure.batch_sizes)} and measure.compile is true: only calls with one "
+            f"sequence are compiled, so that the sizes could not be compared; leave one of the two out"
+        )
     check_engine_settings(cfg)
     check_compiles(cfg, "measure")
     check_contexts(cfg)

@@ -105,7 +105,8 @@ def read_rows(
     """Stream the rows of local files (see `find_files`), or of a split of a hub dataset.
 
     Raises:
-        FileNotFoundError: the path looks like local files, and there is none.
+        FileNotFoundError: the path looks like local files, and there is none; or it is the name of a dataset that the
+            hub does not have, or the hub cannot be reached.
         ValueError: a file has an unknown format or, during iteration, a row cannot be read.
     """
     return (row.fields for row in located_rows(path, split, name, revision))
@@ -117,7 +118,13 @@ def located_rows(path: str, split: str, name: str | None, revision: str | None) 
         return chain.from_iterable(map(read_file, find_files(path)))
     import datasets  # takes four seconds to import, and is needed only here
 
-    rows = datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
+    try:
+        rows = datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
+    except OSError as problem:
+        raise FileNotFoundError(
+            f"'{path}' is no file or folder here, and no dataset that the hub has (or the hub cannot be reached): give "
+            f"a file such as prompts.jsonl, a folder, or the name of a dataset"
+        ) from problem
     return (LocatedRow(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 

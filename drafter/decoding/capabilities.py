@@ -92,7 +92,7 @@ def check_decodes(model: Any) -> None:
         right = [make for make, error in errors.items() if error <= min(1.0, max(1.25 * smallest, 0.1))]
         _DECODERS[model] = right[0] if right else None
     if _DECODERS[model] is None:
-        raise ValueError(_refusal(type(model).__name__)) from problem
+        raise ValueError(_refusal(type(model).__name__, model.config)) from problem
 
 
 def _candidates(model: Any) -> list[MakeDecoder]:
@@ -124,7 +124,7 @@ def check_can_decode(config: Any) -> None:
         except UNSUPPORTED:
             decodes = True  # perhaps a custom architecture: check_decodes tries it once its weights are loaded
     if not decodes or text_config.model_type in STATES_ELSEWHERE:
-        raise ValueError(_refusal(kind.__name__ if kind else config.model_type))
+        raise ValueError(_refusal(kind.__name__ if kind else config.model_type, config))
 
 
 def check_side_by_side(model: PreTrainedModel, capacity: int) -> None:
@@ -152,11 +152,13 @@ def check_side_by_side(model: PreTrainedModel, capacity: int) -> None:
         )
 
 
-def _refusal(architecture: str) -> str:
+def _refusal(architecture: str, config: Any) -> str:
+    path = getattr(config, "name_or_path", "")  # says whether it is the target or the drafter, if it was loaded
+    model = f"{path}: {architecture}" if path else architecture
     return (
-        f"{architecture} cannot be decoded with: it has no cache that can discard a rejected draft, and no states in "
+        f"{model} cannot be decoded with: it has no cache that can discard a rejected draft, and no states in "
         f"transformers' cache that can be put back. As a target it allows respond, cache, finetuning and validation's "
-        f"expected block efficiency, but no evaluate, gamma, trim and chat"
+        f"expected block efficiency, but no evaluate, gamma, measure, trim and chat"
     )
 
 

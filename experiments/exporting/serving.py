@@ -6,6 +6,7 @@ docs/SERVING.md has the sources.
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 
 def followed_rule(engine: str, rule: str = "ratio") -> str | None:
@@ -57,9 +58,7 @@ def serving(
             f'print(pipe.generate("…", max_new_tokens=256, do_sample=False, num_assistant_tokens={gamma}))',
         ]
         return {"OpenVINO GenAI, greedy (the target exported by optimum-cli)": "\n".join(lines)}
-    speculative = {"model": drafter, "num_speculative_tokens": gamma, "method": "draft_model"}
-    if rule == "ratio":
-        speculative["draft_sample_method"] = "probabilistic"
+    speculative = vllm_speculation(drafter, gamma, rule)
     sglang = (
         f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm STANDALONE "
         f"--speculative-draft-model-path {shlex.quote(drafter)} --speculative-num-steps {gamma} "
@@ -91,8 +90,7 @@ def serving_ngrams(target: str, smallest: int, largest: int, gamma: int) -> dict
 
     Each accepts such drafts with the target's probability of them, which is the same by every acceptance rule.
     """
-    fields = {"prompt_lookup_max": largest, "prompt_lookup_min": smallest}
-    speculative = {"method": "ngram", "num_speculative_tokens": gamma, **fields}
+    speculative = vllm_lookup(smallest, largest, gamma)
     chat = f"python -m experiments.chat target.path={shlex.quote(target)} chat.drafter=ngram{smallest}-{largest}"
     arguments = f"prompt_lookup_num_tokens={gamma}, max_matching_ngram_size={largest}"
     return {
@@ -100,3 +98,15 @@ def serving_ngrams(target: str, smallest: int, largest: int, gamma: int) -> dict
         "transformers": f"target.generate(**inputs, {arguments})",
         "this project": f"{chat} chat.num_speculative_tokens={gamma}",
     }
+
+
+def vllm_speculation(drafter: str, gamma: int, rule: str) -> dict[str, Any]:
+    """Return what vLLM's `--speculative-config` has for a draft model (see `serving`)."""
+    fields = {"model": drafter, "num_speculative_tokens": gamma, "method": "draft_model"}
+    return {**fields, "draft_sample_method": "probabilistic"} if rule == "ratio" else fields
+
+
+def vllm_lookup(smallest: int, largest: int, gamma: int) -> dict[str, Any]:
+    """Return what vLLM's `--speculative-config` has for its own prompt lookup (see `serving_ngrams`)."""
+    fields = {"prompt_lookup_max": largest, "prompt_lookup_min": smallest}
+    return {"method": "ngram", "num_speculative_tokens": gamma, **fields}

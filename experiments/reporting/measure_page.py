@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from experiments.reporting.engine_section import TITLE, engine_paragraphs, engin
 from experiments.reporting.measurement import (
     ContextRow,
     Measurement,
+    accuracy,
     against_rivals,
     outcome,
     verdict,
@@ -66,6 +68,7 @@ def sections(found: Measurement) -> list[Section]:
 def speedups(found: Measurement) -> Section:
     """Return the table of all drafters and γ."""
     columns = ["drafter", "γ", "τ", "block, in target calls", "MBSU", "predicted speed-up", "measured"]
+    columns.append("predicted / measured")
     cells = [
         [
             row.drafter,
@@ -73,19 +76,21 @@ def speedups(found: Measurement) -> Section:
             f"{row.block_efficiency:.2f}",
             f"{row.cost:.2f}",
             f"{row.memory_bound:.2f}",
-            f"{row.predicted:.2f}",
+            with_interval(row.predicted),
             with_interval(row.measured),
+            "" if row.predicted_by_measured is None else f"{row.predicted_by_measured:.2f}",
         ]
         for row in found.rows
     ]
     text = (
         "τ is the number of tokens per target call, as it follows from what the target generates alone. A block costs "
         "cγ + v(γ) target calls with one token; where drafts are proposed without a model, it is the mean over blocks. "
-        "The predicted speed-up follows from the two and the time in which prompts are read. MBSU takes c from the "
-        "numbers of parameters and v = 1, as if only memory counted. The measured speed-up is the token rate relative "
-        "to the target alone, decoded in turn with it. All of it is greedy."
+        "The predicted speed-up follows from the two and the time in which prompts are read; its interval leaves out "
+        "what the times of calls may vary by. MBSU takes c from the numbers of parameters and v = 1, as if only memory "
+        "counted. The measured speed-up is the token rate relative to the target alone, decoded in turn with it. All "
+        "of it is greedy."
     )
-    return Section("Speed-up", [text], Table("speedups", "Speed-up", columns, cells))
+    return Section("Speed-up", [text, accuracy(found.rows)], Table("speedups", "Speed-up", columns, cells))
 
 
 def tau_by_rule(found: Measurement) -> Section:
@@ -203,9 +208,20 @@ def settings(found: Measurement) -> Section:
         {} if found.export is None else {"Engines compare what differs here, so export the drafter first": found.export}
     )
     code |= {one.engine: one.lines for one in found.engines}
-    if found.schedule:
-        code["vLLM, γ by batch size, for --speculative-config"] = found.schedule
-    return Section("Settings", lines, table, code)
+    return Section("Settings", lines, table, code | by_batch_size(found))
+
+
+def by_batch_size(found: Measurement) -> dict[str, str]:
+    """Return the options of engines with the best γ by batch size by title, where several sizes were timed."""
+    options = {}
+    if found.speculative_config:
+        text = json.dumps(found.speculative_config, ensure_ascii=False)
+        options["vLLM, γ by batch size"] = shlex.join(["--speculative-config", text])
+    smallest = min(found.batches, key=lambda row: row.batch_size, default=None)
+    if smallest and smallest.gamma and any(one.engine.startswith("llama.cpp") for one in found.engines):
+        title = f"llama.cpp, one γ for all batch sizes: the best one at {smallest.batch_size}"
+        options[title] = f"--spec-draft-n-max {smallest.gamma}"
+    return options
 
 
 def markdown(parts: Sequence[Section]) -> str:
@@ -230,8 +246,14 @@ def write_page(folder: Path, found: Measurement) -> str:
     page = environment.get_template("measure.html.jinja").render(sections=parts)
     write_text(folder / "measure.md", markdown(parts))
     write_text(folder / "measure.html", page)
-    write_json(folder / "measure.json", {"verdict": verdict(found), **as_json(found)})
+    write_json(folder / "measure.json", json_of(found))
     return markdown(parts)
+
+
+def json_of(found: Measurement) -> dict[str, Any]:
+    """Return the fields of a measurement, with the verdict and each row's ratio of predicted to measured speed-up."""
+    rows = [{**as_json(row), "predicted_by_measured": row.predicted_by_measured} for row in found.rows]
+    return {"verdict": verdict(found), **as_json(found), "rows": rows}
 
 
 def inline(text: str) -> str:

@@ -1,7 +1,7 @@
 """The results of measuring a pair, and the sentences that follow from them: whether it pays, and what would."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from drafter.metrics import Estimate
 from experiments.reporting.engine_section import EngineFigures
@@ -26,8 +26,13 @@ class MeasuredRow(NamedTuple):
     block_efficiency: float
     cost: float
     memory_bound: float
-    predicted: float
+    predicted: Estimate
     measured: Estimate | None
+
+    @property
+    def predicted_by_measured(self) -> float | None:
+        """Return the predicted speed-up divided by the measured one; None if this γ was not decoded."""
+        return self.predicted.value / self.measured.value if self.measured else None
 
 
 class Calls(NamedTuple):
@@ -136,7 +141,8 @@ class Measurement(NamedTuple):
         engines: how engines serve it.
         differs: whether the two models differ in what engines compare, and an export adjusts.
         export: the command of that export, if it is needed.
-        schedule: the best γ by batch size as a setting of vLLM, if several sizes were timed.
+        schedule: the best γ by batch size as vLLM lists them, if several sizes were timed.
+        speculative_config: vLLM's `--speculative-config` with that list, if a γ pays and vLLM has such a drafter.
         engine: what the counters of an engine that serves the pair say, if one was asked.
     """
 
@@ -163,6 +169,7 @@ class Measurement(NamedTuple):
     hardware: str | None = None
     engines: Sequence[EngineSetting] = ()
     schedule: str | None = None
+    speculative_config: Mapping[str, Any] | None = None
     differs: bool = False
     export: str | None = None
     engine: EngineFigures | None = None
@@ -191,6 +198,15 @@ def measured_speedup(row: MeasuredRow) -> float:
     """Return the measured speed-up of a row that was decoded."""
     assert row.measured is not None
     return row.measured.value
+
+
+def accuracy(rows: Sequence[MeasuredRow]) -> str:
+    """Return a sentence on how far the predictions are from what was measured, over all γ that were decoded."""
+    ratios = [ratio for row in rows if (ratio := row.predicted_by_measured) is not None]
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    if low == high:
+        return f"The predicted speed-up is {low} times the measured one."
+    return f"Predicted speed-ups are between {low} and {high} times the measured ones."
 
 
 def outcome(speedup: Estimate) -> str:

@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from drafter.interruptions import Interrupted, catch_signals
 from experiments.running.composing import gather_stage_overrides, with_home
@@ -177,10 +177,16 @@ def exit_in_one_line(module: str) -> Iterator[None]:
     except Exception as problem:
         if requested or not is_refusal(problem):
             raise
-        sys.exit(f"error: {problem}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
+        sys.exit(f"error: {sentence_of(problem)}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
         os.environ.update({"HYDRA_FULL_ERROR": requested} if requested else {})
+
+
+def sentence_of(problem: Exception) -> str:
+    """Return the sentence of an error that the user can correct. OmegaConf's names a missing setting and no remedy."""
+    key = problem.full_key if isinstance(problem, MissingMandatoryValue) else None
+    return f"{key} is missing: give it as {key}=..." if key else str(problem)
 
 
 def command_line(module: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import MISSING, DictConfig
 
 from drafter.artifacts.manifest import fingerprint
 from drafter.data.dialogues import TURNS
@@ -111,7 +111,7 @@ def _docstrings_of(settings: dict[str, Any], owner: str) -> Docstrings:
 
 
 def _rows_settings(settings: Mapping[str, Any], owner: str, *kinds: str) -> dict[str, Any]:
-    """Return the settings of a source of rows, whose kind is "files", or one of `kinds` if it is given.
+    """Return the settings of a source of rows that are given. Its kind is "files", or one of `kinds` if it is given.
 
     Raises:
         ValueError: the kind is unknown there.
@@ -119,7 +119,7 @@ def _rows_settings(settings: Mapping[str, Any], owner: str, *kinds: str) -> dict
     if (kind := settings.get("kind", "files")) not in ("files", *kinds):
         others = ["docstrings"] if ".pre" in owner else kinds
         raise ValueError(f"{owner}.kind is '{kind}', must be {', '.join(['files', *others])} or self")
-    return {"kind": "files", **settings}
+    return {"kind": "files"} | {name: value for name, value in settings.items() if value != MISSING}
 
 
 def task_sources(cfg: DictConfig) -> dict[str, Source]:

@@ -23,8 +23,12 @@ def plain(section: Any) -> Any:
 
 
 def target_source(cfg: DictConfig) -> ModelSource:
-    """Return where the target is and how it is loaded."""
-    settings = plain(cfg.target)
+    """Return where the target is and how it is loaded.
+
+    Raises:
+        MissingMandatoryValue: target.path has to be given, and is not.
+    """
+    settings = {**plain(cfg.target), "path": cfg.target.path}  # unlike `plain`, an access refuses a missing value
     kwargs, date = settings.pop("template_kwargs"), settings.pop("template_date")
     return ModelSource(**settings, template=TemplateSettings(json.dumps(kwargs, sort_keys=True), date))
 

@@ -208,7 +208,7 @@ def summarise_engine(
         ratio=estimate(counts, "token_rate_ratio") if alones else None,
         own_tau=own_block_efficiency(pair, tasks, answers, servers.gamma),
         own_speedup=row.measured,
-        own_prediction=row.predicted,
+        own_prediction=row.predicted.value,
         equal=(sum(same), len(same)),
     )
 

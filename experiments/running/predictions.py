@@ -1,6 +1,10 @@
-"""Predict τ and the cost of blocks at every γ from what the target generated, without decoding."""
+"""Predict τ and the cost of blocks at every γ from what the target generated, without decoding.
+
+Shapes: N answers, G values of γ, L tokens of an answer, B sequences, V vocabulary.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +40,26 @@ def acceptance_by_rule(
     return {rule: acceptance_of_written(p_LV, q_LV, tokens_L, task.options.sampling, rule) for rule in rules}
 
 
+class ExpectedCounts(NamedTuple):
+    """What is expected of decoding N answers at γ = 1 … G.
+
+    Attributes:
+        tokens_N: generated tokens.
+        blocks_NG: the number of blocks.
+        costs_NG: what these cost, in target calls with one token.
+    """
+
+    tokens_N: np.ndarray
+    blocks_NG: np.ndarray
+    costs_NG: np.ndarray
+
+    def ratios(self) -> list[tuple[float, float]]:
+        """Return τ and the cost of a block at each γ, over all answers."""
+        blocks_G = self.blocks_NG.sum(0)
+        efficiencies, costs = self.tokens_N.sum() / blocks_G, self.costs_NG.sum(0) / blocks_G
+        return list(zip(efficiencies.tolist(), costs.tolist(), strict=True))
+
+
 def predict(
     tasks: Sequence[Task],
     answers: Sequence[list[int]],
@@ -45,7 +69,20 @@ def predict(
     largest: int,
     accepts: Sequence[torch.Tensor] | None = None,
 ) -> list[tuple[float, float]]:
-    """Return τ and the cost of a block in target calls at γ = 1 … largest.
+    """Return τ and the cost of a block in target calls at γ = 1 … largest (see `expected_counts`)."""
+    return expected_counts(tasks, answers, target, drafter, timings, largest, accepts).ratios()
+
+
+def expected_counts(
+    tasks: Sequence[Task],
+    answers: Sequence[list[int]],
+    target: PreTrainedModel,
+    drafter: Drafter,
+    timings: CallTimings,
+    largest: int,
+    accepts: Sequence[torch.Tensor] | None = None,
+) -> ExpectedCounts:
+    """Return the expected blocks of each answer, and their cost in target calls, at γ = 1 … largest.
 
     A block costs v(n), where n is its number of drafts, and c for each draft of the model; without a model, c once.
     Models with states also read the accepted tokens again (see drafter.decoding.timings).
@@ -63,25 +100,25 @@ def predict(
     if models and accepts is None:
         pairs = zip(tasks, answers, strict=True)
         accepts = [acceptance_of_answer(task, answer, target, models[0]) for task, answer in pairs]
+    tokens_N = np.array([len(answer) for answer in answers])
     if accepts is not None and not without_model(drafter):
-        efficiencies = block_efficiencies(accepts, largest)
-        return [(efficiency, timings.block(gamma)) for gamma, efficiency in enumerate(efficiencies, start=1)]
-    by_drafted, by_model, tokens = np.zeros((largest, largest + 1)), np.zeros(largest), 0
+        blocks_NG = blocks_of_answers(accepts, largest)
+        return ExpectedCounts(
+            tokens_N, blocks_NG, blocks_NG * [timings.block(gamma) for gamma in range(1, largest + 1)]
+        )
+    blocks_NG, costs_NG = np.zeros((2, len(answers), largest))
+    scoring = np.array([timings.scoring(count) for count in range(largest + 1)])
     for number, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
         accept_L = accepts[number].double().cpu().numpy() if models and accepts is not None else None
         proposals = proposals_along(without_model(drafter), task.prompt, answer, largest)
         for gamma in range(1, largest + 1):
             found = expected_blocks_with_proposals(proposals, answer, accept_L, gamma)
-            by_drafted[gamma - 1, : gamma + 1] += found.by_drafted
-            by_model[gamma - 1] += found.drafted_by_model
-        tokens += len(answer)
-    blocks = by_drafted.sum(1)
-    scoring = by_drafted @ np.array([timings.scoring(count) for count in range(largest + 1)]) / blocks
-    if models:
-        drafting = [timings.drafting(gamma) / gamma for gamma in range(1, largest + 1)] * by_model / blocks
-    else:
-        drafting = np.full(largest, timings.ratio)
-    return list(zip((tokens / blocks).tolist(), (drafting + scoring).tolist(), strict=True))
+            blocks = found.by_drafted.sum()
+            per_draft = timings.drafting(gamma) / gamma
+            drafting = per_draft * found.drafted_by_model if models else timings.ratio * blocks
+            blocks_NG[number, gamma - 1] = blocks
+            costs_NG[number, gamma - 1] = drafting + found.by_drafted @ scoring[: gamma + 1]
+    return ExpectedCounts(tokens_N, blocks_NG, costs_NG)
 
 
 def block_efficiencies(accepts: Sequence[torch.Tensor], largest: int) -> list[float]:
@@ -91,12 +128,22 @@ def block_efficiencies(accepts: Sequence[torch.Tensor], largest: int) -> list[fl
         accepts: the acceptance probabilities of the tokens of each sequence that the target generated, shape (L,).
         largest: the largest γ.
     """
-    blocks, tokens = np.zeros(largest), 0
+    tokens = sum(map(len, accepts))
+    return (tokens / blocks_of_answers(accepts, largest).sum(0)).tolist()
+
+
+def blocks_of_answers(accepts: Sequence[torch.Tensor], largest: int) -> np.ndarray:
+    """Return the expected number of blocks of each sequence at γ = 1 … largest, shape (N, G), of a draft model.
+
+    Args:
+        accepts: see `block_efficiencies`.
+        largest: the largest γ.
+    """
+    rows = []
     for accept_L in accepts:
         lengths_B = torch.tensor([len(accept_L)], device=accept_L.device)
-        blocks += [expected_blocks(accept_L[None], lengths_B, gamma).item() for gamma in range(1, largest + 1)]
-        tokens += len(accept_L)
-    return (tokens / blocks).tolist()
+        rows.append([expected_blocks(accept_L[None], lengths_B, gamma).item() for gamma in range(1, largest + 1)])
+    return np.array(rows)
 
 
 def proposals_along(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -26,12 +27,13 @@ from experiments.running.inputs import plain
 from experiments.running.measuring import (
     GREEDY,
     Answers,
+    Conditions,
     Prediction,
     Requirement,
     find_requirement,
     mean_length,
 )
-from experiments.running.predictions import predict
+from experiments.running.predictions import ExpectedCounts, expected_counts, predict
 from experiments.running.timed_pair import TimedPair
 
 Predictions = Mapping[str, Mapping[str, Sequence[Prediction]]]  # by label, then greedy or the acceptance rule
@@ -65,7 +67,7 @@ def summarise(
     requirement = Requirement(None, None)
     if has_model:
         conditions = pair.conditions[label]._replace(tokens=mean_length(answers.tokens[GREEDY]))
-        factor = measured_speedup(best) / best.predicted
+        factor = measured_speedup(best) / best.predicted.value
         accepts = answers.accepts[id(models[0])][GREEDY]
         requirement = find_requirement(accepts, timings, conditions, largest, factor)
     source = "built-in prompts" if cfg.measure.prompts is None else f"prompts of {cfg.measure.prompts}"
@@ -131,22 +133,57 @@ def all_rows(
     counts: Sequence[Mapping[str, Any]],
 ) -> list[MeasuredRow]:
     """Return a row for each drafter and γ."""
-    rows = []
+    rows, written = [], answers.tokens[GREEDY]
     for label, drafter in pair.plain_drafters.items():
         models, largest = models_of(drafter), len(predictions[label][GREEDY])
         # Where memory alone counts, a target call takes as long for any number of tokens.
         bound = CallTimings(size_ratio(pair, models[0]) if models else 0.0, [1.0] * (largest + 1))
         accepts = answers.accepts[id(models[0])][GREEDY] if models else None
-        of_bound = predict(tasks, answers.tokens[GREEDY], pair.plain_target, drafter, bound, largest, accepts)
-        for gamma, (found, (efficiency, cost)) in enumerate(
-            zip(predictions[label][GREEDY], of_bound, strict=True), start=1
+        expected, of_bound = (
+            expected_counts(tasks, written, pair.plain_target, drafter, timings, largest, accepts)
+            for timings in (pair.timings[label], bound)
+        )
+        intervals = predicted_speedups(expected, pair.conditions[label])
+        for gamma, (found, (efficiency, cost), speedup) in enumerate(
+            zip(predictions[label][GREEDY], of_bound.ratios(), intervals, strict=True), start=1
         ):
             measured = by_prompt_of(counts, label, gamma)
-            speedup = estimate(measured, "token_rate_ratio") if measured else None
             rows.append(
-                MeasuredRow(label, gamma, found.block_efficiency, found.cost, efficiency / cost, found.speedup, speedup)
+                MeasuredRow(
+                    drafter=label,
+                    gamma=gamma,
+                    block_efficiency=found.block_efficiency,
+                    cost=found.cost,
+                    memory_bound=efficiency / cost,
+                    predicted=speedup._replace(value=found.speedup),
+                    measured=estimate(measured, "token_rate_ratio") if measured else None,
+                )
             )
     return rows
+
+
+def predicted_speedups(expected: ExpectedCounts, conditions: Conditions) -> list[Estimate]:
+    """Return the predicted speed-up at each γ, with its interval from resampling prompts.
+
+    The times of calls and of reading a prompt of mean length are taken to be exact.
+
+    Args:
+        expected: what is expected of decoding each answer.
+        conditions: the times. The lengths of the answers take the place of those in the conditions.
+    """
+
+    def speedup(sums: np.ndarray) -> np.ndarray:
+        found = [
+            conditions._replace(tokens=tokens / prompts).speedup(tokens / blocks, cost / blocks)
+            for prompts, tokens, blocks, cost in sums.reshape(-1, 4).tolist()
+        ]
+        return np.array(found).reshape(sums.shape[:-1])
+
+    estimates, tokens_N = [], expected.tokens_N
+    for blocks_N, costs_N in zip(expected.blocks_NG.T, expected.costs_NG.T, strict=True):
+        rows_N4 = np.stack([np.ones(len(tokens_N)), tokens_N, blocks_N, costs_N], axis=-1)
+        estimates.append(estimate({str(number): row for number, row in enumerate(rows_N4)}, speedup))
+    return estimates
 
 
 def by_prompt_of(counts: Sequence[Mapping[str, Any]], drafter: str, gamma: int) -> dict[str, Any]:

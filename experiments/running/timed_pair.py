@@ -1,5 +1,6 @@
 """Load a target with several drafters, make their calls as fast as this project can, and time them."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from drafter.decoding.capabilities import check_side_by_side
+from drafter.decoding.clock import now
 from drafter.decoding.decoders import Decodable
 from drafter.decoding.drafting import Drafter, models_of, with_models
 from drafter.decoding.evaluation import Task
@@ -17,7 +19,10 @@ from drafter.models.packing import pack
 from experiments.running.inputs import target_source
 from experiments.running.measuring import Conditions, timed_prompt
 from experiments.running.named_drafters import load_named
+from experiments.running.progress import duration
 from experiments.running.speedups import WIDEST, compile_pair, prepare_pair
+
+log = logging.getLogger(__name__)
 
 
 class TimedPair(NamedTuple):
@@ -52,13 +57,14 @@ class TimedPair(NamedTuple):
         return list(found.values())
 
 
-def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Task]) -> TimedPair:
+def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Task], decodings: int) -> TimedPair:
     """Load the models, and time their calls and the reading of a prompt of mean length.
 
     Args:
         cfg: the config of `measure`.
         names: the label of each drafter -> its name. The first one's model is compiled if any is.
         tasks: the prompts.
+        decodings: how often each prompt will be decoded, for the line that says about how long everything takes.
 
     Raises:
         ValueError: the context is too short for the timed calls, or a model cannot decode the sequences of
@@ -75,6 +81,11 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
     if max(cfg.measure.batch_sizes) > 1:
         for model in (target, *models_of(first)):
             check_side_by_side(model, len(prompt) + largest + 1)
+    log.info(
+        "measure: roughly %s in all%s, by the first calls of the target; a closer estimate follows the timed calls",
+        duration(rough_seconds(*first_times(target, tasks[0].prompt), tasks, decodings, cfg.measure)),
+        ", and minutes to compile" if cfg.measure.compile else "",
+    )
     if cfg.measure.compile:
         answered = [len(task.prompt) + task.options.max_new_tokens for task in tasks]
         longest = max([*answered, *(cfg.measure.contexts or ())])
@@ -100,6 +111,37 @@ def load_and_time(cfg: DictConfig, names: Mapping[str, str], tasks: Sequence[Tas
 def replace_by(fast: Mapping[int, Decodable]) -> Callable[[Decodable], Decodable]:
     """Return a function that replaces a model by its compiled form, if it has one."""
     return lambda model: fast.get(id(model), model)
+
+
+@torch.inference_mode()
+def first_times(target: PreTrainedModel, prompt: Sequence[int]) -> tuple[float, float]:
+    """Return the seconds of a target call with one token and, per token, of reading a prompt, each timed once."""
+    seconds = []
+    for ids in (prompt[:1], prompt[:1], prompt):  # the first call is slower than all others
+        began = now(target.device)
+        target(input_ids=torch.tensor([list(ids)], device=target.device), use_cache=False)
+        seconds.append(now(target.device) - began)
+    return seconds[1], seconds[2] / len(prompt)
+
+
+def rough_seconds(call: float, reading: float, tasks: Sequence[Task], decodings: int, measure: DictConfig) -> float:
+    """Return about how many seconds a measurement takes, before its calls are timed and without compiling.
+
+    Drafts are taken to save no time and to cost none, every answer to have the most tokens, and a call to take as long
+    with several tokens as with one.
+
+    Args:
+        call: seconds of a target call with one token.
+        reading: seconds per token in which the target reads a prompt.
+        tasks: the prompts.
+        decodings: how often each is decoded, with the drafters and without.
+        measure: the settings.
+    """
+    sizes, contexts = measure.batch_sizes, measure.contexts or []
+    rounds = 1 + bool(measure.pad) + len(contexts) + sum(size for size in sizes if size > 1)
+    timing = rounds * (WARM_UP + REPEATS) * (measure.largest + 1) * call
+    prompts = sum(len(task.prompt) for task in tasks) * reading
+    return decodings * (prompts + len(tasks) * measure.max_new_tokens * call) + timing + sum(contexts) * reading
 
 
 def expected_seconds(pair: TimedPair, prompts: int, decodings: int, batch_sizes: Sequence[int]) -> float:

@@ -1,8 +1,11 @@
 import json
+import re
 
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 
 from drafter.data.sources import LOOKAHEAD, Source, entries, read_rows, source_of
+from experiments.running.commands import is_refusal
 from tests.conftest import write_jsonl
 
 
@@ -21,6 +24,19 @@ def test_the_error_names_a_missing_file(tmp_path):
     path = str(tmp_path / "nowhere.jsonl")
     with pytest.raises(FileNotFoundError, match=r"no data file at .*nowhere\.jsonl"):
         read_rows(path)
+
+
+@pytest.mark.parametrize("problem", [ConnectionError, DatasetNotFoundError, FileNotFoundError])
+def test_a_name_that_is_neither_local_nor_on_the_hub_is_refused_in_one_sentence(monkeypatch, problem):
+    def fails(*given, **how):
+        raise problem("Couldn't reach the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", fails)
+    sentence = "'missing_dir' is no file or folder here, and no dataset that the hub has (or the hub cannot be reached)"
+    with pytest.raises(FileNotFoundError, match=re.escape(sentence)) as refusal:
+        list(read_rows("missing_dir"))
+    assert "\n" not in str(refusal.value)
+    assert is_refusal(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["table.xlsx", "README"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from drafter.decoding.capabilities import check_can_decode, check_decodes, decoder_of
 from drafter.decoding.decoders import Compiled, Decoder
@@ -103,6 +104,14 @@ def test_a_family_whose_states_cannot_be_put_back_is_refused_by_name_as_target_a
         lambda: Compiled(model, 40) and decoder_of(Compiled(model, 40)),
     ):
         with pytest.raises(ValueError, match=named):
+            refused()
+
+
+def test_the_refusal_names_the_model_that_was_loaded(tmp_path):
+    family("rwkv").save_pretrained(tmp_path / "recurrent")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "recurrent")
+    for refused in (lambda: check_can_decode(loaded.config), lambda: check_decodes(loaded)):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/recurrent: RwkvForCausalLM cannot be decoded with: "):
             refused()
 
 

@@ -1,6 +1,7 @@
 """A pair is measured without prepared data: what is found is right, and what cannot be measured is refused at once."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from drafter.artifacts.manifest import read_jsonl
 from drafter.models.compatibility import VocabularyError
+from experiments import measure
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
 from tests.families import family
@@ -65,8 +67,9 @@ def test_without_more_only_two_gammas_of_each_drafter_are_decoded_and_one_direct
     rows = json.loads((folder / "measure.json").read_text())["rows"]
     for name in ("drafter", "ngram", "ngram+drafter"):
         of_name = [row for row in rows if row["drafter"] == name]
-        best = sorted(row["predicted"] for row in of_name)[-2:]
-        assert sorted(row["predicted"] for row in of_name if row["measured"]) == best
+        best = sorted(row["predicted"]["value"] for row in of_name)[-2:]
+        assert sorted(row["predicted"]["value"] for row in of_name if row["measured"]) == best
+        assert all(row["predicted"]["low"] <= row["predicted"]["value"] <= row["predicted"]["high"] for row in of_name)
     before, page = snapshot(folder), capsys.readouterr().out
     stage("measure", given)
     assert snapshot(folder) == before
@@ -157,6 +160,20 @@ def test_the_roofline_is_refused_without_contexts_and_for_states(pair, tmp_path,
         stage("measure", [*given, "hardware=cpu"])
 
 
+def test_the_time_is_said_roughly_before_any_call_is_timed(pair, tmp_path, monkeypatch):
+    lines = []
+
+    def stops(*arguments):
+        raise RuntimeError("timing begins")
+
+    monkeypatch.setattr("experiments.running.timed_pair.log.info", lambda text, *given: lines.append(text % given))
+    monkeypatch.setattr("experiments.running.timed_pair.prepare_pair", stops)
+    with pytest.raises(RuntimeError, match="timing begins"):
+        stage("measure", overrides(pair, f"out={tmp_path}/out"))
+    (line,) = lines
+    assert re.fullmatch(r"measure: roughly [\d.]+ (s|min|h) in all, by the first calls .*", line)
+
+
 def test_contexts_are_not_compiled_on_a_gpu(pair, monkeypatch):
     monkeypatch.setattr("experiments.running.timed_pair.load_target", lambda source: pytest.fail("loaded"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -177,6 +194,10 @@ def test_contexts_are_not_compiled_on_a_gpu(pair, monkeypatch):
         ("measure.decode=[5]", r"measure.decode is \[5\], must be null or some of 1 to measure.largest=4"),
         ("measure.decode=[]", r"measure.decode is \[\]"),
         ("measure.batch_sizes=[0]", r"measure.batch_sizes is \[0\]"),
+        (
+            ("measure.batch_sizes=[1,4]", "measure.compile=true"),
+            r"measure.batch_sizes is \[1, 4\] and measure.compile is true: only calls with one sequence are compiled",
+        ),
         ("measure.prompts=nowhere.jsonl", r"nowhere.jsonl"),
         ("measure.template='{answer}'", r"answer"),
         ("measure.max_new_tokens=60", r"prompt 0 has \d+ tokens; with max_new_tokens=60 it exceeds the context of 64"),
@@ -187,7 +208,23 @@ def test_contexts_are_not_compiled_on_a_gpu(pair, monkeypatch):
 def test_settings_that_cannot_be_measured_are_refused_before_a_model_is_loaded(pair, monkeypatch, given, message):
     monkeypatch.setattr("experiments.running.timed_pair.load_target", lambda source: pytest.fail("loaded"))
     with pytest.raises((ValueError, OSError, KeyError), match=message):
-        stage("measure", overrides(pair, given))
+        stage("measure", overrides(pair, *([given] if isinstance(given, str) else given)))
+
+
+@pytest.mark.parametrize("key", ["target.path", "measure.drafter"])
+def test_a_pair_of_which_one_model_is_not_given_is_refused_in_one_sentence(pair, monkeypatch, key):
+    given = [one for one in overrides(pair) if not one.startswith(f"{key}=")]
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr("sys.argv", ["measure", *given])
+    with pytest.raises(SystemExit) as refusal:
+        measure.main()
+    assert str(refusal.value).splitlines()[0] == f"error: {key} is missing: give it as {key}=..."
+
+
+def test_prompts_that_are_neither_here_nor_on_the_hub_are_refused_in_one_sentence(pair, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **how: (_ for _ in ()).throw(ConnectionError("x")))
+    with pytest.raises(FileNotFoundError, match=r"'missing_dir' is no file or folder here, and no dataset .*: give a"):
+        stage("measure", overrides(pair, "measure.prompts=missing_dir"))
 
 
 def test_an_empty_file_of_prompts_is_refused(pair, tmp_path):
@@ -207,7 +244,7 @@ def test_other_vocabularies_and_architectures_that_cannot_be_decoded_are_refused
     for path in (pair / "target").glob("tokenizer*"):
         (tmp_path / "rwkv" / path.name).write_bytes(path.read_bytes())
     for key in ("target.path", "measure.drafter"):
-        with pytest.raises(ValueError, match="RwkvForCausalLM cannot be decoded with"):
+        with pytest.raises(ValueError, match=f"{tmp_path}/rwkv: RwkvForCausalLM cannot be .*, gamma, measure, trim"):
             stage("measure", overrides(pair, f"{key}={tmp_path}/rwkv"))
 
 

@@ -1,29 +1,36 @@
 """What follows from a measurement: predictions, what would have to change, the verdict, the settings of engines."""
 
+import json
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafter.decoding.timings import CallTimings
 from drafter.metrics import Estimate
 from experiments.exporting.engine_settings import add_settings, engine_settings
 from experiments.exporting.serving import serving
-from experiments.reporting.measure_page import as_json, inline, markdown, sections
+from experiments.reporting.measure_page import as_json, inline, json_of, markdown, sections
 from experiments.reporting.measurement import (
     BatchRow,
     Calls,
     ContextRow,
     MeasuredRow,
     Measurement,
+    accuracy,
     against_rivals,
     verdict,
     what_would_change,
 )
 from experiments.running.contexts import context_seconds
 from experiments.running.measuring import Conditions, Prediction, choose_gammas, find_requirement
+from experiments.running.predictions import ExpectedCounts
+from experiments.running.summarising import predicted_speedups
+from experiments.running.timed_pair import expected_seconds, rough_seconds
 
 LONG = Conditions(1e9, 0.05)  # answers so long that the first block does not count
 
@@ -63,12 +70,28 @@ def test_reading_prompts_brings_a_speed_up_nearer_to_one():
     assert alone.speedup(1.2, 1.6) < with_reading.speedup(1.2, 1.6) < 1
 
 
+def test_the_interval_of_a_prediction_is_over_prompts():
+    conditions = Conditions(0, 0.01, 0.2, 0.05)  # the lengths are those of the answers
+    tokens_N, blocks_NG = np.array([20, 40, 30]), np.array([[10.0, 8.0], [20.0, 10.0], [15.0, 12.0]])
+    expected = ExpectedCounts(tokens_N, blocks_NG, blocks_NG * [1.2, 1.5])
+    same, differs = predicted_speedups(expected, conditions)
+    for gamma, found in enumerate((same, differs)):
+        ((efficiency, cost),) = expected.ratios()[gamma : gamma + 1]
+        assert found.value == pytest.approx(conditions._replace(tokens=30).speedup(efficiency, cost))
+    # The bounds are those of one prompt drawn three times: 1 of 27 draws, which is more than the 2.5% beyond a bound.
+    lengths_and_blocks = zip(tokens_N.tolist(), blocks_NG[:, 1], strict=True)
+    alone = [conditions._replace(tokens=tokens).speedup(tokens / blocks, 1.5) for tokens, blocks in lengths_and_blocks]
+    assert (differs.low, differs.high) == pytest.approx((min(alone), max(alone)))
+    one = ExpectedCounts(tokens_N[:1], blocks_NG[:1], blocks_NG[:1])
+    assert all(found.low == found.value == found.high for found in predicted_speedups(one, conditions))
+
+
 def measurement(speedup, **fields):
     rows = [
-        MeasuredRow("kld", 2, 1.8, 1.7, 1.6, 1.05, Estimate(0.5, 0.4, 0.6)),
-        MeasuredRow("kld", 3, 2.1, 2.0, 1.7, 1.04, Estimate(*speedup)),
-        MeasuredRow("ngram", 5, 1.4, 1.1, 1.4, 1.2, Estimate(1.2, 1.1, 1.3)),
-        MeasuredRow("ngram", 6, 1.4, 1.2, 1.4, 1.1, None),
+        MeasuredRow("kld", 2, 1.8, 1.7, 1.6, Estimate(1.05, 1.0, 1.1), Estimate(0.5, 0.4, 0.6)),
+        MeasuredRow("kld", 3, 2.1, 2.0, 1.7, Estimate(1.04, 0.9, 1.2), Estimate(*speedup)),
+        MeasuredRow("ngram", 5, 1.4, 1.1, 1.4, Estimate(1.2, 1.1, 1.3), Estimate(1.2, 1.1, 1.3)),
+        MeasuredRow("ngram", 6, 1.4, 1.2, 1.4, Estimate(1.1, 1.0, 1.2), None),
     ]
     known = {
         "target": "org/chat", "drafter": "runs/kld", "label": "kld", "has_model": True,
@@ -117,6 +140,20 @@ def test_a_rival_is_faster_only_if_the_interval_of_the_difference_says_so():
     assert against_rivals(measurement((0.8, 0.7, 0.9), rival=None)) is None
 
 
+def test_each_prediction_is_compared_with_what_was_measured():
+    found = measurement((1.3, 1.2, 1.4))
+    page = markdown(sections(found))
+    assert "| kld | 3 | 2.10 | 2.00 | 1.70 | 1.04 [0.90, 1.20] | 1.30 [1.20, 1.40] | 0.80 |" in page
+    assert "| ngram | 6 | 1.40 | 1.20 | 1.40 | 1.10 [1.00, 1.20] |  |  |" in page  # not decoded
+    # 1.05 / 0.5, 1.04 / 1.3 and 1.2 / 1.2.
+    assert "Predicted speed-ups are between 0.80 and 2.10 times the measured ones." in page
+    ratios = [row["predicted_by_measured"] for row in json_of(found)["rows"]]
+    assert ratios[:3] == pytest.approx([2.1, 0.8, 1.0])
+    assert ratios[3] is None
+    one = accuracy([row for row in found.rows if row.gamma == 5])
+    assert one == "The predicted speed-up is 1.00 times the measured one."
+
+
 SPEEDUPS = {"greedy": [1.0, 1.2, 1.1], "ratio": [1.0, 1.1, 1.3], "argmax": [1.2, 1.1, 0.9], "match": [1.0, 0.9, 0.8]}
 
 
@@ -147,11 +184,46 @@ def test_a_faster_prompt_lookup_and_an_export_are_among_the_settings():
     assert found.export.startswith("python -m experiments.export export.drafter=runs/kld")
     assert "exports/kld-hf" in next(one.lines for one in found.engines if one.engine == "vLLM")
     assert found.schedule == "[[1, 4096, 4]]"
+    assert found.speculative_config["model"] == "exports/kld-hf"
     slower = add_settings(measurement((0.8, 0.7, 0.9), rival=Estimate(0.1, -0.1, 0.3)), speedups)
     assert "vLLM, ngram" not in [one.engine for one in slower.engines]
     page = markdown(sections(found))
     for text in ("export the drafter first", "γ by batch size", "serve the target without this drafter"):
         assert text in page
+
+
+def test_the_gammas_by_batch_size_are_complete_options_of_engines():
+    batches = [BatchRow(2, 0.3, 3, 1.3), BatchRow(8, 0.3, 5, 1.4), BatchRow(64, 0.3, 0, 0.9)]
+    speedups = {"kld": SPEEDUPS, "ngram": SPEEDUPS}
+    found = add_settings(measurement((1.3, 1.2, 1.4), batches=batches), speedups)
+    assert found.speculative_config == {
+        "model": "runs/kld",
+        "num_speculative_tokens": 5,  # vLLM drafts no more than this for any batch size
+        "method": "draft_model",
+        "draft_sample_method": "probabilistic",
+        "num_speculative_tokens_per_batch_size": [[1, 7, 3], [8, 63, 5], [64, 4096, 0]],
+    }
+    code = sections(found)[-1].code
+    option, value = shlex.split(code["vLLM, γ by batch size"])
+    assert (option, json.loads(value)) == ("--speculative-config", found.speculative_config)
+    assert code["llama.cpp, one γ for all batch sizes: the best one at 2"] == "--spec-draft-n-max 3"
+    assert json_of(found)["speculative_config"] == found.speculative_config
+
+
+def test_no_option_is_printed_where_no_gamma_pays_or_no_engine_has_such_a_drafter():
+    speedups = {"kld": SPEEDUPS, "ngram": SPEEDUPS, "layers2": SPEEDUPS}
+    never = measurement((0.8, 0.7, 0.9), batches=[BatchRow(1, 0.3, 0, 0.9), BatchRow(8, 0.3, 0, 0.8)])
+    pays = [BatchRow(1, 0.3, 2, 1.1)]
+    lookup = {"drafter": "ngram", "label": "ngram", "has_model": False, "rival": None}
+    for given, method in (
+        (never, None),
+        (measurement((1.3, 1.2, 1.4), drafter="layers2", rival=None, batches=pays), None),
+        (measurement((1.3, 1.2, 1.4), **lookup, batches=pays), "ngram"),
+    ):
+        found = add_settings(given, speedups)
+        assert (found.speculative_config or {}).get("method") == method
+        assert ("vLLM, γ by batch size" in sections(found)[-1].code) == (method is not None)
+        assert not [title for title in sections(found)[-1].code if "one γ for all" in title]
 
 
 def test_the_best_gamma_of_a_context_is_none_where_no_gamma_pays():
@@ -172,6 +244,25 @@ def test_the_time_that_contexts_take_grows_faster_than_they_do():
     # A token of the prompt takes a second, and 17 rounds of calls take 2.3 seconds each, without attention.
     assert one > 100 + 17 * 2.3
     assert two - 17 * 2.3 > 2 * (one - 17 * 2.3)
+
+
+def test_the_expected_seconds_are_those_of_all_decodings_and_timed_calls():
+    timings, conditions = {"d": CallTimings(0.1, [1.0, 1.2])}, {"d": Conditions(8, 1.0, 2.0, 0.5)}
+    pair = SimpleNamespace(timings=timings, conditions=conditions)
+    # A decoding reads for 2.5 seconds and generates for 8; each of 17 rounds has a draft and calls with 1 and 2 tokens.
+    assert expected_seconds(pair, 3, 4, [1]) == pytest.approx(3 * 4 * 10.5)
+    assert expected_seconds(pair, 3, 4, [1, 2, 3]) == pytest.approx(3 * 4 * 10.5 + 17 * 2.3 * (2 + 3))
+
+
+def test_the_rough_seconds_follow_from_the_first_calls():
+    tasks = [SimpleNamespace(prompt=[1] * 10), SimpleNamespace(prompt=[1] * 30)]
+    given = {"batch_sizes": [1, 4], "contexts": [100], "pad": True, "largest": 3, "max_new_tokens": 20}
+    settings = OmegaConf.create(given)
+    # 5 decodings of 40 read and 2 * 20 generated tokens. Calls are timed, for padding too, with 4 rows and 100 tokens.
+    expected = 5 * (40 * 0.01 + 40 * 0.1) + 17 * 4 * 0.1 * (1 + 1 + 4 + 1) + 100 * 0.01
+    assert rough_seconds(0.1, 0.01, tasks, 5, settings) == pytest.approx(expected)
+    settings.batch_sizes, settings.contexts, settings.pad = [1], None, False
+    assert rough_seconds(0.1, 0.01, tasks, 5, settings) == pytest.approx(22 + 17 * 4 * 0.1)
 
 
 def test_the_page_says_that_rounding_made_texts_differ():

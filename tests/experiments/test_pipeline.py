@@ -316,9 +316,8 @@ def save_hybrid(folder):
 def test_a_target_that_cannot_be_decoded_is_refused_before_anything_computes(tmp_path):
     target, how = save_hybrid(tmp_path / "target"), ["scale=smoke", "logger=csv", f"root={tmp_path}/run"]
     how += [f"target.path={target}", "dry_run=true"]
-    with pytest.raises(
-        ValueError, match=r"MiniMaxForCausalLM cannot be decoded with: .* no evaluate, gamma, trim and chat"
-    ):
+    refusal = r"/target: MiniMaxForCausalLM cannot be decoded with: .* no evaluate, gamma, measure, trim and chat"
+    with pytest.raises(ValueError, match=refusal):
         main([*how, "losses=[kld]"])
     for name in ("evaluate", "gamma", "trim"):
         drafter = [] if name == "evaluate" else [f"{name}.drafter=nowhere"]

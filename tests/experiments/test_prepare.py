@@ -194,6 +194,8 @@ def test_a_second_source_can_be_given_on_the_command_line_with_a_path_alone(fold
             "+data.instructions.mine.template=x",
             r"data.instructions.mine has no path: give it as data.instructions.mine",
         ),
+        ("data.pretraining.path=???", "data.pretraining has no path: give it as data.pretraining.path="),
+        ("task.prompts.path=???", "task.prompts has no path: give it as task.prompts.path="),
         ("data.kind=hub", "data.kind is 'hub', must be one of docstrings, files"),
     ],
 )

@@ -210,7 +210,7 @@ def test_the_counters_of_llama_server_are_those_of_this_project(pair, ggufs, tmp
     print(f"\nllama-server: tau {found['tau']['value']:.3f}, here {found['own_tau']:.3f}; equal texts {found['equal']}")
     equal, texts = found["equal"]
     assert equal >= 0.9 * texts  # in float32 only near ties differ
-    assert found["tau"]["value"] == pytest.approx(found["own_tau"], rel=0.03)
+    assert found["tau"]["value"] == pytest.approx(found["own_tau"], rel=0.02)  # as far as the page calls them equal
 
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER does not name llama-server, which has to be compiled")
