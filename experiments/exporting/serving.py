@@ -74,8 +74,8 @@ def serving(
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"tokenizer = AutoTokenizer.from_pretrained({target_text})",
-        f"target = AutoModelForCausalLM.from_pretrained({target_text})",
-        f"drafter = AutoModelForCausalLM.from_pretrained({drafter_text})",
+        f'target = AutoModelForCausalLM.from_pretrained({target_text}, dtype="float32")',
+        f'drafter = AutoModelForCausalLM.from_pretrained({drafter_text}, dtype="float32")',
         *own,
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True, '
         'return_tensors="pt", return_dict=True)',
