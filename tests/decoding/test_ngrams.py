@@ -20,6 +20,7 @@ from drafter.decoding.speculative import (
     speculative_decode_batch,
 )
 from drafter.metrics import count
+from drafter.models.early_exit import first_layers
 from drafter.warping import Sampling, warp
 from experiments.running.predictions import proposals_along
 from tests.conftest import small_model
@@ -135,7 +136,7 @@ def drafters(target, drafter):
     table = table_of(target)
     return {
         "lookup": Lookup(),
-        "table": table,
+        "table": count_ngrams(map(greedily_answered, SHORT_PROMPTS), NgramSizes(1, 1)),
         "lookup, model": Combined(Lookup(NgramSizes(2, 3)), drafter),
         "lookup, table": Combined(Lookup(NgramSizes(2, 4)), table),
         "table, lookup, model": Combined(table, Combined(Lookup(), drafter)),
@@ -204,11 +205,16 @@ def test_the_model_drafts_only_where_nothing_is_found_and_as_if_it_had_read_ever
 
 
 SAMPLINGS = [Sampling(1.0), Sampling(0.6, 0.9)]
+SHORT_PROMPTS = [0, 1, 0], [3, 3], [2, 4, 5, 2]
 
 
-def p_of_decoding(drafter, rule, sampling, number=700):
+def certain_model(layers=1):
+    return small_model(1, layers=layers, vocab=6, sharpness=20.0)
+
+
+def p_of_decoding(drafter, rule, sampling, number=700, target=None):
     """Return the p-value of the hypothesis that two sampled tokens have the target's distribution."""
-    target, prompts = small_model(1, vocab=6, sharpness=20.0), ([0, 1, 0], [3, 3], [2, 4, 5, 2])
+    target, prompts = target or certain_model(), SHORT_PROMPTS
     options, generator = DecodingOptions(2, sampling, rule=rule), torch.Generator().manual_seed(0)
     decoded = speculative_decode_batch(target, drafter, list(prompts) * number, 3, options, generator)
     assert sum(block.accepted for one in decoded for block in one.blocks) > 20
@@ -223,17 +229,37 @@ def p_of_decoding(drafter, rule, sampling, number=700):
     return least
 
 
+def greedily_answered(prompt):
+    tokens = autoregressive_decode(certain_model(), prompt, DecodingOptions(8)).tokens
+    return Answered(np.array([*prompt, *tokens], np.int32), np.array([False] * len(prompt) + [True] * len(tokens)))
+
+
 @pytest.fixture(scope="module")
 def small_drafters():
     drafter = small_model(1, vocab=6, sharpness=8.0)  # as the target, but less certain
     answers = [answered(seed, 30, 3) for seed in range(3)]  # tokens 3 to 5 are followed by nothing
     table = count_ngrams(answers, NgramSizes(1, 1))
-    return {"lookup": Lookup(), "table, model": Combined(table, drafter), "lookup, model": Combined(Lookup(), drafter)}
+    return {
+        "lookup": Lookup(),
+        "table": count_ngrams(map(greedily_answered, SHORT_PROMPTS), NgramSizes(1, 1)),
+        "table, model": Combined(table, drafter),
+        "lookup, model": Combined(Lookup(), drafter),
+    }
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("kind", ["lookup", "table, model"])
+@pytest.mark.parametrize("found_first", [None, Lookup()], ids=["early exit", "lookup, early exit"])
+def test_sampled_tokens_have_the_distribution_of_a_target_whose_first_layer_drafts(found_first, sampling, rule):
+    target = certain_model(layers=2)
+    drafter = first_layers(target, 1)
+    chosen = Combined(found_first, drafter) if found_first else drafter
+    assert p_of_decoding(chosen, rule, sampling, target=target) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("kind", ["lookup", "table", "table, model", "lookup, model"])
 def test_sampled_tokens_have_the_targets_distribution(small_drafters, kind, sampling, rule):
     assert p_of_decoding(small_drafters[kind], rule, sampling) > FALSE_ALARM
 
