@@ -134,14 +134,22 @@ def call_timings(found: Measurement) -> Section:
 def batch_sizes(found: Measurement) -> Section:
     """Return the table of the best γ by batch size."""
     cells = [
-        [str(row.batch_size), f"{row.ratio:.2f}", str(row.gamma) if row.gamma else "none pays", f"{row.predicted:.2f}"]
+        [
+            str(row.batch_size),
+            f"{row.ratio:.2f}",
+            str(row.gamma) if row.gamma else "none pays",
+            f"{row.predicted:.2f}",
+            f"{row.measured:.2f}" if row.measured else "above" if row.batch_size == 1 else "not measured",
+        ]
         for row in found.batches
     ]
     text = (
         "So many sequences are decoded side by side. τ is the same for each of them; c and v are timed with calls of "
-        "that many sequences, and the speed-up is predicted, without the reading of prompts."
+        "that many sequences, and the speed-up is predicted, without the reading of prompts. What is measured, in two "
+        "decodings of all prompts and without an interval, has their reading. Where no γ pays it is that of the one "
+        "with the highest prediction."
     )
-    columns = ["sequences", "c", "best γ", "predicted speed-up"]
+    columns = ["sequences", "c", "best γ", "predicted speed-up", "measured"]
     return Section("Batch sizes", [text], Table("batches", "Batch sizes", columns, cells))
 
 

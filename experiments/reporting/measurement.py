@@ -61,12 +61,21 @@ class Calls(NamedTuple):
 
 
 class BatchRow(NamedTuple):
-    """The best γ for so many sequences side by side: 0 if none pays. The speed-up is predicted, without the reading."""
+    """The best γ for so many sequences side by side.
+
+    Attributes:
+        batch_size: the number of sequences.
+        ratio: c, with calls of so many sequences.
+        gamma: the best γ; 0 if none pays.
+        predicted: its speed-up, without the reading of prompts; that of the best γ also where none pays.
+        measured: the same by decoding, with the reading; None if it was not decoded.
+    """
 
     batch_size: int
     ratio: float
     gamma: int
     predicted: float
+    measured: float | None = None
 
 
 class ContextRow(NamedTuple):

@@ -14,11 +14,11 @@ from drafter.decoding.timings import DRAFTS, REPEATS, WARM_UP, CallTimings
 from drafter.models.inspection import num_active_parameters
 from drafter.models.loading import context_length, context_limit
 from experiments.reporting.measurement import ContextRow
+from experiments.running.batches import speedups_with
 from experiments.running.inputs import target_source
 from experiments.running.measuring import Answers
 from experiments.running.named_drafters import model_of, model_source
 from experiments.running.speedups import WIDEST, Prepared
-from experiments.running.summarising import speedups_with
 from experiments.running.timed_pair import TimedPair
 
 log = logging.getLogger(__name__)

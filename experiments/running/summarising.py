@@ -9,12 +9,11 @@ from omegaconf import DictConfig
 
 from drafter.decoding.drafting import models_of, without_model
 from drafter.decoding.evaluation import Task
-from drafter.decoding.timings import CallTimings, measure_several
+from drafter.decoding.timings import CallTimings
 from drafter.metrics import Estimate, by_prompt, estimate, paired_difference, read_row
 from drafter.models.compatibility import Difference
 from drafter.models.inspection import num_active_parameters
 from experiments.reporting.measurement import (
-    BatchRow,
     Calls,
     MeasuredRow,
     Measurement,
@@ -22,6 +21,7 @@ from experiments.reporting.measurement import (
     fastest_other,
     measured_speedup,
 )
+from experiments.running.batches import batch_rows
 from experiments.running.dry_run import counted
 from experiments.running.inputs import plain
 from experiments.running.measuring import (
@@ -33,7 +33,7 @@ from experiments.running.measuring import (
     find_requirement,
     mean_length,
 )
-from experiments.running.predictions import ExpectedCounts, expected_counts, predict
+from experiments.running.predictions import ExpectedCounts, expected_counts
 from experiments.running.timed_pair import TimedPair
 
 Predictions = Mapping[str, Mapping[str, Sequence[Prediction]]]  # by label, then greedy or the acceptance rule
@@ -196,33 +196,3 @@ def difference(counts: Sequence[Mapping[str, Any]], row: MeasuredRow, reference:
     """Return how much higher the speed-up of one row is than that of another, paired by prompt."""
     of_both = [by_prompt_of(counts, one.drafter, one.gamma) for one in (row, reference)]
     return paired_difference(of_both[0], of_both[1], "token_rate_ratio")
-
-
-def batch_rows(
-    pair: TimedPair, tasks: Sequence[Task], answers: Answers, sizes: Sequence[int], largest: int
-) -> list[BatchRow]:
-    """Return the best γ of the first drafter for each number of sequences; none if only single ones are asked for."""
-    if list(sizes) == [1]:
-        return []
-    label, drafter = next(iter(pair.plain_drafters.items()))
-    rows = []
-    for size in sizes:
-        timings = pair.timings[label]
-        if size > 1:
-            timings = measure_several(pair.plain_target, {label: drafter}, pair.prompt, largest, size)[label]
-        speedups = speedups_with(pair, tasks, answers, timings, largest)
-        best = max(speedups)
-        gamma = speedups.index(best) + 1 if best > 1 else 0
-        rows.append(BatchRow(size, timings.ratio, gamma, best))
-    return rows
-
-
-def speedups_with(
-    pair: TimedPair, tasks: Sequence[Task], answers: Answers, timings: CallTimings, largest: int
-) -> list[float]:
-    """Return the first drafter's predicted speed-up at each γ with other timings, without the reading of prompts."""
-    drafter = next(iter(pair.plain_drafters.values()))
-    models = models_of(drafter)
-    accepts = answers.accepts[id(models[0])][GREEDY] if models else None
-    found = predict(tasks, answers.tokens[GREEDY], pair.plain_target, drafter, timings, largest, accepts)
-    return [efficiency / cost for efficiency, cost in found]

@@ -106,6 +106,9 @@ def test_the_best_gamma_by_batch_size_is_also_a_schedule(pair, tmp_path):
     assert [row["batch_size"] for row in found["batches"]] == [1, 3]
     for row in found["batches"]:
         assert (row["gamma"] == 0) == (row["predicted"] <= 1)
+    assert found["batches"][0]["measured"] is None  # it is among the drafters that were decoded
+    assert 0.01 < found["batches"][1]["measured"] < 3
+    assert f"{found['batches'][1]['measured']:.2f} |" in (tmp_path / "out" / "measure.md").read_text()
     assert json.loads(found["schedule"])[0][0] == 1
     assert json.loads(found["schedule"])[-1][1:] == [4096, found["batches"][-1]["gamma"]]
     assert found["rival"] is None
