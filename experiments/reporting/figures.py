@@ -23,6 +23,8 @@ from experiments.reporting.trim_page import TrimRow
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C510A", "#4B0092"]
 # A loss has the same colour in every figure; the pretrained drafter is grey.
 KNOWN = dict(zip(("kld", "tvd", "tvdpp", "nla", "jsd", "rkl", "ce", "lk_hybrid", "hit"), PALETTE, strict=True))
+# For series of other names, where the colours of losses that are absent do not suffice.
+FURTHER = ["#999933", "#882255", "#DDCC77", "#44AA99"]
 YARDSTICKS = {
     "val/acceptance_rate": "acceptance rate α (higher is better)",
     "val/kld": "KLD, nats (lower is better)",
@@ -44,7 +46,7 @@ STYLE: Any = {
 def colours(series: Sequence[str]) -> dict[str, str]:
     """Return a colour for each series; that of a known loss is the same in every figure."""
     others = sorted(one for one in series if one != PRETRAINED and one not in KNOWN)
-    free = [colour for loss, colour in KNOWN.items() if loss not in series] or PALETTE
+    free = [colour for loss, colour in KNOWN.items() if loss not in series] + FURTHER
     return KNOWN | {PRETRAINED: "#999999"} | {one: free[i % len(free)] for i, one in enumerate(others)}
 
 
@@ -73,7 +75,7 @@ def draw_efficiency(rows: Sequence[ResultRow], path: Path) -> str:
         axes[0][0].set_ylabel("block efficiency τ")
         # The handles are made here, because a series that was not run at the first gamma has no bar to copy.
         handles = [Patch(facecolor=colour[series], label=series) for series in names]
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(names), frameon=False)
+        add_legend(figure, handles)
         return _save(figure, path)
 
 
@@ -101,7 +103,7 @@ def draw_curves(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path
                 axis.fill_between(steps, values.min(0), values.max(0), color=colour[series], alpha=0.2, linewidth=0)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("finetuning step")
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+        add_legend(figure, axes[0][0].get_legend_handles_labels()[0])
         return _save(figure, path)
 
 
@@ -130,7 +132,7 @@ def draw_along(found: dict[str, dict[str, list[tuple[int, Estimate]]]], path: Pa
             axis.set_title(task.replace("_", " "))
             axis.set_xlabel("finetuning step")
         axes[0][0].set_ylabel("block efficiency τ")
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+        add_legend(figure, axes[0][0].get_legend_handles_labels()[0])
         return _save(figure, path)
 
 
@@ -152,7 +154,7 @@ def draw_gammas(rows: Sequence[GammaRow], path: Path) -> str:
             axis.set_xticks(gammas)
         axes[0][0].set_ylabel("speed-up over the target alone")
         axes[0][0].set_ylim(bottom=0)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        add_legend(figure, axes[0][0].get_legend_handles_labels()[0])
         return _save(figure, path)
 
 
@@ -169,6 +171,13 @@ def draw_trimming(rows: Sequence[TrimRow], path: Path) -> str:
             axis.set_xlabel("tokens that the head keeps")
             axis.set_title({"speedup": "MBSU", "block_efficiency": "block efficiency τ"}[field], fontsize=10)
         return _save(figure, path)
+
+
+def add_legend(figure: plt.Figure, handles: Sequence[Any]) -> None:
+    """Put a legend above the panels, in as many columns as the figure has room for."""
+    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    columns = int(figure.get_figwidth() / (0.6 + 0.085 * longest))  # inches of a marker and of a character
+    figure.legend(handles=handles, loc="outside upper center", ncols=max(1, min(columns, len(handles))), frameon=False)
 
 
 def _save(figure: plt.Figure, path: Path) -> str:

@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet
 import pytest
+from matplotlib.patches import Patch
 from omegaconf import OmegaConf
 
 from drafter.artifacts.manifest import ArtifactError, Stage, read_jsonl, write_jsonl
@@ -19,7 +21,7 @@ from experiments import curves, tables
 from experiments.reporting.by_rule import rule_table
 from experiments.reporting.counts import write_counts
 from experiments.reporting.cut_answers import describe_cut_answers
-from experiments.reporting.figures import colours, draw_curves, draw_efficiency
+from experiments.reporting.figures import KNOWN, add_legend, colours, draw_curves, draw_efficiency
 from experiments.reporting.identity import DrafterIdentity
 from experiments.reporting.page import group_by_task, write_html
 from experiments.reporting.results import (
@@ -472,12 +474,22 @@ def test_each_loss_has_one_colour_whatever_the_order_and_the_pretrained_is_grey(
     assert colours(["tvd", "mine"])["tvd"] == colours(["kld", "tvd"])["tvd"]
     for losses in (["kld", "tvd", "tvdpp"], ["kld", "mine", "another", "nla"]):
         assert len({colours(losses)[loss] for loss in [*losses, "pretrained"]}) == len(losses) + 1
+    many = [*KNOWN, "ngram", "hit-draft_temperature_factor_0.1", "hit-draft_temperature_factor_1.0", "pretrained"]
+    assert len({colours(many)[one] for one in many}) == len(many)
     assert colours([])["pretrained"] == "#999999"
 
 
-def test_figures_leave_no_open_figures(root):
-    import matplotlib.pyplot as plt
+def test_a_legend_of_many_series_stays_within_the_figure():
+    figure = plt.figure(figsize=(11.5, 3.6))
+    names = [*KNOWN, "ngram", "hit-draft_temperature_factor_0.1", "hit-draft_temperature_factor_1.0", "pretrained"]
+    add_legend(figure, [Patch(label=name) for name in names])
+    box = figure.legends[0].get_window_extent(figure.canvas.get_renderer())
+    plt.close(figure)
+    assert 0 <= box.x0
+    assert box.x1 <= figure.bbox.x1
 
+
+def test_figures_leave_no_open_figures(root):
     before = plt.get_fignums()
     draw_efficiency(summarise(read_evaluations(root / "evaluate")), root / "bars")
     draw_curves(read_curves(root / "finetune"), root / "lines")
