@@ -11,16 +11,17 @@ import numpy as np
 
 from drafter.decoding.generation import first_difference
 from drafter.metrics import Counts, Estimate, by_prompt, estimate
-from experiments.reporting.tabular import Table, with_interval
+from experiments.reporting.tabular import LEAST_PROMPTS, Table, with_interval_of
 from experiments.running.engine_answers import Answer, decoding_counts
 
 ALL = "all"  # the task of the pooled rows
 NOTE = (
     "Rates are tokens per second of decoding, without the call that reads the prompt and yields the first token; the "
-    "ratio of requests has the complete requests' time. In brackets: 95% bootstrap intervals over prompts. τ is tokens "
-    "per target call of decoding, accepted the share of drafted tokens that were accepted. A block's cost is the time "
-    "per target call with drafts, relative to the target's time per token without; it is v + γc: c is the drafter's "
-    "time per token when it decodes alone, relative to the target's, and v what remains, verification and all else."
+    "ratio of requests has the complete requests' time. In brackets: 95% bootstrap intervals over prompts; a row of "
+    f"fewer than {LEAST_PROMPTS} prompts has none. τ is tokens per target call of decoding, accepted the share of "
+    "drafted tokens that were accepted. A block's cost is the time per target call with drafts, relative to the "
+    "target's time per token without; it is v + γc: c is the drafter's time per token when it decodes alone, relative "
+    "to the target's, and v what remains, verification and all else."
 )
 
 
@@ -102,8 +103,11 @@ class Summary(NamedTuple):
 
     def row(self) -> list[str]:
         """Return the cells of the table."""
-        rates = [f"{self.rate_alone:.1f}", f"{self.rate:.1f}", with_interval(self.ratio)]
-        counts = [with_interval(self.request_ratio), with_interval(self.tau), f"{self.accepted:.0%}"]
+        ratio, requests, tau = (
+            with_interval_of(value, self.prompts) for value in (self.ratio, self.request_ratio, self.tau)
+        )
+        rates = [f"{self.rate_alone:.1f}", f"{self.rate:.1f}", ratio]
+        counts = [requests, tau, f"{self.accepted:.0%}"]
         costs = [f"{self.block_cost:.2f}", f"{self.c:.3f}", f"{self.v:.2f}"]
         first = f", first difference at token {min(self.differences)}" if self.differences else ""
         equal = f"{self.texts - len(self.differences)} of {self.texts}{first}"

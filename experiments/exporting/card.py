@@ -15,7 +15,7 @@ from experiments.exporting.gammas import GammaReport
 from experiments.exporting.recipe import describe_architecture
 from experiments.exporting.serving import followed_rule, serving
 from experiments.reporting.results import POOLED, RATIO
-from experiments.reporting.tabular import Table, with_interval
+from experiments.reporting.tabular import LEAST_PROMPTS, Table, with_interval, with_interval_of
 from experiments.running.inputs import target_source
 
 
@@ -51,6 +51,7 @@ def write_card(folder: Path, cfg: DictConfig, facts: Facts, differences: list[Di
         temperature=shared_temperature(facts),
         pooled=POOLED if any(row.task == POOLED for row in facts.rows) else None,
         interval=with_interval,
+        least=LEAST_PROMPTS,
         commands=serving(cfg.export.format, cfg.target.path, str(folder), gamma, facts.rule),
         describe_rule=lambda engine: describe_rule(engine, facts, gamma),
         vocabulary=len(tokenizer.get_vocab()),
@@ -117,15 +118,25 @@ def results_table(facts: Facts) -> Table:
 
 
 def gamma_table(reports: list[GammaReport]) -> Table:
-    """Return the table of the best gamma: one line per engine and task."""
+    """Return the table of the best gamma: one line per engine, precision and task.
+
+    The precision and the number of prompts are columns if they are known of a report. The rate of few prompts has no
+    interval.
+    """
+    differs = any(report.precision for report in reports)
+    counted = any(row.prompts for report in reports for row in report.rows)
     lines = []
     for report in reports:
         engine = report.engine if report.rule == RATIO else f"{report.engine}, by `{report.rule}`"
         for row in report.best():
-            rate = with_interval(row.measured) if row.measured else f"{row.predicted:.2f} (predicted)"
-            cells = [str(row.gamma), f"{row.block_efficiency:.2f}", f"{row.cost:.2f}", rate]
-            lines.append([engine, row.task.replace("_", " "), *cells])
-    columns = ["engine", "task", "best γ", "τ", "cost of a block in target calls", "token rate over the target alone"]
+            rate = f"{row.predicted:.2f} (predicted)"
+            if row.measured:
+                rate = with_interval_of(row.measured, row.prompts)
+            line = [engine, *([report.precision] if differs else []), row.task.replace("_", " ")]
+            line += [str(row.prompts or "")] if counted else []
+            lines.append([*line, str(row.gamma), f"{row.block_efficiency:.2f}", f"{row.cost:.2f}", rate])
+    columns = ["engine", *(["target, drafter in"] if differs else []), "task", *(["prompts"] if counted else [])]
+    columns += ["best γ", "τ", "cost of a block in target calls", "token rate over the target alone"]
     return Table("gamma", "Best gamma", columns, lines)
 
 

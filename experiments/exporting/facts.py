@@ -88,7 +88,8 @@ class Facts(NamedTuple):
     def report(self, kind: str) -> GammaReport | None:
         """Return the report of the engine that loads a format, or else that of this project's loop.
 
-        Of several by different acceptance rules, it is that by the rule that the drafter was made for.
+        Of several by different acceptance rules, it is that by the rule that the drafter was made for; of several in
+        different precisions, the first.
         """
         engines = (ENGINE_OF[kind], LOOP, COMPILED)
         found = [one for one in self.reports if one.engine in engines]
@@ -107,7 +108,12 @@ class Facts(NamedTuple):
             "results": [row._asdict() | _named(rule) for rule, rows in self.by_rule.items() for row in rows],
             "size_ratio": self.size_ratio,
             "gamma": [
-                {"engine": one.engine, "rows": [row._asdict() for row in one.rows], **_named(one.rule)}
+                {
+                    "engine": one.engine,
+                    "rows": [row._asdict() for row in one.rows],
+                    **_named(one.rule),
+                    **({"precision": one.precision} if one.precision else {}),
+                }
                 for one in self.reports
             ],
             "loss": self.loss,
@@ -120,7 +126,7 @@ def gather(drafter: str, engines: Sequence[str] = ()) -> Facts:
 
     Args:
         drafter: its directory, or a hub name.
-        engines: files of `benchmarks.engines` with measurements of this drafter.
+        engines: files of `benchmarks.engines` with measurements of this drafter (see `read_engine`).
 
     Raises:
         ArtifactError: an earlier version of this project made it.
@@ -189,7 +195,12 @@ def read_facts(manifest: Manifest, measured: Sequence[GammaReport]) -> Facts:
         fields = {name: value for name, value in row.items() if name != "rule"}
         by_rule.setdefault(row.get("rule", RATIO), []).append(ResultRow(**with_estimates(fields)))
     reports = [
-        GammaReport(one["engine"], [GammaRow(**with_estimates(row)) for row in one["rows"]], one.get("rule", RATIO))
+        GammaReport(
+            one["engine"],
+            [GammaRow(**with_estimates(row)) for row in one["rows"]],
+            one.get("rule", RATIO),
+            one.get("precision", ""),
+        )
         for one in known.get("gamma", [])
     ]
     found, temperatures = newest([*reports, *measured]), known.get("temperatures", {})

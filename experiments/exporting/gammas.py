@@ -20,11 +20,13 @@ class GammaReport(NamedTuple):
         engine: its name; this project's loop, with and without compiled models, counts as two.
         rows: a row for each task and gamma.
         rule: the acceptance rule by which this project's loop decoded above temperature 0.
+        precision: in which precision the engine had the models, such as "8 bits, 8 bits"; "" if it is not known.
     """
 
     engine: str
     rows: list[GammaRow]
     rule: str = RATIO
+    precision: str = ""
 
     def best(self) -> list[GammaRow]:
         """Return the row of the best gamma for each task: by measurement if several were decoded, else predicted."""
@@ -75,15 +77,29 @@ def read_gamma(folder: Path) -> GammaReport:
     rows = [GammaRow(**with_estimates(row)) for row in read_jsonl(folder / "gamma.jsonl")]
     inside = [row for row in rows if settings["tasks"][row.task]["in_domain"]]
     engine, rule = COMPILED if settings["compile"] else LOOP, settings.get("acceptance_rule", RATIO)
-    return GammaReport(engine, inside or rows, rule)
+    prompts, dtype = decoded_prompts(folder), settings.get("target_dtype")
+    rows = [row._replace(prompts=len(prompts.get((row.task, row.gamma), [])) or None) for row in inside or rows]
+    return GammaReport(engine, rows, rule, f"{dtype}, float32" if dtype else "")  # a drafter is loaded in float32
 
 
-def read_engine(path: str) -> GammaReport:
+def decoded_prompts(folder: Path) -> dict[tuple[str, int], set[str]]:
+    """Return the prompts that a report of `experiments.gamma` decoded, by task and gamma; {} of one without counts."""
+    found: dict[tuple[str, int], set[str]] = {}
+    for row in read_jsonl(folder / "counts.jsonl") if (folder / "counts.jsonl").exists() else []:
+        found.setdefault((row["task"], row["gamma"]), set()).add(row["prompt"])
+    return found
+
+
+def read_engine(given: str) -> GammaReport:
     """Read a file of `benchmarks.engines`: the single tasks, or all prompts if they have no task.
+
+    Args:
+        given: the file's path; or PRECISION=PATH, where PRECISION is a text for the card, that of the target first.
 
     Raises:
         ValueError: it is not such a file.
     """
+    precision, _, path = ("", "", given) if Path(given).exists() else given.rpartition("=")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = [
@@ -94,6 +110,7 @@ def read_engine(path: str) -> GammaReport:
                 one["block_cost"],
                 one["ratio"]["value"],
                 Estimate(**one["ratio"]),
+                one["prompts"],
             )
             for one in found["summaries"]
         ]
@@ -103,12 +120,13 @@ def read_engine(path: str) -> GammaReport:
             f"export.engines has {path}, must be a file that benchmarks.engines wrote: {problem}"
         ) from None
     tasks = {row.task for row in rows}
-    return GammaReport(engine, [row for row in rows if row.task != "all" or len(tasks) == 1])
+    rows = [row for row in rows if row.task != "all" or len(tasks) == 1]
+    return GammaReport(engine, rows, precision=precision)
 
 
 def newest(reports: Iterable[GammaReport]) -> list[GammaReport]:
-    """Return the last report of each engine by each rule."""
-    return list({(report.engine, report.rule): report for report in reports}.values())
+    """Return the last report of each engine by each rule and in each precision."""
+    return list({(report.engine, report.rule, report.precision): report for report in reports}.values())
 
 
 def with_estimates(row: dict[str, Any]) -> dict[str, Any]:

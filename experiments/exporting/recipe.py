@@ -81,7 +81,8 @@ def describe_training(manifest: Manifest) -> dict[str, str]:
         several = sum(other["stage"] == one["stage"] for other in stages) > 1
         lines = describe_pretraining(one) if one["stage"] == "pretrain" else describe_finetuning(one)
         rows |= {f"{name}, {made}" if several else name: line for name, line in lines.items()}
-    rows |= describe_times(stages)
+    start = unrecorded_start(stages[0])
+    rows |= describe_times(stages, f"; without the time that its start took, {start}" if start else "")
     environment = manifest["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     rows |= {"seed": str(config["seed"]), "code": f"commit {environment['commit']}; {versions}"}
@@ -94,6 +95,12 @@ def lineage(manifest: Manifest) -> list[Manifest]:
     while start := _start(found[0]):
         found.insert(0, start)
     return found
+
+
+def unrecorded_start(manifest: Manifest) -> str | None:
+    """Return the drafter that a finetuning started from if no manifest here says how it was made; None otherwise."""
+    path = manifest["config"]["inputs"].get("drafter") if manifest["stage"] == "finetune" else None
+    return path if path and not manifest_of(path) else None
 
 
 def _start(manifest: Manifest) -> Manifest:
@@ -192,8 +199,8 @@ def _distillation_set(config: dict[str, Any]) -> tuple[Manifest, Manifest]:
     return cache, manifest_of(responses or "")
 
 
-def describe_times(stages: list[Manifest]) -> dict[str, str]:
-    """Return a line with the time of each stage whose manifest is here, and the sum."""
+def describe_times(stages: list[Manifest], limit: str = "") -> dict[str, str]:
+    """Return a line with the time of each stage whose manifest is here, the sum, and what the sum leaves out."""
     made: dict[str, dict[str, Manifest]] = {}
     for one in stages:
         config = one["config"]
@@ -206,7 +213,7 @@ def describe_times(stages: list[Manifest]) -> dict[str, str]:
     seconds = {name: sum(one["seconds"] for one in parts.values()) for name, parts in made.items()}
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     machines = dict.fromkeys(describe_machine(one["environment"]) for parts in made.values() for one in parts.values())
-    return {"time": f"{parts}; {duration(sum(seconds.values()))} together, on {' and '.join(machines)}"}
+    return {"time": f"{parts}; {duration(sum(seconds.values()))} together, on {' and '.join(machines)}{limit}"}
 
 
 def _self_written(data: Manifest) -> list[tuple[str, Manifest]]:

@@ -19,7 +19,7 @@ BLOCKS = {
 
 
 class GammaRow(NamedTuple):
-    """A task at one gamma: block efficiency, the cost of a block in target calls, and the speed-ups."""
+    """A task at one gamma: block efficiency, the cost of a block in target calls, the speed-ups, and the prompts."""
 
     task: str
     gamma: int
@@ -27,6 +27,7 @@ class GammaRow(NamedTuple):
     cost: float
     predicted: float
     measured: Estimate | None  # None: not decoded
+    prompts: int | None = None  # None: not known
 
 
 def gamma_page(

@@ -15,6 +15,9 @@ LATEX = {
 }  # fmt: skip
 
 
+LEAST_PROMPTS = 5  # a bootstrap over fewer prompts gives an interval that is far too narrow
+
+
 class Table(NamedTuple):
     """A table.
 
@@ -90,6 +93,22 @@ def with_interval(value: Estimate | None, signed: bool = False) -> str:
         return ""
     sign = "+" if signed else ""
     return f"{value.value:{sign}.2f} [{value.low:{sign}.2f}, {value.high:{sign}.2f}]"
+
+
+def with_interval_of(value: Estimate, prompts: int | None) -> str:
+    """Return an estimate with its interval over prompts, and without it if they are fewer than LEAST_PROMPTS.
+
+    >>> value = Estimate(2.31, 2.20, 2.44)
+    >>> with_interval_of(value, 16), with_interval_of(value, 2)
+    ('2.31 [2.20, 2.44]', '2.31')
+
+    Args:
+        value: the estimate.
+        prompts: the number of prompts that were resampled; None if it is not known.
+    """
+    if prompts is not None and prompts < LEAST_PROMPTS and not isnan(value.value):
+        return f"{value.value:.2f}"
+    return with_interval(value)
 
 
 def number(value: float) -> str:

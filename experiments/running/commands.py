@@ -159,7 +159,7 @@ def exit_in_one_line(module: str) -> Iterator[None]:
     Every other exception is a bug and keeps its traceback.
 
     Args:
-        module: the command's module, for the line that says how to continue after an interruption.
+        module: the command's module, for the line that says how to continue after an interruption, and for errors.
     """
     for stream in (sys.stdout, sys.stderr):  # independent of the locale; the bytes of a path may not be UTF-8
         with contextlib.suppress(AttributeError):
@@ -177,16 +177,16 @@ def exit_in_one_line(module: str) -> Iterator[None]:
     except Exception as problem:
         if requested or not is_refusal(problem):
             raise
-        sys.exit(f"error: {sentence_of(problem)}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
+        sys.exit(f"error: {sentence_of(problem, module)}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
         os.environ.update({"HYDRA_FULL_ERROR": requested} if requested else {})
 
 
-def sentence_of(problem: Exception) -> str:
-    """Return the sentence of an error that the user can correct. OmegaConf's names a missing setting and no remedy."""
+def sentence_of(problem: Exception, module: str) -> str:
+    """Return the sentence of an error that the user can correct. OmegaConf's of a missing value has no remedy."""
     key = problem.full_key if isinstance(problem, MissingMandatoryValue) else None
-    return f"{key} is missing: give it as {key}=..." if key else str(problem)
+    return f"{module.rpartition('.')[2]} needs a value for {key}: give it as `{key}=...`" if key else str(problem)
 
 
 def command_line(module: str) -> str:

@@ -95,4 +95,12 @@ def test_texts_of_one_token_give_no_rate():
 def test_the_table_has_a_cell_for_each_column():
     found = table("llama-server", summarise([*ONE, *OTHER]))
     assert {len(row) for row in found.rows} == {len(found.columns)}
-    assert "| short | 2 | 1 | 10.0 | 13.3 | 1.33 [1.33, 1.33] |" in found.markdown()
+    assert "| short | 2 | 1 | 10.0 | 13.3 | 1.33 | 1.12 | 2.00 |" in found.markdown()
+
+
+@pytest.mark.parametrize(("prompts", "cell"), [(4, "1.33"), (5, "1.33 [1.33, 1.33]")])
+def test_a_row_of_fewer_than_five_prompts_has_no_interval(prompts, cell):
+    rows = [one._replace(prompt=str(number)) for number in range(prompts) for one in ONE]
+    (found,) = table("llama-server", summarise(rows)).rows
+    assert found[2] == str(prompts)
+    assert found[5] == cell

@@ -136,7 +136,7 @@ def drafters(target, drafter):
     table = table_of(target)
     return {
         "lookup": Lookup(),
-        "table": count_ngrams(map(greedily_answered, SHORT_PROMPTS), NgramSizes(1, 1)),
+        "table": table,
         "lookup, model": Combined(Lookup(NgramSizes(2, 3)), drafter),
         "lookup, table": Combined(Lookup(NgramSizes(2, 4)), table),
         "table, lookup, model": Combined(table, Combined(Lookup(), drafter)),

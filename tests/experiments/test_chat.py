@@ -391,7 +391,7 @@ def test_a_signal_ends_a_chat_that_nobody_types(pair, monkeypatch):
         ),
         ("chat.context=129", "chat.context is 129, and the shorter context of the two models is 128"),
         ("chat.prompt='  '", "chat.prompt is empty"),
-        ("chat.drafter=ngram & chat.compile=true", "chat.drafter is ngram, without a model: give false"),
+        ("chat.drafter=layers1 & chat.compile=true", "chat.drafter is layers1, whose layers are the target.s"),
         ("chat.drafter=layers9", "drafter 'layers9': .* layers: give 1 to "),
         ("chat.drafter=ngram3", "drafter 'ngram3': a drafter without a model is ngram, "),
         ("target.path={folder}/strict & chat.system=brief", "chat.system: the chat template refuses"),

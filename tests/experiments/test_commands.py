@@ -59,7 +59,6 @@ def test_errors_of_python_and_libraries_are_bugs(function, arguments):
     [
         ("seed='1'", "error: seed is '1', must be a whole number"),
         ("nonsense=1", "error: Could not override 'nonsense'"),
-        ("target.path=???", "error: target.path is missing: give it as target.path=...\n(HYDRA_FULL_ERROR=1"),
     ],
 )
 def test_a_refusal_ends_a_stage_with_one_line(monkeypatch, capsys, override, sentence):

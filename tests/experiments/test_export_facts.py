@@ -14,7 +14,7 @@ from drafter.models.compatibility import load_drafter
 from drafter.models.fingerprints import model_fingerprint
 from experiments.exporting.facts import gather
 from experiments.exporting.gammas import COMPILED, GammaReport
-from experiments.exporting.recipe import absolute_paths, describe_data, describe_target, portable
+from experiments.exporting.recipe import absolute_paths, describe_data, describe_target, describe_training, portable
 from experiments.reporting.gamma_page import GammaRow
 from tests.experiments.test_export import exported  # noqa: F401 (a fixture)
 from tests.experiments.test_pipeline import stage
@@ -31,10 +31,10 @@ def gamma_rows(*measured):
     ]
 
 
-def write_gamma(root, drafter, name, compiled, rows):
-    """Write a report of `experiments.gamma`."""
+def write_gamma(root, drafter, name, compiled, rows, **more):
+    """Write a report of `experiments.gamma`, with more settings if they are given."""
     tasks = {task: {"in_domain": task != "outside"} for task in ("inside", "inside too", "outside")}
-    settings = {"compile": compiled, "tasks": tasks}
+    settings = {"compile": compiled, "tasks": tasks, **more}
     made = Stage(root / name / drafter.name, "gamma", settings, {"drafter": model_fingerprint(drafter)})
     write_jsonl(made.directory / "gamma.jsonl", rows)
     made.finish()
@@ -69,6 +69,14 @@ def test_the_card_tells_how_the_drafter_was_made_and_how_long_it_took(exported):
     training = card[card.index("## How it was made") : card.index("## Compatibility")]
     assert str(drafter.parent.parent) not in training
     assert "root=…/run" in training
+
+
+def test_the_time_leaves_out_a_start_without_a_record(exported):  # noqa: F811
+    _, drafter, _ = exported
+    manifest = read_manifest(drafter, "finetune")
+    assert "without the time" not in describe_training(manifest)["time"]
+    manifest["config"]["inputs"]["drafter"] = "runs/elsewhere"
+    assert describe_training(manifest)["time"].endswith("; without the time that its start took, runs/elsewhere")
 
 
 def test_paths_of_this_machine_are_shortened_in_recorded_texts():
@@ -140,6 +148,18 @@ def test_an_export_gets_the_gamma_that_was_measured_as_the_fastest(moved, tmp_pa
     assert '"num_speculative_tokens": 2' in card
 
 
+def test_a_gamma_report_has_the_prompts_that_were_decoded_and_the_dtypes(moved, tmp_path):
+    drafter, _ = moved
+    rows = gamma_rows(None, 0.8, 0.7)
+    write_gamma(tmp_path, drafter, "gamma", False, rows, target_dtype="float32")
+    decoded = [row for row in rows if row["measured"]]
+    counts = [{"task": row["task"], "gamma": row["gamma"], "prompt": str(n)} for row in decoded for n in (1, 1, 2)]
+    write_jsonl(tmp_path / "gamma" / drafter.name / "counts.jsonl", counts)
+    (report,) = gather(str(drafter)).reports
+    assert [row.prompts for row in report.rows if row.task == "inside"] == [None, 2, 2]
+    assert report.precision == "float32, float32"
+
+
 def test_the_card_says_that_a_drafter_does_not_pay(moved, tmp_path):
     drafter, command = moved
     write_gamma(tmp_path, drafter, "gamma", False, gamma_rows(0.9, 0.8, 0.7))
@@ -153,7 +173,14 @@ def test_each_format_gets_the_gamma_of_its_engine(moved, tmp_path):
     drafter, _ = moved
     ratio, tau = {"value": 1.2, "low": 1.1, "high": 1.3}, {"value": 1.9, "low": 1.8, "high": 2.0}
     rows = [
-        {"task": task, "gamma": gamma, "tau": tau, "block_cost": 1.4, "ratio": {**ratio, "value": 1.0 + gamma / 10}}
+        {
+            "task": task,
+            "gamma": gamma,
+            "prompts": 8,
+            "tau": tau,
+            "block_cost": 1.4,
+            "ratio": {**ratio, "value": 1.0 + gamma / 10},
+        }
         for task in ("a", "b", "all")
         for gamma in (3, 5)
     ]
@@ -162,6 +189,11 @@ def test_each_format_gets_the_gamma_of_its_engine(moved, tmp_path):
     assert facts.gamma("gguf") == 5
     assert facts.gamma("hf") == facts.gamma("openvino") == 3  # nothing was measured there
     assert {row.task for row in facts.reports[0].rows} == {"a", "b"}
+    assert {row.prompts for row in facts.reports[0].rows} == {8}
+    named = gather(
+        str(drafter), [f"float32, 8 bits={tmp_path}/engines.json", f"8 bits, 8 bits={tmp_path}/engines.json"]
+    )
+    assert [one.precision for one in named.reports] == ["float32, 8 bits", "8 bits, 8 bits"]
     with pytest.raises(ValueError, match=r"export\.engines has .*nowhere\.json, must be a file that"):
         gather(str(drafter), [str(tmp_path / "nowhere.json")])
 

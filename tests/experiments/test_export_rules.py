@@ -9,7 +9,7 @@ from drafter.artifacts.manifest import MANIFEST, read_jsonl, write_json, write_j
 from drafter.metrics import Estimate
 from experiments.exporting.card import describe_rule, gamma_table, results_table
 from experiments.exporting.facts import Facts, gather, read_facts
-from experiments.exporting.gammas import LOOP, GammaReport
+from experiments.exporting.gammas import LOOP, GammaReport, newest
 from experiments.reporting.gamma_page import GammaRow
 from experiments.reporting.results import POOLED, ResultRow
 from experiments.reporting.tabular import with_interval
@@ -90,7 +90,7 @@ def test_a_greedy_evaluation_holds_for_every_rule():
 
 
 def test_the_manifest_of_an_export_has_rules_loss_and_temperatures():
-    reports = [GammaReport(LOOP, [GammaRow("a", 2, 1.5, 1.2, 1.25, None)], "argmax")]
+    reports = [GammaReport(LOOP, [GammaRow("a", 2, 1.5, 1.2, 1.25, None, 16)], "argmax", "float32, 8 bits")]
     facts = facts_of({"argmax": results(1.2), "ratio": results(1.5)}, "hit")._replace(reports=reports)
     manifest = {"stage": "export", "config": {"root": "x"}, "facts": json.loads(json.dumps(facts.record()))}
     assert read_facts(manifest, []) == facts._replace(manifest=manifest)
@@ -105,6 +105,22 @@ def test_the_gamma_of_a_drafter_is_that_by_its_rule():
     assert facts_of({}, "hit")._replace(reports=reports).gamma("hf") == 2
     assert facts_of({}, "kld")._replace(reports=reports).gamma("hf") == 1
     assert [line[0] for line in gamma_table(reports).rows] == [LOOP, f"{LOOP}, by `argmax`"]
+
+
+def test_the_table_of_gamma_has_the_prompts_and_the_precision_of_each_line():
+    measured = Estimate(0.77, 0.73, 0.86)
+    row = GammaRow("a", 2, 1.5, 1.9, 0.77, measured, 4)
+    reports = [
+        GammaReport("llama-server", [row._replace(prompts=8)], precision="float32, 8 bits"),
+        GammaReport("llama-server", [row], precision="8 bits, 8 bits"),
+    ]
+    assert newest([*reports, *reports]) == reports
+    table = gamma_table(reports)
+    assert table.columns[:5] == ["engine", "target, drafter in", "task", "prompts", "best γ"]
+    assert [line[1] for line in table.rows] == ["float32, 8 bits", "8 bits, 8 bits"]
+    assert [line[3] for line in table.rows] == ["8", "4"]
+    assert [line[-1] for line in table.rows] == ["0.77 [0.73, 0.86]", "0.77"]  # of four prompts there is no interval
+    assert gamma_table([GammaReport(LOOP, [row._replace(prompts=None)])]).columns[:3] == ["engine", "task", "best γ"]
 
 
 @pytest.mark.parametrize(("sampling", "rules"), [({}, ["ratio", "argmax"]), ({"temperature": 1.0}, ["ratio"])])

@@ -221,7 +221,7 @@ def test_a_pair_of_which_one_model_is_not_given_is_refused_in_one_sentence(pair,
     monkeypatch.setattr("sys.argv", ["measure", *given])
     with pytest.raises(SystemExit) as refusal:
         measure.main()
-    assert str(refusal.value).splitlines()[0] == f"error: {key} is missing: give it as {key}=..."
+    assert str(refusal.value).splitlines()[0] == f"error: measure needs a value for {key}: give it as `{key}=...`"
 
 
 def test_prompts_that_are_neither_here_nor_on_the_hub_are_refused_in_one_sentence(pair, monkeypatch):

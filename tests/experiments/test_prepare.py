@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from hydra import compose, initialize_config_module
 
 from drafter.artifacts.manifest import ArtifactError, read_jsonl
+from experiments.running.data_settings import instruction_sources, pretraining_sources, task_sources
 from tests.conftest import write_jsonl
 from tests.experiments.test_pipeline import stage
 
@@ -188,14 +190,27 @@ def test_a_second_source_can_be_given_on_the_command_line_with_a_path_alone(fold
 
 
 @pytest.mark.parametrize(
+    ("read", "owner"),
+    [
+        (pretraining_sources, "data.pretraining"),
+        (instruction_sources, "data.instructions.questions"),
+        (task_sources, "task.prompts"),
+    ],
+)
+def test_a_path_that_is_not_given_is_refused_and_no_pattern_of_three_letters(read, owner):
+    with initialize_config_module("conf", version_base="1.3"):
+        cfg = compose("prepare", ["data=files", "task=files"])  # as the command line does, without the pipeline's check
+    with pytest.raises(ValueError, match=f"{owner} has no path: give it as {owner}.path="):
+        read(cfg)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (
             "+data.instructions.mine.template=x",
             r"data.instructions.mine has no path: give it as data.instructions.mine",
         ),
-        ("data.pretraining.path=???", "data.pretraining has no path: give it as data.pretraining.path="),
-        ("task.prompts.path=???", "task.prompts has no path: give it as task.prompts.path="),
         ("data.kind=hub", "data.kind is 'hub', must be one of docstrings, files"),
     ],
 )
