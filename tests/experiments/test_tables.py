@@ -485,7 +485,7 @@ def test_a_legend_of_many_series_stays_within_the_figure():
     add_legend(figure, [Patch(label=name) for name in names])
     box = figure.legends[0].get_window_extent(figure.canvas.get_renderer())
     plt.close(figure)
-    assert 0 <= box.x0
+    assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
 
 
