@@ -483,7 +483,8 @@ def test_a_legend_of_many_series_stays_within_the_figure():
     figure = plt.figure(figsize=(11.5, 3.6))
     names = [*KNOWN, "ngram", "hit-draft_temperature_factor_0.1", "hit-draft_temperature_factor_1.0", "pretrained"]
     add_legend(figure, [Patch(label=name) for name in names])
-    box = figure.legends[0].get_window_extent(figure.canvas.get_renderer())
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
     plt.close(figure)
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
