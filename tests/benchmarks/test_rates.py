@@ -19,13 +19,13 @@ def test_each_task_and_each_engine_gets_a_bar(tmp_path):
     write_jsonl(tmp_path / "gamma.jsonl", ROWS)
     row = {"task": "all", "gamma": 3, "prompts": 24, "ratio": {"value": 1.4, "low": 1.3, "high": 1.5}}
     (tmp_path / "engine.json").write_text(json.dumps({"summaries": [{**row, "task": "xsum"}, row]}))
-    bars = [*loop_bars(tmp_path, 3), engine_bar("an engine", tmp_path / "engine.json", 3)]
+    bars = [*loop_bars(tmp_path, 3, "lookup"), engine_bar("an engine", tmp_path / "engine.json", 3)]
     assert bars == [
-        ("this project", "XSum", Estimate(1.2, 1.1, 1.3)),
-        ("this project", "mine", Estimate(0.9, 0.8, 1.0)),
-        ("an engine", "an engine, 24 prompts", Estimate(1.4, 1.3, 1.5)),
+        ("lookup", "lookup, γ = 3: XSum", Estimate(1.2, 1.1, 1.3)),
+        ("lookup", "lookup, γ = 3: mine", Estimate(0.9, 0.8, 1.0)),
+        ("an engine", "an engine, γ = 3: 24 prompts", Estimate(1.4, 1.3, 1.5)),
     ]
-    draw(bars, 3, tmp_path / "figures" / "rates")
+    draw(bars, tmp_path / "figures" / "rates")
     assert (tmp_path / "figures" / "rates.png").stat().st_size > 1000
 
 
@@ -33,6 +33,6 @@ def test_a_gamma_that_was_not_decoded_is_refused(tmp_path):
     write_jsonl(tmp_path / "gamma.jsonl", ROWS)
     (tmp_path / "engine.json").write_text(json.dumps({"summaries": []}))
     with pytest.raises(SystemExit, match="no measured row at γ = 2"):
-        loop_bars(tmp_path, 2)
+        loop_bars(tmp_path, 2, "lookup")
     with pytest.raises(SystemExit, match="no row of all prompts at γ = 3"):
         engine_bar("an engine", tmp_path / "engine.json", 3)
