@@ -72,7 +72,7 @@ class Stage:
                 self._release = weakref.finalize(self, _lock(self.directory), force=True)
                 self._inspect()  # another process may have written to the directory before the lock was taken
         if first and self.complete:
-            self._remove_checkpoints()  # of a process that was killed right after it had finished
+            self._remove_working_files()  # of a process that was killed right after it had finished
         elif first:
             if self.folder.is_local:
                 self.earlier_seconds = _earlier_seconds(self.directory)
@@ -112,16 +112,17 @@ class Stage:
             "seconds": round(self.earlier_seconds + time.time() - self.began, 1),
         }
         self.folder.write(MANIFEST, _json(record))
-        self.folder.remove(STARTED)
-        self._remove_checkpoints()
-        if self.folder.is_local:
-            remove_locks(self.directory)
+        self._remove_working_files()
         self._release()
         self.complete = True
 
-    def _remove_checkpoints(self) -> None:
+    def _remove_working_files(self) -> None:
+        """Remove the files that only an unfinished stage needs, if there are any: the folder may be read-only."""
+        if self.folder.exists(STARTED):
+            self.folder.remove(STARTED)
         if self.folder.is_local:
             shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
+            remove_locks(self.directory)
 
     def _inspect(self) -> None:
         """Set `complete`. Refuse a directory with another identity or with files of unknown origin."""

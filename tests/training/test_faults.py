@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drafter.artifacts import locks, storage
-from drafter.artifacts.manifest import ArtifactError, Stage
+from drafter.artifacts.manifest import STARTED, ArtifactError, Stage
 from drafter.artifacts.storage import Folder, write_file
 from tests.conftest import WORDS, save_target
 from tests.experiments.test_pipeline import snapshot, stage
@@ -100,16 +100,18 @@ def test_a_run_that_is_killed_repeatedly_ends_as_an_uninterrupted_one(world, tmp
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_checkpoints_of_a_run_that_was_killed_right_after_its_end_are_removed(world, tmp_path, name):
+def test_what_a_run_that_was_killed_right_after_its_end_has_left_is_removed(world, tmp_path, name):
     overrides, _ = world
-    command = [*overrides, *STEPS[name], f"out={tmp_path}/out"]
+    out = tmp_path / "out"
+    command = [*overrides, *STEPS[name], f"out={out}"]
     run_to_the_end(name, command)
-    before, leftover = content(tmp_path / "out"), tmp_path / "out" / "checkpoints" / "last.ckpt"
-    leftover.parent.mkdir()
-    leftover.touch()
+    before = content(out)
+    (out / "checkpoints").mkdir()
+    for left in ("checkpoints/last.ckpt", locks.LOCK, locks.MARKER, STARTED):
+        (out / left).touch()
     run_to_the_end(name, command)
-    assert not leftover.parent.exists()
-    assert content(tmp_path / "out") == before
+    assert not (out / "checkpoints").exists()
+    assert content(out) == before
 
 
 def test_a_resumed_curve_has_each_step_once(world, tmp_path):
