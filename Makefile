@@ -82,7 +82,7 @@ if [ "$(DATA)" = assets ] && grep -q '"package"' $(SMOLLM2_TARGET) && ! [ -e run
 	  mkdir -p runs/$(1)/unpacked && tar -xJf assets/$(1:_tables=)-data.tar.xz -C runs/$(1)/unpacked && mv runs/$(1)/unpacked/* runs/$(1)/; fi
 endef
 smollm2: ## a drafter for a published chat model, SmolLM2-135M-Instruct (92 minutes on two cores with DATA=own, else less; its plan comes first)
-smollm2_shipped: ## the same with four times the data (a night on two cores)
+smollm2_shipped: ## the same with four times the data (a night on two cores, by estimate)
 smollm2 smollm2_shipped: setup $(SMOLLM2_TARGET)
 	$(call unpack,$@)
 	$(RUN).plan scale=$@ losses=[kld] seeds=[1] hardware=cpu plan.gpus=1 $(ARGS)

@@ -28,7 +28,7 @@ from experiments.running.commands import command
 from experiments.running.identity import without_defaults
 from experiments.running.inputs import claim, data_fingerprint, plain, target_fingerprint, target_source
 from experiments.running.named_drafters import check_compiles, check_named, fingerprint_of, label_of, load_named
-from experiments.running.predictions import predict
+from experiments.running.predictions import expected_counts
 from experiments.running.progress import Progress
 from experiments.running.speedups import check_gammas, compile_pair, decode_prompt, prepare_pair
 from experiments.running.tasks import check_tasks, decoding_settings, read_tasks
@@ -83,7 +83,9 @@ def main(cfg: DictConfig) -> None:
         turns = [turn for one in reached for turn in one.turns]
         tasks, found = [task for task, _ in turns], [decoded for _, decoded in turns]
         left_out[name] = sum((one.left_out for one in reached), work.left_out.get(name, Counter()))
-        predicted = predict(tasks, [one.baseline.tokens for one in found], target, drafter, timings, largest)
+        predicted = expected_counts(
+            tasks, [one.baseline.tokens for one in found], target, drafter, timings, largest
+        ).ratios()
         for gamma, (efficiency, cost) in enumerate(predicted, start=1):
             pairs = zip(tasks, found, strict=True)
             of_gamma = {

@@ -207,15 +207,6 @@ def compiled_widths(gammas: Iterable[int]) -> dict[int, int]:
     return {count: next(width for width in widths if width >= count) for count in range(1, widths[-1] + 1)}
 
 
-def compiled_pair(
-    target: PreTrainedModel, drafter: PreTrainedModel, longest: int, gammas: Iterable[int]
-) -> tuple[Padded, Padded]:
-    """Return both models compiled for sequences of `longest` tokens and these gammas (see `compiled_model`)."""
-    widths = compiled_widths(gammas)
-    # A drafter reads two tokens after each block whose drafts were all accepted.
-    return compiled_model(target, longest, widths), compiled_model(drafter, longest, widths | {2: 2})
-
-
 def compiled_model(model: PreTrainedModel, longest: int, widths: Mapping[int, int]) -> Padded:
     """Return a model compiled for sequences of `longest` tokens, whose calls are padded to few numbers of tokens.
 

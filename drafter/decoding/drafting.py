@@ -17,7 +17,6 @@ from drafter.decoding.decoders import (
     Padded,
     aligned_starts,
     compiled_model,
-    compiled_pair,
     compiled_widths,
 )
 from drafter.decoding.generation import Generation
@@ -69,11 +68,11 @@ def with_models(drafter: Drafter, change: Callable[[Any], Any]) -> Drafter:
 def compiled_with(
     target: PreTrainedModel, drafter: Drafter, longest: int, gammas: Iterable[int]
 ) -> tuple[Padded, Drafter]:
-    """Return both models compiled (see `decoders.compiled_pair`), or the target alone if the drafter has no model."""
-    if not (models := models_of(drafter)):
-        return compiled_model(target, longest, compiled_widths(gammas)), drafter
-    of_target, of_model = compiled_pair(target, models[0], longest, gammas)
-    return of_target, with_models(drafter, lambda _: of_model)
+    """Return the target and the drafter's model, if it has one, compiled for sequences of `longest` tokens."""
+    widths = compiled_widths(gammas)
+    of_target = compiled_model(target, longest, widths)
+    # A drafter reads two tokens after each block whose drafts were all accepted.
+    return of_target, with_models(drafter, lambda model: compiled_model(model, longest, widths | {2: 2}))
 
 
 def drafting_of(

@@ -188,9 +188,7 @@ def best_table(
     gamma = settings[0].gamma
     note = "The best of several is chosen on these responses, which favours it a little. " + METHOD
     varied = any(one.drafter.variant or one.drafter.kinds for one in compared if one.drafter.series in trained)
-    what = (
-        "drafter" if varied else "loss"
-    )  # variants and kinds of instructions: the drafters differ in more than their loss
+    what = "drafter" if varied else "loss"  # drafters trained on other data differ in more than their loss
     columns = ["engine", "verification", f"best {what}", "τ", *(f"over {base}" for base in yardsticks)]
     return Table(f"compare_gamma_{gamma}_engines", f"Which {what} for which engine? γ = {gamma}", columns, rows, note)
 

@@ -10,7 +10,7 @@ from drafter.decoding.speculative import autoregressive_decode_batch, speculativ
 from drafter.decoding.timings import CallTimings, measure_several
 from experiments.reporting.measurement import BatchRow
 from experiments.running.measuring import GREEDY, Answers
-from experiments.running.predictions import predict
+from experiments.running.predictions import expected_counts
 from experiments.running.timed_pair import TimedPair
 
 ROUNDS = 2  # how often all prompts are decoded, without and with the drafter in turn
@@ -73,5 +73,7 @@ def speedups_with(
     drafter = next(iter(pair.plain_drafters.values()))
     models = models_of(drafter)
     accepts = answers.accepts[id(models[0])][GREEDY] if models else None
-    found = predict(tasks, answers.tokens[GREEDY], pair.plain_target, drafter, timings, largest, accepts)
+    found = expected_counts(
+        tasks, answers.tokens[GREEDY], pair.plain_target, drafter, timings, largest, accepts
+    ).ratios()
     return [efficiency / cost for efficiency, cost in found]

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from drafter.interruptions import Interrupted, catch_signals
-from experiments.running.composing import gather_stage_overrides, with_home
+from experiments.running.composing import gather_stage_overrides, missing_values, with_home
 from experiments.running.progress import announce, quiet
 
 PROJECT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def exit_in_one_line(module: str) -> Iterator[None]:
 def sentence_of(problem: Exception, module: str) -> str:
     """Return the sentence of an error that the user can correct. OmegaConf's of a missing value has no remedy."""
     key = problem.full_key if isinstance(problem, MissingMandatoryValue) else None
-    return f"{module.rpartition('.')[2]} needs a value for {key}: give it as `{key}=...`" if key else str(problem)
+    return missing_values(module.rpartition(".")[2], [key]) if key else str(problem)
 
 
 def command_line(module: str) -> str:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from hydra import compose
@@ -39,6 +39,11 @@ def config_keys(name: str) -> Keys:
     return Keys(frozenset(map(str, cfg)), frozenset(map(str, cfg.get("inputs", {}))))
 
 
+def missing_values(name: str, keys: Sequence[str]) -> str:
+    """Return the sentence that asks for the required values that a command was not given."""
+    return f"{name} needs a value for {', '.join(keys)}: give it as `{keys[0]}=...`"
+
+
 def configured(name: str, overrides: list[str]) -> DictConfig:
     """Return the config of a stage as its own command line composes it, with every interpolation resolved.
 
@@ -50,7 +55,7 @@ def configured(name: str, overrides: list[str]) -> DictConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ValueError(f"{name} needs a value for {', '.join(missing)}: give it as `{missing[0]}=...`")
+        raise ValueError(missing_values(name, missing))
     with_home(cfg)
     OmegaConf.resolve(cfg)
     return cfg

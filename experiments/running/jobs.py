@@ -83,10 +83,10 @@ def finetuning_overrides(plan: DictConfig) -> list[list[str]]:
 
 def without_references(finetunings: list[Job]) -> list[Job]:
     """Leave out the variants that train on reference answers where all instructions are self-written and have none."""
-    found = [job for job in finetunings if not (job.choice("variant") and lacks_references(job.cfg))]
-    if left_out := sorted({str(job.choice("variant")) for job in finetunings if job not in found}):
-        log.warning("variant=%s is left out: self-written instructions have no answers", ",".join(left_out))
-    return found
+    variants = {variant for job in finetunings if (variant := job.choice("variant")) and lacks_references(job.cfg)}
+    if variants:
+        log.warning("variant=%s is left out: self-written instructions have no answers", ",".join(sorted(variants)))
+    return [job for job in finetunings if job.choice("variant") not in variants]
 
 
 def lacks_references(cfg: DictConfig) -> bool:

@@ -19,7 +19,7 @@ from drafter.decoding.speculative import autoregressive_decode
 from drafter.decoding.timings import CallTimings
 from drafter.warping import Sampling
 from experiments.running.inputs import plain
-from experiments.running.predictions import acceptance_by_rule, block_efficiencies, predict
+from experiments.running.predictions import acceptance_by_rule, block_efficiencies, expected_counts
 from experiments.running.speedups import decode_prompt
 
 GREEDY, SAMPLED = "greedy", "sampled"
@@ -191,7 +191,7 @@ def predict_all(
         name = GREEDY if key == GREEDY else SAMPLED
         of_name = conditions._replace(tokens=mean_length(answers.tokens[name]))
         accepts = answers.accepts[id(models[0])][key] if models else None
-        pairs = predict(tasks[name], answers.tokens[name], target, drafter, timings, largest, accepts)
+        pairs = expected_counts(tasks[name], answers.tokens[name], target, drafter, timings, largest, accepts).ratios()
         found[key] = [Prediction(*pair, of_name.speedup(*pair)) for pair in pairs]
     return found
 

@@ -20,7 +20,7 @@ from experiments.running.engine_answers import ASK, Answer, decoding_counts, rep
 from experiments.running.inputs import target_source
 from experiments.running.measuring import GREEDY, Answers
 from experiments.running.named_drafters import model_of
-from experiments.running.predictions import predict
+from experiments.running.predictions import expected_counts
 from experiments.running.progress import Progress
 from experiments.running.timed_pair import TimedPair
 
@@ -238,4 +238,6 @@ def own_block_efficiency(pair: TimedPair, tasks: Sequence[Task], answers: Answer
     after_first = [tasks[one]._replace(prompt=[*tasks[one].prompt, texts[one][0]]) for one in chosen]
     accepts = [answers.accepts[id(models[0])][GREEDY][one][1:] for one in chosen] if models else None
     rest = [texts[one][1:] for one in chosen]
-    return predict(after_first, rest, pair.plain_target, drafter, pair.timings[label], gamma, accepts)[gamma - 1][0]
+    return expected_counts(after_first, rest, pair.plain_target, drafter, pair.timings[label], gamma, accepts).ratios()[
+        gamma - 1
+    ][0]

@@ -60,19 +60,6 @@ class ExpectedCounts(NamedTuple):
         return list(zip(efficiencies.tolist(), costs.tolist(), strict=True))
 
 
-def predict(
-    tasks: Sequence[Task],
-    answers: Sequence[list[int]],
-    target: PreTrainedModel,
-    drafter: Drafter,
-    timings: CallTimings,
-    largest: int,
-    accepts: Sequence[torch.Tensor] | None = None,
-) -> list[tuple[float, float]]:
-    """Return τ and the cost of a block in target calls at γ = 1 … largest (see `expected_counts`)."""
-    return expected_counts(tasks, answers, target, drafter, timings, largest, accepts).ratios()
-
-
 def expected_counts(
     tasks: Sequence[Task],
     answers: Sequence[list[int]],

@@ -7,7 +7,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from drafter.decoding.capabilities import decoder_of
-from drafter.decoding.decoders import Compiled, Decoder, Padded, compiled_pair
+from drafter.decoding.decoders import Compiled, Decoder, Padded
 from drafter.decoding.drafting import Combined, compiled_with
 from drafter.decoding.ngrams import Lookup
 from drafter.decoding.options import DecodingOptions
@@ -57,7 +57,7 @@ def test_the_weights_of_a_compiled_call_are_constants():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # within inductor
 def test_calls_that_were_compiled_before_decoding_serve_it():
     target, drafter = small_model(1), small_model(2)
-    pair = compiled_pair(target, drafter, 60, [1])
+    pair = compiled_with(target, drafter, 60, [1])
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = speculative_decode(*pair, list(range(1, 13)), 1, DecodingOptions(12))
     assert found.tokens == autoregressive_decode(target, list(range(1, 13)), DecodingOptions(12)).tokens
@@ -66,7 +66,7 @@ def test_calls_that_were_compiled_before_decoding_serve_it():
 @pytest.mark.usefixtures("_uncompiled")
 def test_a_compiled_pair_compiles_nothing_while_it_decodes():
     """Compiling takes seconds to minutes, which would count as time of the first prompts."""
-    pair = compiled_pair(small_model(1), small_model(2), 60, [4])
+    pair = compiled_with(small_model(1), small_model(2), 60, [4])
 
     def short(one):
         return {count for count in one.model.calls if count <= one.model.longest}

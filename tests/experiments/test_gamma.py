@@ -12,7 +12,7 @@ from drafter.decoding.timings import CallTimings
 from drafter.warping import Sampling
 from experiments.gamma import by_rule
 from experiments.reporting.gamma_page import gamma_page
-from experiments.running.predictions import acceptance_of_answer, block_efficiencies, predict
+from experiments.running.predictions import acceptance_of_answer, block_efficiencies, expected_counts
 from experiments.running.speedups import decode_prompt
 from experiments.running.turns import Work
 from tests.experiments.test_pipeline import stage
@@ -61,13 +61,14 @@ def test_a_drafter_without_a_model_costs_what_its_blocks_verify(target, drafter,
     (task,) = by_rule(work, rule).tasks
     chosen = Combined(Lookup(), drafter) if combined else Lookup()
     answer = decode_prompt(task, target, {}, {}, 1).baseline.tokens
-    predicted = predict([task], [answer], target, chosen, timings, 3)
+    predicted = expected_counts([task], [answer], target, chosen, timings, 3).ratios()
     plain = block_efficiencies([acceptance_of_answer(task, answer, target, drafter)], 3)
     for gamma, (efficiency, cost) in enumerate(predicted, start=1):
         assert 1 <= efficiency <= gamma + 1
         assert 1 < cost <= 1 + gamma / 10 + (0.25 * gamma if combined else 0.25)
         assert cost != pytest.approx(1 + gamma / 10 + 0.25 * gamma)  # some blocks are not drafted by the model
-        never = predict([task], [answer], target, Combined(Lookup(NgramSizes(60, 60)), drafter), timings, 3)
+        finds_nothing = Combined(Lookup(NgramSizes(60, 60)), drafter)
+        never = expected_counts([task], [answer], target, finds_nothing, timings, 3).ratios()
         assert never[gamma - 1] == pytest.approx((plain[gamma - 1], 1 + gamma / 10 + 0.25 * gamma))
 
 
@@ -79,7 +80,7 @@ def test_states_cost_a_replay_in_the_blocks_in_which_a_model_has_any(target, dra
         for of_drafter, of_target in ((True, False), (False, True), (True, True)):
             timings = CallTimings(0.25, [1 + gamma / 10 for gamma in range(4)], of_drafter, of_target)
             without = timings._replace(drafter_replays=False, target_replays=False)
-            found = [predict([task], [answer], target, chosen, one, 3) for one in (timings, without)]
+            found = [expected_counts([task], [answer], target, chosen, one, 3).ratios() for one in (timings, without)]
             for gamma, ((_, cost), (_, cheaper)) in enumerate(zip(*found, strict=True), start=1):
                 if chosen is never:
                     assert cost == pytest.approx(timings.block(gamma))
